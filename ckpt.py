@@ -1,0 +1,438 @@
+"""Checkpoints: the live state -> a directory, and back into any strategy and world size.
+
+    OUTPUT_DIR/checkpoint-epoch{E}-step{S}-files{F}/
+        shard-*.safetensors   parameters and optimizer state, each rank's part in files of about 1 GiB
+        state.json            what train.py needs besides tensors: step, tokens, loss, config, ...
+        MANIFEST.json         every file's size, CRC-32C and SHA-256; the checkpoint exists when this is valid
+
+    python ckpt.py list DIR
+    python ckpt.py verify DIR_OR_CHECKPOINT
+
+torch.distributed.checkpoint plans who writes which part of which tensor, and reads the parts back into another layout.
+Its storage is safetensors, not its own .distcp: no byte of a checkpoint is ever unpickled.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+import manifest
+from configs import ConfigError
+from manifest import STATE, CheckpointError, lock, name, names, parse, verify
+
+__all__ = ["CheckpointError", "Choice", "Saver", "agree", "choose", "load", "lock", "name", "names", "parse"]
+__all__ += ["read_state", "state_tree", "verify"]
+
+FILE_BYTES = 1 << 30  # a data file is closed once it holds this much, so that uploads can run side by side
+SLOTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # an optimizer's tensors per parameter
+
+
+class Choice(NamedTuple):
+    path: Path | None  # None: a fresh run
+    state: dict[str, Any]  # the checkpoint's state.json
+    passed_over: list[tuple[str, str]]  # newer checkpoints that cannot be loaded: (name, reason)
+
+
+def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
+    """Which checkpoint a run starts from; what it returns is verified, hash by hash.
+
+    resume is None, "latest", a checkpoint's name in output_dir, or a path. Raises CheckpointError, or ConfigError if
+    resume is None although there are checkpoints. All ranks must start from the same one: agree(choose, ...).
+    """
+    there = names(output_dir)
+    listing = f"{output_dir} has {', '.join(there)}" if there else f"{output_dir} has no checkpoints"
+    if resume is None:
+        if there:
+            raise ConfigError(
+                f"output_dir={output_dir} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one "
+                f"{there[0]}; continue with resume=latest or start afresh in another output_dir"
+            )
+        return Choice(None, {}, [])
+    if resume != "latest":
+        path = Path(output_dir, resume)  # an absolute path stays itself
+        if not os.path.isdir(path):
+            path = Path(resume)
+        try:
+            if not os.path.isdir(path):
+                raise CheckpointError(f"no such directory, neither in {output_dir} nor as a path")
+            return Choice(path, read_state(path), [])
+        except CheckpointError as error:
+            raise CheckpointError(f"resume={resume}: {error}; {listing}") from error
+    passed_over = []
+    for candidate in there:
+        try:
+            return Choice(Path(output_dir, candidate), read_state(Path(output_dir, candidate)), passed_over)
+        except CheckpointError as error:
+            passed_over.append((candidate, str(error)))
+    if passed_over:
+        reasons = "".join(f"\n  {reason}" for _, reason in passed_over)
+        raise CheckpointError(f"resume=latest: no checkpoint in {output_dir} can be loaded:{reasons}")
+    return Choice(None, {}, [])
+
+
+def read_state(path: Path, hashes: bool = True) -> dict[str, Any]:
+    """The state.json of a checkpoint that has just been verified."""
+    verify(path, hashes)
+    with open(path / STATE, "rb") as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path / STATE} is not JSON") from error
+
+
+def agree(function: Callable, *args: Any) -> Any:
+    """Run function(*args) on rank 0; every rank returns its result or raises its exception. Collective."""
+    if not dist.is_initialized():
+        return function(*args)
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function(*args)
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that cannot be computed, by a flat name; the tensors alias the live ones.
+
+    `model.<parameter>` and `optim.<slot>.<parameter>`, the names without the prefixes of DDP and torch.compile; a tied
+    parameter comes once, a frozen one has no optimizer state. Optimizer state that the first step would create is
+    created, so that a load can be in place.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation some parameters are still whole
+    keys = {p: key.replace("_orig_mod.", "").removeprefix("module.") for key, p in model.named_parameters()}
+    tree = {f"model.{key}": p.detach() for p, key in keys.items()}
+    for optimizer in optimizers:
+        _create_state(optimizer)
+        for p, slots in optimizer.state.items():
+            tree |= {f"optim.{slot}.{keys[p]}": value for slot, value in slots.items()}
+    return tree
+
+
+def _create_state(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and not optimizer.state[p]:
+                if kind == "AdamW":  # the fused kernel counts on the device, the others on the CPU
+                    device = p.device if group["fused"] else "cpu"
+                    optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for slot in SLOTS[kind]:
+                    optimizer.state[p][slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def _own_part(tree: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
+    """What this rank writes: its shards, and its share of the tensors that every rank holds whole."""
+    part, load = {}, [0] * world
+    for key, t in sorted(tree.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if isinstance(t, DTensor):
+            if t.to_local().numel():  # a short tensor leaves the last ranks without rows
+                part[key] = t
+        else:
+            owner = load.index(min(load))
+            load[owner] += t.nbytes
+            if owner == rank:
+                part[key] = t
+    return part
+
+
+class Saver:
+    """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
+
+    A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank.
+    Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
+    """
+
+    def __init__(
+        self, output_dir: str | os.PathLike, *, async_save: bool = True, save_total_limit: int = 0, keep_every: int = 0
+    ):
+        self.output_dir = Path(output_dir)
+        self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
+        self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.stall_seconds = self.write_seconds = 0.0
+        self.last: str | None = None  # name of the last complete save
+        self._host = _Host()
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+
+    def reserve(self, tree: dict[str, Tensor]) -> None:
+        """Before training: ConfigError if the disk has no room for the tree; memory for the copies, so that the first
+        save is as quick as the others."""
+        agree(manifest.check_space, self.output_dir, sum(t.nbytes for t in tree.values()))
+        if self.async_save:
+            self._host.copy(_own_part(tree, self.rank, self.world))
+
+    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once."""
+        start = time.perf_counter()
+        self._join()
+        part = _own_part(tree, self.rank, self.world)
+        source = self._host.copy(part) if self.async_save else {key: _local(t) for key, t in part.items()}
+        text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
+        need = sum(t.nbytes for t in tree.values())
+        self._thread = threading.Thread(target=self._write, args=(start, name, part, source, text.encode(), need))
+        self._thread.start()
+        if not self.async_save:
+            self._join()
+        self.stall_seconds = time.perf_counter() - start
+
+    def poll(self) -> str | None:
+        """Why the last save failed, if it has; costs nothing."""
+        return None if self._thread and self._thread.is_alive() else self._error
+
+    def wait(self) -> str | None:
+        """Wait for the save in flight; return why it failed, and forget it."""
+        self._join()
+        error, self._error = self._error, None
+        return error
+
+    def close(self) -> str | None:
+        """wait(), then give back the process group and the host memory."""
+        error = self.wait()
+        self._host.free()
+        dist.destroy_process_group(self.group)
+        return error
+
+    def _join(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _write(
+        self, start: float, name: str, part: dict[str, Tensor], source: dict[str, Tensor], state: bytes, need: int
+    ) -> None:
+        try:
+            box = [secrets.token_hex(8)]
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
+            writer = _Writer(self.output_dir / name, box[0], state, need)
+            dcp.save(part, storage_writer=writer, planner=_SavePlanner(source), process_group=self.group)
+            self.last, self.write_seconds = name, time.perf_counter() - start
+            if self.rank == 0:
+                manifest.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
+        except BaseException as error:  # CheckpointException is no Exception
+            self._error = f"saving {name}: {_cause(error)}"
+            if self.rank == 0:
+                manifest.recover(self.output_dir)
+
+
+class _Host:
+    """Host memory for the copies of a save, one block that is allocated once, and pinned if there is a GPU."""
+
+    def __init__(self):
+        self.block, self.views = torch.empty(0, dtype=torch.uint8), {}
+
+    def copy(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The local parts of the tensors, copied: all that an asynchronous save costs the training loop."""
+        local = {key: _local(t) for key, t in part.items()}
+        layout = {key: (t.shape, t.dtype) for key, t in local.items()}
+        if layout != {key: (view.shape, view.dtype) for key, view in self.views.items()}:
+            self.free()
+            self.allocate(local)
+        for key, t in local.items():
+            self.views[key].copy_(t, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return self.views
+
+    def allocate(self, local: dict[str, Tensor]) -> None:
+        spans = {key: -(-t.nbytes // 64) * 64 for key, t in local.items()}
+        self.block = torch.empty(max(64, sum(spans.values())), dtype=torch.uint8)
+        if torch.cuda.is_available():  # registered, as pin_memory=True would round up to a power of two
+            status = torch.cuda.cudart().cudaHostRegister(self.block.data_ptr(), self.block.nbytes, 0)
+            assert int(status) == 0, f"cudaHostRegister of {self.block.nbytes:,} bytes: error {status}"
+        at = 0
+        for key, t in local.items():
+            self.views[key] = self.block[at : at + t.nbytes].view(t.dtype).view(t.shape)
+            at += spans[key]
+
+    def free(self) -> None:
+        if self.views and torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostUnregister(self.block.data_ptr())
+        self.block, self.views = torch.empty(0, dtype=torch.uint8), {}
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Plans with the live tensors' layout, hands out the bytes of their copies."""
+
+    def __init__(self, source: dict[str, Tensor]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.source = source
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.source[index.fqn]
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """DCP's sharded safetensors layout, with hashes and one commit.
+
+    The base class first builds each file as one bytes object, which doubles the memory and holds the GIL, and with it
+    the training loop, for 1.5 s per 512 MB; safetensors' save_file does neither.
+    """
+
+    def __init__(self, final: Path, save_id: str, state: bytes, need: int):
+        self.folder = final.with_name(f"{manifest.TEMPORARY}{save_id}-{final.name}")
+        super().__init__(str(self.folder), save_distributed=True)
+        self.final, self.id, self.state, self.need = final, save_id, state, need
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if self.rank == 0:
+            manifest.check_space(self.final.parent, self.need)
+        os.makedirs(self.folder, exist_ok=True)
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files; the results carry {size, crc32c, sha256} of each to rank 0."""
+        results: list[WriteResult] = []
+        batch: dict[str, Tensor] = {}
+        offsets: dict[str, Any] = {}
+        size = 0
+        for item in plan.items:
+            batch[item.index.fqn] = t = planner.resolve_data(item).cpu().contiguous()
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+            size += t.nbytes
+            if size >= FILE_BYTES or item is plan.items[-1]:
+                path = self.folder / f"shard-{self.rank:05d}-{len(results):05d}.safetensors"
+                save_file(batch, path, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
+                path.chmod(self.folder.stat().st_mode & 0o666)  # save_file makes it readable by its owner alone
+                manifest.fsync(path)
+                found = manifest.digest(path)
+                results.append(WriteResult(MetadataIndex(path.name), found["size"], found))
+                batch, offsets, size = {}, {}, 0
+        future: Future = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, once every rank has written."""
+        files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
+        manifest.commit(self.folder, self.final, self.id, files, self.state)
+
+
+def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
+    """Fill the tensors of the tree, of any layout, with those of a verified checkpoint. Collective.
+
+    In place: besides the tree there is never more than one tensor in memory. A tree of `model.` names alone leaves the
+    optimizer's state unread. Raises CheckpointError, before any value changes, if names, shapes or dtypes differ.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    try:
+        saved = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} could not be loaded: {error}") from error
+    groups = {key.split(".")[0] for key in tree}
+    there = {
+        key: (tuple(meta.size), meta.properties.dtype) for key, meta in saved.items() if key.split(".")[0] in groups
+    }
+    here = {key: (tuple(t.shape), t.dtype) for key, t in tree.items()}
+    if there != here:
+        raise CheckpointError(f"{path} is of another model or optimizer: {_differences(there, here)}")
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with torch.no_grad():
+            dcp.load(dict(tree), storage_reader=reader, planner=planner)
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} could not be loaded: {_cause(error)}") from error
+
+
+def _differences(there: dict[str, tuple], here: dict[str, tuple], show: int = 4) -> str:
+    def what(side: dict[str, tuple], key: str) -> str:
+        return f"{list(side[key][0])} {str(side[key][1]).removeprefix('torch.')}" if key in side else "absent"
+
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    parts = [f"{key} is {what(there, key)} there, {what(here, key)} here" for key in keys[:show]]
+    return "; ".join(parts) + (f"; and {len(keys) - show} more" if len(keys) > show else "")
+
+
+def _cause(error: BaseException) -> str:
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    causes = [f"{type(e).__name__}: {e} (rank {rank})" for rank, (e, _) in failures.items()]
+    return "; ".join(causes) or f"{type(error).__name__}: {error}"
+
+
+def table(paths: list[Path], hashes: bool) -> tuple[str, int]:
+    """A line for each checkpoint, and how many of them are damaged."""
+    rows, damaged = [("name", "step", "tokens", "loss", "size", "age", "")], 0
+    for path in paths:
+        try:
+            state, of = read_state(path, hashes), manifest.read_manifest(path)
+            tokens, loss = state.get("tokens"), state.get("loss")
+            numbers = (
+                f"{of['step']:,}",
+                "-" if tokens is None else f"{tokens:,}",
+                "-" if loss is None else f"{loss:.4f}",
+                f"{sum(file['size'] for file in of['files'].values()) / 1e6:,.1f} MB",
+                _age(time.time() - of["time"]),
+            )
+            rows.append((path.name, *numbers, "verified" if hashes else "complete"))
+        except CheckpointError as error:
+            damaged += 1
+            rows.append((path.name, f"{parse(path.name).step:,}" if parse(path.name) else "-", *"----", str(error)))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = ["  ".join([r[0].ljust(widths[0]), *(r[i].rjust(widths[i]) for i in range(1, 6)), r[6]]) for r in rows]
+    return "\n".join(line.rstrip() for line in lines), damaged
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the checkpoints in DIR").add_argument("path", metavar="DIR", type=Path)
+    every_byte = "read every byte and compare it with the manifest"
+    commands.add_parser("verify", help=every_byte).add_argument("path", metavar="DIR_OR_CHECKPOINT", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        if not args.path.is_dir():
+            raise CheckpointError(f"{args.path} is not a directory")
+        paths = [args.path / n for n in names(args.path)]
+        if not paths and args.command == "list":
+            print(f"no checkpoints in {args.path}")
+            return 0
+        text, damaged = table(paths or [args.path], hashes=args.command == "verify")
+        print(text)
+        return CheckpointError.exit_code if damaged else 0
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

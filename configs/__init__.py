@@ -1,0 +1,341 @@
+"""The configuration: every key with its type, default and meaning, and how files and command lines set it.
+
+    cfg, origins = configs.load(["configs/production.py", "max_steps=50000", "resume=latest"])
+
+Precedence: dataclass default < config file < command line. Values are parsed by the declared type, never evaluated.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+DEMO = Path(__file__).parent / "demo.py"
+
+
+class ConfigError(ValueError):
+    """A mistake in a key, a value or their combination; found before any process group or GPU is touched."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    # model: GPT-NeoX, names as in Hugging Face's config.json
+    vocab_size: int = 50257  # ids that the shards use; change it with the tokenizer
+    hidden_size: int = 2048  # width of the residual stream; change it to change the model's size
+    num_hidden_layers: int = 24  # blocks; change it to change the model's size
+    num_attention_heads: int = 16  # heads per block; hidden_size must be a multiple of it
+    intermediate_size: int = 8192  # width of the MLP, by custom 4 * hidden_size
+    max_position_embeddings: int = 2048  # longest sequence the exported model promises to read
+    rotary_pct: float = 0.25  # share of each head that is rotated; 1.0 for GPT-J style
+    rotary_emb_base: float = 10000.0  # base of the rotary wavelengths; larger for long contexts
+    use_parallel_residual: bool = True  # x + attn(x) + mlp(x); false for GPT-2's order
+    hidden_act: str = "gelu"  # gelu (exact), gelu_new, gelu_fast or relu, as GPT-NeoX configs name them
+    layer_norm_eps: float = 1e-5  # added to the variance in every LayerNorm
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    tie_word_embeddings: bool = False  # one matrix for input and output; true for small models
+    attention_dropout: float = 0.0  # on attention weights; raise it when epochs repeat
+    hidden_dropout: float = 0.0  # on the outputs of attention and MLP; raise it when epochs repeat
+
+    # data: what is read and in which order
+    data_dir: str = "data/demo"  # folder of shards, searched with its subfolders
+    tokenized_file_pattern: str = "tokenized_cleaned_*.npz"  # name of a shard; other files are ignored
+    max_files: int = -1  # use the first so many shards; -1 for all
+    sequence_length: int = 1024  # tokens per sample, T; at most max_position_embeddings
+    tokenizer: str = "gpt2"  # what the shards were made with: gpt2 or byte; for text samples
+    eval_files: int = 1  # last shards that are never trained on; with a single shard, its tail
+    eval_samples: int = 256  # fixed held-out windows per evaluation; fewer for speed
+    dataloader_num_workers: int = 4  # threads that read ahead; more on slow disks
+
+    # optimisation: one optimizer step is the only clock
+    max_steps: int = 25000  # optimizer steps in the whole run, resumed parts included
+    per_device_train_batch_size: int = 4  # sequences per process and micro-step; what memory allows
+    gradient_accumulation_steps: int = 4  # micro-steps per optimizer step
+    global_batch_size: int = 0  # sequences per optimizer step; when set, accumulation is derived from it
+    num_processes: int = 0  # processes the batch was chosen for; a different number is pointed out, 0 for any
+    learning_rate: float = 2e-4  # peak; larger models want less
+    min_learning_rate: float = 0.0  # where the decay ends; a tenth of the peak is common
+    lr_scheduler_type: str = "cosine"  # cosine, linear, constant or warmup_stable_decay
+    warmup_steps: int = 500  # steps of linear warm-up from zero; 0 for none
+    decay_steps: int = 0  # last steps of warmup_stable_decay; 0 for a fifth of max_steps
+    weight_decay: float = 0.1  # on matrices only, never on biases, norms or scalars
+    adam_beta1: float = 0.9  # decay of the first moment; rarely changed
+    adam_beta2: float = 0.95  # decay of the second moment; 0.99 and more for small batches
+    adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
+    max_grad_norm: float = 1.0  # global gradient norm is clipped to it; 0 for no clipping
+    max_bad_steps: int = 10  # stop (exit 65) after so many non-finite steps in a row
+    seed: int = 42  # weights, sample order and dropout are functions of it
+
+    # hardware: how the work is laid out
+    parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
+    mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
+    compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
+    cpu_threads: int = 0  # threads per process on a CPU; 0 for cores / processes
+    deterministic: bool = False  # bit-equal GPU kernels at some speed; on a CPU results always are
+
+    # output: 0 means never for every *_steps key
+    output_dir: str = "checkpoints"  # where checkpoints go
+    logging_dir: str = "logs"  # TensorBoard files and trace.jsonl
+    logging_steps: int = 250  # a log line every so many steps
+    eval_steps: int = 0  # held-out loss every so many steps, and at the end
+
+    # checkpoints: what survives the machine
+    save_steps: int = 1250  # a checkpoint every so many steps, and at the end; 0 for only the end and signals
+    save_seconds: float = 0.0  # also whenever so many seconds have passed; for machines that vanish
+    save_total_limit: int = 3  # newest checkpoints kept on disk; 0 for all
+    keep_every: int = 0  # checkpoints at multiples of so many steps are kept for ever
+    async_save: bool = True  # write behind training; false to wait for the disk
+    resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
+    allow_data_change: bool = False  # resume although the shards are not those of the checkpoint
+
+    # bucket: the second home of data and checkpoints
+    bucket_name: str | None = None  # Google Cloud Storage bucket, without gs://; none to stay on this machine
+    checkpoint_bucket_path: str = ""  # checkpoints go below it in the bucket; one path per run, empty for no upload
+    background_upload: bool = True  # upload behind training; false to wait for the bucket after every save
+    bucket_total_limit: int = 5  # newest checkpoints kept in the bucket; 0 for all
+    upload_deadline_seconds: float = 600.0  # how long the end of a run waits for its last checkpoint's upload
+    upload_megabytes_per_second: float = 0.0  # limit when training shares the network with uploads; 0 for none
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def batch(self, world_size: int) -> tuple[int, int]:
+        """(gradient accumulation steps, sequences per optimizer step over all processes).
+
+        Raises ConfigError where global_batch_size does not divide, with the nearest sizes that do.
+        """
+        per_micro_step = self.per_device_train_batch_size * world_size
+        if not self.global_batch_size:
+            return self.gradient_accumulation_steps, self.gradient_accumulation_steps * per_micro_step
+        if self.global_batch_size % per_micro_step:
+            below = self.global_batch_size // per_micro_step * per_micro_step
+            near = f"{below} and {below + per_micro_step}" if below else f"{per_micro_step}"
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of per_device_train_batch_size * "
+                f"processes = {self.per_device_train_batch_size} * {world_size} = {per_micro_step}; nearest: {near}"
+            )
+        return self.global_batch_size // per_micro_step, self.global_batch_size
+
+
+KEYS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
+
+CHOICES = {
+    "hidden_act": ("gelu", "gelu_new", "gelu_fast", "relu"),
+    "tokenizer": ("gpt2", "byte"),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
+    "parallel": ("ddp", "fsdp"),
+    "mixed_precision": ("bf16", "fp16", "no"),
+}
+AT_LEAST_ONE = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
+    "sequence_length per_device_train_batch_size gradient_accumulation_steps max_bad_steps dataloader_num_workers "
+    "eval_samples"
+).split()
+NOT_NEGATIVE = (
+    "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
+    "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps eval_steps seed "
+    "save_steps save_seconds save_total_limit keep_every "
+    "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
+    "adam_beta1 adam_beta2 adam_epsilon layer_norm_eps initializer_range rotary_pct"
+).split()
+
+
+def _check(cfg: Config) -> None:
+    """Every rule that needs no data, no device and no process group."""
+
+    def require(rule: bool, message: str) -> None:
+        if not rule:
+            raise ConfigError(message)
+
+    for key, choices in CHOICES.items():
+        value = getattr(cfg, key)
+        require(value in choices, f"{key}={value!r} is none of {', '.join(choices)}{_nearest(value, choices)}")
+    for key in AT_LEAST_ONE:
+        require(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
+    for key in NOT_NEGATIVE:
+        require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
+    for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2"):
+        require(getattr(cfg, key) < 1, f"{key}={getattr(cfg, key)} must be below 1")
+
+    D, H = cfg.hidden_size, cfg.num_attention_heads
+    below = D // H * H
+    near = f"{below} and {below + H}" if below else f"{H}"
+    require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
+    rotary = int(cfg.head_dim * cfg.rotary_pct)
+    require(
+        cfg.rotary_pct <= 1 and rotary % 2 == 0,
+        f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {cfg.head_dim} dimensions per head; "
+        f"it must be an even number between 0 and {cfg.head_dim}, e.g. rotary_pct={(rotary // 2 * 2 or 2) / cfg.head_dim:g}",
+    )
+    require(cfg.rotary_emb_base > 0, f"rotary_emb_base={cfg.rotary_emb_base} must be positive")
+    require(
+        cfg.sequence_length <= cfg.max_position_embeddings,
+        f"sequence_length={cfg.sequence_length} exceeds max_position_embeddings={cfg.max_position_embeddings}; "
+        "lower the first or raise the second",
+    )
+    require(
+        cfg.max_files == -1 or cfg.max_files >= 1,
+        f"max_files={cfg.max_files} leaves no shard to train on; use -1 for all or a positive number",
+    )
+    require(
+        cfg.min_learning_rate <= cfg.learning_rate,
+        f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}",
+    )
+    if cfg.max_steps:
+        decay = cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
+        require(
+            cfg.warmup_steps + decay <= cfg.max_steps,
+            f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''} exceeds "
+            f"max_steps={cfg.max_steps}: the peak learning rate would never be reached; lower warmup_steps",
+        )
+
+
+def load(argv: list[str]) -> tuple[Config, dict[str, str]]:
+    """Config from a command line: at most one config file (configs/demo.py if none), then key=value or --key=value.
+
+    Returns the config and, for each key that something set, what set it. Raises ConfigError.
+    """
+    files = [a for a in argv if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"expected one config file and key=value settings, got {' '.join(files)}")
+    path = Path(files[0]) if files else DEMO
+    values, origins = {}, {}
+    for key, value in read_file(path).items():
+        values[key], origins[key] = value, str(files[0] if files else "configs/demo.py")
+    for arg in argv:
+        if "=" in arg:
+            key, text = arg.removeprefix("--").split("=", 1)
+            values[key], origins[key] = parse(key, text), "command line"
+    return Config(**values), origins
+
+
+def read_file(path: Path) -> dict[str, typing.Any]:
+    """The known names that a Python config file assigns, run in a namespace of its own."""
+    if path.suffix != ".py" or not path.is_file():
+        here = ", ".join(sorted(f"configs/{p.name}" for p in DEMO.parent.glob("[!_]*.py")))
+        raise ConfigError(f"no config file {path}; a config file is Python that assigns keys, such as {here}")
+    space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), space)
+    except Exception as error:
+        raise ConfigError(f"{path} does not run: {type(error).__name__}: {error}") from error
+    found = {}
+    for name, value in space.items():
+        if name.startswith("_") or isinstance(value, types.ModuleType | types.FunctionType | type):
+            continue
+        found[name] = convert(_known(name), value)
+    return found
+
+
+def _known(key: str) -> str:
+    if key not in KEYS:
+        raise ConfigError(f"unknown key {key!r}{_nearest(key, KEYS)}; python train.py --help lists them")
+    return key
+
+
+def _nearest(word: str, words: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), words, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def type_name(key: str) -> str:
+    kind = TYPES[key]
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("None", "none")
+
+
+def convert(key: str, value: typing.Any) -> typing.Any:
+    """A Python value as the key's declared type; integral floats are good ints. Raises ConfigError."""
+    kind = TYPES[key]
+    optional = type(None) in typing.get_args(kind)
+    if optional:
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; {key} wants {type_name(key)}")
+    if kind is float and value != value:
+        raise ConfigError(f"{key}={value} is not a number")
+    return value
+
+
+def parse(key: str, text: str) -> typing.Any:
+    """A command line's text as the key's declared type: 1e6 and 25_000 are good ints, true/false, none."""
+    kind = TYPES[_known(key)]
+    inner = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)][0]
+    word = text.strip().lower()
+    if word == "none" and type(None) in typing.get_args(kind):
+        return None
+    if inner is bool and word in ("true", "false"):
+        return word == "true"
+    if inner is str:
+        return text
+    if inner in (int, float):
+        try:
+            value = int(word) if inner is int and re.fullmatch(r"[+-]?[\d_]+", word) else float(word)
+        except ValueError:
+            value = None
+        if value is not None:
+            return convert(key, value)
+    hint = " (true or false)" if inner is bool else ""
+    raise ConfigError(f"{key}={text} is not a {type_name(key)}{hint}; its default is {KEYS[key].default}")
+
+
+def to_json(cfg: Config) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=1)
+
+
+def difference(old: dict[str, typing.Any], new: dict[str, typing.Any]) -> list[tuple[str, typing.Any, typing.Any]]:
+    """(key, old value, new value) for each key whose value differs, in the order of Config."""
+    return [(k, old.get(k), new.get(k)) for k in KEYS if old.get(k) != new.get(k)]
+
+
+def describe() -> list[tuple[str, list[tuple[str, str]]]]:
+    """[(group, [(key, meaning)])] read from the comments of Config, their only owner."""
+    groups: list[tuple[str, list[tuple[str, str]]]] = []
+    for line in inspect.getsource(Config).splitlines():
+        if match := re.fullmatch(r"    # (.+)", line):
+            groups.append((match[1], []))
+        elif match := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
+            groups[-1][1].append((match[1], match[2]))
+    return groups
+
+
+def help_text() -> str:
+    lines = [
+        "usage: [torchrun --standalone --nproc_per_node=N] train.py [CONFIG.py] [key=value ...] [--show]",
+        "",
+        "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent",
+        "  --show      print the resolved config and the plan of the run, and exit",
+    ]
+    for group, keys in describe():
+        lines += ["", group]
+        for key, meaning in keys:
+            default = KEYS[key].default
+            shown = {None: "none", True: "true", False: "false"}.get(default, default) if default != 1 else default
+            lines.append(f"  {key:<28} {type_name(key):<12} {shown!s:<24} {meaning}")
+    return "\n".join(lines)
+
+
+def show_changes(cfg: Config, origins: dict[str, str]) -> str:
+    """The keys that something set, with value, origin and, where it differs, the default."""
+    lines = []
+    for key, origin in origins.items():
+        value, default = getattr(cfg, key), KEYS[key].default
+        was = "" if value == default else f"  (default {default})"
+        lines.append(f"  {key} = {value}  [{origin}]{was}")
+    return "\n".join(lines)

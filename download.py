@@ -1,0 +1,263 @@
+"""Shards from a bucket to a folder, where they are ready to be read in place.
+
+    python data.py download [CONFIG.py] [gs://BUCKET/PREFIX] [DEST] [--list] [key=value ...]
+
+Without a place it is bucket_name, without DEST it is data_dir; tokenized_file_pattern and max_files choose the files.
+It can be killed at any moment and started again. `--list` only says what is there.
+"""
+
+import contextlib
+import fcntl
+import fnmatch
+import io
+import json
+import os
+import shutil
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import configs
+import gcs
+import prepare
+
+STREAMS = 8  # files at once; the client's connection pool holds 10
+INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a file counts
+RESERVE = 64 << 20  # bytes of disk left free
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code. Raises ConfigError and BucketError for the caller to print."""
+    settings = [a for a in argv if "=" in a or a.endswith(".py")]
+    places = [a for a in argv if a.startswith("gs://")]
+    folders = [a for a in argv if a not in settings + places and not a.startswith("--")]
+    unknown = [a for a in argv if a.startswith("--") and "=" not in a and a != "--list"]
+    if len(places) > 1 or len(folders) > 1 or unknown:
+        raise configs.ConfigError(f"cannot make sense of {' '.join(argv)!r}\n{__doc__}")
+    cfg, origins = configs.load(settings)
+    if not places and not cfg.bucket_name:
+        raise configs.ConfigError("no bucket: name one, gs://BUCKET/PREFIX, or set bucket_name")
+    name, prefix = gcs.split(places[0] if places else f"gs://{cfg.bucket_name}")
+    bucket = gcs.Bucket(name)
+    shards, refused = choose(bucket, prefix, cfg.tokenized_file_pattern, cfg.max_files)
+    for reason in refused:
+        print(reason, file=sys.stderr)
+    if not shards:
+        raise gcs.BucketError(f"gs://{name}/{prefix} has no object like {cfg.tokenized_file_pattern}")
+    if "--list" in argv:
+        show(bucket, shards)
+    else:
+        if not folders and origins.get("data_dir", "configs/demo.py") == "configs/demo.py":
+            raise configs.ConfigError("no folder for the shards: name one, or a config file or data_dir=... that does")
+        download(bucket, shards, Path(folders[0] if folders else cfg.data_dir))
+    return gcs.BucketError.exit_code if refused else 0
+
+
+Shards = dict[str, gcs.Object]  # {path below the folder: object}
+
+
+def choose(bucket: gcs.Bucket, prefix: str, pattern: str, max_files: int = -1) -> tuple[Shards, list[str]]:
+    """The first max_files (-1: all) objects below prefix whose file name matches, and why others were refused.
+
+    Paths are relative to prefix, in sorted order, as data.py will find them.
+    """
+    base = f"{prefix}/" if prefix else ""
+    shards, refused = {}, []
+    for obj in bucket.list(base):
+        path = obj.name.removeprefix(base)
+        if fnmatch.fnmatchcase(path.rpartition("/")[2], pattern):
+            try:
+                shards[gcs.safe_name(path)] = obj
+                if obj.encoded:
+                    raise gcs.BucketError(f"{bucket.url(obj.name)} is stored gzip-encoded; store the file itself")
+            except gcs.BucketError as error:
+                shards.pop(path, None)
+                refused.append(str(error))
+    chosen = sorted(shards)[: max_files if max_files >= 0 else None]
+    return {path: shards[path] for path in chosen}, refused
+
+
+def show(bucket: gcs.Bucket, shards: Shards) -> None:
+    """Print what a download would bring. Tokens are extrapolated from the largest file's zip directory."""
+    for path, obj in shards.items():
+        print(f"{obj.size:>16,}  {path}")
+    size = sum(obj.size for obj in shards.values())
+    largest = max(shards.values(), key=lambda obj: obj.size)
+    tokens, padded = count_tokens(bucket, largest)
+    estimate = f"about {tokens / max(1, largest.size) * size:,.0f} tokens" if tokens else "unknown number of tokens"
+    print(f"{len(shards):,} files, {size:,} bytes, {estimate}{' with padding' if tokens and padded else ''}")
+
+
+def count_tokens(bucket: gcs.Bucket, obj: gcs.Object) -> tuple[int, bool]:
+    """(tokens, whether padding is among them) of an .npz by its zip directory, the last bytes; (0, False) if unclear."""
+    tail = bucket.read_from(obj, max(0, obj.size - (64 << 10)))
+    try:
+        # Offsets in the directory count from the file's start, which zipfile corrects by itself.
+        members = {entry.filename: entry for entry in zipfile.ZipFile(io.BytesIO(tail)).infolist()}
+    except zipfile.BadZipFile:
+        return 0, False
+    padded = any(name.startswith(("attention_mask", "sequence_lengths")) for name in members)
+    found = next((members[name] for name in ("input_ids.npy", "tokens.npy") if name in members), None)
+    return (found.file_size - 128) // (4 if padded else 2) if found else 0, padded
+
+
+def download(bucket: gcs.Bucket, shards: Shards, folder: Path) -> None:
+    """Bring every shard into folder, verified and prepared; what is there and intact is not fetched again."""
+    paths = {path: gcs.local_path(folder, path) for path in shards}
+    with exclusive(folder):
+        ready = Index(folder)
+        todo = [path for path in shards if not ready.knows(path, paths[path], shards[path])]
+        missing = {path: shards[path] for path in todo if not has_size(paths[path], shards[path].size)}
+        check_space(folder, sum(obj.size - part_size(paths[path], obj) for path, obj in missing.items()))
+
+        def bring(path: str, bar: "Bar") -> None:
+            obj, file = shards[path], paths[path]
+            if has_size(file, obj.size) and gcs.checksum_of(file) == obj.crc32c:
+                bar.add(obj.size)
+            else:
+                bucket.download(obj, file, bar.add)
+            prepare_in_place(file)
+            ready.add(path, file, obj)
+            bar.count()
+
+        with Bar(sum(shards[path].size for path in todo), len(todo)) as bar:
+            in_parallel(lambda path: bring(path, bar), todo, STREAMS)
+    print(f"{folder}: {len(shards):,} files ready, {len(todo):,} of them new")
+
+
+def prepare_in_place(file: Path) -> None:
+    """Make a compressed or padded shard one that can be mapped; leaves one that can as it is."""
+    prepare.prepare_in_place(file)
+
+
+class Index:
+    """Which files are ready: the object they were made from, and what they looked like then."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.lock = folder, threading.Lock()
+        self.entries: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (folder / INDEX).read_text().splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run is torn
+                    entry = json.loads(line)
+                    self.entries[entry["path"]] = entry
+
+    def knows(self, path: str, file: Path, obj: gcs.Object) -> bool:
+        entry = self.entries.get(path)
+        if entry is None or entry["object"] != obj.crc32c or not has_size(file, entry["size"]):
+            return False
+        if file.stat().st_mtime_ns == entry["mtime_ns"]:
+            return True
+        if gcs.checksum_of(file) != entry["crc32c"]:
+            return False
+        self.add(path, file, obj)
+        return True
+
+    def add(self, path: str, file: Path, obj: gcs.Object) -> None:
+        status = file.stat()
+        entry = {
+            "path": path,
+            "object": obj.crc32c,
+            "size": status.st_size,
+            "crc32c": gcs.checksum_of(file),
+            "mtime_ns": status.st_mtime_ns,
+        }
+        with self.lock, open(self.folder / INDEX, "a") as out:
+            out.write(f"\n{json.dumps(entry)}")  # a newline first, so that a torn line spoils nothing but itself
+
+
+# ---- shared with sync.py
+
+
+class Bar:
+    """One tqdm bar over bytes that many threads move, with the number of files behind it. Silent where no one looks."""
+
+    def __init__(self, size: int, files: int):
+        self.bar = tqdm(total=size, unit="B", unit_scale=True, smoothing=0.1, disable=None)
+        self.files, self.done, self.lock = files, 0, threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self.lock:
+            self.bar.update(size)
+
+    def count(self) -> None:
+        with self.lock:
+            self.done += 1
+            self.bar.set_postfix_str(f"{self.done}/{self.files} files")
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], streams: int) -> None:
+    """function(item) for every item, in daemon threads; the first exception stops the rest and is raised.
+
+    Not a ThreadPoolExecutor, because the interpreter waits for its threads at exit, however long a transfer takes.
+    """
+    queue, lock, problems = iter(list(items)), threading.Lock(), []
+
+    def work() -> None:
+        while not problems:
+            with lock:
+                item = next(queue, queue)
+            if item is queue:
+                return
+            try:
+                function(item)
+            except BaseException as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Only one process at a time brings files into a folder; the lock dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".download.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise gcs.BucketError(
+                f"{folder} is being filled by {file.read().strip() or 'another process'}; wait for it"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def check_space(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free - RESERVE
+    if need > free:
+        raise gcs.BucketError(
+            f"{need / 1e9:,.2f} GB are still to come and {folder} has {max(0, free) / 1e9:,.2f} GB free; "
+            "free some space, or choose another folder or fewer files"
+        )
+
+
+def has_size(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except OSError:
+        return False
+
+
+def part_size(file: Path, obj: gcs.Object) -> int:
+    part = gcs.part_of(file, obj)
+    return part.stat().st_size if part.exists() else 0

@@ -1,0 +1,268 @@
+"""GPT-NeoX (Black et al. 2022, arXiv:2204.06745) on torch alone: modules, loss, parameter counts and FLOPs.
+
+Parameter names are those of Hugging Face's GPTNeoXForCausalLM on disk without the `gpt_neox.` prefix, so a state
+dict is an export after a rename. Nothing here knows about devices, processes or precision policies.
+"""
+
+import zlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),  # the same polynomial, written differently elsewhere
+    "relu": F.relu,
+}
+
+
+def rotary_tables(positions: torch.Tensor, dims: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 (T, dims / 2), of the rotary angles (Su et al. 2021, arXiv:2104.09864) at int positions (T,).
+
+    Computed in every forward from nothing: cheaper than a buffer that a meta-built model must remember to refill.
+    """
+    inverse = base ** -(torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
+    angles = positions.float()[:, None] * inverse  # (T, dims / 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first dimensions of each head of x (B, H, T, D), pairing i with i + dims / 2; the rest passes."""
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    # the products are fp32, as the tables: in bf16 neighbouring positions would blur beyond a few hundred
+    return torch.cat(((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.num_heads, self.dropout = cfg.num_attention_heads, cfg.attention_dropout
+        self.query_key_value = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
+        self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        # GPT-NeoX interleaves per head: q, k and v of head 0, then of head 1, ...
+        qkv = self.query_key_value(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, 3 * D)
+        q, k, v = qkv.chunk(3, dim=-1)  # (B, H, T, D) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return self.dense(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(cfg.hidden_size, cfg.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
+        self.act = ACTIVATIONS[cfg.hidden_act]
+
+    def forward(self, x):
+        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.attention = Attention(cfg)
+        self.mlp = MLP(cfg)
+        self.parallel, self.p = cfg.use_parallel_residual, cfg.hidden_dropout
+
+    def forward(self, x, cos, sin):
+        a = F.dropout(self.attention(self.input_layernorm(x), cos, sin), self.p, self.training)
+        if self.parallel:  # both read x, so their matrix products do not wait for each other
+            return x + a + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.p, self.training)
+        x = x + a
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.p, self.training)
+
+
+def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross entropy (fp32 scalar) of logits (N, V) at targets (N,), and its gradient (N, V) in logits' dtype.
+
+    Targets below zero do not count. The gradient is softmax minus one-hot; loss and softmax are fp32 throughout.
+    """
+    x = logits.float()
+    lse = torch.logsumexp(x, dim=-1, keepdim=True)  # (N, 1)
+    counts = (targets >= 0)[:, None]  # (N, 1)
+    hit = torch.arange(x.size(1), device=x.device)[None] == targets[:, None]  # (N, V), fused away when compiled
+    loss = torch.where(counts, lse - torch.where(hit, x, 0.0).sum(dim=-1, keepdim=True), 0.0).sum()
+    grad = torch.where(counts, torch.exp(x - lse) - hit.float(), 0.0)
+    return loss, grad.to(logits.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of x @ weight.T, a chunk of rows at a time: the (N, V) logits never exist at once.
+
+    The gradients of both inputs are made in the forward pass, while a chunk's softmax is at hand: three matrix
+    products as in the plain loss, where a checkpointed chunk would need a fourth.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk_rows, kernel):
+        w = weight.to(x.dtype)  # (V, C)
+        loss = x.new_zeros((), dtype=torch.float32)
+        dx, dw = torch.empty_like(x), None
+        chunks = list(zip(x.split(chunk_rows), targets.split(chunk_rows), dx.split(chunk_rows), strict=True))
+        for x_c, y_c, dx_c in chunks:
+            loss_c, dlogits = kernel(x_c @ w.T, y_c)
+            loss += loss_c
+            torch.mm(dlogits, w, out=dx_c)
+            part = dlogits.T @ x_c  # (V, C)
+            if dw is None:
+                dw = part if len(chunks) == 1 else part.float()  # chunks add up in fp32
+            else:
+                dw += part
+        ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw.to(ctx.weight_dtype).mul_(grad), None, None, None
+
+
+class Head(nn.Linear):
+    """The output matrix together with its loss, so that FSDP2 gathers the weight once for both."""
+
+    # logits per chunk: 2**26 in bf16 are 128 MiB, enough rows to keep the matrix products at full speed
+    max_logits = 1 << 26
+
+    def __init__(self, cfg):
+        super().__init__(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.kernel = softmax_loss  # replaced by its compiled form
+
+    def forward(self, x, targets=None):
+        """Logits (B, T, V), or with targets (B, T) the sum of their token losses (fp32 scalar); -100 is not counted."""
+        if targets is None:
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        N = x.size(0)
+        chunks = -(-N * self.weight.size(0) // self.max_logits)
+        rows = -(-N // chunks)
+        if torch.is_grad_enabled():
+            return LinearCrossEntropy.apply(x, self.weight, targets, rows, self.kernel)
+        w = self.weight.to(x.dtype)
+        return sum(
+            F.cross_entropy((x_c @ w.T).float(), y_c, reduction="sum", ignore_index=-100)
+            for x_c, y_c in zip(x.split(rows), targets.split(rows), strict=True)
+        )
+
+
+class GPTNeoX(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_in = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.embed_out = Head(cfg)
+        if cfg.tie_word_embeddings:
+            self.embed_out.weight = self.embed_in.weight
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) for int64 idx (B, T); with targets (B, T) the sum of token losses, an fp32 scalar.
+
+        Targets are the next tokens already: nothing is shifted here. -100 marks a target that does not count.
+        """
+        cfg = self.cfg
+        positions = torch.arange(idx.size(1), device=idx.device)
+        cos, sin = rotary_tables(positions, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
+        x = F.dropout(self.embed_in(idx), cfg.hidden_dropout, self.training)  # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.embed_out(self.final_layer_norm(x), targets)
+
+
+def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
+    """The fp32 tensor (CPU, full shape) that parameter `name` starts from: a function of (seed, name) and nothing else.
+
+    Ones for norms, zeros for biases, normal(0, initializer_range) for matrices; the same on any number of processes.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(cfg.seed << 32 | zlib.crc32(name.encode()))
+    return torch.empty(shape).normal_(0.0, cfg.initializer_range, generator=generator)
+
+
+def init_weights(model: GPTNeoX) -> None:
+    """Initialise a model of plain tensors in place."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_value(name, p.shape, model.cfg))
+
+
+def num_parameters(cfg) -> tuple[int, int]:
+    """(all parameters, parameters without the input and output embeddings) of a config."""
+    C, inner, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
+    attention = C * 3 * C + 3 * C + C * C + C
+    mlp = C * inner + inner + inner * C + C
+    body = cfg.num_hidden_layers * (attention + mlp + 4 * C) + 2 * C
+    return body + V * C * (1 if cfg.tie_word_embeddings else 2), body
+
+
+def flops_per_token(cfg) -> float:
+    """FLOPs of forward and backward per trained token: 6 N + 6 L C T.
+
+    N counts the parameters that multiply (all but the input embedding, which is a lookup): 2 FLOPs forward and 4
+    backward each (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Attention multiplies q by k and weights by v,
+    2 * 2 * C * T per layer and token forward, three times that with backward, and half of it under the causal mask.
+    PaLM (arXiv:2204.02311, appendix B) counts the masked half too, which makes its MFU look higher.
+    """
+    body = num_parameters(cfg)[1]
+    N = body + cfg.vocab_size * cfg.hidden_size
+    return 6.0 * N + 6.0 * cfg.num_hidden_layers * cfg.hidden_size * cfg.sequence_length
+
+
+SAME_NAME = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
+    "hidden_dropout max_position_embeddings initializer_range layer_norm_eps tie_word_embeddings use_parallel_residual"
+).split()
+
+
+def to_hf_config(cfg) -> dict:
+    """The config.json of GPTNeoXForCausalLM; rotary keys in both the older and the newer spelling."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        **{key: getattr(cfg, key) for key in SAME_NAME},
+        "attention_bias": True,
+        "rotary_pct": cfg.rotary_pct,
+        "rotary_emb_base": cfg.rotary_emb_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": cfg.rotary_emb_base,
+            "partial_rotary_factor": cfg.rotary_pct,
+        },
+    }
+
+
+def from_hf_config(hf: dict) -> dict:
+    """Our model keys from a config.json's dict. Raises ValueError naming what this model does not have."""
+    rope = hf.get("rope_parameters") or {}
+    unsupported = [
+        f"{key}={hf.get(key)!r} (only {wanted!r})"
+        for key, wanted in (("model_type", "gpt_neox"), ("attention_bias", True), ("rope_scaling", None))
+        if hf.get(key, wanted) != wanted
+    ]
+    if rope.get("rope_type", "default") != "default":
+        unsupported.append(f"rope_type={rope['rope_type']!r} (only 'default')")
+    if hf.get("hidden_act", "gelu") not in ACTIVATIONS:
+        unsupported.append(f"hidden_act={hf['hidden_act']!r} (only {', '.join(ACTIVATIONS)})")
+    if unsupported:
+        raise ValueError("this model cannot represent " + "; ".join(unsupported))
+    ours = {key: hf[key] for key in SAME_NAME if key in hf}
+    ours["rotary_pct"] = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
+    ours["rotary_emb_base"] = float(rope.get("rope_theta", hf.get("rotary_emb_base", 10000.0)))
+    return ours

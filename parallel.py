@@ -1,0 +1,267 @@
+"""Devices and processes: the one place that picks device, backend and dtype, wraps the model and talks to other ranks.
+
+Everything is written once for CPU, CUDA and MPS; a single process is a process group of one.
+"""
+
+import contextlib
+import datetime
+import gc
+import os
+import resource
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from configs import Config, ConfigError
+from model import GPTNeoX, initial_value, softmax_loss
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+@dataclass(frozen=True)
+class Env:
+    """Where this process runs."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    threads: int  # intra-op threads on a CPU
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """Processes of this launch, known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device(local_rank: int, local_world_size: int) -> torch.device:
+    """This process's accelerator, or the CPU. Raises ConfigError for more processes than accelerators."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_world_size > count:
+        raise ConfigError(
+            f"{local_world_size} processes on a machine with {count} {accelerator.type} device(s); "
+            f"use --nproc_per_node={count}, or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+    return torch.device(accelerator.type, local_rank)
+
+
+def check_precision(cfg: Config, device: torch.device) -> None:
+    """fp16 needs kernels that not every CPU has; found here instead of in the first step."""
+    if device.type == "cpu" and cfg.mixed_precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError("mixed_precision=fp16: this CPU has no fp16 matrix products; use bf16 or no")
+    if device.type == "mps" and world_size() > 1:
+        raise ConfigError("MPS runs one process: start train.py without torchrun")
+
+
+def start(cfg: Config) -> Env:
+    """Pick the device, set threads and numerics, join the process group. Raises ConfigError."""
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = pick_device(local_rank, local_world)
+    check_precision(cfg, device)
+    # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = cfg.cpu_threads or max(1, cores // local_world)
+        torch.set_num_threads(threads)
+        # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not
+        # compile with bf16 parameters (torch 2.13); without horizontal fusion there is nothing to merge
+        inductor.cpp.max_horizontal_fusion_size = 1
+    else:
+        torch.accelerator.set_device_index(local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU; no effect on a CPU
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+    backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
+    timeout = datetime.timedelta(minutes=30)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return Env(rank, world, local_rank, local_world, device, threads)
+
+
+def stop() -> None:
+    """Leave the process group, all ranks together; the barrier and the collection keep gloo from aborting at exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+    gc.collect()
+
+
+def build(cfg: Config, env: Env) -> torch.nn.Module:
+    """The model, wrapped, initialised from (seed, parameter name) and compiled; its parameters are on the device."""
+    with torch.device("meta"):
+        model = GPTNeoX(cfg)
+    if cfg.parallel == "fsdp":
+        shard(model, cfg, env)
+    model.to_empty(device=env.device)
+    materialise(model)
+    if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
+        ids = None if env.device.type == "cpu" else [env.local_rank]
+        # init_sync: every rank has made the same weights already
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
+    if (
+        cfg.compile_model
+    ):  # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
+        for block in raw(model).layers:
+            block.compile(dynamic=False)
+        raw(model).embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
+    return model
+
+
+def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
+    """FSDP2: a group per block, one for the embedding, one for the final norm with the head; in place."""
+    mesh = init_device_mesh(env.device.type, (env.world_size,), mesh_dim_names=("shard",))
+    half = cfg.mixed_precision != "no"
+    policy = MixedPrecisionPolicy(DTYPES[cfg.mixed_precision], torch.float32) if half else MixedPrecisionPolicy()
+    # a block's inputs are in the right dtype already, except the rotary tables, which must stay fp32
+    inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=inner)
+    if not cfg.tie_word_embeddings:  # tied: one parameter can be in one group only, which is then the root's
+        fully_shard(model.embed_in, mesh=mesh, mp_policy=policy)
+        # backward starts here, so freeing the head after forward would only mean gathering it again
+        fully_shard([model.final_layer_norm, model.embed_out], mesh=mesh, mp_policy=inner, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def materialise(model: GPTNeoX) -> None:
+    """Give every parameter its initial value; each rank makes the full tensor and keeps its own part."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            full = initial_value(name, p.shape, model.cfg).to(p.device)
+            if isinstance(p, DTensor):  # src_data_rank=None: no communication
+                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local()
+                p.to_local().copy_(full)
+            else:
+                p.copy_(full)
+
+
+def raw(model: torch.nn.Module) -> GPTNeoX:
+    """The GPTNeoX inside DDP, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def sync_gradients(model: torch.nn.Module, on: bool) -> None:
+    """Whether the next backward communicates gradients: only an optimizer step's last micro-step needs to."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def autocast(cfg: Config, env: Env) -> contextlib.AbstractContextManager:
+    """Mixed precision for plain and DDP models; FSDP2 has its own policy."""
+    if cfg.parallel == "fsdp" or cfg.mixed_precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(env.device.type, DTYPES[cfg.mixed_precision])
+
+
+def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
+    """One backward on zeros, thrown away, before any state is loaded.
+
+    DDP re-orders its gradient buckets after the first backward. The order is part of the sum's bits with three or
+    more ranks, so a fresh run and a resumed one must both have it behind them; and compilation happens here.
+    """
+    zeros = torch.zeros(cfg.per_device_train_batch_size, cfg.sequence_length, dtype=torch.int64, device=env.device)
+    for _ in range(2):  # the second forward applies the new order
+        sync_gradients(model, True)
+        with autocast(cfg, env):
+            loss = model(zeros, zeros)
+        (loss * 0.0).backward()
+        model.zero_grad(set_to_none=True)
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """Global gradient norm (fp32 scalar on the device, same on every rank); gradients are clipped to max_norm > 0."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """Sum of a device tensor over all ranks, in place."""
+    dist.all_reduce(value)
+    return value
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Free the parameters that FSDP2 keeps whole after a forward without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class Readback:
+    """Carries figures from the device to the host a step late, so that the host never waits for the step in flight."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pending = device, deque()
+
+    def put(self, tag, figures: torch.Tensor) -> None:
+        """Start copying a small 1-D tensor; `tag` comes back with it."""
+        if self.device.type == "cpu":
+            self.pending.append((tag, figures, None))
+            return
+        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=self.device.type == "cuda")
+        host.copy_(figures, non_blocking=True)
+        event = torch.Event(self.device.type)
+        event.record()
+        self.pending.append((tag, host, event))
+
+    def take(self, wait: bool) -> Iterator[tuple[Any, list[float]]]:
+        """(tag, figures) of every step but the newest, or of that too with `wait`, oldest first."""
+        while len(self.pending) > (0 if wait else 1):
+            tag, host, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            yield tag, host.tolist()
+
+
+def agree(*flags: float) -> list[float]:
+    """The largest of each flag over all ranks: a host-side collective that does not wait for the device."""
+    values = torch.tensor(flags, dtype=torch.float64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def peak_memory(env: Env) -> int:
+    """Bytes: peak allocated on the accelerator, or peak resident size of the process on a CPU."""
+    if env.device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated()
+
+
+def describe(env: Env, cfg: Config) -> str:
+    """Device, processes, strategy and precision in words."""
+    if env.device.type == "cpu":
+        device = f"CPU, {env.threads} thread{'s' if env.threads > 1 else ''} per process"
+    else:
+        device = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type.upper()
+    strategy = cfg.parallel if env.world_size > 1 or cfg.parallel == "fsdp" else "one process"
+    compiled = "compiled" if cfg.compile_model else "not compiled"
+    return f"{env.world_size} x {device}; {strategy}, {cfg.mixed_precision.replace('no', 'fp32')}, {compiled}"

