@@ -43,14 +43,17 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
         self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         # GPT-NeoX interleaves per head: q, k and v of head 0, then of head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, 3 * D)
         q, k, v = qkv.chunk(3, dim=-1)  # (B, H, T, D) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        if cache is None:
+            p = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        else:  # generation: sample.py keeps this layer's keys and values of earlier tokens
+            y = cache.attend(q, k, v)
         return self.dense(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -74,8 +77,8 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.parallel, self.p = cfg.use_parallel_residual, cfg.hidden_dropout
 
-    def forward(self, x, cos, sin):
-        a = F.dropout(self.attention(self.input_layernorm(x), cos, sin), self.p, self.training)
+    def forward(self, x, cos, sin, cache=None):
+        a = F.dropout(self.attention(self.input_layernorm(x), cos, sin, cache), self.p, self.training)
         if self.parallel:  # both read x, so their matrix products do not wait for each other
             return x + a + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.p, self.training)
         x = x + a
@@ -166,7 +169,10 @@ class GPTNeoX(nn.Module):
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.embed_out = Head(cfg)
-        if cfg.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.cfg.tie_word_embeddings:
             self.embed_out.weight = self.embed_in.weight
 
     def forward(self, idx, targets=None):
@@ -192,7 +198,8 @@ def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
         return torch.zeros(shape)
     if "norm" in name:
         return torch.ones(shape)
-    generator = torch.Generator().manual_seed(cfg.seed << 32 | zlib.crc32(name.encode()))
+    # a hash, because the CPU's generator looks at the low 32 bits of its seed only
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{cfg.seed}:{name}".encode()))
     return torch.empty(shape).normal_(0.0, cfg.initializer_range, generator=generator)
 
 

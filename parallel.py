@@ -117,6 +117,7 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
     if cfg.parallel == "fsdp":
         shard(model, cfg, env)
     model.to_empty(device=env.device)
+    model.tie_weights()  # to_empty makes a tensor per module, which unties them
     materialise(model)
     if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
         ids = None if env.device.type == "cpu" else [env.local_rank]

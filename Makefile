@@ -1,0 +1,34 @@
+# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=50 ..."]     make test [ARGS="-k resume"]
+PYTHON ?= python3
+CONFIG ?= configs/demo.py
+NPROC ?= 2
+ARGS ?=
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: train test lint clean
+
+train: .venv/runtime
+	@if [ "$(CONFIG)" = configs/demo.py ]; then python data.py demo; fi
+	torchrun --standalone --nproc_per_node=$(NPROC) train.py $(CONFIG) $(ARGS)
+
+test: .venv/dev
+	python -m pytest $(ARGS)
+
+lint: .venv/dev
+	ruff check .
+	ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/runtime: .venv/bin/python requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/runtime requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv data/demo out logs

@@ -1,0 +1,39 @@
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads():
+    torch.set_num_threads(1)  # sums are taken in one order
+
+
+def write_shards(folder: Path, shards: int = 4, tokens: int = 3000, vocab: int = 257, seed: int = 0) -> Path:
+    """Mapped shards of learnable text: each token is mostly a function of the one before."""
+    rng = np.random.default_rng(seed)
+    follows = rng.permutation(vocab)
+    for i in range(shards):
+        noise = rng.random(tokens) < 0.2
+        stream = rng.integers(0, vocab, tokens)
+        for t in range(1, tokens):
+            if not noise[t]:
+                stream[t] = follows[stream[t - 1]]
+        path = folder / f"part{i}" / f"tokenized_cleaned_{i:02d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, input_ids=stream.astype(np.uint16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A data_dir of four small shards, the last one held out."""
+    return write_shards(tmp_path_factory.mktemp("shards"))

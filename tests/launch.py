@@ -1,0 +1,103 @@
+"""Starts train.main in real processes, quickly: a fork server has imported torch once, each rank is forked from it."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train"])
+
+# a model and a run of a second; every test states what it changes
+TINY = (
+    "vocab_size=257 hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=64 "
+    "max_position_embeddings=64 sequence_length=32 tokenizer=byte per_device_train_batch_size=4 "
+    "gradient_accumulation_steps=1 dataloader_num_workers=1 learning_rate=1e-2 max_steps=10 warmup_steps=2 "
+    "logging_steps=1 save_steps=0 mixed_precision=no compile_model=false cpu_threads=1 eval_samples=8"
+).split()
+
+
+def _rank(args: list[str], environment: dict[str, str], log: str, cwd: str) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    import train
+
+    raise SystemExit(train.main(args))
+
+
+class Run:
+    """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
+
+    def __init__(self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"
+        self.log.touch()
+        config = folder / "empty.py"  # not the demo's values: only what the test states
+        config.write_text("")
+        args = [str(config), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.ranks = []
+        for rank in range(nproc):
+            environment = dict(env or {})
+            if nproc > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
+                environment |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            self.ranks.append(CONTEXT.Process(target=_rank, args=(args, environment, str(self.log), str(folder))))
+        for process in self.ranks:
+            process.start()
+
+    def wait(self, timeout: float = 50) -> list[int]:
+        """The exit codes; past the timeout everything is killed and the test fails with the log."""
+        end = time.monotonic() + timeout
+        for process in self.ranks:
+            process.join(max(0, end - time.monotonic()))
+        if any(process.is_alive() for process in self.ranks):
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self.text}")
+        return [process.exitcode for process in self.ranks]
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        for process in self.ranks if rank is None else [self.ranks[rank]]:
+            os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+
+    def wait_for(self, pattern: str, timeout: float = 40) -> None:
+        """Until the log has the pattern; polls, because the other side is another process."""
+        end = time.monotonic() + timeout
+        while not re.search(pattern, self.text):
+            dead = not any(process.is_alive() for process in self.ranks)
+            if (dead and not re.search(pattern, self.text)) or time.monotonic() > end:
+                raise AssertionError(f"no {pattern!r} in:\n{self.text}")
+            time.sleep(0.01)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def losses(self) -> list[float]:
+        return [float(x) for x in re.findall(r"^Step \d+: loss=([\d.]+|nan|inf)", self.text, re.M)]
+
+
+def train(folder: Path, *args: str, nproc: int = 1, code: int = 0, env: dict[str, str] | None = None) -> Run:
+    """Run to the end and insist on the exit code."""
+    run = Run(list(args), nproc, folder, env)
+    codes = run.wait()
+    assert codes == [code] * nproc, f"exit codes {codes}, expected {code}:\n{run.text}"
+    return run
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -1,0 +1,113 @@
+"""Parsing, precedence, origins and the errors that name the fix."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT
+
+import configs
+from configs import Config, ConfigError, load
+
+
+def test_precedence_and_origins(tmp_path):
+    """Default < file < command line, each value with what set it; a file may import another and use helper names."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import math\nfrom configs.production import *\n_half = 12_500\nmax_steps = _half\nlearning_rate = math.pi / 1e4\n"
+    )
+    cfg, origins = load([str(file), "warmup_steps=1e2", "--resume=latest"])
+    assert (cfg.max_steps, cfg.warmup_steps, cfg.resume, cfg.parallel) == (12_500, 100, "latest", "fsdp")
+    assert origins["max_steps"] == str(file) and origins["resume"] == "command line" and "seed" not in origins
+    assert load([])[0] == load(["configs/demo.py"])[0]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("max_steps=1e6", 1_000_000),
+        ("max_steps=25_000", 25_000),
+        ("learning_rate=3e-4", 3e-4),
+        ("rotary_pct=1", 1.0),
+        ("compile_model=FALSE", False),
+        ("resume=none", None),
+        ("data_dir=a=b", "a=b"),
+        ("max_files=-1", -1),
+    ],
+)
+def test_values(text, value):
+    """Text is parsed by the key's declared type."""
+    key, text = text.split("=", 1)
+    found = configs.parse(key, text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["learning_rat=1"], "unknown key 'learning_rat'; did you mean learning_rate"),
+        (["max_steps=many"], "max_steps=many is not a int"),
+        (["max_steps=1.5"], "max_steps=1.5 is a float; max_steps wants int"),
+        (["compile_model=yes"], "true or false"),
+        (["learning_rate=nan"], "not a number"),
+        (["nofile.py"], "configs/production.py"),
+        (["configs/demo.py", "configs/test.py"], "expected one config file"),
+        (["parallel=dp"], "did you mean ddp"),
+        (["hidden_size=100", "num_attention_heads=16"], "nearest sizes: 96 and 112"),
+        (["rotary_pct=0.02"], "even number"),
+        (["sequence_length=4096"], "exceeds max_position_embeddings"),
+        (["max_files=0"], "no shard"),
+        (["max_steps=10", "warmup_steps=11"], "exceeds max_steps=10"),
+        (["min_learning_rate=1"], "exceeds learning_rate"),
+        (["hidden_dropout=1"], "below 1"),
+        (["logging_steps=-1"], "must not be negative"),
+        (["per_device_train_batch_size=0"], "at least 1"),
+    ],
+)
+def test_mistakes(args, words):
+    """Each mistake is a ConfigError, exit code 2, that shows the value and the way out."""
+    with pytest.raises(ConfigError) as error:
+        load(args)
+    assert words in str(error.value) and error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "source, words", [("max_stepps = 3", "max_steps"), ("max_steps = '3'", "is a str"), ("1 / 0", "ZeroDivisionError")]
+)
+def test_mistakes_in_a_file(tmp_path, source, words):
+    """The same for a config file: unknown names, wrong types, code that does not run."""
+    file = tmp_path / "bad.py"
+    file.write_text(source)
+    with pytest.raises(ConfigError, match=words):
+        load([str(file)])
+
+
+def test_global_batch():
+    """Accumulation follows from the global batch on any number of processes, or the error names the nearest sizes."""
+    cfg = Config(global_batch_size=96, per_device_train_batch_size=4)
+    assert [cfg.batch(w) for w in (1, 2, 8)] == [(24, 96), (12, 96), (3, 96)]
+    with pytest.raises(ConfigError, match=r"global_batch_size=100 .* 4 \* 2 = 8; nearest: 96 and 104"):
+        dataclasses.replace(cfg, global_batch_size=100).batch(2)
+
+
+def test_the_three_configurations():
+    """The values that users of the predecessor know, unchanged."""
+    table = {
+        "test": (5, 1000, 2, 2, 200, 25, 10, 2e-4, 0.1, 2),
+        "production": (-1, 25000, 4, 4, 1250, 250, 500, 2e-4, 0.1, 4),
+        "production_8gpu": (-1, 590625, 8, 4, 20000, 3000, 11812, 3e-4, 0.1, 6),
+    }
+    keys = (
+        "max_files max_steps per_device_train_batch_size gradient_accumulation_steps save_steps logging_steps "
+        "warmup_steps learning_rate weight_decay dataloader_num_workers"
+    ).split()
+    for name, values in table.items():
+        cfg, _ = load([str(ROOT / "configs" / f"{name}.py")])
+        assert tuple(getattr(cfg, k) for k in keys) == values, name
+        assert (cfg.sequence_length, cfg.max_grad_norm, cfg.mixed_precision, cfg.compile_model) == (1024, 1.0, "bf16", True)
+        assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.vocab_size, cfg.rotary_pct) == (2048, 24, 50257, 0.25)
+
+
+def test_every_key_is_explained_once():
+    """The comments of Config are the help: each key has exactly one, in a group, and no other key appears."""
+    explained = [key for _, keys in configs.describe() for key, _ in keys]
+    assert explained == list(configs.KEYS)

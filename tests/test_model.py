@@ -1,0 +1,126 @@
+"""The model is Transformers' GPTNeoXForCausalLM: logits, loss and every gradient; counts, FLOPs, initial weights."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as neox
+from configs import Config
+
+SMALL = Config(
+    vocab_size=101,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=80,
+    max_position_embeddings=64,
+    sequence_length=32,
+    rotary_pct=0.5,
+)
+
+
+def pair(cfg: Config) -> tuple[neox.GPTNeoX, transformers.GPTNeoXForCausalLM]:
+    """Ours and theirs, built from our config.json, with the same weights by a rename."""
+    ours = neox.GPTNeoX(cfg)
+    neox.init_weights(ours)
+    with torch.no_grad():  # biases and norms too, so that none is where it could hide an error
+        for p in ours.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    hf = neox.to_hf_config(cfg)
+    theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**hf))
+    theirs.load_state_dict(renamed(ours.state_dict()), strict=True)
+    return ours, theirs
+
+
+def renamed(tensors: dict) -> dict:
+    return {("lm_head.weight" if k == "embed_out.weight" else f"gpt_neox.{k}"): v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"use_parallel_residual": False},
+        {"rotary_pct": 1.0},
+        {"rotary_pct": 0.25, "rotary_emb_base": 500.0, "num_attention_heads": 2},
+        {"tie_word_embeddings": True},
+        {"hidden_act": "gelu_new", "use_parallel_residual": False, "layer_norm_eps": 1e-3},
+        {"hidden_act": "gelu_fast"},
+        {"hidden_act": "relu", "tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_parity_with_transformers(change):
+    """fp32 logits, loss and the gradient of every parameter, ours against GPTNeoXForCausalLM with the same weights."""
+    torch.manual_seed(0)
+    ours, theirs = pair(dataclasses.replace(SMALL, **change))
+    text = torch.randint(0, 101, (3, 33))
+    x, y = text[:, :-1], text[:, 1:]
+    torch.testing.assert_close(ours(x), theirs(input_ids=x).logits, atol=2e-5, rtol=1e-4)
+    # theirs shifts labels by itself; ours gets targets that are the next tokens already
+    loss = ours(x, y) / y.numel()
+    labels = torch.cat((x[:, :1], y), dim=1)
+    expected = theirs(input_ids=text, labels=labels).loss
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    loss.backward()
+    expected.backward()
+    gradients = renamed({n: p.grad for n, p in ours.named_parameters()})
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_config_there_and_back():
+    """Our config -> config.json -> ours; what the model cannot represent is named."""
+    cfg = dataclasses.replace(SMALL, rotary_pct=0.5, rotary_emb_base=5e5, tie_word_embeddings=True, hidden_act="relu")
+    hf = transformers.GPTNeoXConfig(**neox.to_hf_config(cfg)).to_dict()
+    assert hf["rope_parameters"]["partial_rotary_factor"] == 0.5
+    back = Config(**neox.from_hf_config(hf), sequence_length=32)
+    assert neox.to_hf_config(back) == neox.to_hf_config(cfg)
+    with pytest.raises(ValueError, match="attention_bias.*silu"):
+        neox.from_hf_config(hf | {"attention_bias": False, "hidden_act": "silu"})
+
+
+def test_counts_and_flops():
+    """The 1.2B model has 1.414 billion parameters; counts equal the modules' own; FLOPs equal torch's counter."""
+    assert neox.num_parameters(Config()) == (1_414_455_296, 1_208_602_624)
+    for cfg in (SMALL, dataclasses.replace(SMALL, tie_word_embeddings=True)):
+        with torch.device("meta"):
+            module = neox.GPTNeoX(cfg)
+        assert sum(p.numel() for p in module.parameters()) == neox.num_parameters(cfg)[0]
+    cfg = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024, vocab_size=1000)
+    module = neox.GPTNeoX(cfg)
+    x = torch.zeros(2, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        module(x, x).backward()
+    attention = 6 * cfg.num_hidden_layers * cfg.hidden_size * cfg.sequence_length  # the CPU's kernel counts as nothing
+    measured = counter.get_total_flops() / x.numel() + attention
+    assert measured == pytest.approx(neox.flops_per_token(cfg), rel=0.01)
+
+
+def test_initial_weights():
+    """A parameter's first value depends on (seed, name) alone: not on order, other parameters or the seed of torch."""
+    a, b = neox.GPTNeoX(SMALL), neox.GPTNeoX(dataclasses.replace(SMALL, num_hidden_layers=2))
+    neox.init_weights(a)
+    torch.manual_seed(123)
+    neox.init_weights(b)
+    for (name, p), q in zip(b.named_parameters(), map(a.get_parameter, dict(b.named_parameters())), strict=True):
+        assert torch.equal(p, q), name
+    assert a.embed_in.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(a.layers[0].mlp.dense_h_to_4h.weight, a.layers[1].mlp.dense_h_to_4h.weight)
+    assert a.layers[0].input_layernorm.weight.eq(1).all() and a.layers[0].attention.dense.bias.eq(0).all()
+    other = neox.initial_value("embed_in.weight", a.embed_in.weight.shape, dataclasses.replace(SMALL, seed=1))
+    assert not torch.equal(other, a.embed_in.weight)
+
+
+def test_no_side_effects():
+    """model.py imports torch alone, and importing train starts nothing."""
+    code = "import sys, model; assert not {'configs', 'data', 'ckpt'} & set(sys.modules)"
+    code += "; import train, torch.distributed as d, signal; assert not d.is_initialized()"
+    code += "; assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=50)

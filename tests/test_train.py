@@ -1,0 +1,194 @@
+"""The loop: strategies and accumulation agree, it learns, and bad input is refused with the right code."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_shards
+from launch import train
+
+import configs
+from train import learning_rate
+
+
+def relative(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def trace(run) -> list[dict]:
+    return [json.loads(line) for line in (run.log.parent / "logs" / "trace.jsonl").read_text().splitlines()]
+
+
+def test_strategies_and_accumulation_agree(shards, tmp_path):
+    """One process, DDP 2, FSDP2 2 and accumulation 1, 2, 4 of the same 8 sequences: the same 20 losses and samples."""
+    common = [f"data_dir={shards}", "max_steps=20", "global_batch_size=8"]
+    layouts = {
+        "one": (1, "per_device_train_batch_size=8"),
+        "one, accumulation 2": (1, "per_device_train_batch_size=4"),
+        "one, accumulation 4": (1, "per_device_train_batch_size=2"),
+        "ddp": (2, "per_device_train_batch_size=4"),
+        "ddp, accumulation 2": (2, "per_device_train_batch_size=2"),
+        "fsdp": (2, "per_device_train_batch_size=4", "parallel=fsdp"),
+        "fsdp, accumulation 4": (2, "per_device_train_batch_size=1", "parallel=fsdp"),
+        "fsdp, one process": (1, "per_device_train_batch_size=4", "parallel=fsdp"),
+    }
+    lines = {name: trace(train(tmp_path / name, *common, *args, nproc=n)) for name, (n, *args) in layouts.items()}
+    reference = lines["one"]
+    for name, other in lines.items():
+        assert [x["samples"] for x in other] == [x["samples"] for x in reference], name
+        assert relative([x["loss"] for x in reference], [x["loss"] for x in other]) < 1e-5, name
+        assert relative([x["grad_norm"] for x in reference], [x["grad_norm"] for x in other]) < 1e-4, name
+
+
+@pytest.mark.parametrize("tied", ["false", "true"])
+def test_bf16_and_tied(shards, tmp_path, tied):
+    """bf16 under DDP (autocast) and FSDP2 (its own policy) stay close to fp32; tied embeddings train under both."""
+    common = [f"data_dir={shards}", "max_steps=12", f"tie_word_embeddings={tied}", "per_device_train_batch_size=4"]
+    exact = train(tmp_path / "fp32", *common, nproc=2).losses
+    for parallel in ("ddp", "fsdp"):
+        half = train(tmp_path / parallel, *common, "mixed_precision=bf16", f"parallel={parallel}", nproc=2).losses
+        assert relative(exact, half) < 1e-2
+
+
+def test_learns_and_evaluates(shards, tmp_path):
+    """On text with structure training and held-out loss fall well below the uniform ln(257), one batch is overfitted."""
+    run = train(tmp_path / "learn", f"data_dir={shards}", "max_steps=60", "eval_steps=20", "logging_steps=20")
+    held_out = [float(x) for x in re.findall(r"eval_loss=([\d.]+)", run.text)]
+    assert len(held_out) == 3 and held_out == sorted(held_out, reverse=True)
+    assert held_out[-1] < math.log(257) - 1 and run.losses[-1] < run.losses[0]
+    one = write_shards(tmp_path / "one", shards=1, tokens=4 * 32 + 1)
+    run = train(tmp_path / "over", f"data_dir={one}", "eval_files=0", "max_steps=60", "lr_scheduler_type=constant")
+    assert run.losses[-1] < 0.2
+
+
+def test_eval_does_not_depend_on_the_layout(shards, tmp_path):
+    """Held-out loss over windows that do not fill the last block: one process, DDP 2, FSDP2 2 with accumulation."""
+    common = [f"data_dir={shards}", "max_steps=4", "eval_steps=2", "eval_samples=7", "global_batch_size=8"]
+    found = []
+    for name, n, *args in (("a", 1, "parallel=ddp"), ("b", 2, "parallel=ddp"), ("c", 2, "parallel=fsdp")):
+        run = train(tmp_path / name, *common, *args, "per_device_train_batch_size=2", nproc=n)
+        found.append([float(x) for x in re.findall(r"eval_loss=([\d.]+)", run.text)])
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], abs=2e-4) and found[0] == pytest.approx(found[2], abs=2e-4)
+
+
+def test_compiled_equals_eager(shards, tmp_path):
+    """FSDP2 in bf16 with compiled blocks and loss against the same run uncompiled, and no graph is compiled twice."""
+    common = [f"data_dir={shards}", "max_steps=6", "parallel=fsdp", "mixed_precision=bf16", "eval_steps=3"]
+    eager = train(tmp_path / "eager", *common, nproc=2).losses
+    compiled = train(tmp_path / "compiled", *common, "compile_model=true", nproc=2, env={"TORCH_LOGS": "recompiles"})
+    assert relative(eager, compiled.losses) < 1e-2
+    # train and evaluation are two graphs of one function; anything else would be a recompilation
+    reasons = re.findall(r"Recompiling function (\w+)", compiled.text)
+    assert len(reasons) <= 4, compiled.text
+
+
+def test_schedules():
+    """Warm-up reaches the peak, every schedule ends at its floor, and each is continuous at its joints."""
+    for kind, end in (("cosine", 1e-5), ("linear", 1e-5), ("constant", 1e-3), ("warmup_stable_decay", 1e-5)):
+        cfg = configs.Config(
+            lr_scheduler_type=kind, learning_rate=1e-3, min_learning_rate=1e-5, warmup_steps=10, max_steps=100, decay_steps=30
+        )
+        rates = [learning_rate(s, cfg) for s in range(101)]
+        assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[10] == pytest.approx(1e-3)
+        assert rates[100] == pytest.approx(end)
+        assert max(abs(a - b) for a, b in zip(rates[10:], rates[11:], strict=False)) < 5e-5
+        if kind == "warmup_stable_decay":
+            assert rates[70] == pytest.approx(1e-3) and rates[85] == pytest.approx((1e-3 + 1e-5) / 2)
+
+
+def test_non_finite_steps_are_named_not_applied_and_end_the_run(shards, tmp_path):
+    """Weights that overflow: every step is refused with its shards, exit 65 after max_bad_steps, on both ranks."""
+    args = [f"data_dir={shards}", "initializer_range=1e38", "max_bad_steps=3", "max_steps=30"]
+    run = train(tmp_path, *args, nproc=2, code=65)
+    assert "not applied" in run.text and "3 steps in a row" in run.text
+    report = json.loads((tmp_path / "logs" / "bad-step-2.json").read_text())
+    assert len(report["windows"]) == 8 and report["windows"][0]["shard"].endswith(".npz")
+
+
+def test_fp16_has_a_scaler_or_a_clear_no(shards, tmp_path):
+    """Where the CPU has fp16 products the loss falls; where it does not, exit code 2 says so."""
+    import torch
+
+    able = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    run = train(tmp_path, f"data_dir={shards}", "mixed_precision=fp16", "max_steps=20", code=0 if able else 2)
+    assert run.losses[-1] < run.losses[0] if able else "fp16" in run.text
+
+
+@pytest.mark.parametrize(
+    "args, code, words",
+    [
+        (["data_dir=/nowhere"], 66, "/nowhere"),
+        (["sequence_length=60", "max_position_embeddings=32"], 2, "max_position_embeddings"),
+        (["global_batch_size=6"], 2, "nearest: 4 and 8"),
+        (["vocab_size=100"], 66, "vocab_size=100"),
+        (["resume=nothing"], 66, "has no checkpoints"),
+    ],
+)
+def test_bad_input(shards, tmp_path, args, code, words):
+    """What a user can get wrong: exit code and a message with the value and the rule."""
+    assert words in train(tmp_path, f"data_dir={shards}", *args, code=code).text
+
+
+def test_shards_that_cannot_be_used(tmp_path):
+    """An empty folder, shards too short for a window, a truncated file: 66, named before training."""
+    (tmp_path / "empty").mkdir()
+    assert "tokenized_cleaned_*.npz" in train(tmp_path / "a", f"data_dir={tmp_path}/empty", code=66).text
+    short = write_shards(tmp_path / "short", tokens=20)
+    assert "sequence_length+1=33" in train(tmp_path / "b", f"data_dir={short}", code=66).text
+    cut = write_shards(tmp_path / "cut")
+    victim = next(cut.rglob("*_02.npz"))
+    victim.write_bytes(victim.read_bytes()[:2000])
+    assert victim.name in train(tmp_path / "c", f"data_dir={cut}", code=66).text
+
+
+def test_dropout_is_a_function_of_the_step(shards, tmp_path):
+    """Two runs with dropout are equal bit for bit, and differ from one without."""
+    args = [f"data_dir={shards}", "max_steps=5"]
+    a = trace(train(tmp_path / "a", *args, "hidden_dropout=0.1", "attention_dropout=0.1"))
+    b = trace(train(tmp_path / "b", *args, "hidden_dropout=0.1", "attention_dropout=0.1"))
+    c = trace(train(tmp_path / "c", *args))
+    assert a == b and a != c
+
+
+def command(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=50)
+
+
+def test_show_prints_the_plan():
+    """--show: the production model's parameters, batch as a product, and tokens in all."""
+    out = command("train.py", "configs/production.py", "--show").stdout
+    for words in ("1.414B parameters (1.209B without", "32,768 tokens per step = 4 x 4 x 2 x 1024", "819.2M tokens"):
+        assert words in out, out
+    assert "max_steps = 25000  [configs/production.py]" in out
+
+
+def test_unknown_key_exits_2_and_help_lists_every_key():
+    """A typo names the key that was meant; --help has every key with its default."""
+    wrong = command("train.py", "configs/production.py", "learning_rat=1")
+    assert wrong.returncode == 2 and "learning_rate" in wrong.stderr
+    out = command("train.py", "--help").stdout
+    for key in configs.KEYS:
+        assert re.search(rf"^  {key} .*\w", out, re.M), key
+
+
+def test_torchrun_and_plain_python(shards, tmp_path):
+    """The command lines of the README: torchrun with two ranks and plain python print the same losses."""
+    from launch import TINY
+
+    base = ["train.py", "configs/demo.py", *TINY, f"data_dir={shards}", "max_steps=3", "global_batch_size=8"]
+    two = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *base, *places(tmp_path / "two"))
+    one = command(*base, *places(tmp_path / "one"))
+    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
+    losses = [re.findall(r": loss=(\d\.\d{4})", r.stdout) for r in (one, two)]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    assert np.isfinite([float(x) for x in losses[0]]).all()
+
+
+def places(folder) -> list[str]:
+    return [f"output_dir={folder}/out", f"logging_dir={folder}/logs"]
