@@ -4,10 +4,11 @@
     for batch in Loader(dataset, start_step, max_steps, global_batch, rank, world_size, B, accumulation, workers):
         for x, y in batch.micro: ...
 
-A shard is an .npz whose token array is stored, not deflated, so a sample is one read at a known offset. Which samples
-make up step k is a pure function of (seed, k, global batch): there is no index array and no loader state to save.
+Which samples make up step k is a pure function of (seed, k, global batch): there is no index array and no loader state
+to save. The order is uniform over the whole set, so a run of like shards makes no waves in the loss; the price is that
+every sample is a random read of about 2 KB.
 
-    python data.py demo | prepare | tokenize | verify | bench      (prepare.py)
+    python data.py demo | download | tokenize | prepare | verify | bench
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from configs import Config
-from shard import DataError, PackedShard, Shard, find_shards
+from shard import DataError, PackedShard, Shard, find_shards  # noqa: F401 (for those who import data)
 
 HELD_OUT_TAIL = 0.05  # of a single shard
 
@@ -33,6 +35,11 @@ HELD_OUT_TAIL = 0.05  # of a single shard
 def chosen_shards(cfg: Config) -> list[str]:
     """Relative paths of the first max_files shards of cfg.data_dir, training and held-out ones together."""
     paths = find_shards(cfg.data_dir, cfg.tokenized_file_pattern)
+    if not paths:
+        raise DataError(
+            f"data_dir={cfg.data_dir} and its subfolders have no file named like "
+            f"tokenized_file_pattern={cfg.tokenized_file_pattern}"
+        )
     return paths[: cfg.max_files if cfg.max_files > 0 else len(paths)]
 
 
@@ -126,7 +133,7 @@ class Dataset:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def sample_ids(self, first: int, count: int) -> np.ndarray:
-        """The window ids at the global positions [first, first + count), int64; every epoch visits every window once."""
+        """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
         position = first + np.arange(count)
         epochs, positions = np.divmod(position, self.num_samples)
         return np.concatenate(
@@ -150,10 +157,11 @@ class Dataset:
         assert not len(ids) or (0 <= ids.min() and ids.max() < self._first_ids[-1]), "window id out of range"
         spans = np.searchsorted(self._first_ids, ids, "right") - 1
         starts = (ids - self._first_ids[spans]) * self.T
-        return [(self._shards[i], self._begins[i] + start) for i, start in zip(spans.tolist(), starts.tolist())]  # noqa: B905
+        places = zip(spans.tolist(), starts.tolist(), strict=True)
+        return [(self._shards[span], self._begins[span] + start) for span, start in places]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
-        """The windows with these ids, int64 [len(ids), T + 1]. Raises DataError, also for an id outside the vocabulary."""
+        """The windows with these ids, int64 [len(ids), T + 1]. Raises DataError, also for a token >= vocab_size."""
         places = self._places(ids)
         out = np.empty((len(places), self.T + 1), np.int64)
         scratch = {shard.dtype: np.empty(self.T + 1, shard.dtype) for shard, _ in places}
@@ -161,9 +169,11 @@ class Dataset:
             window = scratch[shard.dtype]
             shard.read_into(window, start)
             row[:] = window
-        bad = out.view(np.uint64) >= self.vocab_size  # a negative id is a huge one here
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
+        for shard in {shard for shard, _ in places}:
+            shard.check_unchanged()
+        unsigned = out.view(np.uint64)  # where a negative id is a huge one
+        if unsigned.max(initial=0) >= self.vocab_size:
+            row, column = np.argwhere(unsigned >= self.vocab_size)[0]
             shard, start = places[row]
             raise DataError(
                 f"{shard.file} has id {out[row, column]} at token {start + column}; vocab_size={self.vocab_size} "
@@ -200,8 +210,9 @@ def explain_change(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     was, now = ({shard["path"]: shard for shard in manifest} for manifest in (old, new))
     changed = []
     for path in was.keys() & now.keys():
-        keys = [f"{k} {was[path][k]} -> {now[path][k]}" for k in ("tokens", "dtype", "crc32") if was[path][k] != now[path][k]]
-        changed += [f"{path} ({', '.join(keys)})"] if keys else []
+        before, after = was[path], now[path]
+        if keys := [f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]:
+            changed.append(f"{path} ({', '.join(keys)})")
     lines = []
     for what, paths in (("added", now.keys() - was.keys()), ("removed", was.keys() - now.keys()), ("changed", changed)):
         names = sorted(paths)
@@ -230,10 +241,10 @@ def to_tensors(windows: np.ndarray, pin_memory: bool = False) -> tuple[Any, Any]
 
 
 class Loader:
-    """Yields a Batch per optimizer step in [start_step, max_steps), read ahead by threads; at most workers + 2 wait.
+    """Yields a Batch per optimizer step in [start_step, max_steps), read ahead by threads: workers + 2 steps at most.
 
-    Rank r takes the contiguous block [r*G/W, (r+1)*G/W) of the global batch, its micro-steps consecutive blocks of that,
-    so what a step trains on does not depend on the world size, the accumulation or the number of workers.
+    Rank r takes the contiguous block [r*G/W, (r+1)*G/W) of the global batch, its micro-steps consecutive blocks of
+    that: what a step trains on does not depend on the world size, the accumulation or the number of workers.
     """
 
     def __init__(
@@ -250,25 +261,32 @@ class Loader:
         pin_memory: bool = False,
         first_sample: int | None = None,
     ):
-        assert global_batch == micro_batch * accumulation * world_size, "global batch is not micro * accumulation * world"
+        assert global_batch == micro_batch * accumulation * world_size
         self.dataset, self.global_batch, self.micro_batch = dataset, global_batch, micro_batch
         self.rows = slice(rank * micro_batch * accumulation, (rank + 1) * micro_batch * accumulation)
         self.pin_memory = pin_memory
         self.wait_seconds = 0.0  # that the consumer spent waiting for data, in all
-        self._steps = iter(range(start_step, max_steps))
-        # where start_step begins: not start_step * global_batch if the batch was another one earlier in the run
-        self._origin = (start_step * global_batch if first_sample is None else first_sample) - start_step * global_batch
+        # start_step does not begin at start_step * global_batch if the batch was another one earlier in the run
+        first_sample = start_step * global_batch if first_sample is None else first_sample
+        self._plan = self._steps_and_ids(start_step, max_steps, first_sample)
         self._pool = ThreadPoolExecutor(workers, "loader")
         self._ahead: deque[Future[Batch]] = deque()
         for _ in range(workers + 2):
             self._submit()
 
-    def _submit(self) -> None:
-        if (step := next(self._steps, None)) is not None:
-            self._ahead.append(self._pool.submit(self._assemble, step))
+    def _steps_and_ids(self, start_step: int, max_steps: int, first_sample: int) -> Iterator[tuple[int, np.ndarray]]:
+        some = max(1, 4096 // self.global_batch)  # a permutation costs about the same for one id and for thousands
+        for step in range(start_step, max_steps, some):
+            steps = range(step, min(step + some, max_steps))
+            first = first_sample + (step - start_step) * self.global_batch
+            ids = self.dataset.sample_ids(first, len(steps) * self.global_batch).reshape(len(steps), -1)
+            yield from zip(steps, ids, strict=True)
 
-    def _assemble(self, step: int) -> Batch:
-        ids = self.dataset.sample_ids(self._origin + step * self.global_batch, self.global_batch)
+    def _submit(self) -> None:
+        if step_and_ids := next(self._plan, None):
+            self._ahead.append(self._pool.submit(self._assemble, *step_and_ids))
+
+    def _assemble(self, step: int, ids: np.ndarray) -> Batch:
         windows = self.dataset.gather(ids[self.rows])
         blocks = range(0, len(windows), self.micro_batch)
         return Batch(step, ids, [to_tensors(windows[i : i + self.micro_batch], self.pin_memory) for i in blocks])
@@ -294,7 +312,7 @@ class Loader:
 
 
 def get_tokenizer(name: str) -> Any:
-    """The tiktoken.Encoding called "byte" (256 bytes and end-of-text; needs no download) or "gpt2". Raises DataError."""
+    """The tiktoken.Encoding "byte" (256 bytes and end-of-text; needs no download) or "gpt2". Raises DataError."""
     import tiktoken
 
     if name == "byte":
@@ -316,7 +334,123 @@ def get_tokenizer(name: str) -> Any:
         ) from error
 
 
-if __name__ == "__main__":
-    import prepare
+# ---- command line
 
-    sys.exit(prepare.main(sys.argv[1:]))
+
+def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, seconds: float) -> dict[str, float]:
+    """Prints and returns tokens/s of ways to read the same tokens (the first 32 million), warm, one after another."""
+    import tempfile
+
+    import torch
+
+    T, B, G = sequence_length, 8, 32
+    shards = [Shard.open(folder, path) for path in find_shards(folder, "*.npz")]
+    dataset = Dataset(shards, T, vocab_size, seed=0, eval_files=0)
+    tokens = np.concatenate([shard.tokens.ravel()[: 1 << 25] for shard in shards[:8]])[: 1 << 25]
+    speeds: dict[str, float] = {}
+
+    def measure(name: str, tokens_of_next: Callable[[], int]) -> None:
+        tokens_of_next()  # the first brings imports and the page cache
+        begin, count = time.perf_counter(), 0
+        while (spent := time.perf_counter() - begin) < seconds:
+            count += tokens_of_next()
+        speeds[name] = count / spent
+        print(f"{name:<48} {count / spent / 1e6:8.1f}M tok/s", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        flat, packed = Path(scratch, "flat.bin"), Path(scratch, "packed.npz")
+        tokens.astype(np.uint16).tofile(flat)
+        np.savez_compressed(packed, input_ids=tokens.astype(np.int32))
+        loader = Loader(dataset, 0, 1 << 40, G, micro_batch=B, accumulation=G // B, workers=workers)
+        measure(f"Loader, {workers} workers, {len(shards)} shards", lambda: len(next(loader).ids) * T)
+        loader.close()
+
+        def memory_map() -> int:
+            stream = np.memmap(flat, np.uint16, "r")  # anew each time, or its resident memory grows
+            starts = torch.randint(len(stream) - T, (B,)).tolist()
+            x, y = (
+                torch.stack([torch.from_numpy(stream[i + shift : i + shift + T].astype(np.int64)) for i in starts])
+                for shift in (0, 1)
+            )
+            return y.numel()
+
+        measure("nanoGPT-style memory map, one .bin", memory_map)
+        measure("np.load of the same, compressed, whole", lambda: np.load(packed)["input_ids"].size)
+    return speeds
+
+
+def main(argv: list[str]) -> int:
+    import argparse
+
+    import prepare
+    import text
+
+    parser = argparse.ArgumentParser(prog="python data.py", description="Makes, fetches and checks shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, meaning: str, *paths: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        for path in paths:
+            sub.add_argument(path, type=Path)
+        sub.add_argument("--tokenizer", choices=prepare.END_OF_TEXT, default=Config.tokenizer)
+        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
+        return sub
+
+    sub = commands.add_parser("demo", help="a small set: the bytes of Python's own sources")
+    sub.add_argument("DST", type=Path, nargs="?", default=Path(Config.data_dir))
+    commands.add_parser("download", help="shards from a bucket, ready to be read; see download.py", add_help=False)
+    sub = command("tokenize", "text files (.txt, .jsonl) -> shards", "SRC", "DST")
+    sub.add_argument("--fields", default="text", help="of a JSON line, joined; Reddit: body, or title,selftext")
+    sub.add_argument("--shard_tokens", type=int, default=1 << 26, help="tokens per shard, about")
+    convert = command("prepare", "compressed or padded .npz and nanoGPT's .bin -> shards", "SRC", "DST")
+    convert.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
+    check = command("verify", "every byte against its checksum, every id against the vocabulary", "DIR")
+    check.add_argument("--fast", action="store_true", help="headers only")
+    speed = command("bench", "tokens/s of the loader beside a memory map and np.load", "DIR")
+    speed.add_argument("--sequence_length", type=int, default=Config.sequence_length)
+    speed.add_argument("--seconds", type=float, default=3.0, help="for each way")
+    for sub in (convert, check):
+        sub.add_argument("--max_ratio", type=float, default=prepare.MAX_RATIO, help="refuse what inflates by more")
+    for sub in (convert, check, speed):
+        sub.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "download":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+    begin = time.perf_counter()
+    try:
+        if args.command == "demo":
+            text.demo(args.DST)
+            return 0
+        if args.command == "download":
+            import download
+
+            return download.main(argv[1:])
+        end_of_text = prepare.END_OF_TEXT[args.tokenizer]
+        if args.command == "tokenize":
+            fields = args.fields.split(",")
+            totals = text.tokenize(args.SRC, args.DST, args.tokenizer, fields, args.shard_tokens, args.workers)
+        else:
+            vocab_size = args.vocab_size or end_of_text + 1
+            if args.command == "verify":
+                return prepare.verify(args.DIR, vocab_size, args.fast, args.workers, args.max_ratio)
+            if args.command == "bench":
+                bench(args.DIR, vocab_size, args.sequence_length, args.workers, args.seconds)
+                return 0
+            end_of_text = end_of_text if args.end_of_text is None else args.end_of_text
+            totals = prepare.prepare(args.SRC, args.DST, vocab_size, end_of_text, args.workers, args.max_ratio)
+    except ValueError as error:  # of data, of the config, of the bucket: for the user
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(
+        f"{totals['files']} shards ({totals['kept']} were there), {totals['tokens']:,} tokens, {totals['padding']:,} "
+        f"padding dropped, {totals['documents']:,} documents, largest id {totals['largest_id']}, "
+        f"{time.perf_counter() - begin:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

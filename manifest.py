@@ -84,8 +84,8 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def fsync(path: str | os.PathLike) -> None:
-    """Make a file's bytes or a directory's names durable; the first does not include the second."""
+def fsync_dir(path: str | os.PathLike) -> None:
+    """Make the names in a directory durable; fsync of a file does not do that."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -133,7 +133,7 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
     Raises CheckpointError that names the first file that differs and how. Without `hashes`, only names, sizes and
     state.json are compared, which reads no tensors.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))
     manifest = read_manifest(path)
     if manifest["name"] != path.name:
         raise CheckpointError(f"{path} holds the manifest of {manifest['name']}: renamed, or mixed up")
@@ -173,13 +173,13 @@ def commit(temporary: Path, final: Path, save_id: str, files: dict[str, dict[str
         "files": {**files, STATE: digest(temporary / STATE)},
     }
     write_file(temporary / MANIFEST, encode_manifest(manifest))
-    fsync(temporary)
+    fsync_dir(temporary)
     aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
     replaces = final.exists()
     if replaces:  # a directory that is not empty cannot be replaced by a rename
         os.rename(final, aside)
     os.rename(temporary, final)
-    fsync(final.parent)
+    fsync_dir(final.parent)
     if replaces:
         delete(aside)
 
@@ -202,7 +202,7 @@ def recover(output_dir: str | os.PathLike) -> None:
             delete(path)
         elif entry.startswith(TEMPORARY):
             shutil.rmtree(path)
-    fsync(output_dir)
+    fsync_dir(output_dir)
 
 
 def prune(output_dir: str | os.PathLike, newest: str, save_total_limit: int, keep_every: int) -> None:
@@ -217,7 +217,7 @@ def prune(output_dir: str | os.PathLike, newest: str, save_total_limit: int, kee
         if step >= parse(newest).step or (keep_every and step % keep_every == 0):
             continue
         try:
-            read_manifest(Path(output_dir, old))
+            verify(Path(output_dir, old), hashes=False)
             kept += 1
             surplus = kept > save_total_limit
         except CheckpointError:
@@ -263,6 +263,6 @@ def check_space(output_dir: str | os.PathLike, need: int) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < need * 1.01 + (1 << 20):
         raise ConfigError(
-            f"a checkpoint takes {need / 1e9:.3g} GB and output_dir={output_dir} has {free / 1e9:.3g} GB free; "
+            f"a checkpoint takes {need / 1e9:.3g} GB and {output_dir} has {free / 1e9:.3g} GB free; "
             "free some space, lower save_total_limit or choose another output_dir"
         )

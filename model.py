@@ -9,6 +9,7 @@ import zlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -76,13 +77,29 @@ class Block(nn.Module):
         self.attention = Attention(cfg)
         self.mlp = MLP(cfg)
         self.parallel, self.p = cfg.use_parallel_residual, cfg.hidden_dropout
+        self.checkpointing, self.random = cfg.activation_checkpointing, bool(cfg.hidden_dropout or cfg.attention_dropout)
+
+    def again(self, function, *args):
+        """function(*args), computed a second time in backward instead of kept."""
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.random)
 
     def forward(self, x, cos, sin, cache=None):
+        if self.training and self.checkpointing == "full":
+            return self.again(self.body, x, cos, sin)
+        return self.body(x, cos, sin, cache)
+
+    def body(self, x, cos, sin, cache=None):
         a = F.dropout(self.attention(self.input_layernorm(x), cos, sin, cache), self.p, self.training)
         if self.parallel:  # both read x, so their matrix products do not wait for each other
-            return x + a + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.p, self.training)
+            return x + a + self.wide(x)
         x = x + a
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.p, self.training)
+        return x + self.wide(x)
+
+    def wide(self, x):
+        # half of what a block keeps are the MLP's wide activations, and one product brings them back
+        h = self.post_attention_layernorm(x)
+        h = self.again(self.mlp, h) if self.training and self.checkpointing == "selective" else self.mlp(h)
+        return F.dropout(h, self.p, self.training)
 
 
 def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch._inductor.config as inductor
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,7 +116,7 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
         model = GPTNeoX(cfg)
     if cfg.parallel == "fsdp":
         shard(model, cfg, env)
-    model.to_empty(device=env.device)
+    model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
     model.tie_weights()  # to_empty makes a tensor per module, which unties them
     materialise(model)
     if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
@@ -139,13 +139,16 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
     policy = MixedPrecisionPolicy(DTYPES[cfg.mixed_precision], torch.float32) if half else MixedPrecisionPolicy()
     # a block's inputs are in the right dtype already, except the rotary tables, which must stay fp32
     inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
+    # pinned memory makes the copies run behind the computation; a CPU has nothing to pin for
+    offload = CPUOffloadPolicy(pin_memory=env.device.type != "cpu") if cfg.cpu_offload else OffloadPolicy()
+    common = {"mesh": mesh, "offload_policy": offload}
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=inner)
+        fully_shard(block, mp_policy=inner, **common)
     if not cfg.tie_word_embeddings:  # tied: one parameter can be in one group only, which is then the root's
-        fully_shard(model.embed_in, mesh=mesh, mp_policy=policy)
+        fully_shard(model.embed_in, mp_policy=policy, **common)
         # backward starts here, so freeing the head after forward would only mean gathering it again
-        fully_shard([model.final_layer_norm, model.embed_out], mesh=mesh, mp_policy=inner, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard([model.final_layer_norm, model.embed_out], mp_policy=inner, reshard_after_forward=False, **common)
+    fully_shard(model, mp_policy=policy, **common)
 
 
 def materialise(model: GPTNeoX) -> None:

@@ -6,6 +6,7 @@ import fnmatch
 import io
 import json
 import os
+import struct
 import sys
 import weakref
 import zipfile
@@ -116,7 +117,10 @@ class Shard:
             with open(fd, "rb", closefd=False) as stream:
                 shape, dtype, offset, member = cls._find_tokens(stream, file, status.st_size)
             shard = cls(path, file, shape, dtype, member.CRC, offset, status.st_size, status.st_mtime_ns, fd)
-        except BaseException:
+        except OSError as error:  # such as a header that would lie before the file's first byte
+            os.close(fd)
+            raise DataError(f"{file} is damaged or ends early: {error}") from error
+        except DataError:
             os.close(fd)
             raise
         weakref.finalize(shard, os.close, fd)
@@ -131,12 +135,13 @@ class Shard:
         padding = [name for name in PADDING_ARRAYS if name in members]
         if member.compress_type != zipfile.ZIP_STORED or padding:
             why = f"padded (it has {' and '.join(padding)})" if padding else "compressed"
-            raise PackedShard(f"{file} is {why}; `python data.py prepare SRC DST` makes shards that can be read in place")
+            raise PackedShard(f"{file} is {why}; `python data.py prepare SRC DST` makes shards to be read in place")
         stream.seek(member.header_offset)
         local = stream.read(30)  # the directory's own name and extra lengths may differ from the local ones
         if len(local) < 30 or local[:4] != b"PK\3\4":
             raise DataError(f"{file} is damaged: no local header for {member.filename}")
-        begin = member.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        name_length, extra_length = struct.unpack("<HH", local[26:30])
+        begin = member.header_offset + 30 + name_length + extra_length
         stream.seek(begin)
         shape, dtype = npy_header(stream, file, member.filename)
         offset = stream.tell()
@@ -165,14 +170,23 @@ class Shard:
         """
         try:
             got = os.preadv(self.fd, [out], self.offset + start * out.itemsize)
-            now = os.stat(self.file)  # after the read, so that what was read is what was opened
         except OSError as error:
             raise DataError(f"cannot read {self.file}: {error.strerror}") from error
-        if got != out.nbytes or (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
+        if got != out.nbytes:
+            self.check_unchanged()
+            raise DataError(f"{self.file} gave {got} of {out.nbytes} bytes at token {start}")
+
+    def check_unchanged(self) -> None:
+        """Raises DataError if the file is not what was opened. Called after a read, it vouches for what was read."""
+        try:
+            now = os.stat(self.file)
+        except OSError as error:
+            raise DataError(f"{self.file} was there when it was opened: {error.strerror}") from error
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
             raise DataError(
-                f"{self.file} changed since it was opened: {self.size} bytes then, {now.st_size} bytes and "
-                f"{(now.st_mtime_ns - self.mtime_ns) / 1e9:+.3f} s in modification time now; "
-                "put the old file back, or start again on the new data"
+                f"{self.file} changed since it was opened: {self.size} bytes then, {now.st_size} now, its modification "
+                f"time {(now.st_mtime_ns - self.mtime_ns) / 1e9:+.3f} s; put the old file back, or start a new run on "
+                "the new data"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -187,25 +201,22 @@ def find_shards(folder: str | Path, pattern: str) -> list[str]:
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     if not os.path.isdir(folder):
-        raise DataError(f"data_dir={folder} is no folder; `python data.py demo` makes a small set in data/demo")
+        raise DataError(f"{folder} is no folder; `python data.py demo` makes a small set in data/demo")
     found = []
     for parent, _, names in os.walk(folder, followlinks=True, onerror=refuse):
         found += [Path(parent, name).relative_to(folder).as_posix() for name in fnmatch.filter(names, pattern)]
-    if not found:
-        raise DataError(f"data_dir={folder} and its subfolders have no file named {pattern} (tokenized_file_pattern)")
     return sorted(found)
 
 
 # ---- writing
 
 
-def write_shard(path: Path, dtype: str, count: int, chunks: Iterable[np.ndarray], note: dict[str, Any]) -> None:
+def write_shard(path: Path, dtype: np.dtype, count: int, chunks: Iterable[np.ndarray], note: dict[str, Any]) -> None:
     """Writes `count` tokens, given in chunks, as a stored and aligned `input_ids`; the same bytes for the same tokens.
 
     The note becomes the zip's comment (JSON); it is read after the last chunk, so the chunks' producer may fill it in.
     Atomic: whoever finds the name finds the whole file, also after a crash. Raises WriteError, leaving nothing behind.
     """
-    dtype = np.dtype(dtype)
     header = io.BytesIO()  # numpy pads it to a multiple of 64 bytes
     np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
     entry = zipfile.ZipInfo("input_ids.npy", (1980, 1, 1, 0, 0, 0))
@@ -251,6 +262,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what killed writers left below a folder that is locked."""
+    for temporary in folder.rglob(".*.npz.*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def read_note(path: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ import ckpt
 import configs
 import data
 import parallel
+import prepare
 from configs import Config
 from monitor import Monitor, plan
 
@@ -72,15 +73,38 @@ def dropout_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
-def make_optimizer(model: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """Fused AdamW, weight decay on matrices only. Fused, it skips an update on the device when told found_inf."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """Fused AdamW, weight decay on matrices only; with optimizer=muon the blocks' matrices are Muon's instead.
+
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) in the scaling of Liu et al. 2025, arXiv:2502.16982,
+    so that AdamW's learning rate and weight decay fit it.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muons = [p for name, p in named if cfg.optimizer == "muon" and "layers." in name and p.dim() == 2]
+    rest = [p for _, p in named if not any(p is m for m in muons)]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)]
+    if muons:
+        scale = {"weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(muons, lr=cfg.learning_rate, **scale))
+    return optimizers
+
+
+def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, finite: torch.Tensor) -> None:
+    """One update by every optimizer, or by none unless `finite` (a bool on the device)."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Muon):
+            if finite.item():  # its kernels cannot be told to skip, so the host waits
+                optimizer.step()
+            continue
+        if not scaler.is_enabled():  # the fused kernel skips the update by itself: nobody waits for the verdict
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        scaler.step(optimizer)
+    scaler.update()
 
 
 @torch.no_grad()
@@ -175,13 +199,13 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     say(describe_resume(choice, cfg, dataset), flush=True)
 
     model = parallel.build(cfg, env)
-    optimizer = make_optimizer(model, cfg)
+    optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     begin = time.perf_counter()
     parallel.warm_up(model, cfg, env)
     say(f"ready in {time.perf_counter() - begin:.1f} s of compilation and warm-up", flush=True)
 
-    tree = ckpt.state_tree(model, optimizer)
+    tree = ckpt.state_tree(model, *optimizers)
     if choice.path:
         ckpt.load(choice.path, tree)
         if scaler.is_enabled() and state["scaler"]:
@@ -197,7 +221,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     )  # fmt: skip
     monitor = Monitor(cfg, env, step, tokens_per_step, state)
     readback = parallel.Readback(env.device)
-    bad_in_a_row, last_save, saved_at = 0, time.monotonic(), step
+    bad_in_a_row, last_save, saved_at, stopping = 0, time.monotonic(), step, False
 
     def save() -> None:
         nonlocal last_save, saved_at
@@ -222,33 +246,32 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     model.train()
     for batch in loader:
         lr = learning_rate(step, cfg)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         loss_sum = torch.zeros((), device=env.device)
         for micro_step, (x, y) in enumerate(batch.micro):
             x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
             if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
                 torch.manual_seed(dropout_seed(cfg.seed, step, micro_step, env.rank))
-            parallel.sync_gradients(model, micro_step == accumulation - 1)
+            parallel.sync_gradients(model, micro_step == accumulation - 1 or cfg.cpu_offload)
             with parallel.autocast(cfg, env):
                 loss = model(x, y)  # summed over this micro-step's tokens
             # DDP and FSDP2 average over ranks; times world_size, that is the mean over the whole global batch
             scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
             loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
-        norm = parallel.clip_gradients(model, cfg.max_grad_norm)
+        scaler.unscale_(optimizers[0])
+        norm = parallel.clip_gradients(model, cfg.max_grad_norm).to(env.device)
         loss = parallel.total(loss_sum) / tokens_per_step
-        if not scaler.is_enabled():  # the fused kernel skips the update by itself: nobody waits for the verdict
-            optimizer.grad_scale, optimizer.found_inf = None, (~(loss.isfinite() & norm.isfinite())).float()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizers, scaler, loss.isfinite() & norm.isfinite())
+        model.zero_grad(set_to_none=True)
         step += 1
         samples_seen += global_batch
 
         # --- the same decisions on every rank
         late = cfg.save_seconds > 0 and env.main and time.monotonic() - last_save > cfg.save_seconds
         stopping, save_now, save_failed = parallel.agree(stop.since > 0, late, saver.poll() is not None)
+        if stopping and not stop.since:  # another rank was told
+            stop.since = time.monotonic()
         done = step == cfg.max_steps
         logs = every(cfg.logging_steps, step)
         evals = dataset.num_eval_samples and cfg.eval_steps and (every(cfg.eval_steps, step) or done) and not stopping
@@ -293,7 +316,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     if failure:
         say(f"stopped at step {step:,}: {failure}", file=sys.stderr, flush=True)
         return INTERNAL
-    if stop.since:
+    if stopping:
         say(f"stopped at step {step:,} {time.monotonic() - stop.since:.1f} s after the signal; resume=latest continues")
         return STOPPED
     say(
@@ -336,7 +359,7 @@ def main(argv: list[str]) -> int:
             )
             print(configs.show_changes(cfg, origins))
             return DONE
-        dataset = data.Dataset.open(cfg)
+        dataset = prepare.open_or_unpack(cfg)
     except ValueError as error:  # the same on every rank, so one of them says it
         if leader:
             print(f"error: {error}", file=sys.stderr)

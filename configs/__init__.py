@@ -7,6 +7,7 @@ Precedence: dataclass default < config file < command line. Values are parsed by
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -47,6 +48,7 @@ class Config:
     data_dir: str = "data/demo"  # folder of shards, searched with its subfolders
     tokenized_file_pattern: str = "tokenized_cleaned_*.npz"  # name of a shard; other files are ignored
     max_files: int = -1  # use the first so many shards; -1 for all
+    cache_dir: str = "data/cache"  # where compressed shards are unpacked to, once per machine; a large, fast disk
     sequence_length: int = 1024  # tokens per sample, T; at most max_position_embeddings
     tokenizer: str = "gpt2"  # what the shards were made with: gpt2 or byte; for text samples
     eval_files: int = 1  # last shards that are never trained on; with a single shard, its tail
@@ -65,6 +67,7 @@ class Config:
     warmup_steps: int = 500  # steps of linear warm-up from zero; 0 for none
     decay_steps: int = 0  # last steps of warmup_stable_decay; 0 for a fifth of max_steps
     weight_decay: float = 0.1  # on matrices only, never on biases, norms or scalars
+    optimizer: str = "adamw"  # adamw, or muon for the matrices of the blocks with AdamW for the rest
     adam_beta1: float = 0.9  # decay of the first moment; rarely changed
     adam_beta2: float = 0.95  # decay of the second moment; 0.99 and more for small batches
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
@@ -74,6 +77,8 @@ class Config:
 
     # hardware: how the work is laid out
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
+    activation_checkpointing: str = "none"  # none, selective (MLPs computed twice) or full (whole blocks), to save memory
+    cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
     cpu_threads: int = 0  # threads per process on a CPU; 0 for cores / processes
@@ -128,13 +133,15 @@ class Config:
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
-TYPES = typing.get_type_hints(Config)
+types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
 CHOICES = {
     "hidden_act": ("gelu", "gelu_new", "gelu_fast", "relu"),
     "tokenizer": ("gpt2", "byte"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
+    "optimizer": ("adamw", "muon"),
     "parallel": ("ddp", "fsdp"),
+    "activation_checkpointing": ("none", "selective", "full"),
     "mixed_precision": ("bf16", "fp16", "no"),
 }
 AT_LEAST_ONE = (
@@ -192,6 +199,14 @@ def _check(cfg: Config) -> None:
         cfg.min_learning_rate <= cfg.learning_rate,
         f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}",
     )
+    require(
+        not cfg.cpu_offload or cfg.parallel == "fsdp",
+        f"cpu_offload=true needs parallel=fsdp, not {cfg.parallel}: only sharded parameters can live in host memory",
+    )
+    require(
+        cfg.optimizer != "muon" or cfg.mixed_precision != "fp16",
+        "optimizer=muon knows no gradient scaler, which mixed_precision=fp16 needs; use bf16",
+    )
     if cfg.max_steps:
         decay = cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
         require(
@@ -238,9 +253,9 @@ def read_file(path: Path) -> dict[str, typing.Any]:
     return found
 
 
-def _known(key: str) -> str:
-    if key not in KEYS:
-        raise ConfigError(f"unknown key {key!r}{_nearest(key, KEYS)}; python train.py --help lists them")
+def _known(key: str, owner: type = Config) -> str:
+    if key not in types_of(owner):
+        raise ConfigError(f"unknown key {key!r}{_nearest(key, types_of(owner))}; python train.py --help lists them")
     return key
 
 
@@ -249,14 +264,14 @@ def _nearest(word: str, words: typing.Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def type_name(key: str) -> str:
-    kind = TYPES[key]
+def type_name(key: str, owner: type = Config) -> str:
+    kind = types_of(owner)[key]
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("None", "none")
 
 
-def convert(key: str, value: typing.Any) -> typing.Any:
+def convert(key: str, value: typing.Any, owner: type = Config) -> typing.Any:
     """A Python value as the key's declared type; integral floats are good ints. Raises ConfigError."""
-    kind = TYPES[key]
+    kind = types_of(owner)[key]
     optional = type(None) in typing.get_args(kind)
     if optional:
         if value is None:
@@ -267,15 +282,15 @@ def convert(key: str, value: typing.Any) -> typing.Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; {key} wants {type_name(key)}")
+        raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; {key} wants {type_name(key, owner)}")
     if kind is float and value != value:
         raise ConfigError(f"{key}={value} is not a number")
     return value
 
 
-def parse(key: str, text: str) -> typing.Any:
-    """A command line's text as the key's declared type: 1e6 and 25_000 are good ints, true/false, none."""
-    kind = TYPES[_known(key)]
+def parse(key: str, text: str, owner: type = Config) -> typing.Any:
+    """A command line's text as the type that the dataclass declares: 1e6, 25_000 are good ints; true/false; none."""
+    kind = types_of(owner)[_known(key, owner)]
     inner = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)][0]
     word = text.strip().lower()
     if word == "none" and type(None) in typing.get_args(kind):
@@ -290,9 +305,9 @@ def parse(key: str, text: str) -> typing.Any:
         except ValueError:
             value = None
         if value is not None:
-            return convert(key, value)
+            return convert(key, value, owner)
     hint = " (true or false)" if inner is bool else ""
-    raise ConfigError(f"{key}={text} is not a {type_name(key)}{hint}; its default is {KEYS[key].default}")
+    raise ConfigError(f"{key}={text} is not a {type_name(key, owner)}{hint}; its default is {getattr(owner, key)}")
 
 
 def to_json(cfg: Config) -> str:
@@ -304,10 +319,10 @@ def difference(old: dict[str, typing.Any], new: dict[str, typing.Any]) -> list[t
     return [(k, old.get(k), new.get(k)) for k in KEYS if old.get(k) != new.get(k)]
 
 
-def describe() -> list[tuple[str, list[tuple[str, str]]]]:
-    """[(group, [(key, meaning)])] read from the comments of Config, their only owner."""
+def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:
+    """[(group, [(key, meaning)])] read from the comments of a dataclass, their only owner."""
     groups: list[tuple[str, list[tuple[str, str]]]] = []
-    for line in inspect.getsource(Config).splitlines():
+    for line in inspect.getsource(owner).splitlines():
         if match := re.fullmatch(r"    # (.+)", line):
             groups.append((match[1], []))
         elif match := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
@@ -322,13 +337,19 @@ def help_text() -> str:
         "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent",
         "  --show      print the resolved config and the plan of the run, and exit",
     ]
-    for group, keys in describe():
+    return "\n".join(lines + key_table())
+
+
+def key_table(owner: type = Config) -> list[str]:
+    """A line with name, type, default and meaning for each key of a dataclass, under the names of their groups."""
+    lines = []
+    for group, keys in describe(owner):
         lines += ["", group]
         for key, meaning in keys:
-            default = KEYS[key].default
-            shown = {None: "none", True: "true", False: "false"}.get(default, default) if default != 1 else default
-            lines.append(f"  {key:<28} {type_name(key):<12} {shown!s:<24} {meaning}")
-    return "\n".join(lines)
+            default = getattr(owner, key)
+            shown = str(default).lower() if default is None or isinstance(default, bool) else default
+            lines.append(f"  {key:<28} {type_name(key, owner):<12} {shown!s:<24} {meaning}")
+    return lines
 
 
 def show_changes(cfg: Config, origins: dict[str, str]) -> str:

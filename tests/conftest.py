@@ -37,3 +37,7 @@ def write_shards(folder: Path, shards: int = 4, tokens: int = 3000, vocab: int =
 def shards(tmp_path_factory) -> Path:
     """A data_dir of four small shards, the last one held out."""
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=200, help="SIGKILLs of the long storm, with -m slow")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train"])
+CONTEXT.set_forkserver_preload(["train", "torch.utils.tensorboard"])
 
 # a model and a run of a second; every test states what it changes
 TINY = (

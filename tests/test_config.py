@@ -103,7 +103,12 @@ def test_the_three_configurations():
     for name, values in table.items():
         cfg, _ = load([str(ROOT / "configs" / f"{name}.py")])
         assert tuple(getattr(cfg, k) for k in keys) == values, name
-        assert (cfg.sequence_length, cfg.max_grad_norm, cfg.mixed_precision, cfg.compile_model) == (1024, 1.0, "bf16", True)
+        assert (cfg.sequence_length, cfg.max_grad_norm, cfg.mixed_precision, cfg.compile_model) == (
+            1024,
+            1.0,
+            "bf16",
+            True,
+        )
         assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.vocab_size, cfg.rotary_pct) == (2048, 24, 50257, 0.25)
 
 

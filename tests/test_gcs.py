@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import random
 import shutil
 import socket
@@ -13,9 +12,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from fakegcs import FakeGCS, gcloud
 
 import gcs
-from tests.fakegcs import FakeGCS
 
 BIG = random.Random(1).randbytes(20_000_000)  # more than one chunk of an upload
 SMALL = BIG[:100_000]
@@ -165,7 +164,9 @@ def test_hostile_names(name, tmp_path):
 def test_final_errors_are_one_line(server, bucket, tmp_path, monkeypatch):
     """Missing bucket, 401, 403 and missing credentials: one line with the fix, at once."""
     server.fault("GET", "/o", status=401)
-    with pytest.raises(gcs.BucketError, match="cannot list gs://bucket/.*gcloud auth application-default login") as caught:
+    with pytest.raises(
+        gcs.BucketError, match="cannot list gs://bucket/.*gcloud auth application-default login"
+    ) as caught:
         bucket.list()
     server.fault("POST", "upload", status=403)
     with pytest.raises(gcs.BucketError, match="cannot write gs://bucket/m: 403.*storage.objectUser"):
@@ -280,22 +281,6 @@ def test_fake_agrees_with_fake_gcs_server(foreign_server, tmp_path, monkeypatch)
     with FakeGCS() as ours:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", ours.url)
         assert calls(tmp_path / "ours") == foreign
-
-
-def gcloud(server: FakeGCS, folder: Path, *args: str) -> str:
-    """Run `gcloud storage ...` against the fake, offline."""
-    offline = {
-        "CLOUDSDK_CONFIG": str(folder / "gcloud"),
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{server.url}/storage/v1/",
-        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
-        "CLOUDSDK_CORE_PROJECT": "test",
-        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
-    }
-    done = subprocess.run(
-        ["gcloud", "storage", *args], env=os.environ | offline, capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")

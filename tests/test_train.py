@@ -92,7 +92,12 @@ def test_schedules():
     """Warm-up reaches the peak, every schedule ends at its floor, and each is continuous at its joints."""
     for kind, end in (("cosine", 1e-5), ("linear", 1e-5), ("constant", 1e-3), ("warmup_stable_decay", 1e-5)):
         cfg = configs.Config(
-            lr_scheduler_type=kind, learning_rate=1e-3, min_learning_rate=1e-5, warmup_steps=10, max_steps=100, decay_steps=30
+            lr_scheduler_type=kind,
+            learning_rate=1e-3,
+            min_learning_rate=1e-5,
+            warmup_steps=10,
+            max_steps=100,
+            decay_steps=30,
         )
         rates = [learning_rate(s, cfg) for s in range(101)]
         assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[10] == pytest.approx(1e-3)

@@ -1,0 +1,58 @@
+"""Checkpoints of random bytes, laid down as ckpt.py does, for tests that need no tensors; and a run that makes them.
+
+python tests/saves.py OUTPUT_DIR PREFIX SAVES SIZE    saves SAVES times, each followed by a flush; exits 0 or 74
+"""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import manifest
+from configs import Config
+
+
+def save(output_dir: Path, step: int, size: int = 300_000, files: int = 3, at: float | None = None) -> Path:
+    """A complete checkpoint of `files` data files; replaces one of the same name."""
+    final = Path(output_dir, manifest.name(0, step, 1))
+    save_id = secrets.token_hex(8)
+    building = final.with_name(f".tmp-{save_id}-{final.name}")
+    building.mkdir(parents=True)
+    for i in range(files):
+        manifest.write_file(building / f"shard-00000-{i:05d}.safetensors", os.urandom(size))
+    manifest.write_file(
+        building / manifest.STATE, json.dumps({"step": step, "tokens": step * 512, "loss": 1.5}).encode()
+    )
+    entries = {path.name: manifest.digest(path) for path in building.iterdir()}
+    content = {
+        "format": manifest.FORMAT, "name": final.name, "save_id": save_id, "step": step,
+        "time": int(time.time() if at is None else at), "files": entries,
+    }  # fmt: skip
+    manifest.write_file(building / manifest.MANIFEST, manifest.encode_manifest(content))
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(building, final)
+    return final
+
+
+def config(output_dir: Path, prefix: str = "run", **keys) -> Config:
+    return Config(output_dir=str(output_dir), bucket_name="bucket", checkpoint_bucket_path=prefix, **keys)
+
+
+if __name__ == "__main__":
+    import sync
+
+    folder, prefix, count, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    syncer = sync.Syncer(config(folder, prefix, bucket_total_limit=2, save_total_limit=2))
+    last = max((manifest.parse(name).step for name in manifest.names(folder)), default=0)
+    for i in range(count):
+        save(folder, last + 10 * (i + 1), size)
+        syncer.flush(30)
+    reached = syncer.close(30)
+    print(syncer.status)
+    sys.exit(0 if reached else 74)

@@ -1,0 +1,89 @@
+"""Makes shards for tests: the bucket's own format, mapped ones, and huge sparse ones."""
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from shard import write_shard
+
+END_OF_TEXT = 50256
+
+
+def rows_to_stream(rows: list[np.ndarray], width: int) -> np.ndarray:
+    """The plain meaning of a padded file: each row, and an end-of-text after one that is shorter than the width."""
+    parts = []
+    for row in rows:
+        parts.append(row)
+        if len(row) < width:
+            parts.append([END_OF_TEXT])
+    return np.concatenate(parts)
+
+
+def write_seed_shards(
+    folder: Path, files: int = 4, rows: int = 50, width: int = 64, vocab_size: int = 50257, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Writes compressed, padded shards in nested folders as the bucket has them; {relative path: stream expected}."""
+    rng = np.random.default_rng(seed)
+    expected = {}
+    for i in range(files):
+        texts = [rng.integers(0, vocab_size, rng.integers(1, width + 1)) for _ in range(rows)]
+        texts[rng.integers(rows)] = rng.integers(0, vocab_size, width)  # the longest row sets the width
+        path = f"subreddit_{i // 4:02d}/{('comments', 'submissions')[i % 2]}/tokenized_cleaned_{i:03d}.npz"
+        write_padded(folder / path, texts, width)
+        expected[path] = rows_to_stream(texts, width)
+    return expected
+
+
+def write_padded(file: Path, rows: list[np.ndarray], width: int, pad: int = END_OF_TEXT, **arrays) -> None:
+    """One file as the bucket's writer makes it; arrays replace its own, None leaves one out."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.full((len(rows), width), pad, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int32)
+    content = {"input_ids": ids, "attention_mask": mask, "sequence_lengths": lengths} | arrays
+    np.savez_compressed(file, **{name: array for name, array in content.items() if array is not None})
+
+
+def write_mapped(folder: Path, lengths: list[int], vocab_size: int = 50257, dtype: str = "<u2", seed: int = 0) -> None:
+    """Mapped shards of random tokens, one per length."""
+    rng = np.random.default_rng(seed)
+    for i, length in enumerate(lengths):
+        tokens = rng.integers(0, vocab_size, length)
+        write_shard(folder / f"part_{i % 3}/tokenized_cleaned_{i:03d}.npz", np.dtype(dtype), length, [tokens], {})
+
+
+def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
+    """Mapped uint16 shards of zeros, each a hole of 2 * tokens bytes in its file; the zip around it is complete."""
+    write_shard(folder / "small.npz", np.dtype("<u2"), 1, [[0]], {})
+    with open(folder / "small.npz", "rb") as file, zipfile.ZipFile(file) as archive:
+        entry = archive.infolist()[0]
+        file.seek(entry.header_offset)
+        local = file.read(30 + len(entry.filename) + len(entry.extra))
+        header = file.read(128).replace(b"(1,)", f"({tokens},)".encode()).rstrip(b" \n")
+    (folder / "small.npz").unlink()
+    header = header.ljust(127) + b"\n"
+    size = len(header) + 2 * tokens
+    crc, left = zlib.crc32(header), 2 * tokens
+    zeros = bytes(1 << 24)
+    while left:
+        crc = zlib.crc32(zeros[: min(left, len(zeros))], crc)
+        left -= min(left, len(zeros))
+    local = local[:14] + struct.pack("<III", crc, size, size) + local[26:]
+    name = entry.filename.encode()
+    central = struct.pack(
+        "<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, 0
+    )
+    central += name
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local) + size, 0)
+    for i in range(files):
+        path = folder / f"part_{i // 100}" / f"tokenized_cleaned_{i:03d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(local + header)
+            file.seek(len(local) + size)
+            file.write(central + end)

@@ -1,0 +1,605 @@
+"""Checkpoints: what is saved is what was there, in any layout, whatever dies, and nothing else is ever loaded."""
+
+import ctypes
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import ckpt
+import manifest
+from configs import ConfigError
+
+REPO = Path(ckpt.__file__).parent
+LAYOUTS = [("one", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)]
+
+
+class Toy(nn.Module):
+    """Tied embeddings over a vocabulary that 2 and 4 do not divide, fewer biases than ranks, one frozen layer."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.embed_in = nn.Embedding(51, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.narrow = nn.Linear(width, 3)
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.embed_out = nn.Linear(width, 51, bias=False)
+        self.embed_out.weight = self.embed_in.weight
+
+
+def build(layout: str = "one", world: int = 1, width: int = 8) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    model = Toy(width)
+    if layout == "fsdp":
+        mesh = init_device_mesh("cpu", (world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif layout == "ddp":
+        model = DistributedDataParallel(model)
+    matrices = [p for key, p in model.named_parameters() if "blocks" in key and p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    return model, [torch.optim.AdamW(rest, fused=True), torch.optim.Muon(matrices)]
+
+
+def fill(tree: dict[str, torch.Tensor], seed: int) -> None:
+    """Values that are a function of the seed and the name, whatever the layout."""
+    for key, t in tree.items():
+        full = torch.rand(t.shape, generator=torch.Generator().manual_seed(seed + zlib.crc32(key.encode())))
+        if isinstance(t, DTensor):
+            full = distribute_tensor(full, t.device_mesh, t.placements, src_data_rank=None).to_local()
+            t = t.to_local()
+        t.copy_(full)
+
+
+def digest(tree: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for key in sorted(tree):
+        t = tree[key].full_tensor() if isinstance(tree[key], DTensor) else tree[key]
+        sha.update(key.encode() + t.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def bit_flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A process group of one, as train.py has without torchrun."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def save(output_dir: Path, step: int, seed: int = 0, width: int = 8, **settings) -> Path:
+    """One complete checkpoint of a Toy, by a process group of one."""
+    model, optimizers = build(width=width)
+    tree = ckpt.state_tree(model, *optimizers)
+    fill(tree, seed)
+    saver = ckpt.Saver(output_dir, **settings)
+    saver.save(ckpt.name(0, step, 1), tree, {"step": step, "tokens": 1000 * step, "loss": 1.5})
+    assert saver.close() is None
+    return output_dir / ckpt.name(0, step, 1)
+
+
+@pytest.fixture
+def two(alone, tmp_path) -> tuple[Path, Path]:
+    """Checkpoints at steps 1 and 2."""
+    return save(tmp_path, 1), save(tmp_path, 2)
+
+
+def test_names():
+    """A name, parsed, gives its numbers back; what only looks like one is none."""
+    assert ckpt.name(2, 1250, 51) == "checkpoint-epoch2-step1250-files51"
+    assert ckpt.parse("checkpoint-epoch2-step1250-files51") == (2, 1250, 51)
+    assert not any(map(ckpt.parse, ["checkpoint-epoch2-step1250", ".tmp-checkpoint-epoch2-step1-files1", "x"]))
+
+
+def _layouts(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    expected = None
+    for save_or_load in ("save", "load"):
+        for layout, world in LAYOUTS:
+            if rank >= world:
+                continue
+            store = dist.FileStore(str(folder / f"{save_or_load}-{layout}{world}.store"), world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            model, optimizers = build(layout, world)
+            tree = ckpt.state_tree(model, *optimizers)
+            if save_or_load == "save":
+                fill(tree, 7)
+                expected = expected or digest(tree)
+                saver = ckpt.Saver(folder / f"{layout}{world}", async_save=layout != "one")
+                saver.save(ckpt.name(0, 1, 1), tree, {"step": 1})
+                fill(tree, 8)  # the save is of the values at the call, whatever happens behind it
+                assert saver.close() is None
+            else:
+                for source, saved_by in LAYOUTS:
+                    fill(tree, 9)
+                    choice = ckpt.agree(ckpt.choose, folder / f"{source}{saved_by}", "latest")
+                    ckpt.load(choice.path, tree)
+                    live = ckpt.state_tree(model, *optimizers)
+                    assert digest(live) == expected, f"saved by {source} {saved_by}, loaded by {layout} {world}"
+                if layout == "fsdp" and world == 2:
+                    _one_rank_fails(rank, folder / "disk", tree)
+            dist.barrier()
+            dist.destroy_process_group()
+            if save_or_load == "save" and rank == 0:
+                (folder / "expected").write_text(expected)
+        # ranks beyond the world wait here until the others have saved in every layout
+        done = dist.FileStore(str(folder / f"{save_or_load}.store"), 4)
+        done.set(f"{rank}", "")
+        done.wait([f"{r}" for r in range(4)])
+        expected = (folder / "expected").read_text()
+
+
+def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
+    ckpt.agree(ckpt.lock, folder)
+    saver = ckpt.Saver(folder)
+    saver.reserve(tree)
+    saver.save(ckpt.name(0, 1, 1), tree, {})
+    assert saver.wait() is None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    saver.save(ckpt.name(0, 2, 1), tree, {})
+    error = saver.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint-epoch0-step2-files1" in error and "rank 1" in error and "File too large" in error
+    dist.barrier()  # rank 0 cleans up behind the error
+    assert sorted(os.listdir(folder)) == [".lock", ckpt.name(0, 1, 1)], "something is left of the failed save"
+    saver.save(ckpt.name(0, 2, 1), tree, {})
+    assert saver.close() is None
+    manifest.verify(folder / ckpt.name(0, 2, 1))
+
+
+def test_every_layout_loads_into_every_other(tmp_path):
+    """One process, DDP and FSDP2 at 2 and 4: each saves, each loads each; all parameters and moments bit for bit.
+    One rank's full disk fails the save on both ranks and nothing else."""
+    mp.spawn(_layouts, (tmp_path,), nprocs=4)
+    sizes = {}
+    for layout, world in LAYOUTS:
+        folder = tmp_path / f"{layout}{world}" / ckpt.name(0, 1, 1)
+        shards = [file["size"] for file in manifest.verify(folder)["files"].values()][:-1]
+        sizes[layout, world] = sum(shards)
+        assert len(shards) == world, "each rank writes a part"
+        assert max(shards) < 1.5 * min(shards) + 1000, "the parts are about equal"
+    assert max(sizes.values()) < min(sizes.values()) + 20_000, "replicated state is written once"
+
+
+def test_save_is_of_the_moment_of_the_call(alone, tmp_path):
+    """Weights and history changed right after save() returns: the checkpoint has the ones before."""
+    model, optimizers = build(width=1024)
+    tree = ckpt.state_tree(model, *optimizers)
+    fill(tree, 1)
+    before, history = digest(tree), [1.0]
+    saver = ckpt.Saver(tmp_path)
+    for step in (1, 2):  # the second save reuses the memory of the first
+        fill(tree, 1)
+        saver.save(ckpt.name(0, step, 1), tree, {"history": history})
+        fill(tree, 2)
+        history.append(2.0)
+    assert saver.wait() is None and saver.last == ckpt.name(0, 2, 1)
+    for step in (1, 2):
+        fill(tree, 3)
+        choice = ckpt.choose(tmp_path, ckpt.name(0, step, 1))
+        ckpt.load(choice.path, tree)
+        assert digest(tree) == before and choice.state["history"] == [1.0, 2.0][:step]
+    saver.close()
+
+
+def test_tree_names_do_not_depend_on_wrapping(alone):
+    """Names of a compiled model's tree are those of the bare model; frozen parameters have no optimizer state, tied
+    ones come once, and what creating the state made is what a first step makes."""
+    model, optimizers = build()
+    tree = ckpt.state_tree(model, *optimizers)
+    assert tree.keys() == ckpt.state_tree(torch.compile(model), *optimizers).keys()
+    assert "model.embed_in.weight" in tree and "model.embed_out.weight" not in tree
+    assert not any(key.startswith("optim.") and "frozen" in key for key in tree)
+    fresh = build()[1]
+    for optimizer in fresh:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        optimizer.step()
+    for ours, theirs in zip(optimizers, fresh, strict=True):
+        for mine, other in zip(ours.state.values(), theirs.state.values(), strict=True):
+            assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
+
+
+def test_size_on_disk(alone, tmp_path):
+    """Bytes of a checkpoint against 12 per parameter (fp32, two moments), for a model of 3 million parameters."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
+    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters()))
+    saver = ckpt.Saver(tmp_path)
+    saver.save(ckpt.name(0, 1, 1), tree, {})
+    assert saver.close() is None
+    size = sum(file.stat().st_size for file in (tmp_path / ckpt.name(0, 1, 1)).iterdir())
+    assert size < 1.01 * 12 * sum(p.numel() for p in model.parameters())
+
+
+OPERATIONS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod"]
+
+
+def _die_at(n: int) -> None:
+    """Make this process kill itself instead of performing its n-th file operation."""
+    import builtins
+
+    count = 0
+
+    def counting(function, is_one=lambda *a: True):
+        def call(*args, **kwargs):
+            nonlocal count
+            if is_one(*args):
+                count += 1
+                if count == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for operation in OPERATIONS:
+        setattr(os, operation, counting(getattr(os, operation)))
+    io.open = builtins.open = counting(builtins.open, lambda path, mode="r", *a: mode[0] in "xwa")
+
+
+def _in_child(function, *args) -> int:
+    """Exit status of function(*args) in a forked child: 0, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*args)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _save_alone(folder: Path, step: int, seed: int, die_at: int = 0, file_limit: int = 0, **settings) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, optimizers = build()
+    tree = ckpt.state_tree(model, *optimizers)
+    fill(tree, seed)
+    saver = ckpt.Saver(folder, **settings)
+    _die_at(die_at)
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills in the middle of a write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    saver.save(ckpt.name(0, step, 1), tree, {"seed": seed})
+    error = saver.wait()
+    if error:
+        print(error, flush=True)
+    os._exit(1 if error else 0)
+
+
+def _recover_alone(folder: Path, die_at: int) -> None:
+    _die_at(die_at)
+    manifest.lock(folder)
+
+
+def _crash_everywhere(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    build()  # imports what an optimizer imports, once for all children
+    survived = {"old": 0, "new": 0}
+    for step, settings in [(1, {}), (2, {"save_total_limit": 1})]:  # over the same name; as the next, with pruning
+        died, n = True, 0
+        while died:
+            n += 1
+            here = folder / f"{step}-{n}"
+            here.mkdir(parents=True)
+            assert _in_child(lambda h=here: _save_alone(h, 1, seed=1)) == 0
+            died = _in_child(lambda h=here, n=n, s=step, k=settings: _save_alone(h, s, 2, n, **k)) == -signal.SIGKILL
+            m = 1
+            while _in_child(lambda h=here, m=m: _recover_alone(h, m)) == -signal.SIGKILL:  # and in the clean-up too
+                m += 1
+            choice = ckpt.choose(here, "latest")
+            survived["old" if choice.state["seed"] == 1 else "new"] += 1
+            assert not choice.passed_over, choice.passed_over
+            assert {n for n in os.listdir(here) if n != ".lock"} <= {ckpt.name(0, 1, 1), ckpt.name(0, 2, 1)}
+            assert died or choice.state["seed"] == 2
+            shutil.rmtree(here)
+        assert n > 12, f"only {n - 1} operations were seen"
+    for limit in (100, 1000, 4000):  # bytes of a file
+        here = folder / f"write-{limit}"
+        here.mkdir()
+        assert _in_child(lambda h=here: _save_alone(h, 1, seed=1)) == 0
+        assert _in_child(lambda h=here, b=limit: _save_alone(h, 2, 2, file_limit=b)) == -signal.SIGXFSZ
+        manifest.recover(here)
+        assert ckpt.choose(here, "latest").state["seed"] == 1 and os.listdir(here) == [ckpt.name(0, 1, 1)]
+    (folder / "survived").write_text(json.dumps(survived))
+
+
+def test_killed_at_every_file_operation(tmp_path):
+    """SIGKILL before each file operation of a save and of the clean-up after it, and inside writes: the old or the new
+    checkpoint is complete, nothing else is left."""
+    mp.spawn(_crash_everywhere, (tmp_path,))
+    survived = json.loads((tmp_path / "survived").read_text())
+    assert survived["old"] > 10 and survived["new"] > 5
+
+
+def test_500_bit_flips(two):
+    """Each of 500 random bit flips over all files of the newer checkpoint: found, and the older one is chosen."""
+    older, newer = two
+    dice = random.Random(0)
+    files = sorted(newer.iterdir())
+    for i in range(500):
+        file = dice.choice(files)
+        bit = dice.randrange(8 * file.stat().st_size)
+        bit_flip(file, bit)
+        choice = ckpt.choose(newer.parent, "latest")
+        assert choice.path == older, f"flip {i}: bit {bit} of {file.name} was not noticed"
+        [(passed_over, reason)] = choice.passed_over
+        assert passed_over == newer.name and str(newer) in reason
+        bit_flip(file, bit)
+    assert ckpt.choose(newer.parent, "latest").path == newer
+
+
+class Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "model.pt", "extra.safetensors"])
+def test_poisoned_pickle_is_refused(two, file):
+    """A pickle that would make a directory, dropped into a checkpoint: refused by name and not run."""
+    poison, effect = two[1] / file, two[0].parent / "effect"
+    poison.write_bytes(pickle.dumps(Payload(effect)))
+    with pytest.raises(ckpt.CheckpointError, match=file):
+        ckpt.choose(two[0].parent, two[1].name)
+    assert not effect.exists()
+
+
+def test_forged_pickle_is_not_run(two, tmp_path):
+    """Pickles in place of the data, with a manifest that was recomputed to match: an error, and they are not run."""
+    effect = tmp_path / "effect"
+    model, optimizers = build()
+    tree = ckpt.state_tree(model, *optimizers)
+    for file in [next(two[1].glob("*.safetensors")), two[1] / manifest.STATE]:
+        file.write_bytes(pickle.dumps(Payload(effect)))
+        told = manifest.read_manifest(two[1])
+        told["files"][file.name] = manifest.digest(file)
+        (two[1] / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
+        manifest.verify(two[1])
+        with pytest.raises(ckpt.CheckpointError):
+            ckpt.load(two[1], tree)
+    with pytest.raises(ckpt.CheckpointError, match="not JSON"):
+        ckpt.choose(tmp_path, two[1].name)
+    assert not effect.exists()
+
+
+def _cut(folder: Path) -> None:
+    os.truncate(next(folder.glob("*.safetensors")), 100)
+
+
+def _newer_format(folder: Path) -> None:
+    told = manifest.read_manifest(folder) | {"format": manifest.FORMAT + 1}
+    (folder / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
+
+
+def _other_manifest(folder: Path) -> None:
+    shutil.copy(folder.with_name(ckpt.name(0, 1, 1)) / manifest.MANIFEST, folder)
+
+
+def _link(folder: Path) -> None:
+    (folder / manifest.STATE).unlink()
+    (folder / manifest.STATE).symlink_to("/etc/hostname")
+
+
+DAMAGES = {
+    "truncated": (_cut, "safetensors has 100 bytes instead of"),
+    "missing": (lambda d: next(d.glob("*.safetensors")).unlink(), "safetensors is missing"),
+    "extra": (lambda d: (d / "note").touch(), "note is an extra file"),
+    "no state": (lambda d: (d / manifest.STATE).unlink(), "state.json is missing"),
+    "link": (_link, "state.json is not a plain file"),
+    "no manifest": (lambda d: (d / manifest.MANIFEST).unlink(), "has no MANIFEST.json"),
+    "empty manifest": (lambda d: os.truncate(d / manifest.MANIFEST, 0), "MANIFEST.json is damaged"),
+    "malformed manifest": (lambda d: (d / manifest.MANIFEST).write_text("[" * 100_000), "MANIFEST.json is damaged"),
+    "foreign manifest": (lambda d: (d / manifest.MANIFEST).write_text('{"manifest": []}'), "MANIFEST.json is damaged"),
+    "newer format": (_newer_format, "format 2, this code reads up to 1; update"),
+    "another's manifest": (_other_manifest, "holds the manifest of checkpoint-epoch0-step1-files1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(two, damage, capsys):
+    """Each kind of damage: named when asked for, passed over by latest, exit code 66 on the command line."""
+    older, newer = two
+    break_it, message = DAMAGES[damage]
+    break_it(newer)
+    with pytest.raises(ckpt.CheckpointError, match=message) as caught:
+        ckpt.choose(newer.parent, newer.name)
+    assert f"has {newer.name}, {older.name}" in str(caught.value)
+    choice = ckpt.choose(newer.parent, "latest")
+    assert choice.path == older and choice.passed_over[0][0] == newer.name
+    assert ckpt.main(["verify", str(newer.parent)]) == 66 and message in capsys.readouterr().out
+    shutil.rmtree(older)
+    shutil.copytree(newer, older, symlinks=True)
+    with pytest.raises(ckpt.CheckpointError, match="no checkpoint in .* can be loaded:\n"):
+        ckpt.choose(newer.parent, "latest")
+
+
+def test_resume_words(two, tmp_path):
+    """resume as none, latest, name and path, with and without checkpoints there: the choice or the error."""
+    older, newer = two
+    with pytest.raises(ConfigError, match=f"already has 2 checkpoints, the last one {newer.name}; .*resume=latest"):
+        ckpt.choose(tmp_path, None)
+    assert ckpt.choose(tmp_path, "latest") == (newer, {"step": 2, "tokens": 2000, "loss": 1.5}, [])
+    assert ckpt.choose(tmp_path, older.name).path == older
+    assert ckpt.choose(tmp_path / "other", str(older)).path == older
+    assert ckpt.choose(tmp_path / "other", os.path.relpath(older) + "/").state["step"] == 1
+    with pytest.raises(ckpt.CheckpointError, match=f"no such directory.* has {newer.name}, {older.name}"):
+        ckpt.choose(tmp_path, "checkpoint-epoch0-step3-files1")
+    with pytest.raises(ckpt.CheckpointError, match="not a complete checkpoint"):
+        ckpt.choose(tmp_path, str(tmp_path))
+    assert ckpt.choose(tmp_path / "empty", None).path is None
+    assert ckpt.choose(tmp_path / "empty", "latest").path is None
+    with pytest.raises(ckpt.CheckpointError, match="has no checkpoints"):
+        ckpt.choose(tmp_path / "empty", "any")
+    save(tmp_path, 10)
+    assert ckpt.choose(tmp_path, "latest").path.name == ckpt.name(0, 10, 1), "steps are numbers, not text"
+
+
+def test_other_model_is_named(two):
+    """A checkpoint of another size: the first names and shapes that differ, and not a value changed."""
+    model, optimizers = build(width=16)
+    tree = ckpt.state_tree(model, *optimizers)
+    before = digest(tree)
+    with pytest.raises(
+        ckpt.CheckpointError, match=r"model.blocks.0.bias is \[8\] float32 there, \[16\] .* and \d+ more"
+    ):
+        ckpt.load(two[1], tree)
+    del tree["optim.step.narrow.bias"]
+    with pytest.raises(ckpt.CheckpointError):
+        ckpt.load(two[1], tree)
+    model, optimizers = build()
+    tree = ckpt.state_tree(model, *optimizers)
+    tree["model.new.bias"] = torch.zeros(3)
+    with pytest.raises(ckpt.CheckpointError, match=r"optimizer: model.new.bias is absent there, \[3\] float32 here$"):
+        ckpt.load(two[1], tree)
+    tree = ckpt.state_tree(model) | {"model.narrow.bias": torch.zeros(3, dtype=torch.float64)}
+    with pytest.raises(ckpt.CheckpointError, match=r"model.narrow.bias is \[3\] float32 there, \[3\] float64 here"):
+        ckpt.load(two[1], tree)
+    assert digest(ckpt.state_tree(*build(width=16)[:1])) != before  # fresh weights differ, so the digest can tell
+    weights = ckpt.state_tree(build()[0])
+    ckpt.load(two[1], weights)  # the weights alone
+    fill(tree := ckpt.state_tree(model), 0)
+    assert digest(weights) == digest(tree)
+
+
+def test_permission_denied(alone):
+    """As a user who may not read the newer checkpoint's data, its manifest, or the folder: said so, by path; one who
+    may not write output_dir is told before training."""
+    with tempfile.TemporaryDirectory() as folder:
+        older, newer = save(Path(folder), 1), save(Path(folder), 2)
+        os.chmod(folder, 0o555)
+        me = os.geteuid()
+        for closed in (newer / manifest.STATE, newer / manifest.MANIFEST, newer):
+            mode = closed.stat().st_mode
+            os.chmod(closed, 0)
+            os.seteuid(65534 if me == 0 else me)  # root may read everything
+            try:
+                choice = ckpt.choose(folder, "latest")
+                with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+                    manifest.lock(Path(folder, "new"))
+            finally:
+                os.seteuid(me)
+                os.chmod(closed, mode)
+            assert choice.path == older
+            assert str(newer) in choice.passed_over[0][1] and "Permission denied" in choice.passed_over[0][1]
+        os.chmod(folder, 0o755)
+
+
+def test_lock(tmp_path):
+    """A second run on an output_dir is refused with the first one's host and pid; a killed run's lock is gone."""
+    code = "import manifest, sys; manifest.lock(sys.argv[1]); print('locked', flush=True); sys.stdin.read()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match=f"in use by host {os.uname().nodename}, pid {first.pid}; "):
+            manifest.lock(tmp_path)
+    finally:
+        first.kill()
+        first.wait()
+    manifest.lock(tmp_path)
+    with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
+        manifest.lock(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", bytes(tmp_path), b"tmpfs", 0, b"size=4m"):
+        pytest.skip(f"mounting a tmpfs: {os.strerror(ctypes.get_errno())}")
+    yield tmp_path
+    libc.umount2(bytes(tmp_path), 2)
+
+
+def test_full_disk(alone, small_disk):
+    """A disk without room, seen before the save or filled during it: that save fails, the one before stands, the next
+    is good again; a disk that is full at the start is found by lock() or reserve()."""
+    first = save(small_disk, 1, width=64)
+    model, optimizers = build(width=256)
+    tree = ckpt.state_tree(model, *optimizers)
+    saver = ckpt.Saver(small_disk)
+    saver.reserve(tree)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2 << 20))
+    saver.save(ckpt.name(0, 2, 1), tree, {})
+    assert "GB free" in saver.wait()
+    with pytest.raises(ConfigError, match="lower save_total_limit"):
+        saver.reserve(tree)
+    filler.unlink()
+    saver.save(ckpt.name(0, 2, 1), tree, {"history": list(range(1 << 20))})  # the tensors fit, the state does not
+    error = saver.wait()
+    assert "No space left on device" in error and saver.wait() is None
+    assert os.listdir(small_disk) == [first.name] and manifest.verify(first)
+    saver.save(ckpt.name(0, 2, 1), tree, {})
+    assert saver.close() is None and manifest.verify(small_disk / ckpt.name(0, 2, 1))
+    with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        manifest.lock(small_disk)
+
+
+def test_retention(alone, tmp_path):
+    """Which checkpoints remain after each save, with a limit of 2, every 4th step kept, damage and a step back."""
+    settings = {"save_total_limit": 2, "keep_every": 4}
+    left = lambda: sorted(ckpt.parse(n).step for n in ckpt.names(tmp_path))  # noqa: E731
+    for step in range(1, 8):
+        save(tmp_path, step, **settings)
+    assert left() == [4, 6, 7]
+    _cut(tmp_path / ckpt.name(0, 7, 1))
+    (tmp_path / ckpt.name(0, 6, 1) / manifest.MANIFEST).unlink()
+    save(tmp_path, 8, **settings)
+    assert left() == [4, 8], "what is not complete goes"
+    save(tmp_path, 5, **settings)
+    assert left() == [4, 5, 8], "what is ahead of a run that went back stays"
+    save(tmp_path, 9, **settings)
+    assert left() == [4, 5, 8, 9] and not [n for n in os.listdir(tmp_path) if n.startswith(".tmp")]
+
+
+def test_command_line(two, tmp_path, capsys):
+    """list and verify of a folder and of one checkpoint: the figures and the exit code."""
+    assert ckpt.main(["list", str(tmp_path)]) == 0
+    head, newest, _ = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "step", "tokens", "loss", "size", "age"]
+    assert newest.split()[:5] == [two[1].name, "2", "2,000", "1.5000", "0.0"] and newest.endswith("complete")
+    assert ckpt.main(["verify", str(two[0])]) == 0 and capsys.readouterr().out.strip().endswith("verified")
+    bit_flip(next(two[0].glob("*.safetensors")), 40_000)
+    assert ckpt.main(["list", str(tmp_path)]) == 0, "list does not read tensors"
+    assert ckpt.main(["verify", str(two[0])]) == 66 and "SHA-256 differs" in capsys.readouterr().out
+    assert ckpt.main(["list", str(tmp_path / "empty")]) == 66
+    (tmp_path / "empty").mkdir()
+    assert ckpt.main(["list", str(tmp_path / "empty")]) == 0

@@ -1,0 +1,468 @@
+"""Shards, samples, their order, and the loader: real files, compared with plain numpy."""
+
+import dataclasses
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shards
+import torch
+
+from configs import Config
+from data import DataError, Dataset, Loader, PackedShard, Shard, explain_change, get_tokenizer, permutation
+from shard import write_shard
+
+ROOT = Path(__file__).parent.parent
+V, T = 50257, 16
+
+
+def config(folder: Path, **changes) -> Config:
+    return dataclasses.replace(Config(), data_dir=str(folder), sequence_length=T, vocab_size=V, seed=7, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shards.write_mapped(tmp_path / "set", [400, 17, 333, 16, 900, 250])
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def dataset(folder: Path) -> Dataset:
+    return Dataset.open(config(folder))
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4"])
+@pytest.mark.parametrize("name", ["input_ids", "tokens"])
+@pytest.mark.parametrize("shape", [(1000,), (20, 50)])
+def test_shard_maps_what_numpy_wrote(tmp_path, dtype, name, shape):
+    """A window read from a plain np.savez file against the array itself, for each dtype, name and rank."""
+    array = np.random.default_rng(0).integers(0, V, shape).astype(dtype)
+    np.savez(tmp_path / "a.npz", **{name: array, "other": np.arange(3)})
+    shard = Shard.open(tmp_path, "a.npz")
+    window = np.empty(100, dtype)
+    shard.read_into(window, 123)
+    assert (window == array.ravel()[123:223]).all()
+    assert shard.tokens.shape == shape and (shard.tokens == array).all()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert shard.crc32 == archive.getinfo(f"{name}.npy").CRC
+
+
+def test_written_shards_are_aligned_and_reproducible(tmp_path):
+    """Two writes of the same tokens against each other, numpy's reading and 64-byte alignment."""
+    tokens = np.arange(1000) % 300
+    for name in ("a.npz", "b.npz"):
+        write_shard(tmp_path / name, np.dtype("<u2"), 1000, [tokens[:700], tokens[700:]], {"k": 1})
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert (np.load(tmp_path / "a.npz")["input_ids"] == tokens).all()
+    assert Shard.open(tmp_path, "a.npz").offset % 64 == 0
+
+
+def save_object(file: Path):
+    np.savez(file, input_ids=np.array([1, "x", None], object))
+
+
+def save_truncated(file: Path):
+    shards.write_mapped(file.parent / "whole", [5000])
+    content = next((file.parent / "whole").rglob("*.npz")).read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def save_cut_in_the_middle(file: Path):
+    """The directory at the end is whole, but bytes before it are gone."""
+    np.savez(file, input_ids=np.arange(5000, dtype=np.uint16))
+    content = file.read_bytes()
+    file.write_bytes(content[:300] + content[600:])
+
+
+def save_shape_beyond_the_member(file: Path):
+    np.savez(file, input_ids=np.arange(5000, dtype=np.uint16))
+    file.write_bytes(file.read_bytes().replace(b"(5000,)", b"(9000,)"))
+
+
+def save_twice(file: Path):
+    np.savez(file, input_ids=np.arange(5000, dtype=np.uint16))
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("input_ids.npy", b"")
+
+
+def save_encrypted(file: Path):
+    np.savez(file, input_ids=np.arange(5000, dtype=np.uint16))
+    content = bytearray(file.read_bytes())
+    content[content.rfind(b"PK\1\2") + 8] |= 1
+    file.write_bytes(content)
+
+
+BAD_SHARDS = {
+    "pickled objects": save_object,
+    "<f4": lambda file: np.savez(file, input_ids=np.zeros(100, np.float32)),
+    "dtype >i4": lambda file: np.savez(file, input_ids=np.zeros(100, ">i4")),
+    "Fortran": lambda file: np.savez(file, input_ids=np.asfortranarray(np.ones((20, 30), np.int32))),
+    "shape (2, 3, 4)": lambda file: np.savez(file, input_ids=np.ones((2, 3, 4), np.int32)),
+    "exactly one of": lambda file: np.savez(file, ids=np.ones(100, np.int32)),
+    "at most 16": lambda file: np.savez(file, **{f"a{i}": np.ones(1) for i in range(17)}),
+    "not an .npz file or ends early": save_truncated,
+    "ends early": save_cut_in_the_middle,
+    "needs 18000 bytes": save_shape_beyond_the_member,
+    "names a member twice": save_twice,
+    "encrypted": save_encrypted,
+    "no readable .npy header": lambda file: zipfile.ZipFile(file, "w").writestr("input_ids.npy", b"not numpy"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_SHARDS)
+def test_bad_shard(tmp_path, message):
+    """Opening a shard that is no shard against an error that names the file and the reason."""
+    BAD_SHARDS[message](tmp_path / "tokenized_cleaned_bad.npz")
+    with pytest.raises(DataError) as caught:
+        Shard.open(tmp_path, "tokenized_cleaned_bad.npz")
+    assert message in str(caught.value) and "tokenized_cleaned_bad.npz" in str(caught.value)
+    assert caught.value.exit_code == 66 and not isinstance(caught.value, PackedShard)
+
+
+def test_compressed_and_padded_shards_say_how_to_prepare_them(tmp_path):
+    """The bucket's format, compressed or not, against an error of its own kind that names the command."""
+    np.savez_compressed(tmp_path / "a.npz", input_ids=np.arange(99, dtype=np.int32))
+    np.savez(tmp_path / "b.npz", input_ids=np.ones((3, 4), np.int32), sequence_lengths=np.array([1, 2, 4]))
+    for name, why in (("a.npz", "is compressed"), ("b.npz", "is padded")):
+        with pytest.raises(PackedShard, match=f"{why}.*data.py prepare"):
+            Shard.open(tmp_path, name)
+
+
+# ---- order
+
+
+def test_golden_order():
+    """The permutation against values written down: a change would silently alter every resumed run."""
+    assert permutation(42, 0, 10, np.arange(10)).tolist() == [9, 1, 5, 3, 7, 0, 8, 4, 6, 2]
+    assert permutation(42, 3, 49_999_999, np.array([0, 1, 2, 25_000_000, 49_999_998])).tolist() == [
+        32031122,
+        38542445,
+        39165530,
+        11561185,
+        10268151,
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000, 4097])
+def test_permutation_is_a_bijection(n):
+    """All positions of an epoch against all samples, once each; epochs and seeds differ in order."""
+    epochs = [permutation(seed, epoch, n, np.arange(n)) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    for order in epochs:
+        assert sorted(order.tolist()) == list(range(n))
+    if n >= 64:
+        assert (epochs[0] != epochs[1]).any() and (epochs[0] != epochs[2]).any() and (np.diff(epochs[0]) != 1).any()
+
+
+def test_permutation_is_uniform():
+    """How often a position shows each sample over 6,000 seeds, against a chi-square bound."""
+    n, seeds = 7, 6000
+    counts = np.zeros((n, n))
+    for seed in range(seeds):
+        counts[np.arange(n), permutation(seed, 0, n, np.arange(n))] += 1
+    assert ((counts - seeds / n) ** 2 / (seeds / n)).sum() * (n - 1) / n < 36 + 4 * np.sqrt(2 * 36)
+
+
+def test_an_epoch_visits_every_window_once(dataset):
+    """The ids of steps that span two epochs against the set of all windows; the two orders differ."""
+    n, G = dataset.num_samples, 5
+    ids = np.concatenate([dataset.sample_ids(k * G, G) for k in range(-(-2 * n // G))])
+    first, second = ids[:n].tolist(), ids[n : 2 * n].tolist()
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second
+    straddling = dataset.sample_ids(n - 2, 4 * n)  # more than a whole epoch in one batch
+    assert straddling.tolist() == np.concatenate([dataset.sample_ids(p, 1) for p in range(n - 2, 5 * n - 2)]).tolist()
+
+
+def windows_of(folder: Path, paths: list[str]) -> list[list[int]]:
+    """All windows in order, the plain way."""
+    found = []
+    for path in paths:
+        tokens = np.load(folder / path)["input_ids"].astype(int).ravel().tolist()
+        found += [tokens[i : i + T + 1] for i in range(0, len(tokens) - T, T)]
+    return found
+
+
+def test_gather_and_locate(folder, dataset):
+    """Every window by id against slices of np.load; held-out windows come from the last file alone."""
+    paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.npz"))
+    expected = windows_of(folder, paths[:-1])
+    assert dataset.num_samples == len(expected) and dataset.num_tokens == len(expected) * T
+    assert dataset.gather(np.arange(dataset.num_samples)).tolist() == expected
+    held_out = windows_of(folder, paths[-1:])
+    assert dataset.num_eval_samples == len(held_out)
+    assert dataset.gather(dataset.eval_ids(10**6)).tolist() == held_out
+    few = dataset.eval_ids(3)
+    assert len(few) == 3 and len(set(few.tolist())) == 3
+    for id_, (path, start) in zip(range(len(expected)), dataset.locate(np.arange(len(expected))), strict=True):
+        assert np.load(folder / path)["input_ids"][start : start + T + 1].tolist() == expected[id_]
+
+
+def test_a_single_shard_holds_out_its_tail(tmp_path):
+    """Training and held-out windows of one shard against its windows in order: nothing shared, nothing lost."""
+    shards.write_mapped(tmp_path, [1000])
+    dataset = Dataset.open(config(tmp_path))
+    everything = windows_of(tmp_path, ["part_0/tokenized_cleaned_000.npz"])
+    assert dataset.num_eval_samples == 3 and dataset.num_samples == len(everything) - 3
+    assert dataset.gather(np.arange(len(everything))).tolist() == everything
+    assert Dataset.open(config(tmp_path, eval_files=0)).num_samples == len(everything)
+
+
+def test_max_files_takes_the_first(folder):
+    """max_files=3 against the first three paths, the third held out."""
+    dataset = Dataset.open(config(folder, max_files=3))
+    paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.npz"))
+    assert [s.path for s in dataset.shards] == paths[:2] and [s.path for s in dataset.eval_shards] == paths[2:3]
+
+
+def test_position(dataset):
+    """Epoch, fraction, files and next sample at a few counts against their definitions."""
+    n = dataset.num_samples
+    assert dataset.position(0)["epoch"] == 0 and dataset.position(n)["epoch"] == 1
+    at = dataset.position(n + n // 2)
+    assert at["epoch"] == 1 and at["epoch_fraction"] == (n // 2) / n and at["files"] == (n // 2) * 5 // n
+    assert [(at["next_shard"], at["next_offset"])] == dataset.locate(dataset.sample_ids(n + n // 2, 1))
+
+
+# ---- the fingerprint
+
+
+def test_fingerprint_and_what_changed(folder, dataset):
+    """Fingerprints of a set before and after adding, removing and changing a shard; the message names all three."""
+    again = Dataset.open(config(folder, eval_files=2))
+    assert again.fingerprint == dataset.fingerprint and len(dataset.fingerprint) == 64
+    assert explain_change(dataset.manifest, again.manifest) == ""
+    (folder / "part_0/tokenized_cleaned_000.npz").unlink()
+    write_shard(folder / "part_1/tokenized_cleaned_004.npz", np.dtype("<u2"), 900, [np.zeros(900)], {})
+    write_shard(folder / "new/tokenized_cleaned_9.npz", np.dtype("<u2"), 90, [np.zeros(90)], {})
+    changed = Dataset.open(config(folder))
+    message = explain_change(dataset.manifest, changed.manifest)
+    assert changed.fingerprint != dataset.fingerprint
+    assert "added 1: new/tokenized_cleaned_9.npz" in message
+    assert "removed 1: part_0/tokenized_cleaned_000.npz" in message
+    assert "changed 1: part_1/tokenized_cleaned_004.npz (crc32 " in message
+
+
+# ---- bad sets
+
+
+def test_missing_and_empty_folders(tmp_path):
+    """A folder that is not there, one without shards, one with short shards only, against their messages."""
+    with pytest.raises(DataError, match="nowhere is no folder; `python data.py demo`"):
+        Dataset.open(config(tmp_path / "nowhere"))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/notes.txt").touch()
+    with pytest.raises(DataError, match="no file named like tokenized_file_pattern=tokenized_cleaned"):
+        Dataset.open(config(tmp_path))
+    shards.write_mapped(tmp_path, [16, 5])
+    with pytest.raises(DataError, match="sequence_length\\+1=17 tokens: the longest of all 2 has 16"):
+        Dataset.open(config(tmp_path))
+    with pytest.raises(DataError, match="eval_files=2 holds out all of 2 shards"):
+        Dataset.open(config(tmp_path, eval_files=2))
+
+
+def test_unreadable_folder():
+    """A user without read permission against an error that names the folder, also below a readable one."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        shards.write_mapped(Path(name), [100, 100])
+        os.chmod(Path(name, "part_1"), 0)
+
+        def open_as_nobody(send):
+            if os.getuid() == 0:
+                os.setuid(65534)
+            try:
+                Dataset.open(config(Path(name)))
+            except DataError as error:
+                send.send(str(error))
+            send.close()
+
+        receive, send = multiprocessing.Pipe(False)
+        child = multiprocessing.get_context("fork").Process(target=open_as_nobody, args=(send,))
+        child.start()
+        assert receive.poll(30) and receive.recv() == f"cannot read the folder {name}/part_1: Permission denied"
+        child.join()
+        os.chmod(Path(name, "part_1"), 0o755)
+
+
+@pytest.mark.parametrize("dtype,bad", [("<u2", 60000), ("<i4", -1), ("<u4", 2**32 - 1)])
+def test_an_id_outside_the_vocabulary(tmp_path, dtype, bad):
+    """One bad id against an error with the file, the id and its token offset, and only when its window is read."""
+    tokens = np.zeros(200, np.int64)
+    tokens[101] = bad
+    write_shard(tmp_path / "tokenized_cleaned_0.npz", np.dtype(dtype), 200, [tokens.astype(dtype)], {})
+    dataset = Dataset.open(config(tmp_path, eval_files=0))
+    assert len(dataset.gather(np.array([0, 1, 2]))) == 3
+    with pytest.raises(DataError, match=f"tokenized_cleaned_0.npz has id {bad} at token 101; vocab_size=50257"):
+        dataset.gather(np.arange(dataset.num_samples))
+
+
+def touch(file: Path):
+    os.utime(file, ns=(1, 1))
+
+
+def rewrite(file: Path):
+    write_shard(file, np.dtype("<u2"), 900, [np.zeros(900)], {})
+
+
+@pytest.mark.parametrize(
+    "change", [touch, rewrite, Path.unlink, lambda file: os.truncate(file, 500), lambda file: os.truncate(file, 10**6)]
+)
+def test_a_file_that_changes_while_training(folder, dataset, change):
+    """Reading after a file was touched, replaced, removed, cut or grown, against an error that names it."""
+    file = folder / "part_1/tokenized_cleaned_004.npz"
+    ids = [i for i, (path, _) in enumerate(dataset.locate(np.arange(dataset.num_samples))) if path in str(file)]
+    dataset.gather(np.array(ids))
+    change(file)
+    with pytest.raises(DataError, match="part_1/tokenized_cleaned_004.npz (changed|was there)"):
+        dataset.gather(np.array(ids[-1:]))
+
+
+# ---- the loader
+
+
+def global_batches(dataset: Dataset, G: int, W: int, A: int, steps: range, workers: int) -> list[list]:
+    """[(ids, x, y)] per step, put together from the loaders of all ranks."""
+    B = G // W // A
+    loaders = [Loader(dataset, steps.start, steps.stop, G, rank, W, B, A, workers) for rank in range(W)]
+    found = []
+    for batches in zip(*loaders, strict=True):
+        micro = [pair for batch in batches for pair in batch.micro]
+        assert all(x.shape == (B, T) and x.dtype == torch.int64 and x.is_contiguous() for x, _ in micro)
+        assert len(batches[0].micro) == A and all((batch.ids == batches[0].ids).all() for batch in batches)
+        x, y = (torch.cat([pair[i] for pair in micro]).tolist() for i in range(2))
+        found.append((batches[0].step, batches[0].ids.tolist(), x, y))
+    for loader in loaders:
+        loader.close()
+    return found
+
+
+def test_batches_do_not_depend_on_the_layout(dataset):
+    """Ids and tokens of global batches across an epoch border for world 1, 2, 4, 8, accumulation 1, 2, 4, workers."""
+    G = 32
+    border = dataset.num_samples // G
+    steps = range(border - 1, border + 3)
+    plain = []
+    for k in steps:
+        ids = dataset.sample_ids(k * G, G)
+        windows = dataset.gather(ids)
+        plain.append((k, ids.tolist(), windows[:, :-1].tolist(), windows[:, 1:].tolist()))
+    for W in (1, 2, 4, 8):
+        for A in (1, 2, 4):
+            assert global_batches(dataset, G, W, A, steps, workers=1 + W % 3) == plain
+
+
+def test_loader_starts_at_any_step(dataset):
+    """The batches from step k on against the tail of those from step 0; after the batch size changed, by samples."""
+    whole = global_batches(dataset, 4, 1, 1, range(30), 2)
+    for k in (1, 13, 29):
+        assert global_batches(dataset, 4, 1, 1, range(k, 30), 3) == whole[k:]
+    loader = Loader(dataset, 10, 12, 8, micro_batch=8, first_sample=40)
+    assert [batch.ids.tolist() for batch in loader] == [dataset.sample_ids(p, 8).tolist() for p in (40, 48)]
+
+
+def test_loader_reads_ahead_boundedly_and_reports(dataset):
+    """How far a loader got before anything is taken, and the time its consumer waited."""
+    loader = Loader(dataset, 0, 10**9, 4, micro_batch=4, workers=2)
+    next(loader)
+    assert len(loader._ahead) == 4 and loader.wait_seconds > 0
+    loader.close()
+
+
+def test_loader_passes_errors_on(folder, dataset):
+    """A shard that vanishes while threads read ahead, against the DataError that the consumer sees."""
+    (folder / "part_1/tokenized_cleaned_004.npz").unlink()
+    loader = Loader(dataset, 0, 1000, 4, micro_batch=4, workers=2)
+    with pytest.raises(DataError, match="tokenized_cleaned_004.npz was there when it was opened"):
+        for _ in loader:
+            pass
+    loader.close()
+
+
+# ---- scale
+
+
+def test_51_billion_tokens_open_at_once(tmp_path):
+    """774 sparse shards of 66 million tokens: time to open, memory, open files, seeking, against the goals."""
+    shards.write_sparse_set(tmp_path, 774, 66_150_000)
+    code = f"""
+import resource, sys, time
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(700, hard), hard))
+import numpy as np
+from configs import Config
+from data import Dataset, Loader
+begin = time.perf_counter()
+dataset = Dataset.open(Config(data_dir={str(tmp_path)!r}))
+opened = time.perf_counter() - begin
+fingerprint = dataset.fingerprint
+seeks = []
+for samples in range(0, 3 * dataset.num_samples, dataset.num_samples // 300):
+    begin = time.perf_counter()
+    ids = dataset.sample_ids(samples, 16)
+    seeks.append(time.perf_counter() - begin)
+    dataset.gather(ids)
+rss = int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) // 1024
+steps = 25_000 * 32_768 / dataset.num_tokens, 590_625 * 262_144 / dataset.num_tokens
+print(opened, rss, sorted(seeks)[len(seeks) // 2], *steps)
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr
+    opened, rss, seek, epochs, epochs_8gpu = map(float, out.stdout.split())
+    print(f"opened in {opened:.3f} s, {rss:.0f} MB resident, {seek * 1e6:.0f} us to seek")
+    assert opened < 1 and rss < 300 and seek < 0.005
+    assert f"{epochs:.3f}" == "0.016" and 3.02 <= epochs_8gpu <= 3.04
+
+
+# ---- tokenizers
+
+
+def test_byte_tokenizer():
+    """Text through the byte encoding against its UTF-8 bytes and back; end-of-text is id 256 of 257."""
+    encoding, text = get_tokenizer("byte"), "naïve\n\n<|endoftext|> Ω"
+    assert encoding.encode_ordinary(text) == list(text.encode()) and encoding.decode(list(text.encode())) == text
+    assert encoding.eot_token == 256 and encoding.n_vocab == 257
+
+
+def test_gpt2_vocabulary_that_cannot_be_had(tmp_path):
+    """tiktoken with an empty cache and a dead proxy, against one error that names the way out."""
+    code = "import data; data.get_tokenizer('gpt2')"
+    env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert "DataError: tiktoken cannot fetch the gpt2 vocabulary" in out.stderr and "TIKTOKEN_CACHE_DIR" in out.stderr
+
+
+# ---- the demo's set
+
+
+def test_demo(tmp_path):
+    """Two builds of the demo's set against each other; an intact one is kept, a damaged one rebuilt, others refused."""
+
+    def demo(name: str) -> str:
+        command = [sys.executable, str(ROOT / "data.py"), "demo", str(tmp_path / name)]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return out.stdout if out.returncode == 0 else f"{out.returncode} {out.stderr}"
+
+    assert "7 shards" in demo("a") and "7 shards" in demo("b")
+    files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
+    assert "intact" in demo("a")
+    dataset = Dataset.open(config(tmp_path / "a", max_files=-1))
+    assert [s.path for s in dataset.eval_shards] == ["validation/00/tokenized_cleaned_validation_00.npz"]
+    assert 5e6 < dataset.num_tokens < 5e7 and dataset.gather(np.arange(100)).max() <= 256
+
+    victim = max(files, key=lambda path: len(files[path]))
+    damaged = bytearray(files[victim])
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "a" / victim).write_bytes(damaged)
+    assert "7 shards" in demo("a") and (tmp_path / "a" / victim).read_bytes() == files[victim]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/thesis.txt").write_text("important")
+    assert demo("c").startswith("66 error:") and (tmp_path / "c/thesis.txt").exists()

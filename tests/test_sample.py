@@ -1,0 +1,227 @@
+"""Generation: against Transformers, against recomputing everything, and as a program."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import export
+import sample
+from configs import Config, ConfigError
+from model import GPTNeoX, init_weights, to_hf_config
+from sample import Options
+from tests.conftest import ROOT
+from tests.fakegcs import FakeGCS
+
+CFG = Config(
+    vocab_size=257, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
+    max_position_embeddings=64, sequence_length=32, tokenizer="byte", initializer_range=0.2,
+)  # fmt: skip
+PROMPTS = [[100, 101, 102, 32], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = GPTNeoX(CFG).eval()
+    init_weights(model)
+    return model
+
+
+def collect(model, prompts, end=None, **keys) -> list[list[int]]:
+    """Each row's tokens, those before its end."""
+    steps = list(sample.generate(model, prompts, Options(**{"temperature": 0.0, **keys}), end))
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens, each from a whole forward pass over all that came before."""
+    row = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            row.append(model(torch.tensor([row]))[0, -1].argmax().item())
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("keys", [{}, {"use_parallel_residual": False, "rotary_pct": 1.0, "tie_word_embeddings": True}])
+def test_greedy_equals_transformers(keys, tmp_path):
+    """Greedy tokens of three prompts of other lengths, alone and as one batch, equal transformers.generate's."""
+    cfg = Config(**{**CFG.__dict__, **keys})
+    model = GPTNeoX(cfg).eval()
+    init_weights(model)
+    hf = GPTNeoXForCausalLM(GPTNeoXConfig(**to_hf_config(cfg))).eval()
+    hf.load_state_dict({export.hf_name(k): v for k, v in model.state_dict().items()})
+    wanted = []
+    for prompt in PROMPTS:
+        idx = torch.tensor([prompt])
+        mask = torch.ones_like(idx)
+        out = hf.generate(
+            idx, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        wanted.append(out[0, len(prompt) :].tolist())
+    assert [collect(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS] == wanted
+    assert collect(model, PROMPTS, max_new_tokens=40) == wanted
+    assert len(set(map(tuple, wanted))) == 3
+
+
+def test_full_window(model):
+    """Beyond the window, tokens equal those of whole forward passes over what is still remembered."""
+    prompt, window = [5, 6, 7, 8], 16
+    row, seen = list(prompt), len(prompt)
+    for left in range(40, 0, -1):
+        if seen > window:
+            seen = max(window // 2, window - left + 1)
+        row += greedy(model, row[-seen:], 1)
+        seen += 1
+    assert collect(model, [prompt], max_new_tokens=40, window=window)[0] == row[len(prompt) :]
+
+
+def test_prompt_longer_than_the_window(model):
+    """A prompt of 100 tokens in a window of 64 goes on as its last 64 - 20 + 1 tokens alone would."""
+    prompt = [i * 7 % 257 for i in range(100)]
+    assert collect(model, [prompt], max_new_tokens=20)[0] == greedy(model, prompt[-45:], 20)
+
+
+def test_end_of_text(model):
+    """With a token of the greedy text as end-of-text, a row stops before it; another row goes on as it would alone."""
+    alone = [greedy(model, prompt, 30) for prompt in PROMPTS]
+    end = next(token for token in alone[0] if token not in alone[1])
+    stopped = collect(model, PROMPTS[:2], end, max_new_tokens=30)
+    assert stopped == [alone[0][: alone[0].index(end)], alone[1]]
+
+
+def test_choose():
+    """Frequencies of 20,000 draws against the probabilities that temperature, top_k and top_p leave; the same seed."""
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]).log()[None].clamp(min=-50)  # probabilities 4 : 3 : 2 : 1 : 0
+
+    def draw(seed=0, **keys):
+        options = Options(**{"temperature": 1.0, "top_p": 1.0, **keys})
+        generator = torch.Generator().manual_seed(seed)
+        drawn = sample.choose(logits.expand(20_000, -1), options, generator)
+        return drawn.bincount(minlength=5) / 20_000
+
+    def close(got, *wanted):
+        return torch.allclose(got, torch.tensor(wanted) / sum(wanted), atol=0.02)
+
+    assert close(draw(), 4.0, 3.0, 2.0, 1.0, 0.0)
+    assert close(draw(temperature=0.5), 16.0, 9.0, 4.0, 1.0, 0.0)
+    assert close(draw(top_k=2), 4.0, 3.0, 0.0, 0.0, 0.0)
+    assert close(draw(top_p=0.69), 4.0, 3.0, 0.0, 0.0, 0.0)
+    assert close(draw(top_p=0.71), 4.0, 3.0, 2.0, 0.0, 0.0)
+    assert close(draw(top_p=0.01), 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert close(draw(temperature=0), 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert torch.equal(draw(seed=1), draw(seed=1)) and not torch.equal(draw(seed=1), draw(seed=2))
+
+
+def test_writer():
+    """Characters spread over tokens come out whole; the second text comes after the first, in pieces as they are known."""
+    import data
+
+    first, second = "a\u00e9\U0001f600".encode(), b"\xff\xfe\xffxy"
+    out = []
+    writer = sample.Writer(data.get_tokenizer("byte").decode, ["1:", "2:"], out.append)
+    for i in range(8):
+        writer.add([first[i] if i < len(first) else None, second[i] if i < len(second) else None])
+        if i == 0:
+            assert "".join(out) == "1:a"
+    writer.close()
+    assert "".join(out) == "1:a\u00e9\U0001f600\n2:\ufffd\ufffd\ufffdxy\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of step 7 of the model above, with moments beside the weights."""
+    from tests.test_export import save
+
+    return save(tmp_path_factory.mktemp("out"), CFG, step=7)
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess:
+    """sample.py as a program."""
+    import os
+
+    command = [sys.executable, str(ROOT / "sample.py"), *args]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **env}, timeout=60)
+
+
+def main(capsys, *args: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of sample.main."""
+    code = sample.main(list(args))
+    return code, *capsys.readouterr()
+
+
+def test_program_on_latest(checkpoint, model):
+    """`sample.py output_dir=... resume=latest` prints the prompt and what whole forward passes continue it with."""
+    done = run(
+        f"output_dir={checkpoint.parent}",
+        "resume=latest",
+        "prompt=def ",
+        "max_new_tokens=12",
+        "temperature=0",
+        "dtype=fp32",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"def {bytes(greedy(model, list(b'def '), 12)).decode(errors='replace')}\n".encode()
+    assert b"step 7" in done.stderr and b"tokens/s" in done.stderr
+
+
+def test_batch_from_a_file(checkpoint, tmp_path, capsys):
+    """Two prompts of a file, two samples each, in blocks of three: four headed texts, those of a prompt differ."""
+    (tmp_path / "prompts.txt").write_text("def f\nimport os, sys\n")
+    args = [f"resume={checkpoint}", f"prompt=FILE:{tmp_path}/prompts.txt", "num_samples=2", "batch_size=3"]
+    code, out, _ = main(capsys, *args, "max_new_tokens=9")
+    assert code == 0
+    texts = ["--- " + text for text in out.split("--- ")[1:]]
+    assert [text.split("\n")[0] for text in texts] == [f"--- {i} of 4" for i in range(1, 5)]
+    bodies = [text.split("\n", 1)[1] for text in texts]
+    assert [body.startswith("def f") for body in bodies] == [True, True, False, False]
+    assert bodies[0] != bodies[1] and bodies[2].startswith("import os, sys")
+
+
+def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
+    """resume=gs://BUCKET/PREFIX gives the text that the local checkpoint gives."""
+    import sync
+
+    monkeypatch.chdir(tmp_path)
+    with FakeGCS() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        place, _ = sync.open_place("gs://bucket/runs/a")
+        sync.publish(place, checkpoint)
+        _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
+    code, out, _ = main(capsys, f"resume={checkpoint}", "prompt=x", "max_new_tokens=9")
+    assert code == 0 and pulled == out
+
+
+def test_empty_prompt_and_special_token(checkpoint, model, capsys):
+    """No prompt begins after end-of-text; "<|endoftext|>" in a prompt is that one token."""
+    args = [f"resume={checkpoint}", "max_new_tokens=5", "temperature=0", "dtype=fp32"]
+    _, empty, _ = main(capsys, *args)
+    _, special, _ = main(capsys, *args, "prompt=<|endoftext|>")
+    assert special == "<|endoftext|>" + empty
+    assert empty == bytes(greedy(model, [256], 5)).decode(errors="replace") + "\n"
+
+
+def test_says_that_the_window_fills(checkpoint, capsys):
+    """4 tokens of prompt and 90 more in a window of 64: done, and said."""
+    code, _, err = main(capsys, f"resume={checkpoint}", "prompt=abcd", "max_new_tokens=90")
+    assert code == 0 and "window of 64" in err
+
+
+def test_mistakes(checkpoint, tmp_path, capsys):
+    """Exit code and the words that say what is wrong."""
+    for args, code, words in [
+        (["temprature=1"], 2, "unknown key 'temprature'; did you mean temperature"),
+        (["temperature=-1"], 2, "must not be negative"),
+        (["temperature=hot"], 2, "temperature=hot is not a float; its default is 0.8"),
+        (["top_p=0"], 2, "above 0"),
+        (["dtype=int8"], 2, "none of auto, bf16, fp16, fp32"),
+        (["max_new_tokens=0"], 2, "at least 1"),
+        ([f"prompt=FILE:{tmp_path}/none"], 2, "cannot be read"),
+        ([f"resume={tmp_path}/none"], 66, "no such directory"),
+        ([f"output_dir={tmp_path}", "resume=latest"], 66, "train first"),
+    ]:
+        got, _, err = main(capsys, *args)
+        assert (got, words in err) == (code, True), (args, got, err)
+    with pytest.raises(ConfigError, match="not the tokenizer"):
+        sample.encode(["é"], sample.Tokenizer(lambda text: list(text.encode()), str, None), Config(vocab_size=150))

@@ -1,0 +1,392 @@
+"""Checkpoints between a folder and a bucket that is a real HTTP server; the checkpoints here hold random bytes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakegcs import FakeGCS, checksum, gcloud
+from saves import config, save
+
+import gcs
+import manifest
+import remote
+import sync
+
+ROOT = Path(sync.__file__).parent
+
+
+class WatchedGCS(FakeGCS):
+    """Notes every moment in which a manifest speaks for objects that are not there, or not with its checksums."""
+
+    def __init__(self):
+        super().__init__()
+        self.violations: list[str] = []
+        self.commits: list[str] = []
+
+    def store(self, bucket, metadata, data, precondition):
+        stored = super().store(bucket, metadata, data, precondition)
+        if stored.name.endswith(manifest.MANIFEST):
+            self.commits.append(stored.name.split("/")[-2])
+        self.look()
+        return stored
+
+    def remove(self, bucket, name):
+        with self.lock:
+            super().remove(bucket, name)
+            self.look()
+
+    def look(self):
+        with self.lock:
+            for name, stored in self.buckets["bucket"].items():
+                if name.endswith(manifest.MANIFEST):
+                    content = json.loads(stored.data)["manifest"]
+                    for file, entry in content["files"].items():
+                        there = self.buckets["bucket"].get(
+                            f"{name.removesuffix(manifest.MANIFEST)}{content['save_id']}/{file}"
+                        )
+                        if there is None or (len(there.data), checksum(there.data)) != (entry["size"], entry["crc32c"]):
+                            self.violations.append(f"{name}: {file}")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with WatchedGCS() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        yield running
+    assert not running.violations
+
+
+@pytest.fixture
+def place(server):
+    return remote.Place(gcs.Bucket("bucket", patience=10, timeout=2), "run")
+
+
+def steps(place) -> list[int]:
+    return [r.step for r in place.checkpoints(place.objects()) if not r.problem]
+
+
+def local_steps(folder: Path) -> list[int]:
+    return [manifest.parse(name).step for name in manifest.names(folder)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_round_trip(place, server, tmp_path):
+    """What is published and fetched into an empty folder is the same directory, byte for byte, and verifies."""
+    here = save(tmp_path / "a", 10, size=9_000_000)
+    assert remote.publish(place, here)
+    requests = len(server.requests)
+    assert remote.publish(place, here) and len(server.requests) <= requests + 3  # a LIST and a look at the manifest
+    there = remote.fetch(place, here.name, tmp_path / "b")
+    assert content(there) == content(here) and manifest.verify(there)
+    assert [p.name for p in (tmp_path / "b").iterdir() if p.name != ".download.lock"] == [here.name]
+
+
+def test_publishes_newest_first_and_prunes(server, place, tmp_path):
+    """Of eight waiting checkpoints the newest goes first and only those that are retained go at all, here and there."""
+    for step in range(10, 90, 10):
+        save(tmp_path, step)
+    cfg = config(tmp_path, bucket_total_limit=2, save_total_limit=3, keep_every=40)
+    syncer = sync.Syncer(cfg)
+    assert syncer.close(30) and syncer.status == ""
+    assert server.commits[0] == manifest.name(0, 80, 1)
+    assert steps(place) == [80, 70, 40] and local_steps(tmp_path) == [80, 70, 60, 40]
+    assert not [n for n in server.names("run/") if f"step{10}-" in n or f"step{20}-" in n]
+
+
+def test_prunes_as_it_goes_but_not_the_resumed_one(server, place, tmp_path):
+    """bucket_total_limit=2 holds after each save; the checkpoint that the run was resumed from stays there."""
+    save(tmp_path, 10)
+    remote.publish(place, tmp_path / manifest.name(0, 10, 1))
+    syncer = sync.Syncer(config(tmp_path, bucket_total_limit=2, save_total_limit=1), manifest.name(0, 10, 1))
+    for step in range(20, 60, 10):
+        save(tmp_path, step)
+        assert syncer.flush(30), syncer.failure
+        assert steps(place) == sorted({step, max(step - 10, 10), 10}, reverse=True)
+        assert local_steps(tmp_path) == [step]
+    assert syncer.close(30)
+
+
+def test_nothing_leaves_the_disk_before_it_is_in_the_bucket(server, place, tmp_path):
+    """While the bucket fails, save_total_limit=1 deletes nothing; once it works again, one is left."""
+    fault = server.fault("POST|PUT", "upload", status=503, times=10**6)
+    syncer = sync.Syncer(config(tmp_path, save_total_limit=1, bucket_total_limit=2))
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    server.wait_until(lambda: fault.hits > 2)
+    assert local_steps(tmp_path) == [30, 20, 10] and steps(place) == []
+    server.faults.clear()
+    assert syncer.close(40) and local_steps(tmp_path) == [30] and steps(place)[0] == 30
+
+
+def test_the_last_scan_starts_after_close(server, place, tmp_path):
+    """A checkpoint that is completed just before close() is in the bucket when close() says so, 15 times of 15."""
+    for step in range(10, 160, 10):
+        syncer = sync.Syncer(config(tmp_path, save_total_limit=2, bucket_total_limit=1))
+        save(tmp_path, step, size=1000)
+        assert syncer.close(30), syncer.failure
+        assert steps(place) == [step]
+
+
+def test_write_forbidden(server, tmp_path):
+    """403 on writes only: no exception, the reason in the status, close() returns False long before its deadline."""
+    server.fault("POST|PUT", "upload", status=403, times=10**6)
+    save(tmp_path, 10)
+    syncer = sync.Syncer(config(tmp_path))
+    begin = time.monotonic()
+    assert not syncer.close(300) and time.monotonic() - begin < 30
+    assert "403" in syncer.status and "storage.objectUser" in syncer.status
+    assert local_steps(tmp_path) == [10]
+
+
+def test_deadline(server, tmp_path):
+    """A bucket that is too slow: close() gives up at the deadline and says so; nothing half-done is listed."""
+    server.fault("POST|PUT", "upload.*(multipart|upload_id)", rate=100_000, times=10**6, skip=1)
+    save(tmp_path, 10, size=3_000_000)
+    syncer = sync.Syncer(config(tmp_path))
+    assert not syncer.close(1.5) and "was not finished after 1.5 s" in syncer.status
+    assert not [n for n in server.names() if n.endswith(manifest.MANIFEST)]
+
+
+def test_two_trainers_on_one_prefix(server, place, tmp_path):
+    """The run that started last goes on, the other one is refused and says by whom; every checkpoint is of one save."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    first = sync.Syncer(config(a))
+    save(a, 10)
+    assert first.flush(30)
+    second = sync.Syncer(config(b))
+    assert second.flush(30)
+    saved = {step: (save(a, step), save(b, step)) for step in (20, 30)}
+    assert second.flush(30) and not first.flush(30)
+    assert f"another run (host {os.uname().nodename}, pid {os.getpid()}) took gs://bucket/run over" in first.status
+    assert steps(place) == [30, 20, 10]
+    for step, (_, theirs) in saved.items():
+        assert content(remote.fetch(place, manifest.name(0, step, 1), tmp_path / "c")) == content(theirs)
+    assert second.close(30) and not first.close(1)
+
+
+def test_same_step_saved_again(server, place, tmp_path):
+    """After a fall-back the same step is saved again: it takes the old one's place at once, and its data goes."""
+    save(tmp_path, 10)
+    old = manifest.read_manifest(save(tmp_path, 20))
+    syncer = sync.Syncer(config(tmp_path))
+    assert syncer.flush(30)
+    new = save(tmp_path, 20)
+    assert syncer.close(30)
+    assert content(remote.fetch(place, new.name, tmp_path / "c")) == content(new)
+    assert not [n for n in server.names() if old["save_id"] in n]
+
+
+def test_stale_disk_does_not_replace_newer(server, place, tmp_path):
+    """A machine whose disk holds an older save of a step leaves the newer one in the bucket alone, and publishes 30."""
+    newer = save(tmp_path / "b", 20)
+    remote.publish(place, newer)
+    save(tmp_path / "a", 20, at=time.time() - 1000)
+    syncer = sync.Syncer(config(tmp_path / "a"))
+    save(tmp_path / "a", 30)
+    assert syncer.close(30) and steps(place) == [30, 20]
+    assert content(remote.fetch(place, newer.name, tmp_path / "c")) == content(newer)
+
+
+def test_several_nodes(server, place, tmp_path):
+    """Each of two nodes sends its half of the files; the manifest appears when the leader sees both halves there."""
+    whole = save(tmp_path / "whole", 10, files=4)
+    for node in "ab":
+        shutil.copytree(whole, tmp_path / node / whole.name)
+    for i in range(4):
+        (tmp_path / "ab"[i % 2] / whole.name / f"shard-00000-{i:05d}.safetensors").unlink()
+    leader = sync.Syncer(config(tmp_path / "a"))
+    assert not leader.flush(2) and "waits for files" in leader.status and steps(place) == []
+    other = sync.Syncer(config(tmp_path / "b"), leader=False)
+    assert leader.close(30) and other.close(30) and steps(place) == [10]
+    assert content(remote.fetch(place, whole.name, tmp_path / "c")) == content(whole)
+
+
+def run_saves(folder: Path, count: int, size: int) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tests/saves.py"), str(folder), "run", str(count), str(size)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+FAULTS = [
+    dict(status=503), dict(status=429), dict(reset=True), dict(lost=True), dict(cut=50_000), dict(status=410),
+    dict(corrupt=True), dict(keep=256 << 10), dict(status=500),
+]  # fmt: skip
+
+
+def storm(server, place, folder: Path, kills: int, size: int) -> None:
+    """Kill a run at random moments while random requests fail; look at the bucket each time."""
+    rng = random.Random(11)
+    for _ in range(kills):
+        for what in rng.sample(FAULTS, 2):
+            server.fault("PUT|POST", "upload_id|multipart", skip=rng.randrange(8), **what)
+        goal = len(server.requests) + rng.randrange(5, 40)
+        process = run_saves(folder, 1000, size)
+        server.wait_until(lambda g=goal: len(server.requests) >= g)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for name in server.names():
+            if name.endswith(manifest.MANIFEST):  # every one that is listed can be had
+                assert manifest.verify(remote.fetch(place, name.split("/")[-2], folder.with_name("fetched")))
+        shutil.rmtree(folder.with_name("fetched"), ignore_errors=True)
+    server.faults.clear()
+    process = run_saves(folder, 2, size)
+    out, err = process.communicate(timeout=50)
+    assert process.returncode == 0, out + err
+    last = local_steps(folder)
+    assert steps(place) == last and len(last) == 2
+    assert content(remote.fetch(place, manifest.name(0, last[0], 1), folder.with_name("c"))) == content(
+        folder / manifest.name(0, last[0], 1)
+    )
+
+
+def test_killed_while_publishing(server, place, tmp_path):
+    """4 SIGKILLs under random faults: no manifest ever speaks for what is not there, and the next run catches up."""
+    storm(server, place, tmp_path / "a", kills=4, size=400_000)
+
+
+@pytest.mark.slow
+def test_killed_while_publishing_often(server, place, tmp_path):
+    """20 SIGKILLs under random faults, with files that go up in several chunks."""
+    storm(server, place, tmp_path / "a", kills=20, size=20_000_000)
+
+
+def test_killed_while_pulling(server, place, tmp_path):
+    """A pull that is SIGKILLed three times is never taken for a checkpoint, goes on by range, and ends complete."""
+    here = save(tmp_path / "a", 10, size=3_000_000)
+    remote.publish(place, here)
+    server.fault("GET", "alt=media.*shard|shard.*alt=media", rate=2_000_000, times=1000)
+    code = "import sys, sync, configs; from tests.saves import config; c = config(sys.argv[1], resume='latest'); "
+    command = [sys.executable, "-c", code + "sync.pull(c, sync.find(c))", str(tmp_path / "b")]
+    for kill in (2, 2, 1):
+        goal = server.count("GET", "shard.*alt=media") + kill
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+        server.wait_until(lambda g=goal: server.count("GET", "shard.*alt=media") >= g)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert manifest.names(tmp_path / "b") == []
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert content(tmp_path / "b" / here.name) == content(here)
+
+
+def test_no_room_for_a_pull(server, place, tmp_path):
+    """A disk that takes no more in the middle of a pull: one line, no checkpoint, and the next pull goes on from there."""
+    here = save(tmp_path / "a", 10, size=3_000_000)
+    remote.publish(place, here)
+    code = "import resource, sys, sync; from tests.saves import config; c = config(sys.argv[1], resume='latest'); "
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2); "
+    command = [sys.executable, "-c", code + limit + "sync.pull(c, sync.find(c))", str(tmp_path / "b")]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "BucketError" in failed.stderr and ".part: File too large" in failed.stderr
+    assert manifest.names(tmp_path / "b") == []
+    cfg = config(tmp_path / "b", resume="latest")
+    assert content(sync.pull(cfg, sync.find(cfg))) == content(here)
+
+
+def test_find(server, place, tmp_path, capsys):
+    """What resume needs from the bucket, in each case of where the newest, damaged, missing and named ones are."""
+    cfg = lambda resume: config(tmp_path / "a", resume=resume)  # noqa: E731
+    assert sync.find(cfg("latest")) is None and sync.find(cfg(None)) is None
+    ten, twenty, thirty = (save(tmp_path / "b", step) for step in (10, 20, 30))
+    for folder in (ten, twenty):
+        remote.publish(place, folder)
+    with pytest.raises(ValueError, match="already has 2 checkpoints, the last one .*step20.*resume=latest"):
+        sync.find(cfg(None))
+    assert sync.find(cfg("latest")).name == twenty.name and sync.find(cfg(ten.name)).name == ten.name
+    with pytest.raises(
+        manifest.CheckpointError, match=f"resume=checkpoint-x is neither in .*{twenty.name}, {ten.name}"
+    ):
+        sync.find(cfg("checkpoint-x"))
+    assert sync.find(cfg("./some/path")) is None
+    sync.pull(cfg("latest"), sync.find(cfg("latest")))
+    assert sync.find(cfg("latest")) is None and sync.find(cfg(None)) is None  # as good on disk; ckpt.choose decides
+    shutil.copytree(thirty, tmp_path / "a" / thirty.name)
+    assert sync.find(cfg("latest")) is None  # the one on disk is newer
+    (tmp_path / "a" / thirty.name / "state.json").write_text("{}")
+    (tmp_path / "a" / twenty.name / "state.json").write_text("{}")
+    assert sync.find(cfg("latest")).name == twenty.name  # both damaged here, one of them good there
+    assert thirty.name in capsys.readouterr().err
+    assert content(sync.pull(cfg("latest"), sync.find(cfg("latest")))) == content(twenty)
+    remote.publish(place, thirty)
+    server.remove("bucket", next(n for n in server.names() if thirty.name in n and "state.json" in n))
+    server.violations.clear()
+    shutil.rmtree(tmp_path / "a" / thirty.name)
+    assert sync.find(cfg("latest")) is None  # 30 is named as damaged there, 20 on disk is good
+    shutil.rmtree(tmp_path / "a")
+    assert sync.find(cfg("latest")).name == twenty.name and "state.json is missing" in capsys.readouterr().err
+    for name in server.names("run/"):
+        if not name.endswith(manifest.MANIFEST):
+            server.remove("bucket", name)
+    server.violations.clear()
+    with pytest.raises(manifest.CheckpointError, match="no checkpoint can be loaded"):
+        sync.find(cfg("latest"))
+
+
+def test_hostile_manifests(server, place, tmp_path):
+    """A manifest that is no JSON, is of another name, or names files outside is listed as damaged and never fetched."""
+    good = manifest.read_manifest(save(tmp_path, 10))
+    for at, change in enumerate(
+        [None, {"files": {"../../x": {}}}, {"files": {"/etc/x": {}}}, {"save_id": "../.."}, {}]
+    ):
+        name = manifest.name(0, 10 * (at + 1), 1)
+        changed = {**good, "name": name, **(change or {})} if at < 4 else good
+        if change and "files" in change:
+            changed["files"] = {file: good["files"][manifest.STATE] for file in change["files"]}
+        if at == 4:
+            name = manifest.name(0, 50, 1)
+        server.put(f"run/{name}/{manifest.MANIFEST}", b"{" if change is None else manifest.encode_manifest(changed))
+    remotes = place.checkpoints(place.objects())
+    assert len(remotes) == 5 and all(r.problem and not r.manifest for r in remotes)
+    for damaged in remotes:
+        with pytest.raises(manifest.CheckpointError):
+            remote.fetch(place, damaged.name, tmp_path / "c")
+    with pytest.raises(manifest.CheckpointError, match="no checkpoint can be loaded"):
+        sync.find(config(tmp_path / "c", resume="latest"))
+
+
+def test_command_line(server, place, tmp_path, capsys):
+    """push, list, pull, verify and prune do what they say; list names the damaged one and why, with exit code 66."""
+    url = "gs://bucket/run"
+    folders = [save(tmp_path / "a", step) for step in (10, 20, 30)]
+    for folder in folders:
+        assert sync.main(["push", str(folder), url]) == 0
+    assert sync.main(["list", str(tmp_path / "a"), url]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert len(lines) == 7 and sum(url in line for line in lines) == 3
+    assert lines[1].split()[1:4] == ["30", "15,360", "1.5000"] and lines[1].endswith("complete")
+    assert sync.main(["pull", url, str(tmp_path / "b")]) == 0 and local_steps(tmp_path / "b") == [30]
+    assert sync.main(["pull", f"{url}/{folders[0].name}", str(tmp_path / "b")]) == 0
+    assert sync.main(["verify", str(tmp_path / "b")]) == 0
+    for path in (place.name(folders[2].name, "0" * 16, "shard"), place.name(folders[2].name, "1" * 16, "shard")):
+        server.put(path, b"orphan")
+    server.buckets["bucket"][place.name(folders[2].name, "0" * 16, "shard")].updated = "2020-01-01T00:00:00Z"
+    capsys.readouterr()
+    assert sync.main(["prune", url, "--keep", "2"]) == 0
+    assert capsys.readouterr().out.count("deleted") == 2 and steps(place) == [30, 20]
+    assert [n for n in server.names() if "1" * 16 in n] and not [n for n in server.names() if "0" * 16 in n]
+    server.remove("bucket", next(n for n in server.names() if folders[1].name in n and "state.json" in n))
+    server.violations.clear()
+    assert sync.main(["list", url]) == 66
+    assert "state.json is missing" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud_sees_the_same(server, place, tmp_path):
+    """`gcloud storage ls` shows the checkpoints that list shows, and `cp` copies one's files with the same bytes."""
+    here = [save(tmp_path / "a", step) for step in (10, 20)]
+    for folder in here:
+        remote.publish(place, folder)
+    listed = gcloud(server, tmp_path, "ls", "gs://bucket/run/").split()
+    assert sorted(listed) == sorted(f"{place}/{r.name}/" for r in place.checkpoints(place.objects()))
+    save_id = manifest.read_manifest(here[0])["save_id"]
+    gcloud(server, tmp_path, "cp", "--recursive", f"{place}/{here[0].name}/{save_id}", str(tmp_path))
+    gcloud(server, tmp_path, "cp", f"{place}/{here[0].name}/{manifest.MANIFEST}", str(tmp_path / save_id))
+    assert content(tmp_path / save_id) == content(here[0])
