@@ -25,6 +25,7 @@ from tqdm import tqdm
 import configs
 import gcs
 import prepare
+import shard
 
 STREAMS = 8  # files at once; the client's connection pool holds 10
 INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a file counts
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     else:
         if not folders and origins.get("data_dir", "configs/demo.py") == "configs/demo.py":
             raise configs.ConfigError("no folder for the shards: name one, or a config file or data_dir=... that does")
-        download(bucket, shards, Path(folders[0] if folders else cfg.data_dir))
+        download(bucket, shards, Path(folders[0] if folders else cfg.data_dir), cfg)
     return gcs.BucketError.exit_code if refused else 0
 
 
@@ -106,7 +107,7 @@ def count_tokens(bucket: gcs.Bucket, obj: gcs.Object) -> tuple[int, bool]:
     return (found.file_size - 128) // (4 if padded else 2) if found else 0, padded
 
 
-def download(bucket: gcs.Bucket, shards: Shards, folder: Path) -> None:
+def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Config) -> None:
     """Bring every shard into folder, verified and prepared; what is there and intact is not fetched again."""
     paths = {path: gcs.local_path(folder, path) for path in shards}
     with exclusive(folder):
@@ -121,7 +122,7 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path) -> None:
                 bar.add(obj.size)
             else:
                 bucket.download(obj, file, bar.add)
-            prepare_in_place(file)
+            prepare_in_place(folder, path, cfg)
             ready.add(path, file, obj)
             bar.count()
 
@@ -130,9 +131,13 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path) -> None:
     print(f"{folder}: {len(shards):,} files ready, {len(todo):,} of them new")
 
 
-def prepare_in_place(file: Path) -> None:
-    """Make a compressed or padded shard one that can be mapped; leaves one that can as it is."""
-    prepare.prepare_in_place(file)
+def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> None:
+    """Make a compressed or padded shard one that can be mapped; one that can be stays as it is. Raises DataError."""
+    try:
+        shard.Shard.open(folder, path)
+    except shard.PackedShard:
+        settings = {"vocab_size": cfg.vocab_size, "end_of_text": prepare.END_OF_TEXT[cfg.tokenizer]}
+        prepare.convert(folder / path, folder, path, settings)
 
 
 class Index:

@@ -130,7 +130,9 @@ class Bucket:
         if obj is None:
             return None
         if obj.size > limit:
-            raise BucketError(f"{self.url(name)} has {obj.size:,} bytes; at most {limit:,} are read from such an object")
+            raise BucketError(
+                f"{self.url(name)} has {obj.size:,} bytes; at most {limit:,} are read from such an object"
+            )
         sink = io.BytesIO()
         self._receive(obj, sink)
         return sink.getvalue(), obj.generation
@@ -214,7 +216,9 @@ class Bucket:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            hint = "; free some space, then it goes on from there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            hint = (
+                "; free some space, then it goes on from there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            )
             raise BucketError(f"{part}: {error.strerror or error}{hint}") from None
         os.replace(part, path)
         sync_folder(path.parent)
@@ -437,7 +441,9 @@ def _root_cause(error: BaseException) -> str:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
-        inner = getattr(error, "reason", None) or next((a for a in error.args[::-1] if isinstance(a, BaseException)), None)
+        inner = getattr(error, "reason", None) or next(
+            (a for a in error.args[::-1] if isinstance(a, BaseException)), None
+        )
         error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
     for deepest in reversed(seen):
         if isinstance(deepest, OSError) and deepest.strerror:

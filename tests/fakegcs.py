@@ -12,16 +12,20 @@ official client and `gcloud storage` use: list, get, media with ranges, delete, 
 import base64
 import itertools
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import google_crc32c
 
@@ -38,7 +42,7 @@ class Stored:
     encoding: str | None = None
     size: int | None = None  # what listings say where that is not len(data): an object too large to hold
 
-    def metadata(self, bucket: str) -> dict:
+    def metadata(self, server: str, bucket: str) -> dict:
         found = {
             "kind": "storage#object",
             "id": f"{bucket}/{self.name}/{self.generation}",
@@ -48,6 +52,8 @@ class Stored:
             "crc32c": self.crc32c,
             "generation": str(self.generation),
             "metageneration": "1",
+            "etag": base64.b64encode(str(self.generation).encode()).decode(),
+            "mediaLink": f"{server}/download/storage/v1/b/{bucket}/o/{quote(self.name, safe='')}?alt=media",
             "contentType": "application/octet-stream",
             "storageClass": "STANDARD",
             "timeCreated": self.updated,
@@ -111,6 +117,7 @@ class FakeGCS:
         self.requests: list[tuple[str, str, int]] = []
         self.page_size = 1000
         self.lock = threading.RLock()
+        self.came = threading.Condition(self.lock)  # notified by every request
         self.generations = itertools.count(int(time.time() * 1e6))
         self.session_ids = itertools.count(1)
         self.server = _Server(("127.0.0.1", port), type("BoundHandler", (_Handler,), {"gcs": self}))
@@ -150,6 +157,14 @@ class FakeGCS:
         with self.lock:
             return sum(m == method and bool(re.search(pattern, path)) for m, path, _ in self.requests)
 
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 40.0) -> None:
+        """Until happened(), which is asked after every request and now and then besides."""
+        end = time.monotonic() + timeout
+        with self.came:
+            while not happened():
+                assert time.monotonic() < end, f"it did not happen in {timeout:g} s"
+                self.came.wait(0.1)
+
     def next_fault(self, method: str, path: str) -> Fault:
         with self.lock:
             for fault in self.faults:
@@ -177,6 +192,9 @@ class FakeGCS:
             self.check(bucket, metadata["name"], precondition)
             return self.put(metadata["name"], data, bucket)
 
+    def remove(self, bucket: str, name: str) -> None:
+        del self.buckets[bucket][name]
+
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -201,6 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = self.gcs.next_fault(self.command, self.path)
         with self.gcs.lock:
             self.gcs.requests.append((self.command, self.path, self.fault.status))
+            self.gcs.came.notify_all()
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
         self.unread = int(self.headers.get("Content-Length") or 0)
@@ -236,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "/download" or self.query.get("alt") == "media":
             self.media(self.find(bucket, name))
         else:
-            self.answer(self.find(bucket, name).metadata(bucket))
+            self.answer(self.find(bucket, name).metadata(self.gcs.url, bucket))
 
     def find(self, bucket: str, name: str) -> Stored:
         with self.gcs.lock:
@@ -248,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
     def delete(self, bucket: str, name: str) -> None:
         with self.gcs.lock:
             self.find(bucket, name)
-            del self.gcs.buckets[bucket][name]
+            self.gcs.remove(bucket, name)
         self.answer(None, 204)
 
     def list(self, bucket: str) -> None:
@@ -268,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
                 more = True
                 break
             last = entry
-            (prefixes if found else items).append(entry if found else stored.metadata(bucket))
+            (prefixes if found else items).append(entry if found else stored.metadata(self.gcs.url, bucket))
         page = {"kind": "storage#objects", "items": items, "prefixes": prefixes}
         self.answer(page | ({"nextPageToken": last} if more else {}))
 
@@ -329,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = (b"--" + boundary).join(parts[2:-1]).partition(line * 2)[2].removesuffix(line)
         metadata.setdefault("name", self.query.get("name"))
         stored = self.gcs.store(bucket, metadata, data, self.query.get("ifGenerationMatch"))
-        self.answer(stored.metadata(bucket))
+        self.answer(stored.metadata(self.gcs.url, bucket))
 
     def upload_chunk(self) -> None:
         session = self.gcs.sessions.get(self.query.get("upload_id", ""))
@@ -355,7 +374,7 @@ class _Handler(BaseHTTPRequestHandler):
             session.stored = self.gcs.store(session.bucket, session.metadata, received, session.precondition)
             session.received = bytearray()
         if session.stored is not None:
-            self.answer(session.stored.metadata(session.bucket))
+            self.answer(session.stored.metadata(self.gcs.url, session.bucket))
         else:
             self.answer(None, 308, {"Range": f"bytes=0-{len(received) - 1}"} if received else {})
 
@@ -407,6 +426,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 def flip(data: bytes | memoryview) -> bytes:
     return bytes([data[0] ^ 1]) + bytes(data[1:]) if len(data) else b""
+
+
+def gcloud(server: FakeGCS, folder: Path, *args: str) -> str:
+    """Run `gcloud storage ...` against the fake, offline."""
+    offline = {
+        "CLOUDSDK_CONFIG": str(folder / "gcloud"),
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{server.url}/storage/v1/",
+        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
+        "CLOUDSDK_CORE_PROJECT": "test",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+    done = subprocess.run(
+        ["gcloud", "storage", *args], env=os.environ | offline, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -1,0 +1,438 @@
+"""Numbers before the money is spent: this trainer beside its peers, and what a config needs and costs.
+
+python bench.py step                                          # three sizes, all contenders, on this machine
+python bench.py step --size medium --contenders ours,ours-ddp-2,ours-fsdp-2 gradient_accumulation_steps=4
+python bench.py plan configs/production.py --gpus 2 --memory 24
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import configs
+import model as neox
+import parallel
+import planner
+from configs import Config, ConfigError
+
+HERE = Path(__file__).parent
+
+SIZES = {
+    "small": dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=50304,
+                  sequence_length=512, per_device_train_batch_size=4),
+    "medium": dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, vocab_size=50304,
+                   sequence_length=1024, per_device_train_batch_size=2),
+    "wide": dict(hidden_size=2048, num_hidden_layers=2, num_attention_heads=16, vocab_size=50257,
+                 sequence_length=1024, per_device_train_batch_size=2),
+}  # fmt: skip
+NAMES = {
+    "ours": "this trainer",
+    "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
+    "nanogpt": "nanoGPT-style GPT-2, torch.compile",
+    "floor": "its matrix products alone",
+}
+
+
+# --- contenders: each runs optimizer steps for ever and ticks the gate after every one
+
+
+class Gate:
+    """Lets a loop run a round of steps when the parent asks for one, and reports the seconds that it took.
+
+    train.py's loop takes it for its stop signal: `since` is read once per optimizer step, so that what is measured
+    is the trainer itself and not a copy of its loop.
+    """
+
+    def __init__(self):
+        self.channel = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # whatever else is printed goes to the log
+        self.left, self.begin = 1, time.perf_counter()  # the first round is one step: compilation
+
+    @property
+    def since(self) -> float:
+        self.tick()
+        return 0.0
+
+    def tick(self) -> None:
+        self.left -= 1
+        if self.left:
+            return
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - self.begin
+        cpu = not torch.accelerator.is_available()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cpu else torch.accelerator.max_memory_allocated()
+        self.channel.write(json.dumps({"seconds": seconds, "memory": memory}) + "\n")
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)
+        self.left, self.begin = int(line), time.perf_counter()
+
+
+def device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def ours(cfg: Config, gate: Gate) -> None:
+    import train
+    from data import Dataset
+
+    train.train(cfg, {}, Dataset.open(cfg), gate)
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of T + 1 tokens of the benchmark's shard, in memory."""
+
+    def __init__(self, cfg: Config):
+        with np.load(next(Path(cfg.data_dir).glob("*.npz"))) as shard:
+            self.tokens = shard["input_ids"].astype(np.int64)
+        self.length = cfg.sequence_length
+
+    def __len__(self):
+        return (len(self.tokens) - 1) // self.length
+
+    def __getitem__(self, i):
+        return torch.from_numpy(self.tokens[i * self.length : (i + 1) * self.length + 1])
+
+
+def forever(loader) -> Iterator:
+    while True:
+        yield from loader
+
+
+def seed(cfg: Config, gate: Gate) -> None:
+    """The common design: Transformers' model, AdamW, torch.compile, Accelerate's loop."""
+    from accelerate import Accelerator
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, get_cosine_schedule_with_warmup
+
+    accelerator = Accelerator(
+        mixed_precision=cfg.mixed_precision,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        cpu=device().type == "cpu",
+    )
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
+    model = torch.compile(model) if cfg.compile_model else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, cfg.warmup_steps, cfg.max_steps)
+    loader = torch.utils.data.DataLoader(
+        Windows(cfg), cfg.per_device_train_batch_size, shuffle=True, num_workers=2, drop_last=True
+    )
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    model.train()
+    for batch in forever(loader):
+        with accelerator.accumulate(model):
+            ids = batch[:, :-1].contiguous()
+            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            gate.tick()
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        C = cfg.hidden_size
+        self.heads = cfg.num_attention_heads
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.up, self.down = nn.Linear(C, cfg.intermediate_size), nn.Linear(cfg.intermediate_size, C)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.ln1(x)).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.ln2(x))))
+
+
+class GPT2(nn.Module):
+    """GPT-2's shape with GPT-NeoX's matrix sizes: learned positions, sequential residual, an untied head."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.positions = nn.Embedding(cfg.sequence_length, cfg.hidden_size)
+        self.blocks = nn.ModuleList(GPT2Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = nn.LayerNorm(cfg.hidden_size)
+        self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Linear | nn.Embedding) else None)
+
+    def forward(self, idx, targets):
+        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+
+
+def nanogpt(cfg: Config, gate: Gate) -> None:
+    """A nanoGPT-style loop: random windows, autocast, whole-model compile, fused AdamW."""
+    where = device()
+    model = GPT2(cfg).to(where)
+    compiled = torch.compile(model) if cfg.compile_model else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    tokens, T = torch.from_numpy(Windows(cfg).tokens), cfg.sequence_length
+    accumulation = cfg.gradient_accumulation_steps
+    dtype = parallel.DTYPES[cfg.mixed_precision]
+    while True:
+        for _ in range(accumulation):
+            starts = torch.randint(len(tokens) - T - 1, (cfg.per_device_train_batch_size,))
+            windows = torch.stack([tokens[i : i + T + 1] for i in starts]).to(where, non_blocking=True)
+            with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
+                loss = compiled(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / accumulation
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        gate.tick()
+
+
+def floor(cfg: Config, gate: Gate) -> None:
+    """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
+    attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
+    where, dtype = device(), parallel.DTYPES[cfg.mixed_precision]
+    C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
+    B, H, L = cfg.per_device_train_batch_size, cfg.num_attention_heads, cfg.num_hidden_layers
+
+    def normal(*shape):
+        return torch.randn(*shape, device=where).to(dtype)
+
+    def linear(inputs, outputs):
+        x, dy, w = normal(B * T, inputs), normal(B * T, outputs), normal(outputs, inputs)
+        return lambda: (torch.mm(x, w.T, out=dy), torch.mm(dy, w, out=x), torch.mm(dy.T, x, out=w))
+
+    def attention():
+        q, k, s = normal(B * H, T, C // H), normal(B * H, T // 2, C // H), normal(B * H, T, T // 2)
+        over_d = [lambda: torch.bmm(q, k.mT, out=s)] * 2  # scores; the gradient of the weights
+        over_t = [lambda: torch.bmm(s, k, out=q), lambda: torch.bmm(s.mT, q, out=k)]  # output, dq; dk, dv
+        return lambda: [product() for product in (*over_d, *over_t, *over_t)]
+
+    block = [linear(C, 3 * C), attention(), linear(C, C), linear(C, inner), linear(inner, C)]
+    head = linear(C, cfg.vocab_size)
+    with torch.no_grad():
+        while True:
+            for _ in range(cfg.gradient_accumulation_steps):
+                for _ in range(L):
+                    for product in block:
+                        product()
+                head()
+            gate.tick()
+
+
+# --- the parent: starts the contenders, gives them turns, prints the table
+
+
+@dataclasses.dataclass
+class Contender:
+    """A contender's processes, all waiting for their turn but one."""
+
+    name: str
+    processes: list[subprocess.Popen]
+    world_size: int
+    log: Path
+
+    def turn(self, steps: int) -> dict[str, float]:
+        """Run so many steps; {"seconds": in all, "memory": peak bytes of the hungriest process so far}."""
+        for process in self.processes:
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        return self.hear()
+
+    def hear(self) -> dict[str, float]:
+        lines = [process.stdout.readline() for process in self.processes]
+        if not all(lines):
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            raise RuntimeError(f"{self.name} ended early; the end of its log:\n{tail}")
+        reports = [json.loads(line) for line in lines]
+        return {key: max(report[key] for report in reports) for key in ("seconds", "memory")}
+
+
+def start(name: str, folder: Path, settings: list[str]) -> Contender:
+    """`ours-fsdp-2` is this trainer with parallel=fsdp on two processes; other names stand for one process."""
+    kind, _, rest = name.partition("-")
+    strategy, _, world = rest.partition("-")
+    world_size = int(world or 1)
+    home = folder / name
+    home.mkdir()
+    settings = [f"output_dir={home / 'out'}", f"logging_dir={home / 'logs'}", *settings]
+    settings += [f"parallel={strategy}"] if strategy else []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    log = home / "log"
+    for rank in range(world_size):
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(home / "cache")}  # cold, so that compile time is real
+        if world_size > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(HERE / "bench.py"), "worker", kind, str(folder / "config.py"), *settings]
+        with log.open("a") as errors:
+            processes.append(
+                subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=errors, text=True, cwd=folder)
+            )
+    return Contender(name, processes, world_size, log)
+
+
+def write_inputs(folder: Path, keys: dict) -> None:
+    """A config file and a shard of random tokens for it: what is read does not change the speed."""
+    keys = {
+        **keys,
+        "intermediate_size": 4 * keys["hidden_size"],
+        "gradient_accumulation_steps": 1,
+        "data_dir": str(folder / "data"),
+        "max_steps": 100_000,
+        "logging_steps": 10,
+        "save_steps": 0,
+        "async_save": False,  # its second copy of model and optimizer is the price of saves that the peers don't do
+        "dataloader_num_workers": 1,
+    }
+    (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    (folder / "data").mkdir()
+    tokens = np.random.default_rng(0).integers(0, keys["vocab_size"], 2_000_000, dtype=np.uint16)
+    np.savez(folder / "data" / "tokenized_cleaned_0.npz", input_ids=tokens)
+
+
+def measure(size: str, contenders: list[str], settings: list[str], rounds: int, steps: int) -> str:
+    """The markdown table of one size; contenders take turns of `steps` optimizer steps."""
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as running:
+        folder = Path(name)
+        write_inputs(folder, SIZES[size])
+        cfg, _ = configs.load([str(folder / "config.py"), *settings])
+        started = []
+        for contender_name in contenders:
+            contender = start(contender_name, folder, settings)
+            for process in contender.processes:
+                running.callback(process.kill)
+            started.append(contender)
+            rows[contender_name] = {"first": contender.hear()["seconds"], "seconds": []}  # one compiles at a time
+        for _ in range(rounds):
+            for contender in started:
+                report = contender.turn(steps)
+                rows[contender.name]["seconds"].append(report["seconds"] / steps)
+                rows[contender.name]["memory"] = report["memory"]
+        for contender in started:
+            global_batch = cfg.batch(contender.world_size)[1]
+            row = rows[contender.name]
+            row["rate"] = global_batch * cfg.sequence_length / statistics.median(row["seconds"])
+    return table(size, cfg, rows)
+
+
+def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
+    shape = (
+        f"L{cfg.num_hidden_layers} D{cfg.hidden_size} H{cfg.num_attention_heads} V{cfg.vocab_size} "
+        f"T{cfg.sequence_length} B{cfg.per_device_train_batch_size}"
+    )
+    accumulation = cfg.gradient_accumulation_steps
+    shape += f" x {accumulation} accumulated" if accumulation > 1 else ""
+    base, best = rows.get("seed"), rows.get("floor")
+    lines = [
+        f"**{size}**: {shape}, {cfg.mixed_precision.replace('no', 'fp32')}",
+        "",
+        "| | tokens/s | of the Transformers design | of the floor | peak memory, GiB | first step, s | spread | MFU |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        kind, _, rest = name.partition("-")
+        of_base = f"{row['rate'] / base['rate']:.2f}" if base else "n/a"
+        of_best = f"{row['rate'] / best['rate']:.2f}" if best else "n/a"
+        memory, first = f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"
+        if kind == "floor":
+            memory, first = "", ""
+        world_size = int(rest.rpartition("-")[2] or 1)
+        peak = planner.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world_size / peak:.1%}" if peak else "n/a"
+        spread = (max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"])
+        label = NAMES[kind] + (f" ({rest.replace('-', ' on ')} processes)" if rest else "")
+        lines.append(
+            f"| {label} | {row['rate']:,.0f} | {of_base} | {of_best} | {memory} | {first} | {spread:.0%} | {mfu} |"
+        )
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """Processor or GPU, versions, date and commit: what a figure means nothing without."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        match = re.search(r"model name\s*: (.+)", info)
+        extras = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512f", "avx2") if f" {flag}" in info]
+        name = f"{match[1] if match else platform.processor() or platform.machine()}, "
+        name += f"{torch.get_num_threads()} cores" + (f" ({extras[0]})" if extras else "")
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    dirty = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"{name}; torch {torch.__version__}; {datetime.date.today()}; commit {commit}{dirty}"
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
+# --- command line
+
+
+def step_command(options: argparse.Namespace) -> None:
+    contenders = options.contenders.split(",")
+    for name in contenders:
+        if not re.fullmatch(r"(ours)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+            raise ConfigError(f"contender {name!r} is none of ours, ours-ddp-N, ours-fsdp-N, seed, nanogpt, floor")
+    sizes = list(SIZES) if options.size == "all" else [options.size]
+    print(hardware())
+    print(f"median of {options.rounds} rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)
+    for size in sizes:
+        print(measure(size, contenders, options.settings, options.rounds, options.steps) + "\n", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ["worker"]:
+        contender: Callable = {"ours": ours, "seed": seed, "nanogpt": nanogpt, "floor": floor}[argv[1]]
+        gate = Gate()
+        contender(configs.load(argv[2:])[0], gate)
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="step|plan")
+    step = commands.add_parser("step", help="tokens/s of a whole optimizer step, ours and the peers'")
+    step.add_argument("--size", choices=[*SIZES, "all"], default="all")
+    step.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also ours-ddp-N, ours-fsdp-N")
+    step.add_argument("--rounds", type=int, default=5)
+    step.add_argument("--steps", type=int, default=1, help="optimizer steps per turn")
+    step.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys, for all contenders")
+    step.set_defaults(run=step_command)
+    planner.add_command(commands)
+    try:
+        options = parser.parse_args(argv)
+        options.run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,246 @@
+"""Checkpoints below one prefix of a bucket: listing, publishing, fetching, deleting. Nothing is remembered in between.
+
+    gs://BUCKET/PREFIX/<checkpoint>/<save id>/<file>    data; no two saves share an object
+    gs://BUCKET/PREFIX/<checkpoint>/MANIFEST.json       the local manifest, byte for byte; names the save id and files
+
+Data goes up first, then a LIST is compared with the manifest, then the manifest is created: it is the commit. Deleting
+goes the other way round. So whatever is killed when, a checkpoint whose manifest is there is complete.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gcs
+import manifest as local
+from download import Bar, check_space, exclusive, in_parallel, part_size
+from manifest import MANIFEST, CheckpointError
+
+STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not disturb a training loop
+ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's
+
+
+class Remote(NamedTuple):
+    """A checkpoint in the bucket: its manifest is there."""
+
+    name: str
+    manifest: dict[str, Any]  # {} where it cannot be used
+    content: bytes
+    generation: int  # of the manifest
+    problem: str  # why it is not complete; "" if it is
+
+    @property
+    def step(self) -> int:
+        return local.parse(self.name).step
+
+
+class Place:
+    """Checkpoints below one prefix of a bucket."""
+
+    def __init__(self, bucket: gcs.Bucket, prefix: str):
+        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self.seen: dict[int, bytes] = {}  # manifests by their generation, which never change
+
+    def __str__(self) -> str:
+        return self.bucket.url(self.prefix).rstrip("/")
+
+    def name(self, *parts: str) -> str:
+        return "/".join(part for part in (self.prefix, *parts) if part)
+
+    def objects(self, *parts: str) -> dict[str, gcs.Object]:
+        """{name below the prefix: object}, by one LIST."""
+        base = f"{self.prefix}/" if self.prefix else ""
+        below = "".join(f"{part}/" for part in parts)
+        return {obj.name.removeprefix(base): obj for obj in self.bucket.list(base + below)}
+
+    def checkpoints(self, objects: dict[str, gcs.Object]) -> list[Remote]:
+        """Every checkpoint whose manifest is listed, the highest step first, complete or with the problem."""
+        found = []
+        for path, obj in objects.items():
+            name, _, file = path.partition("/")
+            if file == MANIFEST and local.parse(name):
+                found.append(self._remote(name, obj, objects))
+        return sorted(found, key=lambda remote: (remote.step, remote.name), reverse=True)
+
+    def _remote(self, name: str, obj: gcs.Object, objects: dict[str, gcs.Object]) -> Remote:
+        if obj.generation not in self.seen:
+            content, generation = self.bucket.read(obj.name) or (b"", 0)
+            self.seen[generation] = content
+        content = self.seen.get(obj.generation, b"")
+        try:
+            manifest = decode(content, name, f"{self}/{name}/{MANIFEST}")
+        except CheckpointError as error:
+            return Remote(name, {}, content, obj.generation, str(error))
+        problem = difference(manifest, objects)
+        return Remote(name, manifest, content, obj.generation, f"{self}/{name}: {problem}" if problem else "")
+
+
+def decode(content: bytes, name: str, where: str) -> dict[str, Any]:
+    """A manifest from a bucket, checked down to its file names; those become local paths."""
+    try:
+        manifest = json.loads(content)["manifest"]
+        newer = manifest["format"] > local.FORMAT
+        good = newer or (
+            local.encode_manifest(manifest) == content
+            and manifest["name"] == name
+            and re.fullmatch(r"[0-9a-f]{8,64}", manifest["save_id"])
+            and all("/" not in gcs.safe_name(file) and file != MANIFEST for file in manifest["files"])
+            and all(entry["size"] >= 0 and entry["crc32c"] for entry in manifest["files"].values())
+        )
+    except gcs.BucketError as error:
+        raise CheckpointError(f"{where} cannot be used: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        good = newer = False
+    if newer:
+        raise CheckpointError(f"{where} has format {manifest['format']}, newer than {local.FORMAT}; update this code")
+    if not good:
+        raise CheckpointError(f"{where} is damaged or no manifest of {name}")
+    return manifest
+
+
+def difference(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> str:
+    """What keeps the listed objects from being the manifest's files; "" if nothing does."""
+    for file, entry in sorted(manifest["files"].items()):
+        obj = objects.get(f"{manifest['name']}/{manifest['save_id']}/{file}")
+        if obj is None:
+            return f"{file} is missing"
+        if not same(obj, entry):
+            return f"{file} has {obj.size:,} bytes or a checksum other than the manifest's {entry['size']:,} bytes"
+    return ""
+
+
+def same(obj: gcs.Object | None, entry: dict[str, Any]) -> bool:
+    return obj is not None and (obj.size, obj.crc32c) == (entry["size"], entry["crc32c"])
+
+
+def retained(steps: Iterable[int], newest: int, limit: int, keep_every: int) -> set[int]:
+    """The steps to keep: `newest`, the limit - 1 before it, multiples of keep_every (which do not count), later ones."""
+    steps = sorted(set(steps), reverse=True)
+    for_ever = {step for step in steps if step > newest or (keep_every and step % keep_every == 0)}
+    counted = [step for step in steps if step not in for_ever or step == newest]
+    return for_ever | set(counted[:limit] if limit else counted)
+
+
+def delete(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> None:
+    """Remove a checkpoint from the bucket: manifest first, so that no half of it is ever taken for one."""
+    place.bucket.delete(place.name(remote.name, MANIFEST), remote.generation)
+    if remote.manifest:
+        delete_data(place, f"{remote.name}/{remote.manifest['save_id']}/", objects)
+
+
+def delete_data(place: Place, below: str, objects: dict[str, gcs.Object]) -> None:
+    for path, obj in objects.items():
+        if path.startswith(below):
+            place.bucket.delete(obj.name, obj.generation)
+
+
+def publish(
+    place: Place, folder: Path, throttle: gcs.Throttle | None = None, commit: bool = True, replace: bool = False
+) -> bool:
+    """Make the checkpoint in folder exist in the bucket; False while files of other nodes are still to come.
+
+    Only what is not there yet is sent. Each node sends the files that it has; the one with commit=True writes the
+    manifest once a LIST shows all of them with the manifest's sizes and checksums. Another complete save of the same
+    name is a Conflict, or with replace=True gives way in the moment in which the manifest is replaced.
+    """
+    content = (folder / MANIFEST).read_bytes()
+    manifest = decode(content, folder.name, str(folder / MANIFEST))
+    files, data = manifest["files"], f"{folder.name}/{manifest['save_id']}"
+    objects = place.objects(folder.name)
+    old = next(iter(place.checkpoints(objects)), None)
+    if old and old.content == content and not old.problem:
+        return True
+    if old and not old.problem and not replace:
+        raise gcs.Conflict(f"{place}/{folder.name} is there already, from another save; it was left as it is")
+
+    def send(file: str) -> None:
+        entry = files[file]
+        place.bucket.upload(place.name(data, file), folder / file, entry["size"], entry["crc32c"], throttle)
+
+    todo = [file for file in files if not same(objects.get(f"{data}/{file}"), files[file]) and (folder / file).exists()]
+    in_parallel(send, sorted(todo, key=lambda file: -files[file]["size"]), STREAMS)
+    objects = place.objects(folder.name)
+    if difference(manifest, objects):
+        return False
+    if not commit:
+        return any(remote.content == content for remote in place.checkpoints(objects))
+    if not old or old.content != content:
+        place.bucket.create(place.name(folder.name, MANIFEST), content, old.generation if old else 0)
+    if old and old.manifest and old.manifest["save_id"] != manifest["save_id"]:
+        delete_data(place, f"{folder.name}/{old.manifest['save_id']}/", objects)
+    return True
+
+
+def fetch(place: Place, name: str, folder: Path, save_id: str | None = None) -> Path:
+    """A checkpoint from the bucket to folder/name, complete and verified or not at all. Raises CheckpointError.
+
+    What an interrupted call fetched is used. One of that name that is damaged or another save is replaced at the end.
+    """
+    objects = place.objects()
+    there = {remote.name: remote for remote in place.checkpoints(objects)}
+    if name not in there:
+        raise CheckpointError(f"{place} has no {name}; it has {', '.join(there) or 'no checkpoints'}")
+    if there[name].problem:
+        raise CheckpointError(there[name].problem)
+    manifest, final = there[name].manifest, folder / name
+    if save_id not in (None, manifest["save_id"]):
+        raise CheckpointError(f"{place}/{name} was replaced by another save in the meantime; start again")
+    with exclusive(folder):
+        try:
+            if local.verify(final)["save_id"] == manifest["save_id"]:
+                return final
+        except CheckpointError:
+            pass  # not here, or damaged
+        coming = folder / f".pull-{manifest['save_id']}-{name}"
+        for stale in folder.glob(".pull-*"):
+            if stale != coming:
+                shutil.rmtree(stale)
+        coming.mkdir(exist_ok=True)
+        todo = {f: objects[f"{name}/{manifest['save_id']}/{f}"] for f in manifest["files"] if not (coming / f).exists()}
+        check_space(folder, sum(obj.size - part_size(coming / f, obj) for f, obj in todo.items()))
+        with Bar(sum(obj.size for obj in todo.values()), len(todo)) as bar:
+
+            def bring(file: str) -> None:
+                place.bucket.download(todo[file], coming / file, bar.add)
+                bar.count()
+
+            in_parallel(bring, sorted(todo, key=lambda f: -todo[f].size), 2 * STREAMS)
+        (coming / MANIFEST).unlink(missing_ok=True)
+        local.write_file(coming / MANIFEST, there[name].content)
+        local.fsync_dir(coming)
+        aside = folder / f".old-{manifest['save_id']}-{name}"  # manifest.recover puts it back if we die in between
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(coming, final)
+        local.fsync_dir(folder)
+        if aside.exists():
+            shutil.rmtree(aside)
+    return final
+
+
+def prune(place: Place, keep: int, keep_every: int) -> list[str]:
+    """Delete complete checkpoints that are not retained, damaged ones, and old orphans; returns what was done."""
+    objects = place.objects()
+    remotes = place.checkpoints(objects)
+    good = [remote for remote in remotes if not remote.problem]
+    kept = retained([r.step for r in good], good[0].step, keep, keep_every) if good else set()
+    done = []
+    for remote in remotes:
+        if remote.problem and good and remote.step < good[0].step or not remote.problem and remote.step not in kept:
+            delete(place, remote, objects)
+            done.append(f"deleted {place}/{remote.name}")
+    # Data that no manifest speaks for: of an upload that was cut off, or left by a delete that was.
+    spoken_for = {(remote.name, remote.manifest.get("save_id")) for remote in remotes}
+    unreadable = {remote.name for remote in remotes if not remote.manifest}
+    for path, obj in objects.items():
+        name, _, rest = path.partition("/")
+        orphan = rest.count("/") == 1 and local.parse(name) and (name, rest.partition("/")[0]) not in spoken_for
+        if orphan and name not in unreadable and time.time() - obj.updated > ORPHAN_SECONDS:
+            place.bucket.delete(obj.name, obj.generation)
+            done.append(f"deleted {place}/{path}, part of an upload that was never finished")
+    return done

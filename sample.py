@@ -1,0 +1,342 @@
+"""Text from a trained model: a checkpoint of ours, local or in a bucket, or a Hugging Face folder.
+
+    python sample.py prompt="def "                                      the newest checkpoint of configs/demo.py
+    python sample.py configs/production.py resume=NAME prompt=FILE:prompts.txt temperature=0
+    python sample.py resume=EXPORTED_FOLDER max_new_tokens=500
+
+A batch of prompts is read at once, then each step adds a token to every text behind a cache of keys and values.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import ckpt
+import configs
+import data
+import export
+import sync
+from configs import Config, ConfigError
+from model import GPTNeoX, rotary_tables
+
+
+@dataclass(frozen=True)
+class Options:
+    # what to write
+    prompt: str = ""  # text to go on from; FILE:path for one prompt per line; empty for a new document
+    num_samples: int = 1  # texts per prompt
+    max_new_tokens: int = 200  # length of a text at which it is cut, unless end-of-text comes first
+
+    # how a token is chosen
+    temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 for always the likeliest token
+    top_k: int = 0  # choose among the so many likeliest tokens; 0 for all
+    top_p: float = 0.95  # choose among the likeliest tokens that share this much probability; 1 for all
+    seed: int = 0  # another seed gives other texts, the same one the same
+
+    # how it is computed
+    dtype: str = "auto"  # fp32, bf16 or fp16; auto for bf16 on an accelerator and fp32 on a CPU
+    batch_size: int = 16  # texts at once; fewer for less memory
+    window: int = 0  # tokens that the model looks back at; 0 for its max_position_embeddings
+
+    def __post_init__(self):
+        for key in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("temperature", "top_k", "window"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}={getattr(self, key)} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.dtype not in ("auto", *export.DTYPES):
+            raise ConfigError(f"dtype={self.dtype} is none of auto, {', '.join(export.DTYPES)}")
+
+
+class Cache:
+    """Keys and values of the tokens read so far, for a batch whose rows end at the same slot; short rows begin later.
+
+    A row that begins at slot 3 has its first token at position 3: rotary attention sees differences of positions only.
+    """
+
+    def __init__(self, model: GPTNeoX, slots: int, padding: torch.Tensor):
+        cfg, like = model.cfg, model.embed_in.weight
+        self.length = 0
+        self.padding = padding.tolist()  # empty slots at the start of each row
+        columns = torch.arange(slots, device=like.device)
+        self.tables = rotary_tables(columns, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
+        # (B, 1, 1, S); None where every row is full, which has the faster kernels
+        self.visible = (columns >= padding.to(like.device)[:, None])[:, None, None] if padding.any() else None
+        shape = (2, len(padding), cfg.num_attention_heads, slots, cfg.head_dim)
+        self.layers = [LayerCache(self, *like.new_zeros(shape)) for _ in model.layers]
+
+
+class LayerCache:
+    def __init__(self, whole: Cache, keys: torch.Tensor, values: torch.Tensor):
+        self.whole, self.keys, self.values = whole, keys, values  # (B, H, S, D)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Keep k and v (B, H, T, D) and attend from q to all that is kept: T tokens at first, then 1 at a time."""
+        start, T = self.whole.length, q.size(2)
+        end = start + T
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        mask = self.whole.visible
+        if mask is not None:
+            mask = mask[..., :end]
+            if T > 1:  # a slot sees itself even where it is padding: a softmax over nothing would be NaN
+                causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+                mask = mask & causal | torch.eye(T, dtype=torch.bool, device=q.device)
+        k, v = self.keys[:, :, :end], self.values[:, :, :end]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T > 1 and mask is None)
+
+
+def advance(model: GPTNeoX, idx: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Read idx (B, T) behind what the cache holds; the logits (B, V), fp32, of the token that follows."""
+    start, end = cache.length, cache.length + idx.size(1)
+    cos, sin = (table[start:end] for table in cache.tables)
+    x = model.embed_in(idx)  # (B, T, C)
+    for layer, kept in zip(model.layers, cache.layers, strict=True):
+        x = layer(x, cos, sin, kept)
+    cache.length = end
+    return model.embed_out(model.final_layer_norm(x[:, -1])).float()
+
+
+def prefill(model: GPTNeoX, rows: list[list[int]], slots: int) -> tuple[torch.Tensor, Cache]:
+    """Read the rows, flush right, into a new cache with room for `slots` tokens; the logits that follow, and it."""
+    T = max(map(len, rows))
+    padding = torch.tensor([T - len(row) for row in rows])
+    idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=model.embed_in.weight.device)
+    cache = Cache(model, slots, padding)
+    return advance(model, idx, cache), cache
+
+
+def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -> torch.Tensor:
+    """A token (B,) for each row of logits (B, V)."""
+    if options.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / options.temperature
+    if 0 < options.top_k < logits.size(-1):
+        least = logits.topk(options.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if options.top_p < 1:  # a token stays if those before it, the likelier ones, do not make up top_p by themselves
+        p, order = probabilities.sort(dim=-1, descending=True)
+        p[p.cumsum(dim=-1) - p >= options.top_p] = 0.0
+        return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: GPTNeoX, prompts: list[list[int]], options: Options, end: int | None = None
+) -> Iterator[list[int | None]]:
+    """Continue each prompt (token ids, not empty); yields each step's token of every row, None once a row has ended.
+
+    A row ends before the token `end`. When a text fills the window, its older part is forgotten and the rest read
+    again.
+    """
+    device = model.embed_in.weight.device
+    generator = torch.Generator(device).manual_seed(options.seed)
+    window = options.window or model.cfg.max_position_embeddings
+    rows, cache, running = [list(prompt) for prompt in prompts], None, [True] * len(prompts)
+    for left in range(options.max_new_tokens, 0, -1):
+        if cache is None or cache.length == window:
+            T = max(map(len, rows))
+            if T > window:  # half of it at least, so that reading again stays rare
+                T = max(window // 2, window - left + 1, 1)
+            logits, cache = prefill(model, [row[-T:] for row in rows], min(window, T + left - 1))
+        else:
+            logits = advance(model, chosen[:, None], cache)  # noqa: F821, the step before chose them
+        chosen = choose(logits, options, generator)
+        tokens = chosen.tolist()
+        for i, token in enumerate(tokens):
+            rows[i].append(token)
+            running[i] = running[i] and token != end
+        yield [token if on else None for token, on in zip(tokens, running, strict=True)]
+        if not any(running):
+            return
+
+
+class Tokenizer(NamedTuple):
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    end: int | None  # id of end-of-text, which also begins a document
+
+
+def tokenizer_of(source: export.Source) -> Tokenizer:
+    """The tokenizer that a model was trained with. "<|endoftext|>" in a text is that token, as in Transformers."""
+    if not source.is_hf:
+        known = data.get_tokenizer(source.cfg.tokenizer)
+        # ids that only pad the vocabulary decode to nothing
+        return Tokenizer(
+            lambda text: known.encode(text, allowed_special="all"),
+            lambda ids: known.decode([i for i in ids if i < known.n_vocab]),
+            known.eot_token,
+        )
+    file = source.path / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"{source.path} has no tokenizer.json: nothing says which text its tokens are")
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("a Hugging Face folder needs one more package: pip install tokenizers") from error
+    known = tokenizers.Tokenizer.from_file(str(file))
+    return Tokenizer(
+        lambda text: known.encode(text, add_special_tokens=False).ids,
+        lambda ids: known.decode(ids, skip_special_tokens=False),
+        source.end,
+    )
+
+
+class Writer:
+    """Streams several texts to one output: the first unfinished one as it grows, the others when their turn comes."""
+
+    def __init__(self, decode: Callable[[list[int]], str], heads: list[str], out: Callable[[str], object]):
+        self.decode, self.out = decode, out
+        self.waiting = [[head] for head in heads]  # text not yet written
+        self.undecoded: list[list[int]] = [[] for _ in heads]
+        self.done = [False] * len(heads)
+        self.turn = 0
+        self._write()
+
+    def add(self, tokens: list[int | None]) -> None:
+        for i, token in enumerate(tokens):
+            if token is not None:
+                self.undecoded[i].append(token)
+            self._decode(i, last=token is None)
+            self.done[i] = token is None
+        self._write()
+
+    def close(self) -> None:
+        for i in range(len(self.done)):
+            self._decode(i, last=True)
+            self.done[i] = True
+        self._write()
+
+    def _decode(self, i: int, last: bool) -> None:
+        """A character may be spread over tokens: wait for its end, but not for more than UTF-8's four bytes."""
+        text = self.decode(self.undecoded[i])
+        if last or not text.endswith("\ufffd") or len(self.undecoded[i]) > 3:
+            self.waiting[i].append(text)
+            self.undecoded[i] = []
+
+    def _write(self) -> None:
+        while self.turn < len(self.done):
+            self.out("".join(self.waiting[self.turn]))
+            self.waiting[self.turn] = []
+            if not self.done[self.turn]:
+                break
+            self.out("\n")
+            self.turn += 1
+
+
+def parse(argv: list[str]) -> tuple[Config, Options]:
+    """The run's config, which says where its checkpoints are, and what to sample. Raises ConfigError."""
+    known = configs.types_of(Options)
+    mine = [a.removeprefix("--").split("=", 1) for a in argv if a.removeprefix("--").split("=")[0] in known]
+    cfg, _ = configs.load([a for a in argv if a.removeprefix("--").split("=")[0] not in known])
+    return cfg, Options(**{key: configs.parse(key, text, Options) for key, text in mine})
+
+
+def read_prompts(prompt: str) -> list[str]:
+    if not prompt.startswith("FILE:"):
+        return [prompt]
+    try:
+        prompts = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt={prompt} cannot be read: {error}") from error
+    if not prompts:
+        raise ConfigError(f"prompt={prompt} has no line; each line is a prompt")
+    return prompts
+
+
+def locate(cfg: Config) -> export.Source:
+    """What cfg.resume (latest if unset) names: a checkpoint in output_dir or the bucket, or any path or gs:// place."""
+    resume = cfg.resume or "latest"
+    if resume.startswith("gs://") or export.is_hf(Path(resume)):
+        return export.find(resume)
+    if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(cfg)):
+        sync.pull(cfg, found)
+    choice = ckpt.choose(cfg.output_dir, resume)
+    for name, why in choice.passed_over:
+        print(f"passed over {name}: {why}", file=sys.stderr)
+    if choice.path is None:
+        raise ckpt.CheckpointError(f"no checkpoint in {cfg.output_dir}; train first, or name one with resume=PATH")
+    return export.Source.of(choice.path, choice.state)
+
+
+def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[int]]:
+    rows = []
+    for prompt in prompts:
+        row = tokenizer.encode(prompt) or [tokenizer.end]  # no text: what follows the end of a document
+        if row[-1] is None or max(row) >= cfg.vocab_size:
+            raise ConfigError(
+                f"prompt {prompt[:40]!r} has token {row[-1] if row[-1] is None else max(row)}, the model's vocabulary "
+                f"{cfg.vocab_size} ids: not the tokenizer that it was trained with"
+            )
+        rows.append(row)
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__, *configs.key_table(Options), "", "and every key of python train.py --help", sep="\n")
+        return 0
+    try:
+        cfg, options = parse(argv)
+        prompts = [p for p in read_prompts(options.prompt) for _ in range(options.num_samples)]
+        source = locate(cfg)
+        tokenizer = tokenizer_of(source)
+        rows = encode(prompts, tokenizer, source.cfg)
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
+        model = export.load(source).to(device, export.DTYPES[dtype]).eval()
+        write(model, source, tokenizer, prompts, rows, options)
+    except ValueError as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def write(model, source, tokenizer, prompts, rows, options) -> None:
+    weight = model.embed_in.weight
+    print(f"{source}, {weight.device.type}, {str(weight.dtype).removeprefix('torch.')}", file=sys.stderr)
+    window = options.window or model.cfg.max_position_embeddings
+    if (most := max(map(len, rows)) + options.max_new_tokens - 1) > window:
+        print(f"{most:,} tokens in a window of {window:,}: the oldest are forgotten as it fills", file=sys.stderr)
+    count, reading, writing = 0, 0.0, 0.0
+    for first in range(0, len(rows), options.batch_size):
+        part = slice(first, first + options.batch_size)
+        numbers = range(first + 1, len(rows) + 1)
+        heads = [
+            f"--- {n} of {len(rows)}\n" * (len(rows) > 1) + p for n, p in zip(numbers, prompts[part], strict=False)
+        ]
+        writer = Writer(tokenizer.decode, heads, lambda text: print(text, end="", flush=True))
+        begin = now = time.perf_counter()
+        for step, tokens in enumerate(generate(model, rows[part], options, tokenizer.end)):
+            writer.add(tokens)
+            count += sum(token is not None for token in tokens)
+            now = time.perf_counter()
+            if step == 0:
+                reading, begin = reading + now - begin, now
+        writing += now - begin
+        writer.close()
+    print(
+        f"{count:,} tokens after {sum(map(len, rows)):,} of prompt: {count / (reading + writing):,.0f} tokens/s "
+        f"({reading:.2f} s until the first, {writing:.2f} s for the rest)",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
