@@ -77,7 +77,9 @@ class Config:
 
     # hardware: how the work is laid out
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
-    activation_checkpointing: str = "none"  # none, selective (MLPs computed twice) or full (whole blocks), to save memory
+    activation_checkpointing: str = (
+        "none"  # none, selective (MLPs computed twice) or full (whole blocks), to save memory
+    )
     cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
@@ -167,7 +169,7 @@ def _check(cfg: Config) -> None:
 
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
-        require(value in choices, f"{key}={value!r} is none of {', '.join(choices)}{_nearest(value, choices)}")
+        require(value in choices, f"{key}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
     for key in AT_LEAST_ONE:
         require(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
     for key in NOT_NEGATIVE:
@@ -255,11 +257,11 @@ def read_file(path: Path) -> dict[str, typing.Any]:
 
 def _known(key: str, owner: type = Config) -> str:
     if key not in types_of(owner):
-        raise ConfigError(f"unknown key {key!r}{_nearest(key, types_of(owner))}; python train.py --help lists them")
+        raise ConfigError(f"unknown key {key!r}{nearest(key, types_of(owner))}; python train.py --help lists them")
     return key
 
 
-def _nearest(word: str, words: typing.Iterable[str]) -> str:
+def nearest(word: str, words: typing.Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), words, n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
