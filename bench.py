@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import configs
+import gpus
 import model as neox
 import parallel
 import planner
@@ -80,7 +81,11 @@ class Gate:
             torch.accelerator.synchronize()
         seconds = time.perf_counter() - self.begin
         cpu = not torch.accelerator.is_available()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cpu else torch.accelerator.max_memory_allocated()
+        memory = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if cpu
+            else torch.accelerator.max_memory_allocated()
+        )
         self.channel.write(json.dumps({"seconds": seconds, "memory": memory}) + "\n")
         line = sys.stdin.readline()
         if not line:
@@ -296,8 +301,8 @@ def start(name: str, folder: Path, settings: list[str]) -> Contender:
     return Contender(name, processes, world_size, log)
 
 
-def write_inputs(folder: Path, keys: dict) -> None:
-    """A config file and a shard of random tokens for it: what is read does not change the speed."""
+def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
+    """A config file and a shard of random tokens for it (what is read does not change the speed); the config."""
     keys = {
         **keys,
         "intermediate_size": 4 * keys["hidden_size"],
@@ -310,9 +315,11 @@ def write_inputs(folder: Path, keys: dict) -> None:
         "dataloader_num_workers": 1,
     }
     (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    cfg, _ = configs.load([str(folder / "config.py"), *settings])
     (folder / "data").mkdir()
-    tokens = np.random.default_rng(0).integers(0, keys["vocab_size"], 2_000_000, dtype=np.uint16)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
     np.savez(folder / "data" / "tokenized_cleaned_0.npz", input_ids=tokens)
+    return cfg
 
 
 def measure(size: str, contenders: list[str], settings: list[str], rounds: int, steps: int) -> str:
@@ -320,8 +327,7 @@ def measure(size: str, contenders: list[str], settings: list[str], rounds: int, 
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as running:
         folder = Path(name)
-        write_inputs(folder, SIZES[size])
-        cfg, _ = configs.load([str(folder / "config.py"), *settings])
+        cfg = write_inputs(folder, SIZES[size], settings)
         started = []
         for contender_name in contenders:
             contender = start(contender_name, folder, settings)
@@ -363,7 +369,7 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
         if kind == "floor":
             memory, first = "", ""
         world_size = int(rest.rpartition("-")[2] or 1)
-        peak = planner.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = gpus.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world_size / peak:.1%}" if peak else "n/a"
         spread = (max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"])
         label = NAMES[kind] + (f" ({rest.replace('-', ' on ')} processes)" if rest else "")
@@ -402,7 +408,9 @@ def step_command(options: argparse.Namespace) -> None:
             raise ConfigError(f"contender {name!r} is none of ours, ours-ddp-N, ours-fsdp-N, seed, nanogpt, floor")
     sizes = list(SIZES) if options.size == "all" else [options.size]
     print(hardware())
-    print(f"median of {options.rounds} rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)
+    print(
+        f"median of {options.rounds} rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True
+    )
     for size in sizes:
         print(measure(size, contenders, options.settings, options.rounds, options.steps) + "\n", flush=True)
 

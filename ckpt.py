@@ -186,9 +186,7 @@ class Saver:
         self.stall_seconds = self.write_seconds = 0.0
         self.last: str | None = None  # name of the last complete save
         self._host = _Host()
-        self._writer = concurrent.futures.ThreadPoolExecutor(
-            1
-        )  # one thread for all saves: starting one would cost a GIL switch, 5 ms
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
         self._error: str | None = None
 
@@ -202,14 +200,14 @@ class Saver:
     def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once."""
         start = time.perf_counter()
-        self._join()
+        self.join()
         part = _own_part(tree, self.rank, self.world)
         source = self._host.copy(part) if self.async_save else {key: _local(t) for key, t in part.items()}
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
         need = sum(t.nbytes for t in tree.values())
-        self._saving = self._writer.submit(self._write, start, name, part, source, text.encode(), need)
+        self._saving = self._thread.submit(self._write, start, name, part, source, text.encode(), need)
         if not self.async_save:
-            self._join()
+            self.join()
         self.stall_seconds = time.perf_counter() - start
 
     def poll(self) -> str | None:
@@ -218,19 +216,20 @@ class Saver:
 
     def wait(self) -> str | None:
         """Wait for the save in flight; return why it failed, and forget it."""
-        self._join()
+        self.join()
         error, self._error = self._error, None
         return error
 
     def close(self) -> str | None:
         """wait(), then give back the process group and the host memory."""
         error = self.wait()
-        self._writer.shutdown()
+        self._thread.shutdown()
         self._host.free()
         dist.destroy_process_group(self.group)
         return error
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait for the save in flight."""
         if self._saving:
             self._saving.result()
             self._saving = None
@@ -419,25 +418,43 @@ def _age(seconds: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at checkpoints.")
+    """The command line; what needs a bucket or a model is in sync.py and export.py. Returns the exit code."""
+    try:
+        if argv[:1] in (["export"], ["import"]):
+            import export
+
+            return (export.main_export if argv[0] == "export" else export.main_import)(argv[1:])
+        if argv[:1] in (["pull"], ["push"], ["prune"]) or any(arg.startswith("gs://") for arg in argv):
+            import sync
+
+            return sync.main(argv)
+        return look(argv)
+    except ValueError as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def look(argv: list[str]) -> int:
+    """`list` and `verify` of what is on disk."""
+    parser = argparse.ArgumentParser(
+        prog="ckpt.py", description="Checkpoints. Also: pull, push, prune (with gs:// places), export, import."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the checkpoints in DIR").add_argument("path", metavar="DIR", type=Path)
     every_byte = "read every byte and compare it with the manifest"
     commands.add_parser("verify", help=every_byte).add_argument("path", metavar="DIR_OR_CHECKPOINT", type=Path)
     args = parser.parse_args(argv)
-    try:
-        if not args.path.is_dir():
-            raise CheckpointError(f"{args.path} is not a directory")
-        paths = [args.path / n for n in names(args.path)]
-        if not paths and args.command == "list":
-            print(f"no checkpoints in {args.path}")
-            return 0
-        text, damaged = table(paths or [args.path], hashes=args.command == "verify")
-        print(text)
-        return CheckpointError.exit_code if damaged else 0
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if not args.path.is_dir():
+        raise CheckpointError(f"{args.path} is not a directory")
+    paths = [args.path / n for n in names(args.path)]
+    if not paths and args.command == "list":
+        print(f"no checkpoints in {args.path}")
+        return 0
+    text, damaged = table(paths or [args.path], hashes=args.command == "verify")
+    print(text)
+    return CheckpointError.exit_code if damaged else 0
 
 
 if __name__ == "__main__":

@@ -55,11 +55,16 @@ class Source(NamedTuple):
     def of(cls, path: Path, state: dict[str, Any]) -> "Source":
         """A checkpoint with its state.json; keys of its config that this version does not know are left out."""
         cfg = Config(**{key: value for key, value in state["config"].items() if key in configs.KEYS})
-        return cls(path, cfg, state, END_OF_TEXT[cfg.tokenizer])
+        return cls(path, cfg, state, None if "imported_from" in state else END_OF_TEXT[cfg.tokenizer])
 
     @property
     def is_hf(self) -> bool:
         return not self.state
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The name of the tokenizer; None where a folder, not we, knows it."""
+        return None if self.is_hf or "imported_from" in self.state else self.cfg.tokenizer
 
     def __str__(self) -> str:
         trained = "" if self.is_hf else f", step {self.state['step']:,}"
@@ -327,7 +332,7 @@ def card(source: Source, dtype: str) -> str:
     facts = [
         ("architecture", f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)"),
         ("shape", f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads"),
-        ("tokenizer", f"{cfg.tokenizer}, {cfg.vocab_size:,} ids"),
+        ("tokenizer", f"{source.tokenizer or 'of the imported model'}, {cfg.vocab_size:,} ids"),
         ("context", f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}"),
         ("checkpoint", source.path.name),
         ("optimizer steps", f"{state['step']:,}"),
@@ -397,15 +402,18 @@ def main_export(argv: list[str]) -> int:
         write_configs(source, folder, dtype)
         write_weights(model, folder, dtype)
         (folder / "README.md").write_text(card(source, args.dtype), encoding="utf-8")
-        try:
-            write_tokenizer(source.cfg.tokenizer, folder, source.cfg.max_position_embeddings)
-        except data.DataError as error:
-            print(f"without tokenizer files: {error}")
+        if source.tokenizer is None:
+            print("without tokenizer files: copy those of the imported folder")
+        else:
+            try:
+                write_tokenizer(source.tokenizer, folder, source.cfg.max_position_embeddings)
+            except data.DataError as error:
+                print(f"without tokenizer files: {error}")
         if args.onnx:
-            print(
-                f"onnxruntime: logits differ from ours by at most {write_onnx(model, folder / 'onnx/model.onnx'):.1e}"
-            )
-        print(f"read back: logits differ from the checkpoint's by at most {check(model, folder, dtype):.1e}")
+            difference = write_onnx(model, folder / "onnx/model.onnx")
+            print(f"onnxruntime: logits differ from ours by at most {difference:.1e}")
+        difference = check(model, folder, dtype)
+        print(f"read back: logits differ from the checkpoint's by at most {difference:.1e}")
         os.rename(folder, args.out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,18 +1,24 @@
-"""What a run says: the plan before the first step, a log line, TensorBoard scalars and trace.jsonl."""
+"""What a run says: the plan before the first step, the log lines, TensorBoard and trace.jsonl."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import data
+import gpus
 import model as neox
 import parallel
-from configs import Config
+from configs import Config, ConfigError
 
 
 def count(n: float) -> str:
@@ -62,8 +68,25 @@ def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
 
 
+def check_folder(logging_dir: str) -> None:
+    """Raise ConfigError now if the logs could not be written later."""
+    try:
+        Path(logging_dir).mkdir(parents=True, exist_ok=True)
+        for name in ("train.log", "trace.jsonl"):
+            Path(logging_dir, name).open("a").close()
+    except OSError as error:
+        raise ConfigError(f"logging_dir={logging_dir} cannot be written: {error}; choose another folder") from error
+
+
+def complain(logging_dir: str, text: str) -> None:
+    """The last words of a run that failed: to stderr, and into train.log where there is one."""
+    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError), Path(logging_dir, "train.log").open("a") as log:
+        log.write(text + "\n")
+
+
 class Trace:
-    """trace.jsonl: one line per step, the proof that a resumed run is the same run.
+    """trace.jsonl: one line per step, the proof that a resumed run is the same run, and lines with an "event" between.
 
     Steps that are run again after a resume are compared with the lines that are there already.
     """
@@ -71,35 +94,48 @@ class Trace:
     COMPARED = ("loss_hex", "grad_norm_hex", "lr_hex", "samples")
 
     def __init__(self, path: Path, start_step: int):
-        self.expected: dict[int, dict] = {}
-        self.same, self.first_difference = 0, None
-        if path.exists():
-            whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line
-            os.truncate(path, len(whole))
-            lines = (json.loads(line) for line in whole.splitlines())
-            # a step that was run more than once: the last line counts
-            self.expected = {line["step"]: line for line in lines if line["step"] > start_step}
-        self.last = max(self.expected, default=0)
+        whole = path.read_bytes() if path.exists() else b""
+        whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line
         self.file = path.open("a", buffering=1)  # a line reaches the kernel at once: a SIGKILL loses none
+        os.truncate(path, len(whole))
+        lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] > start_step]
+        # a step that was run more than once: the last line counts
+        self.expected = {line["step"]: line for line in lines if "event" not in line}
+        self.events = {(line["event"], line["step"]): line for line in lines if "event" in line}
+        self.same, self.first_difference = 0, None
+        self.last = max(self.expected, default=0)
 
-    def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict) -> None:
+    def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict[str, Any]) -> None:
         line = {"step": step}
         for key, value in figures.items():
-            line |= {key: value if math.isfinite(value) else str(value), f"{key}_hex": value.hex()}
-        line["samples"] = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
-        line |= extra
+            line |= {key: readable(value), f"{key}_hex": value.hex()}
+        line["samples"] = fingerprint(ids)
         before = self.expected.pop(step, None)
         if before is not None:
             differs = [k for k in self.COMPARED if before.get(k) != line[k]]
             if not differs:
                 self.same += 1
                 return  # the line stands already
-            if self.first_difference is None:
-                self.first_difference = f"step {step}: " + ", ".join(
-                    f"{k} was {before.get(k)}, is {line[k]}" for k in differs
-                )
-        self.file.write(json.dumps(line) + "\n")
+            self.differs(step, ", ".join(f"{k} was {before.get(k)}, is {line[k]}" for k in differs))
+        self.file.write(json.dumps(line | {key: readable(value) for key, value in extra.items()}) + "\n")
+
+    def event(self, kind: str, step: int, **fields: Any) -> None:
+        """Something that happened after `step`; figures of the clock end in _seconds, and an equal event stands."""
+        line = {"event": kind, "step": step, **{key: readable(value) for key, value in fields.items()}}
+        before = self.events.pop((kind, step), {})
+        if {k: v for k, v in before.items() if not k.endswith("_seconds")} != {
+            k: v for k, v in line.items() if not k.endswith("_seconds")
+        }:
+            self.file.write(json.dumps(line) + "\n")
+
+    def skipped(self, step: int, ids: np.ndarray) -> None:
+        if self.expected.pop(step, None):
+            self.differs(step, "was run, is skipped")
+        self.event("skip", step, samples=fingerprint(ids))
+
+    def differs(self, step: int, how: str) -> None:
+        if self.first_difference is None:
+            self.first_difference = f"step {step}: {how}"
 
     def replayed(self, step: int) -> str | None:
         """After the last step that was run before: what the comparison came to."""
@@ -114,77 +150,200 @@ class Trace:
         self.file.close()
 
 
+def readable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fingerprint(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
+
+
 class Monitor:
     """Collects each step's figures on rank 0 and turns them into lines, curves and the state that a resume needs."""
 
-    def __init__(self, cfg: Config, env: parallel.Env, start_step: int, tokens_per_step: int, state: dict):
-        self.cfg, self.env, self.tokens_per_step = cfg, env, tokens_per_step
+    def __init__(self, cfg: Config, env: parallel.Env):
+        self.cfg, self.env = cfg, env
+        self.trace = self.board = self.log = self.peak = None
+        self.bar = tqdm(disable=True)
+        self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
+        if env.main:
+            self.log = Path(cfg.logging_dir, "train.log").open("a", buffering=1)
+        if env.device.type == "cuda":
+            self.peak = gpus.peak_flops(torch.cuda.get_device_name(env.device))
+
+    def start(self, step: int, tokens_per_step: int, state: dict, checkpoint: str | None, settings: str) -> None:
+        """Just before the loop: go on from a checkpoint's state, {} for a fresh run; settings is text for TensorBoard."""
+        self.tokens_per_step = tokens_per_step
         self.best = state.get("best_loss", math.inf)
         self.history = state.get("history", [])  # [step, loss, learning rate] of every log line
         self.recent = state.get("recent_losses", [])  # since the last line, so that a resume prints the same mean
         self.eval_loss = state.get("eval_loss")
-        self.trace = self.board = None
-        self.bar = tqdm(disable=True)
-        if env.main:
+        self.norm, self.stall = math.nan, 0.0
+        self.held: tuple | None = None  # a logging step's line of the trace, waiting for its figures
+        if self.env.main:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = Path(cfg.logging_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.trace = Trace(folder / "trace.jsonl", start_step)
-            self.board = SummaryWriter(str(folder), purge_step=start_step + 1)  # hides what a kill left beyond it
-            self.bar = tqdm(total=cfg.max_steps, initial=start_step, disable=None, unit="step", dynamic_ncols=True)
-        self.begin, self.begin_step, self.waited = time.perf_counter(), start_step, 0.0
+            self.trace = Trace(Path(self.cfg.logging_dir, "trace.jsonl"), step)
+            self.trace.event("resume" if checkpoint else "start", step, checkpoint=checkpoint, time=int(time.time()))
+            self.board = SummaryWriter(self.cfg.logging_dir, purge_step=step + 1)  # hides what a kill left beyond it
+            self.board.add_text("config", "".join(f"    {line}\n" for line in settings.splitlines()), step + 1)
+            self.bar = tqdm(total=self.cfg.max_steps, initial=step, disable=None, unit="step", dynamic_ncols=True)
+        self.begin, self.begin_step, self.waited = time.perf_counter(), step, 0.0
 
-    def say(self, text: str) -> None:
-        if self.env.main:
-            self.bar.write(text)
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """A line on rank 0's console and in train.log."""
+        if self.log:
+            file = file or sys.stdout
+            self.bar.write(text, file=file)
+            file.flush()
+            self.log.write(text + "\n")
 
-    def step(self, step: int, loss: float, norm: float, lr: float, ids: np.ndarray) -> str | None:
-        """Note one finished step; returns a message when a replay has come to its end."""
+    def step(self, step: int, loss: float, norm: float, lr: float, ids: np.ndarray, **extra: Any) -> None:
+        """Note one finished step. Raises RuntimeError with deterministic=true where a replay is not the same."""
         self.recent.append(loss)
+        self.norm = norm
         self.bar.update(step - self.bar.n)
-        if self.trace:
-            self.trace.record(step, {"loss": loss, "grad_norm": norm, "lr": lr}, ids, {})
-            return self.trace.replayed(step)
+        self.held = (step, {"loss": loss, "grad_norm": norm, "lr": lr}, ids, extra)
+        if not self.cfg.logging_steps or step % self.cfg.logging_steps:
+            self.record()
 
-    def line(self, step: int, lr: float, norm: float, waited: float, stall: float) -> None:
+    def record(self, **figures: Any) -> None:
+        """Write the line that is held, if any, and say when a replay has come to its end."""
+        if self.held and self.trace:
+            step, proven, ids, extra = self.held
+            self.trace.record(step, proven, ids, extra | figures)
+            self.prove(step)
+        self.held = None
+
+    def prove(self, step: int) -> None:
+        if proof := self.trace.replayed(step):
+            self.say(proof)
+            if self.cfg.deterministic and self.trace.first_difference:
+                raise RuntimeError("deterministic=true, but " + proof)
+
+    def skipped(self, step: int, ids: np.ndarray) -> None:
+        """Note a step that was walked past."""
+        self.say(f"Step {step}: skipped, as skip_steps says")
+        if self.trace:
+            self.bar.update(step - self.bar.n)
+            self.trace.skipped(step, ids)
+            self.prove(step)
+
+    def line(self, step: int, lr: float, waited: float, status: str = "") -> None:
         """The log line of the steps since the last one: mean loss, speed as seen on the wall.
 
-        waited: seconds that the loader has been waited for so far; stall: that the last save kept training.
+        waited: seconds that the loader has been waited for so far; status: what else there is to say, such as uploads.
         """
+        if not self.recent:  # every step was skipped
+            return
         loss = math.fsum(self.recent) / len(self.recent)
         self.recent = []
         self.best = min(self.best, loss)
         self.history.append([step, loss, lr])
-        seconds = time.perf_counter() - self.begin
-        rate, wait_share = (step - self.begin_step) / seconds, (waited - self.waited) / seconds
-        self.begin, self.begin_step, self.waited = time.perf_counter(), step, waited
-        left = (self.cfg.max_steps - step) / rate
-        memory = parallel.peak_memory(self.env)
-        self.say(
-            f"Step {step}: loss={loss:.4f}, lr={lr:.2e}, best={self.best:.4f} | {rate:.3g} steps/sec | "
-            f"{count(rate * self.tokens_per_step)} tok/s | grad {norm:.3f} | data wait {wait_share:.1%} | "
-            f"{memory / 2**30:.2f} GiB | {duration(left)} left"
+        now = time.perf_counter()
+        seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
+        tokens = rate * self.tokens_per_step
+        mfu = tokens * neox.flops_per_token(self.cfg) / (self.env.world_size * self.peak) if self.peak else None
+        memory, reserved = parallel.peak_memory(self.env), None
+        if self.env.device.type == "cuda":
+            reserved = torch.accelerator.max_memory_reserved()
+        wait_share, left = (waited - self.waited) / seconds, (self.cfg.max_steps - step) / rate
+        self.begin, self.begin_step, self.waited = now, step, waited
+        parts = [
+            f"Step {step}: loss={loss:.4f}, lr={lr:.2e}, best={self.best:.4f}",
+            f"{rate:.3g} steps/sec",
+            f"{count(tokens)} tok/s",
+            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}",
+            f"grad {self.norm:.3f}",
+            f"data wait {wait_share:.1%}",
+            f"{memory / 2**30:.2f}{f'/{reserved / 2**30:.2f}' if reserved else ''} GiB",
+            f"save stall {self.stall:.2f}s" if self.stall else "",
+            status,
+            f"{duration(left)} left",
+        ]
+        self.say(" | ".join(part for part in parts if part))
+        self.record(
+            mean_loss=loss,
+            best=self.best,
+            steps_per_second=rate,
+            tokens_per_second=tokens,
+            mfu=mfu,
+            data_wait_share=wait_share,
+            memory_allocated=memory,
+            memory_reserved=reserved,
+            save_stall_seconds=self.stall,
+            status=status,
+            seconds_left=left,
+            time=int(time.time()),
         )
-        if self.board:
-            for name, value in {
+        self.scalars(
+            step,
+            {
                 "train/loss": loss,
                 "train/learning_rate": lr,
-                "train/grad_norm": norm,
-                "perf/tokens_per_second": rate * self.tokens_per_step,
-                "perf/memory_gib": memory / 2**30,
+                "train/grad_norm": self.norm,
+                "perf/steps_per_second": rate,
+                "perf/tokens_per_second": tokens,
+                "perf/mfu": mfu,
                 "perf/data_wait_share": wait_share,
-                "ckpt/stall_seconds": stall,
-            }.items():
-                self.board.add_scalar(name, value, step)
+                "perf/memory_gib": memory / 2**30,
+                "perf/reserved_gib": reserved and reserved / 2**30,
+                "ckpt/stall_seconds": self.stall,
+            },
+        )
+        self.stall = 0.0
 
-    def evaluated(self, step: int, loss: float, seconds: float) -> None:
-        """Note a held-out loss; the seconds it took do not count as training."""
-        self.eval_loss = loss
-        self.begin += seconds
-        self.say(f"Step {step}: eval_loss={loss:.4f}, perplexity={math.exp(min(loss, 700)):.2f} | {seconds:.1f} s")
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
         if self.board:
-            self.board.add_scalar("eval/loss", loss, step)
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+
+    def evaluated(self, step: int, loss: float, begin: float, model: torch.nn.Module) -> None:
+        """Note a held-out loss and a text sample; the time since `begin`, perf_counter's, does not count as training."""
+        self.eval_loss = loss
+        spent = time.perf_counter() - begin
+        self.say(f"Step {step}: eval_loss={loss:.4f}, perplexity={math.exp(min(loss, 700)):.2f} | {spent:.1f} s")
+        if self.board:
+            self.scalars(step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))})
+            self.trace.event("eval", step, loss=loss, eval_seconds=spent)
+            if self.samples and (text := self.text(parallel.raw(model))):
+                self.board.add_text("sample", text, step)
+        self.begin += time.perf_counter() - begin
+
+    def text(self, model: neox.GPTNeoX) -> str | None:
+        """What the model writes when nothing is given, as an indented block; None without a tokenizer."""
+        from sample import Options, generate
+
+        try:
+            tokenizer = data.get_tokenizer(self.cfg.tokenizer)
+        except data.DataError as error:
+            self.say(f"no text samples: {error}")
+            self.samples = False
+            return None
+        if (end := tokenizer.eot_token) >= self.cfg.vocab_size:
+            return None
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):  # a graph for each length of the text would not pay
+            steps = generate(model, [[end]], Options(max_new_tokens=self.cfg.sample_tokens), end)
+            ids = [token for [token] in steps if token is not None and token < tokenizer.n_vocab]
+        model.train()
+        return "".join(f"    {line}\n" for line in tokenizer.decode(ids).splitlines())
+
+    def histograms(self, step: int, model: torch.nn.Module) -> None:
+        """Weights and clipped gradients of a model that is whole."""
+        if self.board and self.cfg.parallel != "fsdp":
+            for name, p in parallel.raw(model).named_parameters():
+                self.board.add_histogram(f"weights/{name}", p, step)
+                self.board.add_histogram(f"gradients/{name}", p.grad, step)
+
+    def saved(self, step: int, name: str, stall: float) -> None:
+        """Note a save that has begun and held training up for `stall` seconds."""
+        self.stall += stall
+        if self.trace:
+            self.trace.event("checkpoint", step, name=name, stall_seconds=stall)
+            self.board.flush()  # a run resumed from here has the curves up to here
 
     def state(self) -> dict:
         return {
@@ -198,8 +357,11 @@ class Monitor:
     def close(self) -> None:
         self.bar.close()
         if self.board:
+            self.record()
             self.board.close()
             self.trace.close()
+        if self.log:
+            self.log.close()
 
 
 def duration(seconds: float) -> str:

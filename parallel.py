@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -132,9 +132,24 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
     return model
 
 
+def device_mesh(cfg: Config, env: Env) -> DeviceMesh:
+    """All processes in a row; with shard_size, rows of so many that share one copy of the model (HSDP).
+
+    Ranks of a node are consecutive, so with shard_size = GPUs per node parameters are gathered within the node and
+    only sums of gradients travel between nodes. Raises ConfigError.
+    """
+    size, world = cfg.shard_size, env.world_size
+    if size and world % size:
+        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ConfigError(f"shard_size={size} does not divide the {world} processes; sizes that do: {fitting}")
+    if size in (0, world):
+        return init_device_mesh(env.device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(env.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
 def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
     """FSDP2: a group per block, one for the embedding, one for the final norm with the head; in place."""
-    mesh = init_device_mesh(env.device.type, (env.world_size,), mesh_dim_names=("shard",))
+    mesh = device_mesh(cfg, env)
     half = cfg.mixed_precision != "no"
     policy = MixedPrecisionPolicy(DTYPES[cfg.mixed_precision], torch.float32) if half else MixedPrecisionPolicy()
     # a block's inputs are in the right dtype already, except the rotary tables, which must stay fp32
@@ -267,5 +282,7 @@ def describe(env: Env, cfg: Config) -> str:
     else:
         device = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type.upper()
     strategy = cfg.parallel if env.world_size > 1 or cfg.parallel == "fsdp" else "one process"
+    if cfg.shard_size not in (0, env.world_size):
+        strategy += f" {env.world_size // cfg.shard_size} copies x {cfg.shard_size} shards"
     compiled = "compiled" if cfg.compile_model else "not compiled"
     return f"{env.world_size} x {device}; {strategy}, {cfg.mixed_precision.replace('no', 'fp32')}, {compiled}"

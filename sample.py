@@ -7,6 +7,7 @@
 A batch of prompts is read at once, then each step adds a token to every text behind a cache of keys and values.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ import data
 import export
 import sync
 from configs import Config, ConfigError
-from model import GPTNeoX, rotary_tables
+from model import GPTNeoX, num_parameters, rotary_tables
+
+SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,15 @@ class Options:
 
 
 class Cache:
-    """Keys and values of the tokens read so far, for a batch whose rows end at the same slot; short rows begin later.
+    """Keys and values of the tokens read so far, for a batch whose rows end at the same slot.
 
-    A row that begins at slot 3 has its first token at position 3: rotary attention sees differences of positions only.
+    Shorter rows begin with `padding` (B,) empty slots. A row that begins at slot 3 has its first token at position 3:
+    rotary attention sees differences of positions only.
     """
 
     def __init__(self, model: GPTNeoX, slots: int, padding: torch.Tensor):
         cfg, like = model.cfg, model.embed_in.weight
         self.length = 0
-        self.padding = padding.tolist()  # empty slots at the start of each row
         columns = torch.arange(slots, device=like.device)
         self.tables = rotary_tables(columns, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
         # (B, 1, 1, S); None where every row is full, which has the faster kernels
@@ -143,7 +146,8 @@ def generate(
     device = model.embed_in.weight.device
     generator = torch.Generator(device).manual_seed(options.seed)
     window = options.window or model.cfg.max_position_embeddings
-    rows, cache, running = [list(prompt) for prompt in prompts], None, [True] * len(prompts)
+    rows, running = [list(prompt) for prompt in prompts], [True] * len(prompts)
+    cache = chosen = None
     for left in range(options.max_new_tokens, 0, -1):
         if cache is None or cache.length == window:
             T = max(map(len, rows))
@@ -151,7 +155,7 @@ def generate(
                 T = max(window // 2, window - left + 1, 1)
             logits, cache = prefill(model, [row[-T:] for row in rows], min(window, T + left - 1))
         else:
-            logits = advance(model, chosen[:, None], cache)  # noqa: F821, the step before chose them
+            logits = advance(model, chosen[:, None], cache)
         chosen = choose(logits, options, generator)
         tokens = chosen.tolist()
         for i, token in enumerate(tokens):
@@ -170,14 +174,16 @@ class Tokenizer(NamedTuple):
 
 def tokenizer_of(source: export.Source) -> Tokenizer:
     """The tokenizer that a model was trained with. "<|endoftext|>" in a text is that token, as in Transformers."""
-    if not source.is_hf:
-        known = data.get_tokenizer(source.cfg.tokenizer)
+    if source.tokenizer:
+        known = data.get_tokenizer(source.tokenizer)
         # ids that only pad the vocabulary decode to nothing
         return Tokenizer(
             lambda text: known.encode(text, allowed_special="all"),
             lambda ids: known.decode([i for i in ids if i < known.n_vocab]),
             known.eot_token,
         )
+    if not source.is_hf:
+        raise ConfigError(f"{source.path} has imported weights and no tokenizer; sample from the folder they came from")
     file = source.path / "tokenizer.json"
     if not file.is_file():
         raise ConfigError(f"{source.path} has no tokenizer.json: nothing says which text its tokens are")
@@ -238,6 +244,10 @@ class Writer:
 def parse(argv: list[str]) -> tuple[Config, Options]:
     """The run's config, which says where its checkpoints are, and what to sample. Raises ConfigError."""
     known = configs.types_of(Options)
+    for key in (a.removeprefix("--").split("=")[0] for a in argv if "=" in a):
+        if key not in known and key not in configs.KEYS:
+            near = configs.nearest(key, [*known, *configs.KEYS])
+            raise ConfigError(f"unknown key {key!r}{near}; python sample.py --help lists them")
     mine = [a.removeprefix("--").split("=", 1) for a in argv if a.removeprefix("--").split("=")[0] in known]
     cfg, _ = configs.load([a for a in argv if a.removeprefix("--").split("=")[0] not in known])
     return cfg, Options(**{key: configs.parse(key, text, Options) for key, text in mine})
@@ -245,7 +255,7 @@ def parse(argv: list[str]) -> tuple[Config, Options]:
 
 def read_prompts(prompt: str) -> list[str]:
     if not prompt.startswith("FILE:"):
-        return [prompt]
+        return [os.fsencode(prompt).decode(errors="replace")]  # a command line need not be UTF-8
     try:
         prompts = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -294,6 +304,8 @@ def main(argv: list[str]) -> int:
         tokenizer = tokenizer_of(source)
         rows = encode(prompts, tokenizer, source.cfg)
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        if device.type == "cpu" and (cfg.cpu_threads or num_parameters(source.cfg)[0] < SMALL):
+            torch.set_num_threads(cfg.cpu_threads or 1)
         dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
         model = export.load(source).to(device, export.DTYPES[dtype]).eval()
         write(model, source, tokenizer, prompts, rows, options)

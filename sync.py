@@ -139,6 +139,8 @@ class Syncer:
             else:
                 todo.append(manifest)
         self.backlog = len(todo)
+        if self.leader and newest in waiting and newest not in todo:
+            self._prune(newest["name"])  # the run before this one did not come to it
         if not todo:
             return False
         manifest = max(todo, key=lambda m: (m is newest, m["step"]))

@@ -7,7 +7,6 @@ python train.py --help
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import platform
@@ -22,18 +21,17 @@ import torch
 import ckpt
 import configs
 import data
+import export
+import gcs
+import guard
 import parallel
 import prepare
+import profiler
+import sync
 from configs import Config
-from monitor import Monitor, plan
+from monitor import Monitor, check_folder, complain, plan
 
-DONE, NOT_FINITE, INTERNAL, STOPPED = 0, 65, 70, 75
-
-
-class NotFinite(ValueError):
-    """Too many steps in a row whose loss or gradient norm is no number."""
-
-    exit_code = NOT_FINITE
+DONE, INTERNAL, NOT_IN_BUCKET, STOPPED = 0, 70, 74, 75
 
 
 class StopSignal:
@@ -94,16 +92,16 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     return optimizers
 
 
-def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, finite: torch.Tensor) -> None:
-    """One update by every optimizer, or by none unless `finite` (a bool on the device)."""
+def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, apply: torch.Tensor) -> None:
+    """One update by every optimizer, or by none unless `apply` (a bool on the device); gradients are unscaled already."""
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Muon):
-            if finite.item():  # its kernels cannot be told to skip, so the host waits
+            if apply.item():  # its kernels cannot be told to skip, so the host waits
                 optimizer.step()
             continue
-        if not scaler.is_enabled():  # the fused kernel skips the update by itself: nobody waits for the verdict
-            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-        scaler.step(optimizer)
+        # the fused kernel skips the update by itself: nobody waits for the verdict
+        optimizer.grad_scale, optimizer.found_inf = None, (~apply).float()
+        optimizer.step()
     scaler.update()
 
 
@@ -133,19 +131,6 @@ def every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
 
 
-def check_same_data(state: dict, cfg: Config, dataset: data.Dataset) -> None:
-    """Raise DataError unless the checkpoint's run read these shards in this order, or allow_data_change is set."""
-    changes = data.explain_change(state["data"]["manifest"], dataset.manifest)
-    for key in ("seed", "sequence_length", "eval_files"):
-        if state["config"][key] != getattr(cfg, key):
-            changes += f"\n{key} {state['config'][key]} -> {getattr(cfg, key)}"
-    if changes and not cfg.allow_data_change:
-        raise data.DataError(
-            f"the checkpoint was trained on other data or in another order:\n{changes}\n"
-            "restore it, or set allow_data_change=true to go on with what is there now"
-        )
-
-
 def describe_resume(choice: ckpt.Choice, cfg: Config, dataset: data.Dataset) -> str:
     """Which checkpoint and why, where the data continues, and what differs in the config."""
     if choice.path is None:
@@ -170,64 +155,65 @@ def describe_resume(choice: ckpt.Choice, cfg: Config, dataset: data.Dataset) -> 
     return "\n".join(lines)
 
 
-def report_bad_step(step, loss, norm, ids, dataset, cfg: Config, env: parallel.Env, monitor: Monitor) -> None:
-    """Say and write down which text made a step's figures non-finite."""
-    windows = [{"shard": path, "offset": int(offset)} for path, offset in dataset.locate(ids)]
-    report = Path(cfg.logging_dir, f"bad-step-{step}.json")
-    first = ", ".join(f"{w['shard']} at {w['offset']}" for w in windows[:3])
-    monitor.say(f"Step {step}: loss={loss}, grad norm={norm}: not applied. Read {first}, ...; all windows in {report}")
-    if env.main:
-        report.write_text(
-            json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "windows": windows}, indent=1)
-        )
-
-
 def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: StopSignal) -> int:
     """The run, on every rank alike; returns the exit code."""
     # --- setup
     env = parallel.start(cfg)
+    guard.check_ranks(cfg, dataset)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
-    say = print if env.main else lambda *_, **__: None
-    say(plan(cfg, env.world_size, dataset, parallel.describe(env, cfg)))
-    say(configs.show_changes(cfg, origins), flush=True)
     ckpt.agree(ckpt.lock, cfg.output_dir)
+    ckpt.agree(check_folder, cfg.logging_dir)
+    monitor = Monitor(cfg, env)
+    settings = plan(cfg, env.world_size, dataset, parallel.describe(env, cfg))
+    settings += "\n" + configs.show_changes(cfg, origins)
+    monitor.say(settings)
+    bucket = bool(cfg.bucket_name and cfg.checkpoint_bucket_path)
+    if bucket and (found := ckpt.agree(sync.find, cfg)):  # what is newer there comes down
+        ckpt.agree(sync.pull, cfg, found)
     choice = ckpt.agree(ckpt.choose, cfg.output_dir, cfg.resume)
     state = choice.state
     if choice.path:
-        check_same_data(state, cfg, dataset)
-    say(describe_resume(choice, cfg, dataset), flush=True)
+        guard.check_same_data(state, cfg, dataset)
+    monitor.say(describe_resume(choice, cfg, dataset))
 
     model = parallel.build(cfg, env)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     begin = time.perf_counter()
     parallel.warm_up(model, cfg, env)
-    say(f"ready in {time.perf_counter() - begin:.1f} s of compilation and warm-up", flush=True)
+    monitor.say(f"ready in {time.perf_counter() - begin:.1f} s of compilation and warm-up")
 
     tree = ckpt.state_tree(model, *optimizers)
     if choice.path:
         ckpt.load(choice.path, tree)
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+    elif cfg.init_from:
+        monitor.say(export.init_from(cfg.init_from, cfg, tree))
     step, samples_seen = state.get("step", 0), state.get("samples_seen", 0)
-    saver = ckpt.Saver(
-        cfg.output_dir, async_save=cfg.async_save, save_total_limit=cfg.save_total_limit, keep_every=cfg.keep_every
-    )
+    kept = 0 if bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
+    saver = ckpt.Saver(cfg.output_dir, async_save=cfg.async_save, save_total_limit=kept, keep_every=cfg.keep_every)
     saver.reserve(tree)  # finds a full disk now instead of at the first save
+    resumed_from = choice.path.name if choice.path else None
+    syncer = sync.Syncer(cfg, resumed_from) if bucket and env.main else None
     loader = data.Loader(
         dataset, step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
         accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=samples_seen,
     )  # fmt: skip
-    monitor = Monitor(cfg, env, step, tokens_per_step, state)
+    spikes = guard.Spikes(cfg, env.device, state.get("spike_window")) if cfg.spike_sigma else None
+    skips = configs.step_ranges("skip_steps", cfg.skip_steps)
+    profile = profiler.Profiler(cfg, env)
     readback = parallel.Readback(env.device)
+    monitor.start(step, tokens_per_step, state, resumed_from, settings)
     bad_in_a_row, last_save, saved_at, stopping = 0, time.monotonic(), step, False
 
     def save() -> None:
         nonlocal last_save, saved_at
         at = dataset.position(samples_seen)
+        name = ckpt.name(at["epoch"], step, at["files"])
         saver.save(
-            ckpt.name(at["epoch"], step, at["files"]),
+            name,
             tree,
             {
                 "step": step,
@@ -235,11 +221,13 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
                 "tokens": samples_seen * cfg.sequence_length,
                 **monitor.state(),
                 "scaler": scaler.state_dict(),
+                "spike_window": spikes and spikes.window.tolist(),
                 "data": {"fingerprint": dataset.fingerprint, "manifest": dataset.manifest, "position": at},
                 "config": dataclasses.asdict(cfg),
                 "run": environment(env),
             },
         )
+        monitor.saved(step, name, saver.stall_seconds)
         last_save, saved_at = time.monotonic(), step
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
@@ -248,22 +236,34 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         lr = learning_rate(step, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
-        loss_sum = torch.zeros((), device=env.device)
-        for micro_step, (x, y) in enumerate(batch.micro):
-            x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
-            if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
-                torch.manual_seed(dropout_seed(cfg.seed, step, micro_step, env.rank))
-            parallel.sync_gradients(model, micro_step == accumulation - 1 or cfg.cpu_offload)
-            with parallel.autocast(cfg, env):
-                loss = model(x, y)  # summed over this micro-step's tokens
-            # DDP and FSDP2 average over ranks; times world_size, that is the mean over the whole global batch
-            scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
-            loss_sum += loss.detach()
-        scaler.unscale_(optimizers[0])
-        norm = parallel.clip_gradients(model, cfg.max_grad_norm).to(env.device)
-        loss = parallel.total(loss_sum) / tokens_per_step
-        update(optimizers, scaler, loss.isfinite() & norm.isfinite())
-        model.zero_grad(set_to_none=True)
+        if written := profile.at(step + 1):
+            monitor.say(written)
+        if any(step + 1 in steps for steps in skips):  # known to be bad: everything moves on but the weights
+            monitor.skipped(step + 1, batch.ids)
+        else:
+            loss_sum = torch.zeros((), device=env.device)
+            for micro_step, (x, y) in enumerate(batch.micro):
+                x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
+                if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
+                    torch.manual_seed(dropout_seed(cfg.seed, step, micro_step, env.rank))
+                parallel.sync_gradients(model, micro_step == accumulation - 1 or cfg.cpu_offload)
+                with parallel.autocast(cfg, env):
+                    loss = model(x, y)  # summed over this micro-step's tokens
+                # DDP and FSDP2 average over ranks; times world_size, that is the mean over the whole global batch
+                scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
+                loss_sum += loss.detach()
+            scaler.unscale_(optimizers[0])
+            norm = parallel.clip_gradients(model, cfg.max_grad_norm).to(env.device)
+            figures = torch.stack((parallel.total(loss_sum) / tokens_per_step, norm))
+            apply = figures.isfinite().all()
+            if spikes:
+                deviations, calm = spikes.judge(step, figures)
+                figures, apply = torch.cat((figures, deviations)), apply & calm
+            update(optimizers, scaler, apply)
+            if every(cfg.histogram_steps, step + 1):
+                monitor.histograms(step + 1, model)
+            model.zero_grad(set_to_none=True)
+            readback.put((step + 1, lr, batch.ids), figures)
         step += 1
         samples_seen += global_batch
 
@@ -277,32 +277,36 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         evals = dataset.num_eval_samples and cfg.eval_steps and (every(cfg.eval_steps, step) or done) and not stopping
         saves = every(cfg.save_steps, step) or save_now or done or stopping
 
-        readback.put((step, lr, batch.ids), torch.stack((loss, norm)))
-        for (at, rate, ids), (loss_at, norm_at) in readback.take(wait=bool(logs or evals or saves)):
-            if proof := monitor.step(at, loss_at, norm_at, rate, ids):
-                monitor.say(proof)
-                if cfg.deterministic and monitor.trace.first_difference:
-                    raise RuntimeError("deterministic=true, but " + proof)
+        for (at, rate, ids), (loss_at, norm_at, *deviations) in readback.take(wait=bool(logs or evals or saves)):
             finite = math.isfinite(loss_at) and (math.isfinite(norm_at) or scaler.is_enabled())  # its scale adapts
+            verdict = None if finite else "not applied"
+            if finite and deviations:
+                verdict = spikes.verdict(deviations)
+            monitor.step(at, loss_at, norm_at, rate, ids, **({"verdict": verdict} if verdict else {}))
+            if verdict:
+                guard.report(at, loss_at, norm_at, verdict, ids, dataset, cfg, monitor)
             bad_in_a_row = 0 if finite else bad_in_a_row + 1
-            if not finite:
-                report_bad_step(at, loss_at, norm_at, ids, dataset, cfg, env, monitor)
             if bad_in_a_row == cfg.max_bad_steps:
                 saver.close()
-                raise NotFinite(
+                monitor.close()
+                raise guard.NotFinite(
                     f"{bad_in_a_row} steps in a row up to {at} were not finite and not applied (max_bad_steps); "
                     "the last checkpoint stands: lower learning_rate, or look at the shards named above"
                 )
         if logs:
-            monitor.line(step, lr, norm_at, loader.wait_seconds, saver.stall_seconds)
+            monitor.line(step, lr, loader.wait_seconds, syncer.status if syncer else "")
         if save_failed:
             monitor.say(f"Step {step}: {saver.wait()}; training goes on, the checkpoint before it stands")
         if evals:
             begin = time.perf_counter()
             if (eval_loss := evaluate(model, dataset, cfg, env, stop)) is not None:
-                monitor.evaluated(step, eval_loss, time.perf_counter() - begin)
+                monitor.evaluated(step, eval_loss, begin, model)
         if saves:
             save()
+            if bucket and not cfg.background_upload:
+                saver.join()
+                if syncer and not syncer.flush(cfg.upload_deadline_seconds):
+                    monitor.say(f"Step {step}: {syncer.failure}; training goes on")
         if stopping:
             break
 
@@ -310,25 +314,32 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     loader.close()
     if saved_at != step:  # a stop was asked for after the last boundary
         save()
+    if written := profile.close():
+        monitor.say(written)
     failure = saver.close()
-    monitor.close()
+    if syncer and syncer.backlog:
+        monitor.say(f"waiting up to {cfg.upload_deadline_seconds:g} s for the upload to {syncer.where}")
+    (missing,) = parallel.agree(syncer is not None and not syncer.close(cfg.upload_deadline_seconds))
     parallel.stop()
-    if failure:
-        say(f"stopped at step {step:,}: {failure}", file=sys.stderr, flush=True)
-        return INTERNAL
-    if stopping:
-        say(f"stopped at step {step:,} {time.monotonic() - stop.since:.1f} s after the signal; resume=latest continues")
-        return STOPPED
-    say(
-        f"done: {step:,} steps. Next: the curves with `tensorboard --logdir {cfg.logging_dir}`; more training with the "
-        f"same command, max_steps={2 * max(1, cfg.max_steps)} and resume=latest"
-    )
-    return DONE
+    code = INTERNAL if failure else NOT_IN_BUCKET if missing else STOPPED if stopping else DONE
+    seconds = time.monotonic() - stop.since
+    words = {
+        INTERNAL: f"ended at step {step:,}, but {failure}",
+        NOT_IN_BUCKET: f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: "
+        f"{syncer and syncer.failure}",
+        STOPPED: f"stopped at step {step:,} {seconds:.1f} s after the signal; resume=latest continues",
+        DONE: f"done: {step:,} steps. Next: the curves with `tensorboard --logdir {cfg.logging_dir}`; more training with "
+        f"the same command, max_steps={2 * max(1, cfg.max_steps)} and resume=latest",
+    }
+    monitor.say(words[code], file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
+    monitor.close()
+    return code
 
 
 def environment(env: parallel.Env) -> dict:
     """What a checkpoint remembers of the place it was made in."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    ask = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "git_commit": git.stdout.strip() or None,
         "torch": torch.__version__,
@@ -342,10 +353,12 @@ def main(argv: list[str]) -> int:
     """Parse, check what can be checked without a GPU, run; returns the exit code of DESIGN."""
     leader = os.environ.get("RANK", "0") == "0"
     try:
-        if "--help" in argv or "-h" in argv:
+        show, usage = "--show" in argv, "--help" in argv or "-h" in argv
+        if show or usage:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
+        if usage:
             print(configs.help_text())
             return DONE
-        show = "--show" in argv
         cfg, origins = configs.load([a for a in argv if a != "--show"])
         world = parallel.world_size() if "WORLD_SIZE" in os.environ or not show else cfg.num_processes or 1
         cfg.batch(world)
@@ -369,9 +382,16 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         if not hasattr(error, "exit_code"):
             raise
-        if leader or not isinstance(error, configs.ConfigError | ckpt.CheckpointError | NotFinite):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        shared = configs.ConfigError | ckpt.CheckpointError | gcs.BucketError | guard.NotFinite  # raised on every rank
+        if leader or not isinstance(error, shared):
+            complain(cfg.logging_dir, f"error: {error}")
         return error.exit_code
+    except RuntimeError as error:
+        if not profiler.is_out_of_memory(error):
+            raise
+        why = profiler.explain_out_of_memory(error, cfg, world) if leader else f"out of memory: {error}"
+        complain(cfg.logging_dir, f"error: {why}")
+        return INTERNAL
 
 
 if __name__ == "__main__":

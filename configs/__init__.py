@@ -73,13 +73,15 @@ class Config:
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
     max_grad_norm: float = 1.0  # global gradient norm is clipped to it; 0 for no clipping
     max_bad_steps: int = 10  # stop (exit 65) after so many non-finite steps in a row
+    spike_sigma: float = 0.0  # a loss or norm so many deviations above its recent past is a spike; say 6; 0 for off
+    spike_action: str = "report"  # report spikes with their shards, or skip: also do not apply them
+    skip_steps: str = ""  # steps to walk past without an update, as 1200-1210,1300; for batches known to be bad
     seed: int = 42  # weights, sample order and dropout are functions of it
 
     # hardware: how the work is laid out
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
-    activation_checkpointing: str = (
-        "none"  # none, selective (MLPs computed twice) or full (whole blocks), to save memory
-    )
+    shard_size: int = 0  # with fsdp: processes that share one copy of the model, GPUs per node with several; 0 for all
+    activation_checkpointing: str = "none"  # none, selective (MLPs computed twice) or full (blocks); for less memory
     cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
@@ -88,9 +90,12 @@ class Config:
 
     # output: 0 means never for every *_steps key
     output_dir: str = "checkpoints"  # where checkpoints go
-    logging_dir: str = "logs"  # TensorBoard files and trace.jsonl
+    logging_dir: str = "logs"  # TensorBoard files, train.log and trace.jsonl
     logging_steps: int = 250  # a log line every so many steps
     eval_steps: int = 0  # held-out loss every so many steps, and at the end
+    sample_tokens: int = 100  # length of the text that TensorBoard shows at each evaluation (not with fsdp); 0 for none
+    histogram_steps: int = 0  # TensorBoard histograms of weights and gradients every so many steps (not with fsdp)
+    profile: str = ""  # steps to profile, as 10-12, into logging_dir; to see where time and GPU memory go
 
     # checkpoints: what survives the machine
     save_steps: int = 1250  # a checkpoint every so many steps, and at the end; 0 for only the end and signals
@@ -99,6 +104,7 @@ class Config:
     keep_every: int = 0  # checkpoints at multiples of so many steps are kept for ever
     async_save: bool = True  # write behind training; false to wait for the disk
     resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
+    init_from: str | None = None  # checkpoint whose weights a fresh run starts from; to go on from another model
     allow_data_change: bool = False  # resume although the shards are not those of the checkpoint
 
     # bucket: the second home of data and checkpoints
@@ -142,6 +148,7 @@ CHOICES = {
     "tokenizer": ("gpt2", "byte"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
     "optimizer": ("adamw", "muon"),
+    "spike_action": ("report", "skip"),
     "parallel": ("ddp", "fsdp"),
     "activation_checkpointing": ("none", "selective", "full"),
     "mixed_precision": ("bf16", "fp16", "no"),
@@ -154,7 +161,8 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
     "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps eval_steps seed "
-    "save_steps save_seconds save_total_limit keep_every "
+    "spike_sigma sample_tokens histogram_steps "
+    "shard_size save_steps save_seconds save_total_limit keep_every "
     "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
     "adam_beta1 adam_beta2 adam_epsilon layer_norm_eps initializer_range rotary_pct"
 ).split()
@@ -206,9 +214,17 @@ def _check(cfg: Config) -> None:
         f"cpu_offload=true needs parallel=fsdp, not {cfg.parallel}: only sharded parameters can live in host memory",
     )
     require(
+        not cfg.shard_size or cfg.parallel == "fsdp",
+        f"shard_size={cfg.shard_size} needs parallel=fsdp, not {cfg.parallel}: ddp keeps a whole copy in each process",
+    )
+    require(
         cfg.optimizer != "muon" or cfg.mixed_precision != "fp16",
         "optimizer=muon knows no gradient scaler, which mixed_precision=fp16 needs; use bf16",
     )
+    require(
+        len(step_ranges("profile", cfg.profile)) <= 1, f"profile={cfg.profile} must be one range of steps, as 10-12"
+    )
+    step_ranges("skip_steps", cfg.skip_steps)
     if cfg.max_steps:
         decay = cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
         require(
@@ -216,6 +232,18 @@ def _check(cfg: Config) -> None:
             f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''} exceeds "
             f"max_steps={cfg.max_steps}: the peak learning rate would never be reached; lower warmup_steps",
         )
+
+
+def step_ranges(key: str, text: str) -> list[range]:
+    """ "1200-1210,1300" as ranges that include both ends; steps are counted from 1, as the log lines do."""
+    found = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise ConfigError(f"{key}={text}: {part} is no step or range of steps; write 1200 or 1200-1210")
+        found.append(range(first, last + 1))
+    return found
 
 
 def load(argv: list[str]) -> tuple[Config, dict[str, str]]:

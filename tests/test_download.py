@@ -91,7 +91,7 @@ def test_sixty_files_killed_ten_times(server, config, tmp_path):
         server.put(f"tokens/{name(i)}", shard(i, 5_000 + 20_000 * (i % 4)))
     server.put("tokens/readme.txt", b"not a shard")
     want = {o.removeprefix("tokens/"): hashlib.sha256(server.data(o)).hexdigest() for o in server.names("tokens/part")}
-    server.fault("GET", MEDIA, rate=300_000, times=10**6)  # so that a run takes longer than it is let live
+    server.fault("GET", MEDIA, rate=500_000, times=10**6)  # so that a run takes longer than it is let live
     for _ in range(10):
         goal = server.count("GET", MEDIA) + rng.randrange(1, 8)
         process = start(config, "gs://bucket/tokens")

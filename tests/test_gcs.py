@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -59,39 +61,64 @@ def test_round_trip_and_paged_list(server, bucket, tmp_path):
 UPLOAD_FAULTS = [
     dict(status=408), dict(status=429), dict(status=500), dict(status=503), dict(status=504), dict(reset=True),
     dict(cut=300_000), dict(lost=True), dict(keep=256 << 10), dict(corrupt=True), dict(status=410), dict(status=404),
-    dict(stall=2.5), dict(lost=True, skip=1), dict(status=503, skip=1, times=2), dict(status=404, skip=1),
+    dict(stall=4), dict(lost=True, skip=1), dict(status=503, skip=1, times=2), dict(status=404, skip=1),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", UPLOAD_FAULTS, ids=str)
-def test_upload_survives(what, server, bucket, tmp_path):
+def each_with_its_server(monkeypatch, faults: list[dict], check) -> None:
+    """check(server, bucket, what) for every fault, side by side, because each of them waits for a retry."""
+    with ExitStack() as stack:
+        jobs = []
+        for what in faults:
+            server = stack.enter_context(FakeGCS())
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+            jobs.append((server, gcs.Bucket("bucket", patience=20, timeout=2.5), what))
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            problems = [
+                (what, future.exception()) for what, future in [(job[2], pool.submit(check, *job)) for job in jobs]
+            ]
+    assert not [(what, problem) for what, problem in problems if problem]
+
+
+def test_uploads_survive(monkeypatch, tmp_path):
     """Each fault in a resumable upload ends in the same bytes as no fault, and in exactly one object."""
-    fault = server.fault("PUT", "upload_id", **what)
-    put(bucket, tmp_path / "up", BIG)
-    assert fault.hits and server.names() == ["a/b"] and server.data("a/b") == BIG
+
+    def check(server, bucket, what):
+        fault = server.fault("PUT", "upload_id", **what)
+        put(bucket, tmp_path / str(what), BIG)
+        assert fault.hits and server.names() == ["a/b"] and server.data("a/b") == BIG
+
+    each_with_its_server(monkeypatch, UPLOAD_FAULTS, check)
 
 
-@pytest.mark.parametrize("what", [dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True)], ids=str)
-def test_small_upload_survives(what, server, bucket):
+def test_small_uploads_survive(monkeypatch):
     """The same for objects that are sent in one request; a lost answer does not read as a conflict."""
-    fault = server.fault("POST", "uploadType=multipart", **what)
-    generation = bucket.create("m", SMALL)
-    assert fault.hits and server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
+
+    def check(server, bucket, what):
+        fault = server.fault("POST", "uploadType=multipart", **what)
+        generation = bucket.create("m", SMALL)
+        assert fault.hits and server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
+
+    each_with_its_server(monkeypatch, [dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True)], check)
 
 
 DOWNLOAD_FAULTS = [
     dict(status=503), dict(status=429, times=2), dict(reset=True), dict(cut=1_000_000), dict(cut=5_000_000, times=3),
-    dict(corrupt=True), dict(stall=2.5), dict(status=408),
+    dict(corrupt=True), dict(stall=4), dict(status=408),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("what", DOWNLOAD_FAULTS, ids=str)
-def test_download_survives(what, server, bucket, tmp_path):
+def test_downloads_survive(monkeypatch, tmp_path):
     """Each fault in a download ends in the same bytes as no fault; nothing else is left behind."""
-    server.put("a/b", BIG)
-    fault = server.fault("GET", "alt=media", **what)
-    assert get(bucket, tmp_path / "down") == BIG
-    assert fault.hits and [p.name for p in tmp_path.iterdir()] == ["down"]
+
+    def check(server, bucket, what):
+        server.put("a/b", BIG)
+        fault = server.fault("GET", "alt=media", **what)
+        folder = tmp_path / str(what)
+        assert get(bucket, folder / "down") == BIG
+        assert fault.hits and [p.name for p in folder.iterdir()] == ["down"]
+
+    each_with_its_server(monkeypatch, DOWNLOAD_FAULTS, check)
 
 
 def test_download_continues_a_part(server, bucket, tmp_path):

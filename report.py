@@ -1,0 +1,234 @@
+"""Pictures of one or several runs, from the trace.jsonl in their logging_dir: report.png and report.html.
+
+    python report.py LOGDIR [LOGDIR ...] [out=FOLDER]
+
+Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations and steps that were
+not finite are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TRACE = "trace.jsonl"
+BINS = 500  # points of a drawn curve; more steps than that become means, with their range as a band
+PANELS = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "tokens_per_second": "tokens per second",
+    "grad_norm": "gradient norm before clipping",
+}
+MARKS = {"checkpoint": "checkpoint", "resume": "resume", "eval": "evaluation", "bad": "not finite"}
+
+
+class ReportError(ValueError):
+    """No trace where one was named, or none that says anything."""
+
+    exit_code = 66
+
+
+@dataclass
+class Run:
+    """What a trace says, each step once."""
+
+    name: str
+    series: dict[str, dict[int, float]] = field(default_factory=lambda: {key: {} for key in PANELS})  # key: step: value
+    marks: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in MARKS})  # kind: sorted steps
+    eval_loss: dict[int, float] = field(default_factory=dict)
+    skipped: int = 0  # lines that could not be read
+
+
+def read(folder: Path) -> Run:
+    """The run whose trace.jsonl is in `folder`; a last line that a kill has cut is not there. Raises ReportError."""
+    path = folder / TRACE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        below = ", ".join(sorted(str(p.parent) for p in folder.rglob(TRACE))[:5]) if folder.is_dir() else ""
+        hint = f"; there is one in {below}" if below else "; name the logging_dir of a run"
+        raise ReportError(f"cannot read {path}: {error.strerror}{hint}") from error
+    run, steps, events = Run(str(folder)), {}, []
+    for text in content[: content.rfind(b"\n") + 1].splitlines():
+        try:
+            line = json.loads(text)
+            step = int(line["step"])
+        except (ValueError, TypeError, KeyError):
+            run.skipped += 1
+            continue
+        if "event" in line:
+            events.append(line)
+            continue
+        if steps and step <= next(reversed(steps)):  # a resume went back, and what it ran differs from here on
+            steps = {s: line for s, line in steps.items() if s < step}
+            events = [e for e in events if e["step"] < step or e["event"] == "resume"]
+        steps[step] = line
+    if not steps:
+        raise ReportError(f"{path} has no whole line of a step yet")
+    for step, line in steps.items():
+        for key in PANELS:
+            if key in line:
+                run.series[key][step] = float(line[key])  # "nan" and "inf" are written as text
+        if not math.isfinite(run.series["loss"].get(step, 0) + run.series["grad_norm"].get(step, 0)):
+            run.marks["bad"].append(step)
+    for event in events:
+        step, kind = event["step"], event["event"]
+        if kind in MARKS:
+            run.marks[kind].append(step)
+        if kind == "eval" and "loss" in event:
+            run.eval_loss[step] = float(event["loss"])
+    run.marks = {kind: sorted(set(found)) for kind, found in run.marks.items()}
+    return run
+
+
+def bins(series: dict[int, float], count: int = BINS) -> list[tuple[float, float, float, float]]:
+    """(step, mean, lowest, highest) of at most `count` stretches of equal length; what is not finite is left out."""
+    points = sorted((step, value) for step, value in series.items() if math.isfinite(value))
+    size = -(-len(points) // count) or 1
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    return [
+        (statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part), *_range(v for _, v in part))
+        for part in stretches
+    ]
+
+
+def _range(values) -> tuple[float, float]:
+    values = list(values)
+    return min(values), max(values)
+
+
+def draw(runs: list[Run]) -> bytes:
+    """The four panels as a PNG. Raises ImportError without matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure = Figure(figsize=(13, 8), dpi=110, layout="constrained")
+    colours = [f"C{i % 10}" for i in range(len(runs))]
+    axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True))
+    for key, ax in axes.items():
+        for run, colour in zip(runs, colours, strict=True):
+            if curve := bins(run.series[key]):
+                x, mean, low, high = zip(*curve, strict=True)
+                ax.plot(x, mean, color=colour, linewidth=1.3, marker="." if len(x) < 3 else None)
+                ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            # in units of the axis, above its lower edge: always to be seen, whatever the curve does
+            place = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "color": colour, "clip_on": False}
+            ax.plot(run.marks["checkpoint"], [0.015] * len(run.marks["checkpoint"]), marker="^", markersize=5, **place)
+            ax.plot(run.marks["bad"], [0.97] * len(run.marks["bad"]), marker="x", markersize=6, **place)
+            for step in run.marks["resume"]:
+                ax.axvline(step, color=colour, linestyle="--", linewidth=0.9, alpha=0.8)
+        if not any(run.series[key] for run in runs):
+            ax.text(0.5, 0.5, "not in the trace", transform=ax.transAxes, ha="center", color="gray")
+        ax.set_title(PANELS[key], fontsize=11)
+        ax.grid(alpha=0.25)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for run, colour in zip(runs, colours, strict=True):
+        points = sorted(run.eval_loss.items())
+        axes["loss"].plot(*zip(*points, strict=True), "o", color=colour, mec="black", ms=5) if points else None
+    axes["grad_norm"].set_yscale("log")
+    axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter())
+    axes["tokens_per_second"].set_ylim(bottom=0)
+    for ax in list(axes.values())[2:]:
+        ax.set_xlabel("step")
+    lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=True)]
+    shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "bad": "x"}
+    for kind, shape in shapes.items():
+        if any(run.marks[kind] for run in runs):
+            style = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
+            lines.append(Line2D([], [], color="gray", label=MARKS[kind], **style))
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def figures(run: Run) -> dict[str, str]:
+    """A run in a few words, for the table."""
+
+    def listed(steps: list[int]) -> str:
+        shown = ", ".join(f"{s:,}" for s in steps[-5:])
+        return f"{len(steps)}" + (f" (step {'..., ' if len(steps) > 5 else ''}{shown})" if steps else "")
+
+    loss, norm = bins(run.series["loss"], 100), bins(run.series["grad_norm"], 1)
+    speeds = [v for v in run.series["tokens_per_second"].values() if math.isfinite(v)]
+    steps = run.series["loss"] or run.series["lr"]
+    best = min(run.eval_loss.items(), key=lambda item: item[1], default=None)
+    return {
+        "run": run.name,
+        "steps": f"{min(steps):,} to {max(steps):,}" if steps else "-",
+        "loss, mean of the last hundredth": f"{loss[-1][1]:.4f}" if loss else "-",
+        "best held-out loss": f"{best[1]:.4f} (step {best[0]:,})" if best else "-",
+        "tokens per second, median": f"{statistics.median(speeds):,.0f}" if speeds else "-",
+        "gradient norm, mean and largest": f"{norm[0][1]:.3g}, {norm[0][3]:.3g}" if norm else "-",
+        "checkpoints": listed(run.marks["checkpoint"]),
+        "resumes": listed(run.marks["resume"]),
+        "not finite": listed(run.marks["bad"]),
+        "unreadable lines": f"{run.skipped}",
+    }
+
+
+def page(runs: list[Run], png: bytes) -> str:
+    """One HTML page that needs no other file: the picture, and a table with a column per run."""
+    columns = [figures(run) for run in runs]
+    rows = "\n".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(column[name])}</td>' for column in columns)}</tr>"
+        for name in columns[0]
+    )
+    title = html.escape(", ".join(run.name for run in runs))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1400px; padding: 0 1em; color: #222 }}
+img {{ width: 100% }}
+table {{ border-collapse: collapse }}
+th, td {{ text-align: left; padding: .25em 1.5em .25em 0; border-bottom: 1px solid #ddd; vertical-align: top }}
+th {{ font-weight: 500 }}
+</style></head><body>
+<h1>{title}</h1>
+<img alt="loss, learning rate, throughput and gradient norm" src="data:image/png;base64,{base64.b64encode(png).decode()}">
+<table>
+{rows}
+</table>
+</body></html>
+"""
+
+
+def main(argv: list[str]) -> int:
+    outs = [a.removeprefix("--").removeprefix("out=") for a in argv if a.startswith(("out=", "--out="))]
+    folders = [Path(a) for a in argv if not a.startswith(("out=", "-"))]
+    if not folders or len(outs) > 1 or len(folders) + len(outs) < len(argv):
+        print(__doc__.strip())
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    try:
+        runs = [read(folder) for folder in folders]
+        png = draw(runs)
+    except ImportError:
+        print("error: pictures need matplotlib: python -m pip install matplotlib", file=sys.stderr)
+        return 2
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    out = Path(outs[0]) if outs else folders[0]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.png").write_bytes(png)
+        (out / "report.html").write_text(page(runs, png), encoding="utf-8")
+    except OSError as error:
+        print(f"error: out={out} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    for run in runs:
+        cut = f", {run.skipped} unreadable lines skipped" if run.skipped else ""
+        print(f"{run.name}: {len(run.series['loss']):,} steps{cut}")
+    print(f"{out / 'report.png'} and {out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

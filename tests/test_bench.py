@@ -1,0 +1,199 @@
+"""Speed and memory: the plan against what runs use, what is recomputed and offloaded, compiled and communicated."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT
+from launch import CONTEXT, TINY, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+import configs
+import model as neox
+import parallel
+import planner
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) > 0
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def test_plan_of_production():
+    """What two 24 GiB cards need for the 1.4B model: exact sizes of what is sharded, and the rest in known bounds."""
+    cfg, _ = configs.load([str(ROOT / "configs/production.py"), "gradient_accumulation_steps=1"])
+    found = planner.estimate(cfg, 2)
+    N = neox.num_parameters(cfg)[0]
+    assert found.device["parameters"] == pytest.approx(4 * N / 2, rel=1e-3)
+    assert found.device["optimizer"] == pytest.approx(8 * N / 2, rel=1e-3)
+    assert 14 < found.total / 2**30 < 18
+    # gathered in bf16 for forward and again for backward, the head only once, reduced in fp32; half of it is sent
+    head = cfg.vocab_size * cfg.hidden_size
+    assert found.sent == pytest.approx((2 * (2 * N - head) + 4 * N) / 2, rel=1e-3)
+
+
+def test_plan_command(capsys):
+    """The command's words for a config that does not fit, with the settings that make it fit, and a speed no GPU has."""
+    words = "hidden_size=256 num_attention_heads=4 intermediate_size=1024 num_hidden_layers=2 vocab_size=65000".split()
+    config = str(ROOT / "configs/production_8gpu.py")
+    sized = ["--gpus", "2", "--memory", "1.7", "--steps-per-second", "1e6"]
+    assert bench.main(["plan", config, "per_device_train_batch_size=4", *words, *sized]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit as configured; try " in out and "times its peak" in out
+    assert bench.main(["plan", config, "hidden_sizes=3"]) == 2
+    assert "did you mean hidden_size" in capsys.readouterr().err
+
+
+MEDIUM = (
+    "hidden_size=256 num_attention_heads=4 num_hidden_layers=6 intermediate_size=1024 vocab_size=20000 "
+    "max_position_embeddings=512 sequence_length=512 per_device_train_batch_size=4 max_steps=2 async_save=false"
+).split()
+
+
+@pytest.mark.parametrize("nproc, layout", [(1, "ddp"), (2, "fsdp")])
+def test_plan_predicts_what_a_run_uses(shards, tmp_path, nproc, layout):
+    """Predicted bytes against peak resident memory of the trainer, less that of a tiny model's run: within a tenth."""
+
+    def measured(name: str, *args: str) -> float:
+        run = train(tmp_path / name, f"data_dir={shards}", f"parallel={layout}", "max_steps=2", *args, nproc=nproc)
+        return float(re.findall(r"([\d.]+) GiB", run.text)[-1]) * 2**30
+
+    cfg, _ = configs.load([*TINY, f"parallel={layout}", *MEDIUM])
+    predicted = planner.estimate(cfg, nproc).total
+    assert predicted == pytest.approx(measured("medium", *MEDIUM) - measured("tiny", "async_save=false"), rel=0.1)
+
+
+def test_step_command(tmp_path):
+    """All contenders at a toy size: a table with every row, the matrix products alone ahead of all."""
+    toy = "hidden_size=64 num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64".split()
+    command = [sys.executable, str(ROOT / "bench.py"), "step", "--size", "small", "--rounds", "2", *toy]
+    done = subprocess.run(
+        [*command, "vocab_size=512", "compile_model=false"], capture_output=True, text=True, timeout=58, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [
+        line.split("|")[1:] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line
+    ]
+    assert [row[0].strip() for row in rows] == list(bench.NAMES.values())
+    rates = [float(row[1].replace(",", "")) for row in rows]
+    assert rates[3] == max(rates)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputation_changes_nothing(dropout):
+    """Loss and gradients with selective and full activation checkpointing, equal to those without, bit for bit."""
+    base = configs.load([*TINY, f"hidden_dropout={dropout}", f"attention_dropout={dropout}"])[0]
+    x = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def gradients(kind: str) -> list[torch.Tensor]:
+        model = neox.GPTNeoX(dataclasses.replace(base, activation_checkpointing=kind))
+        neox.init_weights(model)
+        torch.manual_seed(1)
+        loss = model(x, x)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    reference = gradients("none")
+    for kind in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(reference, gradients(kind), strict=True)), kind
+
+
+def test_recomputation_saves_memory():
+    """Predicted activations: full below selective below none."""
+    base, _ = configs.load([*TINY, *MEDIUM])
+    kept = [
+        planner.estimate(dataclasses.replace(base, activation_checkpointing=kind), 1).device["activations"]
+        for kind in ("none", "selective", "full")
+    ]
+    assert kept[0] > 1.5 * kept[1] > 1.5 * 1.5 * kept[2]
+
+
+def test_offload_and_muon(shards, tmp_path):
+    """FSDP2 with parameters in host memory: the losses of FSDP2 without. Muon: DDP and FSDP2 agree, and it learns."""
+    common = [f"data_dir={shards}", "gradient_accumulation_steps=2"]
+    plain = train(tmp_path / "fsdp", *common, "parallel=fsdp", nproc=2).losses
+    offloaded = train(tmp_path / "offload", *common, "parallel=fsdp", "cpu_offload=true", nproc=2).losses
+    assert largest_difference(plain, offloaded) < 1e-6
+    ddp = train(tmp_path / "ddp", *common, "optimizer=muon", nproc=2).losses
+    fsdp = train(tmp_path / "muon", *common, "optimizer=muon", "parallel=fsdp", nproc=2).losses
+    assert largest_difference(ddp, fsdp) < 2e-3
+    assert ddp[-1] < ddp[0] - 0.3
+
+
+class Collectives(TorchDispatchMode):
+    """Counts calls of c10d, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(rank: int, port: str, layout: str, results) -> None:
+    """One rank: the collectives of an optimizer step's backwards with accumulation 1 and 4."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    cfg, _ = configs.load([*TINY, f"parallel={layout}"])
+    env = parallel.start(cfg)
+    model = parallel.build(cfg, env)
+    parallel.warm_up(model, cfg, env)
+    x = torch.zeros(2, 32, dtype=torch.int64)
+    found = []
+    for accumulation in (1, 4):
+        with Collectives() as seen:
+            for micro_step in range(accumulation):
+                parallel.sync_gradients(model, micro_step == accumulation - 1)
+                model(x, x).backward()
+        found.append(dict(seen.counts))
+    results.put(found)
+    parallel.stop()
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_gradients_are_sent_once_per_optimizer_step(layout):
+    """Collectives that carry gradients, with accumulation 1 and 4: the same number, on two real processes."""
+    results, port = CONTEXT.Queue(), str(20000 + os.getpid() % 10000 + (layout == "fsdp"))
+    ranks = [CONTEXT.Process(target=count_collectives, args=(rank, port, layout, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    once, four_times = results.get(timeout=50)
+    for process in ranks:
+        process.join()
+    carriers = ("allreduce_", "_reduce_scatter_base_")
+    sent = [sum(counts.get(name, 0) for name in carriers) for counts in (once, four_times)]
+    assert sent[0] == sent[1] > 0
+
+
+def test_compiles_once_for_any_depth(shards, tmp_path):
+    """Blocks compiled through training, accumulation and evaluation: nothing is compiled again after step 2."""
+    config = tmp_path / "empty.py"
+    config.write_text("")
+    keys = "compile_model=true mixed_precision=bf16 num_hidden_layers=3 gradient_accumulation_steps=2 eval_steps=2"
+    keys = [*TINY, *keys.split(), "eval_samples=6", "max_steps=6", f"data_dir={shards}"]
+    command = [
+        sys.executable,
+        "train.py",
+        str(config),
+        *keys,
+        f"output_dir={tmp_path}/out",
+        f"logging_dir={tmp_path}/logs",
+    ]
+    env = {**os.environ, "TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=110, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout
+    before, _, after = done.stdout.partition("Step 2: eval_loss")
+    assert "Step 6: eval_loss" in after
+    assert "Recompiling" not in after
+    assert before.count("Recompiling") <= 2  # the block and the kernel's shape once more for evaluation

@@ -1,0 +1,93 @@
+"""The trainer and a bucket: an empty disk continues the same run, failures never stop it, nothing half-sent is trusted."""
+
+import random
+import shutil
+import time
+
+import pytest
+from launch import Run, train
+from test_resume import assert_same_run, lines, newest, steps, tensors
+from test_sync import WatchedGCS
+
+import ckpt
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+BUCKET = ["bucket_name=bucket", "checkpoint_bucket_path=runs/one", "upload_deadline_seconds=30", "resume=latest"]
+
+
+@pytest.fixture
+def server():
+    with WatchedGCS() as running:
+        yield running
+    assert running.violations == []
+
+
+def environment(server) -> dict[str, str]:
+    return {"STORAGE_EMULATOR_HOST": server.url}
+
+
+def test_an_empty_disk_continues_the_run(shards, tmp_path, server):
+    """SIGKILL, output_dir deleted, the same command: the lines and the final bits of a run that was left alone."""
+    args = [f"data_dir={shards}", "max_steps=60", "save_steps=10"]
+    calm = train(tmp_path / "calm", *args, nproc=2)
+    run = Run([*args, *BUCKET], 2, tmp_path / "vanished", environment(server))
+    run.wait_for(r"Step 35: ")
+    deadline = time.monotonic() + 20
+    while not any("step30" in name for name in server.commits) and time.monotonic() < deadline:
+        if not any(process.is_alive() for process in run.ranks):
+            break
+        time.sleep(0.01)
+    run.kill()
+    shutil.rmtree(tmp_path / "vanished" / "out")
+    again = train(tmp_path / "vanished", *args, *BUCKET, nproc=2, env=environment(server))
+    assert lines(again.text) == lines(calm.text)[-len(lines(again.text)) :] and len(lines(again.text)) < 60
+    assert_same_run(tmp_path / "calm", tmp_path / "vanished")
+    assert any("step60" in name for name in server.commits)
+
+
+def storm(shards, folder, server, kills: int, seed: int) -> None:
+    """SIGKILLs at random moments with random faults armed, the disk deleted each time, against an undisturbed run."""
+    rng = random.Random(seed)
+    args = [f"data_dir={shards}", "max_steps=40", "save_steps=4"]
+    begin = time.monotonic()
+    train(folder / "calm", *args)
+    duration = 2 * (time.monotonic() - begin)
+    for _ in range(kills):
+        for _ in range(3):
+            kind = rng.choice([{"status": 503}, {"reset": True}, {"status": 429}, {"lost": True}])
+            server.fault(rng.choice(["POST", "PUT", "GET"]), "", **kind)
+        run = Run([*args, *BUCKET], 1, folder / "storm", environment(server))
+        time.sleep(rng.uniform(0.3, 1) * duration)  # a random moment is the point
+        run.kill()
+        shutil.rmtree(folder / "storm" / "out", ignore_errors=True)
+    train(folder / "storm", *args, *BUCKET, env=environment(server))
+    found, wanted = steps(folder / "storm"), steps(folder / "calm")
+    assert all(found[s] == wanted[s] for s in found) and 40 in found
+    x, y = tensors(newest(folder / "calm")), tensors(newest(folder / "storm"))
+    assert [name for name in x if not (x[name] == y[name]).all()] == []
+
+
+def test_killed_while_uploading(shards, tmp_path, server):
+    """A few kills; no checkpoint ever counts as complete in the bucket that is not, and the run ends with the same bits."""
+    storm(shards, tmp_path, server, kills=5, seed=3)
+
+
+@pytest.mark.slow
+def test_killed_while_uploading_often(shards, tmp_path, server):
+    """The same with 20 kills."""
+    storm(shards, tmp_path, server, kills=20, seed=time.time_ns())
+
+
+def test_a_bucket_that_refuses_writes(shards, tmp_path, server):
+    """403 on every write: training goes on, the reason is printed, the exit code is 74 and the disk has the checkpoint."""
+    server.fault("POST", "upload", status=403, times=10**6)
+    run = train(tmp_path, f"data_dir={shards}", "save_steps=5", *BUCKET, env=environment(server), code=74)
+    assert "Step 10: " in run.text and "403" in run.text and "not in the bucket" in run.text
+    ckpt.verify(newest(tmp_path))
+
+
+def test_waiting_for_every_upload(shards, tmp_path, server):
+    """background_upload=false: each save is in the bucket before the next step."""
+    args = ["max_steps=6", "save_steps=2", "background_upload=false"]
+    train(tmp_path, f"data_dir={shards}", *args, *BUCKET, env=environment(server))
+    assert [ckpt.parse(name).step for name in server.commits] == [2, 4, 6]
