@@ -20,6 +20,7 @@ import os
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,6 +251,17 @@ class Saver:
             if self.rank == 0:
                 with contextlib.suppress(OSError):  # then the next start does it
                     manifest.recover(self.output_dir)
+
+
+def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """One blocking save by one process, which needs no process group. Raises CheckpointError."""
+    writer = _Writer(final, secrets.token_hex(8), json.dumps(state).encode(), sum(t.nbytes for t in tree.values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        try:
+            dcp.save(tree, storage_writer=writer, planner=_SavePlanner(tree), no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(f"{final} was not saved: {_cause(error)}") from error
 
 
 class _Host:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -439,12 +438,7 @@ def main_import(argv: list[str]) -> int:
         "config": dataclasses.asdict(source.cfg),
         "run": {"torch": torch.__version__},
     }
-    tree = ckpt.state_tree(model)
-    need = sum(t.nbytes for t in tree.values())
-    writer = ckpt._Writer(final, secrets.token_hex(8), json.dumps(state, indent=1).encode(), need)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(tree, storage_writer=writer, planner=ckpt._SavePlanner(tree), no_dist=True)
+    ckpt.save_alone(final, ckpt.state_tree(model), state)
     keys = [f"{k}={getattr(source.cfg, k)}" for k in MODEL_KEYS if getattr(source.cfg, k) != configs.KEYS[k].default]
     print(f"{source} -> {final}\ntrain from it with: init_from={args.out} {' '.join(keys)}")
     return 0

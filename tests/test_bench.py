@@ -51,22 +51,24 @@ def test_plan_command(capsys):
 
 
 MEDIUM = (
-    "hidden_size=256 num_attention_heads=4 num_hidden_layers=6 intermediate_size=1024 vocab_size=20000 "
-    "max_position_embeddings=512 sequence_length=512 per_device_train_batch_size=4 max_steps=2 async_save=false"
+    "hidden_size=512 num_attention_heads=8 num_hidden_layers=4 intermediate_size=2048 vocab_size=20000 "
+    "max_position_embeddings=512 sequence_length=512 per_device_train_batch_size=2 mixed_precision=bf16"
 ).split()
 
 
-@pytest.mark.parametrize("nproc, layout", [(1, "ddp"), (2, "fsdp")])
-def test_plan_predicts_what_a_run_uses(shards, tmp_path, nproc, layout):
-    """Predicted bytes against peak resident memory of the trainer, less that of a tiny model's run: within a tenth."""
+# gloo stages what it sends in copies of its own, which NCCL does not
+@pytest.mark.parametrize("nproc, layout, limit", [(1, "ddp", 0.1), (2, "fsdp", 0.15)])
+def test_plan_predicts_what_a_run_uses(shards, tmp_path, nproc, layout, limit):
+    """Predicted bytes against peak resident memory of the trainer, less that of a tiny model's run."""
+    common = [f"parallel={layout}", "max_steps=2", "async_save=false"]
 
     def measured(name: str, *args: str) -> float:
-        run = train(tmp_path / name, f"data_dir={shards}", f"parallel={layout}", "max_steps=2", *args, nproc=nproc)
+        run = train(tmp_path / name, f"data_dir={shards}", *common, *args, nproc=nproc)
         return float(re.findall(r"([\d.]+) GiB", run.text)[-1]) * 2**30
 
-    cfg, _ = configs.load([*TINY, f"parallel={layout}", *MEDIUM])
+    cfg, _ = configs.load([*TINY, *common, *MEDIUM])
     predicted = planner.estimate(cfg, nproc).total
-    assert predicted == pytest.approx(measured("medium", *MEDIUM) - measured("tiny", "async_save=false"), rel=0.1)
+    assert predicted == pytest.approx(measured("medium", *MEDIUM) - measured("tiny"), rel=limit)
 
 
 def test_step_command(tmp_path):
