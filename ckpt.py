@@ -243,6 +243,7 @@ class Saver:
             dist.broadcast_object_list(box, group=self.group, group_src=0)
             writer = _Writer(self.output_dir / name, box[0], state, need)
             dcp.save(part, storage_writer=writer, planner=_SavePlanner(source), process_group=self.group)
+            self._commit_on_other_nodes(writer)
             self.last, self.write_seconds = name, time.perf_counter() - start
             if self.rank == 0:
                 manifest.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
@@ -251,6 +252,13 @@ class Saver:
             if self.rank == 0:
                 with contextlib.suppress(OSError):  # then the next start does it
                     manifest.recover(self.output_dir)
+
+    def _commit_on_other_nodes(self, writer: "_Writer") -> None:
+        """Give the files of a node that does not share rank 0's disk the same name and manifest, for the bucket."""
+        box = [(writer.final / manifest.MANIFEST).read_bytes() if self.rank == 0 else None]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():  # a shared one is renamed by now
+            manifest.put(writer.folder, writer.final, writer.id, box[0])
 
 
 def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any]) -> None:

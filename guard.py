@@ -11,6 +11,7 @@ import data
 from configs import Config, ConfigError
 from manifest import CheckpointError
 
+PLACES = ("data_dir", "cache_dir", "output_dir", "logging_dir")  # nodes may keep things in different places
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 
 
@@ -22,7 +23,8 @@ class NotFinite(ValueError):
 
 def check_ranks(cfg: Config, dataset: data.Dataset) -> None:
     """Raise ConfigError, on every rank alike, unless all were started with the same config and see the same shards."""
-    mine = {**dataclasses.asdict(cfg), "the shards in data_dir": dataset.fingerprint}
+    mine = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in PLACES}
+    mine["the shards in data_dir"] = dataset.fingerprint
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):

@@ -172,7 +172,12 @@ def commit(temporary: Path, final: Path, save_id: str, files: dict[str, dict[str
         "time": int(time.time()),
         "files": {**files, STATE: digest(temporary / STATE)},
     }
-    write_file(temporary / MANIFEST, encode_manifest(manifest))
+    put(temporary, final, save_id, encode_manifest(manifest))
+
+
+def put(temporary: Path, final: Path, save_id: str, manifest: bytes) -> None:
+    """The manifest, last, then one rename. On a node without rank 0's disk: rank 0's manifest beside its own files."""
+    write_file(temporary / MANIFEST, manifest)
     fsync_dir(temporary)
     aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
     replaces = final.exists()

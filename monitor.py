@@ -110,6 +110,8 @@ class Trace:
         for key, value in figures.items():
             line |= {key: readable(value), f"{key}_hex": value.hex()}
         line["samples"] = fingerprint(ids)
+        if self.events.pop(("skip", step), None):
+            self.differs(step, "was skipped, is run")
         before = self.expected.pop(step, None)
         if before is not None:
             differs = [k for k in self.COMPARED if before.get(k) != line[k]]
@@ -119,14 +121,14 @@ class Trace:
             self.differs(step, ", ".join(f"{k} was {before.get(k)}, is {line[k]}" for k in differs))
         self.file.write(json.dumps(line | {key: readable(value) for key, value in extra.items()}) + "\n")
 
-    def event(self, kind: str, step: int, **fields: Any) -> None:
-        """Something that happened after `step`; figures of the clock end in _seconds, and an equal event stands."""
+    def event(self, kind: str, step: int, **fields: Any) -> bool:
+        """Something that happened after `step`; False if it stands already, the clock's figures (*_seconds) apart."""
         line = {"event": kind, "step": step, **{key: readable(value) for key, value in fields.items()}}
         before = self.events.pop((kind, step), {})
-        if {k: v for k, v in before.items() if not k.endswith("_seconds")} != {
-            k: v for k, v in line.items() if not k.endswith("_seconds")
-        }:
-            self.file.write(json.dumps(line) + "\n")
+        if all(before.get(key) == value for key, value in line.items() if not key.endswith("_seconds")):
+            return False
+        self.file.write(json.dumps(line) + "\n")
+        return True
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
         if self.expected.pop(step, None):
@@ -307,9 +309,11 @@ class Monitor:
         self.say(f"Step {step}: eval_loss={loss:.4f}, perplexity={math.exp(min(loss, 700)):.2f} | {spent:.1f} s")
         if self.board:
             self.scalars(step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))})
-            self.trace.event("eval", step, loss=loss, eval_seconds=spent)
-            if self.samples and (text := self.text(parallel.raw(model))):
-                self.board.add_text("sample", text, step)
+            # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
+            if self.trace.event("eval", step, loss=loss, eval_seconds=spent) and self.samples:
+                if text := self.text(parallel.raw(model)):
+                    self.board.add_text("sample", text, step)
+                self.board.flush()
         self.begin += time.perf_counter() - begin
 
     def text(self, model: neox.GPTNeoX) -> str | None:

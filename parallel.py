@@ -9,7 +9,7 @@ import gc
 import os
 import resource
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,13 @@ def stop() -> None:
     """Leave the process group, all ranks together; the barrier and the collection keep gloo from aborting at exit."""
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()
+
+
+def leave() -> None:
+    """Leave the process group after an error, when nobody knows where the other ranks are."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     gc.collect()
 
 
@@ -259,6 +266,21 @@ class Readback:
             if event is not None:
                 event.synchronize()
             yield tag, host.tolist()
+
+
+def on_each_node(env: Env, function: Callable, *args: Any) -> None:
+    """Run function(*args) on the first process of every node; a failure on one is raised on all ranks. Collective."""
+    error = None
+    if env.local_rank == 0:
+        try:
+            function(*args)
+        except Exception as caught:
+            error = caught
+    errors: list[Exception | None] = [None] * env.world_size
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def agree(*flags: float) -> list[float]:

@@ -2,8 +2,8 @@
 
     python report.py LOGDIR [LOGDIR ...] [out=FOLDER]
 
-Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations and steps that were
-not finite are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.
+Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations, steps that were not
+finite and steps that were skipped are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.
 """
 
 import base64
@@ -24,7 +24,7 @@ PANELS = {
     "tokens_per_second": "tokens per second",
     "grad_norm": "gradient norm before clipping",
 }
-MARKS = {"checkpoint": "checkpoint", "resume": "resume", "eval": "evaluation", "bad": "not finite"}
+MARKS = {"checkpoint": "checkpoint", "resume": "resume", "eval": "evaluation", "bad": "not finite", "skip": "skipped"}
 
 
 class ReportError(ValueError):
@@ -37,7 +37,7 @@ class ReportError(ValueError):
 class Run:
     """What a trace says, each step once."""
 
-    name: str
+    name: str  # its folder
     series: dict[str, dict[int, float]] = field(default_factory=lambda: {key: {} for key in PANELS})  # key: step: value
     marks: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in MARKS})  # kind: sorted steps
     eval_loss: dict[int, float] = field(default_factory=dict)
@@ -72,7 +72,7 @@ def read(folder: Path) -> Run:
         raise ReportError(f"{path} has no whole line of a step yet")
     for step, line in steps.items():
         for key in PANELS:
-            if key in line:
+            if line.get(key) is not None:
                 run.series[key][step] = float(line[key])  # "nan" and "inf" are written as text
         if not math.isfinite(run.series["loss"].get(step, 0) + run.series["grad_norm"].get(step, 0)):
             run.marks["bad"].append(step)
@@ -84,6 +84,17 @@ def read(folder: Path) -> Run:
             run.eval_loss[step] = float(event["loss"])
     run.marks = {kind: sorted(set(found)) for kind, found in run.marks.items()}
     return run
+
+
+def label(runs: list[Run]) -> None:
+    """Name the runs by the shortest ends of their paths that tell them apart."""
+    paths = [Path(run.name).absolute().parts for run in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    for run, name in zip(runs, names, strict=True):
+        run.name = name
 
 
 def bins(series: dict[int, float], count: int = BINS) -> list[tuple[float, float, float, float]]:
@@ -109,7 +120,8 @@ def draw(runs: list[Run]) -> bytes:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(13, 8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 8), dpi=110)
+    figure.subplots_adjust(left=0.05, right=0.985, top=0.96, bottom=0.13, wspace=0.12, hspace=0.15)
     colours = [f"C{i % 10}" for i in range(len(runs))]
     axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True))
     for key, ax in axes.items():
@@ -121,6 +133,7 @@ def draw(runs: list[Run]) -> bytes:
             # in units of the axis, above its lower edge: always to be seen, whatever the curve does
             place = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "color": colour, "clip_on": False}
             ax.plot(run.marks["checkpoint"], [0.015] * len(run.marks["checkpoint"]), marker="^", markersize=5, **place)
+            ax.plot(run.marks["skip"], [0.97] * len(run.marks["skip"]), marker="v", markersize=6, **place)
             ax.plot(run.marks["bad"], [0.97] * len(run.marks["bad"]), marker="x", markersize=6, **place)
             for step in run.marks["resume"]:
                 ax.axvline(step, color=colour, linestyle="--", linewidth=0.9, alpha=0.8)
@@ -133,17 +146,19 @@ def draw(runs: list[Run]) -> bytes:
         points = sorted(run.eval_loss.items())
         axes["loss"].plot(*zip(*points, strict=True), "o", color=colour, mec="black", ms=5) if points else None
     axes["grad_norm"].set_yscale("log")
+    for axis in ("major", "minor"):
+        getattr(axes["grad_norm"].yaxis, f"set_{axis}_formatter")("{x:g}")
     axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter())
     axes["tokens_per_second"].set_ylim(bottom=0)
     for ax in list(axes.values())[2:]:
         ax.set_xlabel("step")
     lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=True)]
-    shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "bad": "x"}
+    shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "bad": "x", "skip": "v"}
     for kind, shape in shapes.items():
         if any(run.marks[kind] for run in runs):
             style = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
             lines.append(Line2D([], [], color="gray", label=MARKS[kind], **style))
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False, fontsize=9)
+    figure.legend(handles=lines, loc="lower center", ncols=min(4, len(lines)), frameon=False, fontsize=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -170,6 +185,7 @@ def figures(run: Run) -> dict[str, str]:
         "checkpoints": listed(run.marks["checkpoint"]),
         "resumes": listed(run.marks["resume"]),
         "not finite": listed(run.marks["bad"]),
+        "skipped": listed(run.marks["skip"]),
         "unreadable lines": f"{run.skipped}",
     }
 
@@ -208,6 +224,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv in (["-h"], ["--help"]) else 2
     try:
         runs = [read(folder) for folder in folders]
+        label(runs)
         png = draw(runs)
     except ImportError:
         print("error: pictures need matplotlib: python -m pip install matplotlib", file=sys.stderr)

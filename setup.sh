@@ -45,6 +45,10 @@ check_python() {
         return
     fi
     ok "Python $("$python" -c 'import platform; print(platform.python_version())') at $python"
+    if ! command -v git >/dev/null; then
+        miss "git, which checkpoints ask for the commit that they were made with"
+        fix "Debian, Ubuntu: sudo apt-get install git"
+    fi
     if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
         miss "venv and ensurepip of this Python"
         fix "Debian, Ubuntu: sudo apt-get install python3-venv"
@@ -62,7 +66,7 @@ check_python() {
 check_gpu() {
     local rows
     if ! command -v nvidia-smi >/dev/null; then
-        note "no GPU: nvidia-smi is not here. CPU only: the demo and the tests run, larger models would take months"
+        note "no GPU: nvidia-smi is not here. CPU only: the demo and the tests run here"
         fix "needed for configs/production.py: 2 NVIDIA GPUs of 24 GB with their driver; for production_8gpu.py: 8 of 80 GB"
         fix "on a machine that has a GPU, install the driver: Debian, Ubuntu: sudo ubuntu-drivers install, or the cloud's image"
     elif ! rows=$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1) || [ -z "$rows" ]; then
@@ -88,8 +92,8 @@ check_memory_and_disk() {
         note "a checkpoint of the 1.4 billion parameter model takes 17 GB, and save_total_limit=3 keeps 3 while the next is written"
         fix "set output_dir=, data_dir= and cache_dir= to a larger disk, or lower save_total_limit"
     fi
-    if [ "$memory" -lt 4 ]; then
-        note "less than 4 GiB of memory: the demo fits, little else"
+    if [ "$memory" -lt 32 ]; then
+        note "that model's asynchronous checkpoints take 17 GB of host memory; async_save=false takes none, and training waits"
     fi
 }
 

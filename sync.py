@@ -34,6 +34,10 @@ class Superseded(gcs.BucketError):
     """Another run has taken the prefix over."""
 
 
+class Incomplete(gcs.BucketError):
+    """Another node has not sent its part of a checkpoint yet."""
+
+
 # ---- up
 
 
@@ -102,7 +106,7 @@ class Syncer:
                 more = self._scan()
                 failures, self.failure = 0, None
             except Exception as error:  # whatever it is, training goes on and the log line says it
-                failures += 1
+                failures = 1 if isinstance(error, Incomplete) else failures + 1  # soon mended: asked again at once
                 self.failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 if isinstance(error, gcs.Refused | Superseded):
                     self._refused = serving
@@ -134,6 +138,9 @@ class Syncer:
             other = there.get(manifest["name"], {"save_id": None, "time": 0})
             # A save of this run beats one of the same name by another; one left on this disk does only if it is newer.
             outdated = manifest["time"] < min(other["time"], self.started)
+            # The leader goes on to its newest, so a node's part of one before a complete one is not waited for.
+            later = [t for t in there.values() if (t["time"], t["step"]) > (manifest["time"], manifest["step"])]
+            outdated = outdated or (not self.leader and bool(later))
             if other["save_id"] == manifest["save_id"] or outdated or manifest["step"] not in keep:
                 self._settled.add(manifest["save_id"])
             else:
@@ -150,11 +157,13 @@ class Syncer:
         except FileNotFoundError:
             return True  # it was deleted here, so it no longer waits
         if not done:
-            raise gcs.BucketError(f"{self.where}/{manifest['name']} waits for files that are not on this machine")
+            raise Incomplete(f"{self.where}/{manifest['name']} waits for files that are not on this machine")
         self._settled.add(manifest["save_id"])
         self.backlog -= 1
         if manifest is newest and self.leader:
             self._prune(manifest["name"])
+        elif manifest is newest:
+            local.prune(self.output_dir, manifest["name"], self.cfg.save_total_limit, self.cfg.keep_every)
         return True
 
     def _complete(self) -> list[dict[str, Any]]:

@@ -170,7 +170,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     monitor.say(settings)
     bucket = bool(cfg.bucket_name and cfg.checkpoint_bucket_path)
     if bucket and (found := ckpt.agree(sync.find, cfg)):  # what is newer there comes down
-        ckpt.agree(sync.pull, cfg, found)
+        parallel.on_each_node(env, sync.pull, cfg, found)
     choice = ckpt.agree(ckpt.choose, cfg.output_dir, cfg.resume)
     state = choice.state
     if choice.path:
@@ -196,7 +196,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     saver = ckpt.Saver(cfg.output_dir, async_save=cfg.async_save, save_total_limit=kept, keep_every=cfg.keep_every)
     saver.reserve(tree)  # finds a full disk now instead of at the first save
     resumed_from = choice.path.name if choice.path else None
-    syncer = sync.Syncer(cfg, resumed_from) if bucket and env.main else None
+    syncer = sync.Syncer(cfg, resumed_from, leader=env.main) if bucket and env.local_rank == 0 else None
     loader = data.Loader(
         dataset, step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
         accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=samples_seen,
@@ -380,6 +380,7 @@ def main(argv: list[str]) -> int:
     try:
         return train(cfg, origins, dataset, StopSignal())
     except ValueError as error:
+        parallel.leave()
         if not hasattr(error, "exit_code"):
             raise
         shared = configs.ConfigError | ckpt.CheckpointError | gcs.BucketError | guard.NotFinite  # raised on every rank

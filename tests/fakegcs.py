@@ -110,7 +110,7 @@ def checksum(data: bytes) -> str:
 class FakeGCS:
     """The server; a context manager. `requests` lists (method, path with query, status given by a fault or 0)."""
 
-    def __init__(self, port: int = 0, buckets: tuple[str, ...] = ("bucket",)):
+    def __init__(self, port: int = 0, buckets: tuple[str, ...] = ("bucket",), host: str = "127.0.0.1"):
         self.buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
         self.sessions: dict[str, Session] = {}
         self.faults: list[Fault] = []
@@ -120,8 +120,8 @@ class FakeGCS:
         self.came = threading.Condition(self.lock)  # notified by every request
         self.generations = itertools.count(int(time.time() * 1e6))
         self.session_ids = itertools.count(1)
-        self.server = _Server(("127.0.0.1", port), type("BoundHandler", (_Handler,), {"gcs": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.server = _Server((host, port), type("BoundHandler", (_Handler,), {"gcs": self}))
+        self.url = f"http://{host}:{self.server.server_address[1]}"
 
     def __enter__(self) -> "FakeGCS":
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

@@ -35,13 +35,13 @@ def _rank(args: list[str], environment: dict[str, str], log: str, cwd: str) -> N
 class Run:
     """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
 
-    def __init__(self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None):
+    def __init__(self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"
         self.log.touch()
-        config = folder / "empty.py"  # not the demo's values: only what the test states
-        config.write_text("")
-        args = [str(config), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        file = folder / "config.py"  # not the demo's values: only what the test states
+        file.write_text(config)
+        args = [str(file), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

@@ -25,8 +25,8 @@ ROOT = Path(sync.__file__).parent
 class WatchedGCS(FakeGCS):
     """Notes every moment in which a manifest speaks for objects that are not there, or not with its checksums."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, host: str = "127.0.0.1"):
+        super().__init__(host=host)
         self.violations: list[str] = []
         self.commits: list[str] = []
 

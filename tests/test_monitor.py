@@ -1,0 +1,176 @@
+"""What a run says and refuses: log lines, curves, trace, spikes, steps walked past, profiles, out of memory."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from launch import Run, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import assert_same_run, newest, steps, take, tensors
+
+import ckpt
+import gpus
+from configs import ConfigError, step_ranges
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def trace(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "logs" / "trace.jsonl").read_text().splitlines()]
+
+
+def forget(folder: Path, after: int) -> None:
+    """Delete the checkpoints beyond a step, as if a kill had come before them."""
+    for name in ckpt.names(folder / "out"):
+        if ckpt.parse(name).step > after:
+            subprocess.run(["rm", "-r", str(folder / "out" / name)], check=True)
+
+
+def test_a_resumed_run_has_one_curve(shards, tmp_path):
+    """Console against train.log, log lines against the trace; TensorBoard's points after a resume: each step once."""
+    args = [f"data_dir={shards}", "max_steps=12", "save_steps=4", "save_total_limit=0", "eval_steps=4"]
+    args += ["logging_steps=2", "sample_tokens=20", "histogram_steps=6"]
+    first = train(tmp_path, *args)
+    assert re.search(
+        r"^Step 6: loss=\d\.\d{4}, lr=\d\.\d\de-03, best=\d\.\d{4} \| [\d.]+ steps/sec \| [\d.]+k? tok/s \| MFU n/a \| "
+        r"grad \d\.\d{3} \| data wait \d+\.\d% \| \d\.\d\d GiB \| save stall \d\.\d\ds \| \d+s left$",
+        first.text,
+        re.M,
+    ), first.text
+    assert (tmp_path / "logs" / "train.log").read_text() == first.text
+    before = trace(tmp_path)
+    logged = {line["step"]: line for line in before if "mean_loss" in line}
+    assert sorted(logged) == [2, 4, 6, 8, 10, 12] and f"loss={logged[6]['mean_loss']:.4f}" in first.text
+    assert logged[6]["mfu"] is None and logged[6]["tokens_per_second"] > 0
+
+    forget(tmp_path, after=4)
+    second = train(tmp_path, *args, "resume=latest")
+    assert "replayed 8 steps, 8 identical" in second.text
+    assert (tmp_path / "logs" / "train.log").read_text() == first.text + second.text
+    added = trace(tmp_path)[len(before) :]  # what was there is not written again
+    assert [line["event"] for line in added] == ["resume"] and added[0]["checkpoint"].startswith("checkpoint-epoch0-")
+    events = [(line["event"], line["step"]) for line in before if "event" in line]
+    assert events == [("start", 0), *((kind, step) for step in (4, 8, 12) for kind in ("eval", "checkpoint"))]
+
+    curves = EventAccumulator(str(tmp_path / "logs"), size_guidance={"tensors": 0, "histograms": 0, "scalars": 0})
+    curves.Reload()
+    at = {name: [point.step for point in curves.Scalars(name)] for name in curves.Tags()["scalars"]}
+    for name in ("train/loss", "train/grad_norm", "perf/tokens_per_second", "ckpt/stall_seconds"):
+        assert at[name] == [2, 4, 6, 8, 10, 12], (name, at)
+    assert at["eval/loss"] == [4, 8, 12]
+    assert [point.value for point in curves.Scalars("train/loss")] == pytest.approx(
+        [logged[step]["mean_loss"] for step in (2, 4, 6, 8, 10, 12)]
+    )
+    texts = {name: curves.Tensors(name) for name in ("config/text_summary", "sample/text_summary")}
+    assert [t.step for t in texts["config/text_summary"]] == [1, 5]
+    assert b"max_steps = 12" in texts["config/text_summary"][0].tensor_proto.string_val[0]
+    assert [t.step for t in texts["sample/text_summary"]] == [4, 8, 12]
+    assert [h.step for h in curves.Histograms("gradients/embed_in.weight")] == [6, 12]
+
+
+def test_gpu_names():
+    """The peak behind an MFU: of a known card, and none for an unknown one."""
+    assert gpus.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12 and gpus.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert gpus.peak_flops("Some GPU 9000") is None
+
+
+def test_found_at_start(shards, tmp_path):
+    """A log directory that cannot be, and ranks with different configs: exit 2 on every rank, named."""
+    (tmp_path / "file").write_text("")
+    text = train(tmp_path / "a", f"data_dir={shards}", f"logging_dir={tmp_path}/file/logs", nproc=2, code=2).text
+    assert re.search(r"logging_dir=.*/file/logs cannot be written", text)
+    config = "import os\nweight_decay = 0.1 * (1 + int(os.environ['RANK']))\nadam_beta2 = 1 - weight_decay / 10"
+    run = Run([f"data_dir={shards}"], 2, tmp_path / "b", config=config)
+    assert run.wait() == [2, 2]
+    assert "ranks 1 and 0 differ in weight_decay (0.2 and 0.1), adam_beta2 (0.98 and 0.99)" in run.text
+
+
+def test_step_ranges():
+    """Both ends count, from 1; what is no range is named."""
+    assert [list(r) for r in step_ranges("skip_steps", "3-5, 9")] == [[3, 4, 5], [9]] and not step_ranges("profile", "")
+    for wrong in ("5-3", "0-2", "a", "3-", "1,,x"):
+        with pytest.raises(ConfigError, match=f"profile={wrong}"):
+            step_ranges("profile", wrong)
+
+
+def test_spikes_are_skipped_alike_after_a_resume(shards, tmp_path):
+    """Every spike named with its shards; with skip, resumed in the middle against whole: the same bits; report against
+    off: the same bits, so that watching changes nothing."""
+    args = [f"data_dir={shards}", "max_steps=90", "save_steps=70", "save_total_limit=0", "learning_rate=1e-4"]
+    train(tmp_path / "off", *args, nproc=2)
+    train(tmp_path / "report", *args, "spike_sigma=1", nproc=2)
+    assert_same_run(tmp_path / "off", tmp_path / "report")
+    skipping = [*args, "spike_sigma=1", "spike_action=skip"]
+    whole = train(tmp_path / "whole", *skipping, nproc=2)
+    spikes = {line["step"]: line["verdict"] for line in trace(tmp_path / "whole") if "verdict" in line}
+    assert any(65 <= step <= 70 for step in spikes) and any(step > 70 for step in spikes) and min(spikes) > 64
+    a, b = steps(tmp_path / "off"), steps(tmp_path / "whole")
+    same = [step for step in a if a[step] == b[step]]
+    assert same == list(range(1, min(spikes) + 1))  # the first spike is not applied, so what follows differs
+    step = max(spikes)
+    assert f"Step {step}: loss=" in whole.text and "not applied. Read part" in whole.text
+    report = json.loads((tmp_path / "whole" / "logs" / f"bad-step-{step}.json").read_text())
+    assert len(report["windows"]) == 8 and report["verdict"] == spikes[step]
+
+    take(tmp_path / "whole", 70, tmp_path / "resumed")
+    train(tmp_path / "resumed", *skipping, "resume=latest", nproc=2)
+    late = {step: bits for step, bits in b.items() if step > 70}
+    assert steps(tmp_path / "resumed") == late
+    x, y = tensors(newest(tmp_path / "whole")), tensors(newest(tmp_path / "resumed"))
+    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+
+
+def test_steps_walked_past(shards, tmp_path):
+    """skip_steps=4-5: weights and moments of step 5 are those of step 3, the data move on; resumed, the same bits."""
+    args = [f"data_dir={shards}", "save_steps=1", "save_total_limit=0", "max_steps=8"]
+    train(tmp_path / "plain", *args)
+    run = train(tmp_path / "past", *args, "skip_steps=4-5", "logging_steps=2")
+    assert "Step 4: skipped" in run.text and math.isfinite(run.losses[-1])
+    plain, past = steps(tmp_path / "plain"), steps(tmp_path / "past")
+    assert sorted(past) == [1, 2, 3, 6, 7, 8]
+    assert all(past[s][2:] == plain[s][2:] for s in past)  # the same rate and samples
+    x, y = (tensors(next((tmp_path / "past" / "out").glob(f"checkpoint-*-step{step}-*"))) for step in (3, 5))
+    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    events = [(line["step"], line["samples"]) for line in trace(tmp_path / "past") if line.get("event") == "skip"]
+    assert events == [(step, plain[step][3]) for step in (4, 5)]
+    forget(tmp_path / "past", after=3)
+    again = train(tmp_path / "past", *args, "skip_steps=4-5", "logging_steps=2", "resume=latest")
+    assert "replayed 3 steps, 3 identical" in again.text and steps(tmp_path / "past") == past
+    assert sum(line.get("event") == "skip" for line in trace(tmp_path / "past")) == 2
+    forget(tmp_path / "past", after=3)
+    other = train(tmp_path / "past", *args, "resume=latest").text  # without the key
+    assert "not the same run: step 4: was skipped, is run" in other
+
+
+def test_profile(shards, tmp_path):
+    """profile=3-4 leaves a Chrome trace with the steps' matrix products, and the same losses."""
+    run = train(tmp_path, f"data_dir={shards}", "max_steps=5", "profile=3-4")
+    path = tmp_path / "logs" / "profile" / "steps-3-4.pt.trace.json"
+    assert f"profile of steps 3-4 in {path}" in run.text
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert names.count("aten::_fused_adamw_") == 4  # two steps, two groups
+
+
+def test_out_of_memory_is_explained(shards, tmp_path):
+    """A batch beyond the address space: exit 70 with the plan by kind and the keys that help."""
+    limit = "import resource\n_ = resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))"
+    keys = ["per_device_train_batch_size=250000", "hidden_size=512", "num_hidden_layers=1", "eval_files=0"]
+    run = Run([f"data_dir={shards}", *keys], 1, tmp_path, config=limit)
+    assert run.wait() == [70], run.text
+    assert re.search(r"planned GiB per process: parameters 0\.\d+, .*activations \d+", run.text), run.text
+    for words in ("per_device_train_batch_size=125000 with gradient_accumulation_steps=2", "cpu_offload=true"):
+        assert words in run.text
+    assert "Traceback" not in run.text and "out of memory" in (tmp_path / "logs" / "train.log").read_text()
+
+
+def test_show_into_a_closed_pipe():
+    """`--show | head -1`: one line and no traceback."""
+    command = f"{sys.executable} train.py configs/production.py --show | head -1"
+    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert run.stderr == "" and run.stdout.startswith("model ")

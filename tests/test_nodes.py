@@ -1,0 +1,144 @@
+"""Two hosts without a shared disk (network namespaces where they can be made), checkpoints through the bucket."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from launch import TINY, train
+from test_resume import newest, steps, tensors
+from test_sync import WatchedGCS
+
+import gcs
+from remote import Place, fetch
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@contextlib.contextmanager
+def two_hosts():
+    """(prefixes that run a command on host 0 and 1, their addresses, the address of this side); joined by a bridge."""
+    tag = f"t{os.getpid() % 10**6}"
+    ip = shutil.which("ip") if os.geteuid() == 0 else None
+    names = [f"{tag}n0", f"{tag}n1"]
+
+    def run(*words: str) -> bool:
+        return subprocess.run([ip, *words], capture_output=True).returncode == 0
+
+    def make() -> bool:
+        done = run("link", "add", tag, "type", "bridge") and run("addr", "add", "10.77.0.254/24", "dev", tag)
+        done = done and run("link", "set", tag, "up")
+        for i, name in enumerate(names):
+            done = done and run("netns", "add", name)
+            done = done and run("link", "add", f"{tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            done = done and run("link", "set", f"{tag}v{i}", "master", tag, "up")
+            done = done and run("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
+            done = done and run("-n", name, "link", "set", "eth0", "up") and run("-n", name, "link", "set", "lo", "up")
+        return done
+
+    try:
+        if ip and make():
+            yield [[ip, "netns", "exec", name] for name in names], ["10.77.0.1", "10.77.0.2"], "10.77.0.254"
+        else:  # two agents on one host, each with its own directory
+            yield [[], []], ["127.0.0.1", "127.0.0.1"], "127.0.0.1"
+    finally:
+        for name in names if ip else []:
+            run("netns", "del", name)
+        if ip:
+            run("link", "del", tag)
+
+
+class Host:
+    """A torchrun agent with one rank and a directory of its own."""
+
+    def __init__(
+        self, index: int, prefix: list[str], endpoint: str, address: str, folder: Path, args: list[str], url: str
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"host-{len(list(folder.glob('host-*.log')))}.log"
+        command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_conf=is_host={int(index == 0)}"]
+        command += [f"--local_addr={address}", str(ROOT / "train.py"), str(folder / "empty.py"), *TINY]
+        (folder / "empty.py").write_text("")
+        command += ["output_dir=out", "logging_dir=logs", *args]
+        interface = {"GLOO_SOCKET_IFNAME": "eth0" if prefix else "lo"}
+        env = {**os.environ, **interface, "STORAGE_EMULATOR_HOST": url, "OMP_NUM_THREADS": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in self._children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _children(self) -> list[int]:
+        """Ranks have sessions of their own; they are known by their config file."""
+        mine = str(self.log.parent / "empty.py").encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if mine in entry.read_bytes():
+                    found.append(int(entry.parent.name))
+        return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_for(what, hosts: list[Host], seconds: float = 50) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end or any(h.process.poll() not in (None, 0) for h in hosts):
+            raise AssertionError("\n\n".join(h.log.read_text(errors="replace")[-3000:] for h in hosts))
+        time.sleep(0.05)
+
+
+def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
+    """FSDP2 over two hosts; one is killed and loses its disk, both start again: the bits of an undisturbed run."""
+    with two_hosts() as (prefixes, addresses, here), WatchedGCS(here) as server:
+        args = [f"data_dir={shards}", "max_steps=160", "save_steps=40", "parallel=fsdp"]
+        args += [
+            "save_total_limit=2",
+            "bucket_name=bucket",
+            "resume=latest",
+            "upload_deadline_seconds=40",
+            "logging_steps=5",
+        ]
+
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+
+        def start(name: str, port: int) -> list[Host]:
+            def host(i: int) -> Host:
+                folder, path = tmp_path / name / str(i), f"checkpoint_bucket_path={name}"
+                return Host(i, prefixes[i], f"{addresses[0]}:{port}", addresses[i], folder, [*args, path], server.url)
+
+            return [host(0), host(1)]
+
+        pair = start("storm", 29611)
+        wait_for(lambda: any("step80" in name for name in server.commits), pair)
+        pair[1].kill()
+        pair[0].process.wait(timeout=45)  # the survivor ends too, it does not hang
+        pair[0].kill()
+        shutil.rmtree(tmp_path / "storm" / "1" / "out")
+        pair = start("storm", 29612)
+        wait_for(lambda: all(h.process.poll() == 0 for h in pair), pair)
+        log = pair[0].log.read_text()
+        assert re.search(r"replayed \d+ steps", log) and "not the same run" not in log
+        assert server.violations == []
+        place = Place(gcs.Bucket("bucket"), "storm")
+        [last] = [remote.name for remote in place.checkpoints(place.objects()) if remote.step == 160]
+        whole = fetch(place, last, tmp_path / "whole")
+    train(tmp_path / "calm", *args[:4], nproc=2)
+    assert steps(tmp_path / "storm" / "0") == steps(tmp_path / "calm")
+    x, y = tensors(whole), tensors(newest(tmp_path / "calm"))
+    assert x.keys() == y.keys() and [name for name in x if not torch.equal(x[name], y[name])] == []
