@@ -150,21 +150,27 @@ class Syncer:
             self._prune(newest["name"])  # the run before this one did not come to it
         if not todo:
             return False
-        manifest = max(todo, key=lambda m: (m is newest, m["step"]))
         self._check_owner()
-        try:
-            done = publish(self._place, self.output_dir / manifest["name"], self.throttle, self.leader, replace=True)
-        except FileNotFoundError:
-            return True  # it was deleted here, so it no longer waits
-        if not done:
-            raise Incomplete(f"{self.where}/{manifest['name']} waits for files that are not on this machine")
+        for manifest in sorted(todo, key=lambda m: (m is newest, m["step"]), reverse=True):
+            try:
+                done = publish(
+                    self._place, self.output_dir / manifest["name"], self.throttle, self.leader, replace=True
+                )
+            except FileNotFoundError:
+                return True  # it was deleted here, so it no longer waits
+            if done:
+                self._settle(manifest, newest)
+                return True
+        raise Incomplete(f"{self.where}/{manifest['name']} waits for files that are not on this machine")
+
+    def _settle(self, manifest: dict[str, Any], newest: dict[str, Any]) -> None:
+        """Note that a checkpoint is in the bucket; with the newest one there, older ones may go."""
         self._settled.add(manifest["save_id"])
         self.backlog -= 1
         if manifest is newest and self.leader:
             self._prune(manifest["name"])
         elif manifest is newest:
             local.prune(self.output_dir, manifest["name"], self.cfg.save_total_limit, self.cfg.keep_every)
-        return True
 
     def _complete(self) -> list[dict[str, Any]]:
         """Manifests of what is complete here; on one of several nodes, of what this node has its part of."""

@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=2 train.py configs/production.py max_step
 python train.py --help
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -338,10 +339,13 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
 
 def environment(env: parallel.Env) -> dict:
     """What a checkpoint remembers of the place it was made in."""
-    ask = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-    git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        ask = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+        git = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     return {
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(env.device.type),
