@@ -257,7 +257,9 @@ class Saver:
         """Give the files of a node that does not share rank 0's disk the same name and manifest, for the bucket."""
         box = [(writer.final / manifest.MANIFEST).read_bytes() if self.rank == 0 else None]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
-        if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():  # a shared one is renamed by now
+        if (
+            self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists()
+        ):  # a shared one is renamed by now
             manifest.put(writer.folder, writer.final, writer.id, box[0])
 
 

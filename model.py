@@ -77,7 +77,10 @@ class Block(nn.Module):
         self.attention = Attention(cfg)
         self.mlp = MLP(cfg)
         self.parallel, self.p = cfg.use_parallel_residual, cfg.hidden_dropout
-        self.checkpointing, self.random = cfg.activation_checkpointing, bool(cfg.hidden_dropout or cfg.attention_dropout)
+        self.checkpointing, self.random = (
+            cfg.activation_checkpointing,
+            bool(cfg.hidden_dropout or cfg.attention_dropout),
+        )
 
     def again(self, function, *args):
         """function(*args), computed a second time in backward instead of kept."""

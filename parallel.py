@@ -4,10 +4,12 @@ Everything is written once for CPU, CUDA and MPS; a single process is a process 
 """
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import os
 import resource
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,6 +72,15 @@ def check_precision(cfg: Config, device: torch.device) -> None:
         raise ConfigError("MPS runs one process: start train.py without torchrun")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks: by default each tensor of a step is mapped, zeroed page by page, and unmapped."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
+
+
 def start(cfg: Config) -> Env:
     """Pick the device, set threads and numerics, join the process group. Raises ConfigError."""
     rank, world = int(os.environ.get("RANK", 0)), world_size()
@@ -86,6 +97,7 @@ def start(cfg: Config) -> Env:
         # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not
         # compile with bf16 parameters (torch 2.13); without horizontal fusion there is nothing to merge
         inductor.cpp.max_horizontal_fusion_size = 1
+        keep_freed_memory()
     else:
         torch.accelerator.set_device_index(local_rank)
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU; no effect on a CPU
@@ -292,9 +304,12 @@ def agree(*flags: float) -> list[float]:
 
 def peak_memory(env: Env) -> int:
     """Bytes: peak allocated on the accelerator, or peak resident size of the process on a CPU."""
-    if env.device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.accelerator.max_memory_allocated()
+    if env.device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
+    with contextlib.suppress(OSError):  # getrusage's figure would include what the parent had when it forked us
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(env: Env, cfg: Config) -> str:

@@ -28,21 +28,17 @@ def environment(server) -> dict[str, str]:
 
 def test_an_empty_disk_continues_the_run(shards, tmp_path, server):
     """SIGKILL, output_dir deleted, the same command: the lines and the final bits of a run that was left alone."""
-    args = [f"data_dir={shards}", "max_steps=60", "save_steps=10"]
+    args = [f"data_dir={shards}", "max_steps=200", "save_steps=40"]
     calm = train(tmp_path / "calm", *args, nproc=2)
     run = Run([*args, *BUCKET], 2, tmp_path / "vanished", environment(server))
-    run.wait_for(r"Step 35: ")
-    deadline = time.monotonic() + 20
-    while not any("step30" in name for name in server.commits) and time.monotonic() < deadline:
-        if not any(process.is_alive() for process in run.ranks):
-            break
-        time.sleep(0.01)
+    server.wait_until(lambda: bool(server.commits))
     run.kill()
     shutil.rmtree(tmp_path / "vanished" / "out")
     again = train(tmp_path / "vanished", *args, *BUCKET, nproc=2, env=environment(server))
-    assert lines(again.text) == lines(calm.text)[-len(lines(again.text)) :] and len(lines(again.text)) < 60
+    assert lines(again.text) == lines(calm.text)[-len(lines(again.text)) :]
+    assert 0 < len(lines(again.text)) < 200
     assert_same_run(tmp_path / "calm", tmp_path / "vanished")
-    assert any("step60" in name for name in server.commits)
+    assert any("step200" in name for name in server.commits)
 
 
 def storm(shards, folder, server, kills: int, seed: int) -> None:

@@ -225,6 +225,7 @@ def test_outage_and_secrets(server, caplog, tmp_path):
         bucket.list()
 
 
+@pytest.mark.slow
 def test_slow_link(server, tmp_path):
     """A chunk that a slow link cannot carry within the socket's timeout is sent again as smaller ones."""
     server.fault("PUT", "upload_id", rate=3_000_000, times=99)

@@ -71,13 +71,13 @@ def test_upstream_gradient_scales():
 
 
 PEAK = """
-import resource, sys, torch, torch.nn.functional as F
+import sys, torch, torch.nn.functional as F
 from model import LinearCrossEntropy, softmax_loss
 torch.set_num_threads(1)
 kind, N = sys.argv[1], int(sys.argv[2])
 x, w = torch.randn(N, 32, requires_grad=True), torch.randn(50304, 32, requires_grad=True)
 y = torch.zeros(N, dtype=torch.int64)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
 if kind == "plain":
     loss = F.cross_entropy(x @ w.T, y, reduction="sum")
