@@ -1,7 +1,7 @@
 # docker build -t trainer .
-# docker run --rm --init --gpus all --ipc host --stop-timeout 120 -v "$PWD/work:/work" trainer \
+# docker run --rm --init --gpus all --ipc host --stop-timeout 120 -v "$PWD/run:/mnt/run" trainer \
 #     torchrun --standalone --nproc_per_node=gpu train.py configs/production.py resume=latest \
-#     data_dir=/work/data cache_dir=/work/cache output_dir=/work/checkpoints logging_dir=/work/logs
+#     data_dir=/mnt/run/data cache_dir=/mnt/run/cache output_dir=/mnt/run/checkpoints logging_dir=/mnt/run/logs
 # --gpus all needs the NVIDIA container toolkit on the host; without it the container trains on the CPU.
 # --ipc host: NCCL's shared memory is more than the 64 MB that a container gets.
 FROM python:3.12-slim
