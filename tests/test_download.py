@@ -105,7 +105,7 @@ def test_sixty_files_killed_ten_times(server, config, tmp_path):
     before = server.count("GET", MEDIA)
     assert "60 files ready, 0 of them new" in run(config, "gs://bucket/tokens")
     assert server.count("GET", MEDIA) == before
-    assert server.count("GET", r"/o\?") == 12  # one LIST each
+    assert 2 <= server.count("GET", r"/o\?") <= 12  # at most one LIST each; a kill may come before it
 
 
 def test_index_and_what_happens_without(server, config, tmp_path):
