@@ -96,6 +96,6 @@ def test_peak_memory_does_not_grow_with_the_batch():
         return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
 
     few, many, plain = mebibytes("chunked", 512), mebibytes("chunked", 2048), mebibytes("plain", 2048)
-    assert many < few + 40  # a whole row of logits each would be 290 more
+    assert many < few + 150  # one copy of the logits would be 295 more; the allocator itself wavers by some 50
     assert plain > 2 * 2048 * 50304 * 4 >> 20
     assert many < plain / 4
