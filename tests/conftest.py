@@ -8,6 +8,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from fakegcs import FakeGCS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,14 @@ def write_shards(folder: Path, shards: int = 4, tokens: int = 3000, vocab: int =
 def shards(tmp_path_factory) -> Path:
     """A data_dir of four small shards, the last one held out."""
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A bucket server that this test's client talks to."""
+    with FakeGCS() as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        yield running
 
 
 def pytest_addoption(parser):

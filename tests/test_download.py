@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakegcs import FakeGCS
 
 import data
 import download
@@ -21,13 +20,6 @@ import gcs
 ROOT = Path(download.__file__).parent
 RUN = "import sys, download; sys.exit(download.main(sys.argv[1:]))"
 MEDIA = "alt=media"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with FakeGCS() as running:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
-        yield running
 
 
 @pytest.fixture

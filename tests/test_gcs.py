@@ -23,13 +23,6 @@ SMALL = BIG[:100_000]
 
 
 @pytest.fixture
-def server(monkeypatch):
-    with FakeGCS() as running:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
-        yield running
-
-
-@pytest.fixture
 def bucket(server):
     return gcs.Bucket("bucket", patience=20, timeout=1.5)
 
