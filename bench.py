@@ -3,6 +3,8 @@
 python bench.py step                                          # three sizes, all contenders, on this machine
 python bench.py step --size medium --contenders ours,ours-ddp-2,ours-fsdp-2 gradient_accumulation_steps=4
 python bench.py plan configs/production.py --gpus 2 --memory 24
+python bench.py save                                          # what a checkpoint costs the training loop
+python bench.py sample out/demo                               # tokens/s of sampling, beside transformers.generate
 """
 
 import argparse
@@ -28,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import ckpt
 import configs
 import gpus
 import model as neox
@@ -398,6 +401,121 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
 
+# --- what a checkpoint costs the training loop
+
+
+def save_rows(cfg: Config, folder: Path, rounds: int) -> dict[str, float]:
+    """Median seconds for which training stands still for one save of cfg's state, ours and two plain ways."""
+    env = parallel.start(cfg)
+    model = parallel.build(cfg, env)
+    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters(), fused=True))
+    saver = ckpt.Saver(folder, save_total_limit=1)
+    saver.reserve(tree)
+    host = {key: t.clone() for key, t in tree.items()}
+    seconds: dict[str, list[float]] = {"ours": [], "copy": [], "torch.save": [], "behind": []}
+    for i in range(rounds + 1):  # the first round finds cold caches
+        begin = time.perf_counter()
+        for key, t in tree.items():
+            host[key].copy_(t)
+        copied = time.perf_counter()
+        torch.save(tree, folder / "torch.pt")
+        saved = time.perf_counter()
+        saver.save(ckpt.name(0, i + 1, 0), tree, {"step": i + 1})
+        if error := saver.wait():
+            raise RuntimeError(error)
+        for key, value in zip(
+            seconds, (saver.stall_seconds, copied - begin, saved - copied, saver.write_seconds), strict=True
+        ):
+            seconds[key].append(value)
+    written = sum(f.stat().st_size for f in (folder / saver.last).iterdir())
+    saver.close()
+    parallel.stop()
+    row = {key: statistics.median(values[1:]) for key, values in seconds.items()}
+    return row | {"parameters": neox.num_parameters(cfg)[0], "bytes": written}
+
+
+def save_command(options: argparse.Namespace) -> None:
+    """Two sizes, each in this process; files go to a temporary folder below --folder."""
+    demo = HERE / "configs" / "demo.py"
+    wide = (
+        "hidden_size=1024 num_hidden_layers=8 num_attention_heads=16 intermediate_size=4096 vocab_size=50257 "
+        "tokenizer=gpt2 num_processes=1"
+    )
+    print(hardware())
+    print(f"median of {options.rounds} saves; milliseconds for which training stands still\n")
+    print("| parameters | ours | a plain copy in memory | torch.save | ours / copy | ours / torch.save "
+          "| ours, until on disk | bytes per parameter |")  # fmt: skip
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for settings in ("", wide):
+        cfg, _ = configs.load([str(demo), *settings.split()])
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as folder:
+            row = save_rows(cfg, Path(folder), options.rounds)
+        ms = [f"{1000 * row[key]:,.1f}" for key in ("ours", "copy", "torch.save", "behind")]
+        ratios = [f"{row['ours'] / row[key]:.2f}" for key in ("copy", "torch.save")]
+        size = f"{row['parameters'] / 1e6:,.1f}M"
+        cells = [size, *ms[:3], *ratios, ms[3], f"{row['bytes'] / row['parameters']:.3f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+# --- sampling
+
+
+def sample_command(options: argparse.Namespace) -> None:
+    """Greedy tokens/s after one prompt: with our cache, without any, and transformers.generate on the same weights."""
+    import transformers
+
+    import export
+    import sample
+
+    source = export.find(options.checkpoint)
+    if source.is_hf:
+        raise ConfigError(f"{source.path} is a Hugging Face folder; name one of our checkpoints")
+    model, count = export.load(source), options.tokens
+    if (most := source.cfg.max_position_embeddings) < count:
+        raise ConfigError(f"--tokens={count} does not fit max_position_embeddings={most}")
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        export.write_configs(source, Path(folder), torch.float32)
+        export.write_weights(model, Path(folder), torch.float32)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.set_num_threads(options.threads)
+    prompt = torch.tensor([[source.end or 0]])
+
+    @torch.inference_mode()
+    def cached() -> list[int]:
+        steps = sample.generate(model, prompt.tolist(), sample.Options(temperature=0, max_new_tokens=count))
+        return [row[0] for row in steps]
+
+    @torch.inference_mode()
+    def generate() -> list[int]:
+        most = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        return peer.generate(prompt, attention_mask=torch.ones_like(prompt), **most)[0, 1:].tolist()
+
+    @torch.inference_mode()
+    def recomputed() -> list[int]:
+        row = prompt
+        for _ in range(count):
+            row = torch.cat((row, model(row)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        return row[0, 1:].tolist()
+
+    ways = {"this trainer": cached, "transformers.generate": generate, "this trainer without a cache": recomputed}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    texts: dict[str, list[int]] = {}
+    for _ in range(options.rounds):
+        for way, run in ways.items():
+            begin = time.perf_counter()
+            texts[way] = run()
+            seconds[way].append(time.perf_counter() - begin)
+    ours = statistics.median(seconds["this trainer"])
+    print(hardware())
+    print(f"{source}, fp32, greedy, {count} tokens, {options.threads} thread(s), median of {options.rounds}\n")
+    print("| | tokens/s | ours is faster by | same tokens |")
+    print("|---|---:|---:|---|")
+    for way, values in seconds.items():
+        middle = statistics.median(values)
+        same = "yes" if texts[way] == texts["this trainer"] else "no"
+        print(f"| {way} | {count / middle:,.1f} | {middle / ours:.2f} | {same} |")
+
+
 # --- command line
 
 
@@ -424,7 +542,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="step|plan")
+    commands = parser.add_subparsers(required=True, metavar="step|plan|save|sample")
     step = commands.add_parser("step", help="tokens/s of a whole optimizer step, ours and the peers'")
     step.add_argument("--size", choices=[*SIZES, "all"], default="all")
     step.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also ours-ddp-N, ours-fsdp-N")
@@ -433,10 +551,20 @@ def main(argv: list[str]) -> int:
     step.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys, for all contenders")
     step.set_defaults(run=step_command)
     planner.add_command(commands)
+    save = commands.add_parser("save", help="what a checkpoint costs the training loop, at two sizes")
+    save.add_argument("--folder", default=".", help="where the files are written, and removed again")
+    save.add_argument("--rounds", type=int, default=7)
+    save.set_defaults(run=save_command)
+    sampling = commands.add_parser("sample", help="tokens/s of sampling, beside transformers.generate")
+    sampling.add_argument("checkpoint", help="one of ours, or a folder of them")
+    sampling.add_argument("--tokens", type=int, default=512)
+    sampling.add_argument("--threads", type=int, default=1)
+    sampling.add_argument("--rounds", type=int, default=3)
+    sampling.set_defaults(run=sample_command)
     try:
         options = parser.parse_args(argv)
         options.run(options)
-    except ConfigError as error:
+    except (ConfigError, ckpt.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -182,7 +182,16 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     begin = time.perf_counter()
-    parallel.warm_up(model, cfg, env)
+    try:
+        parallel.warm_up(model, cfg, env)
+    except Exception:
+        if not stop.since:
+            raise
+        # a signal to the whole process group ends the compiler too; nothing is trained yet that could be lost
+        monitor.say("stopped while compiling, before the first step: what was saved before stands")
+        monitor.close()
+        parallel.leave()
+        return STOPPED
     monitor.say(f"ready in {time.perf_counter() - begin:.1f} s of compilation and warm-up")
 
     tree = ckpt.state_tree(model, *optimizers)
