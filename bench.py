@@ -462,10 +462,13 @@ def save_command(options: argparse.Namespace) -> None:
 
 def sample_command(options: argparse.Namespace) -> None:
     """Greedy tokens/s after one prompt: with our cache, without any, and transformers.generate on the same weights."""
-    import transformers
-
     import export
     import sample
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("bench.py sample needs its peer: pip install -r requirements-dev.txt") from error
 
     source = export.find(options.checkpoint)
     if source.is_hf:

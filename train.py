@@ -184,12 +184,12 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     begin = time.perf_counter()
     try:
         parallel.warm_up(model, cfg, env)
-    except Exception:
+    except Exception as error:
         if not stop.since:
             raise
         # a signal to the whole process group ends the compiler too; nothing is trained yet that could be lost
-        monitor.say("stopped while compiling, before the first step: what was saved before stands")
-        monitor.close()
+        cause = type(error).__name__
+        monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
         parallel.leave()
         return STOPPED
     monitor.say(f"ready in {time.perf_counter() - begin:.1f} s of compilation and warm-up")
