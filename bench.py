@@ -69,7 +69,13 @@ class Gate:
     def __init__(self):
         self.channel = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever else is printed goes to the log
-        self.left, self.begin = 1, time.perf_counter()  # the first round is one step: compilation
+
+    def wait(self) -> None:
+        """Until the parent asks for a round; called first when everything is imported."""
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)
+        self.left, self.begin = int(line), time.perf_counter()
 
     @property
     def since(self) -> float:
@@ -90,10 +96,7 @@ class Gate:
             else torch.accelerator.max_memory_allocated()
         )
         self.channel.write(json.dumps({"seconds": seconds, "memory": memory}) + "\n")
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)
-        self.left, self.begin = int(line), time.perf_counter()
+        self.wait()
 
 
 def device() -> torch.device:
@@ -104,6 +107,7 @@ def ours(cfg: Config, gate: Gate) -> None:
     import train
     from data import Dataset
 
+    gate.wait()
     train.train(cfg, {}, Dataset.open(cfg), gate)
 
 
@@ -132,6 +136,7 @@ def seed(cfg: Config, gate: Gate) -> None:
     from accelerate import Accelerator
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, get_cosine_schedule_with_warmup
 
+    gate.wait()
     accelerator = Accelerator(
         mixed_precision=cfg.mixed_precision,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
@@ -197,6 +202,7 @@ class GPT2(nn.Module):
 
 def nanogpt(cfg: Config, gate: Gate) -> None:
     """A nanoGPT-style loop: random windows, autocast, whole-model compile, fused AdamW."""
+    gate.wait()
     where = device()
     model = GPT2(cfg).to(where)
     compiled = torch.compile(model) if cfg.compile_model else model
@@ -220,6 +226,7 @@ def nanogpt(cfg: Config, gate: Gate) -> None:
 def floor(cfg: Config, gate: Gate) -> None:
     """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
     attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
+    gate.wait()
     where, dtype = device(), parallel.DTYPES[cfg.mixed_precision]
     C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
     B, H, L = cfg.per_device_train_batch_size, cfg.num_attention_heads, cfg.num_hidden_layers
@@ -266,9 +273,6 @@ class Contender:
         for process in self.processes:
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
-        return self.hear()
-
-    def hear(self) -> dict[str, float]:
         lines = [process.stdout.readline() for process in self.processes]
         if not all(lines):
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
@@ -332,12 +336,12 @@ def measure(size: str, contenders: list[str], settings: list[str], rounds: int, 
         folder = Path(name)
         cfg = write_inputs(folder, SIZES[size], settings)
         started = []
-        for contender_name in contenders:
-            contender = start(contender_name, folder, settings)
-            for process in contender.processes:
+        for contender_name in contenders:  # all import at once
+            started.append(start(contender_name, folder, settings))
+            for process in started[-1].processes:
                 running.callback(process.kill)
-            started.append(contender)
-            rows[contender_name] = {"first": contender.hear()["seconds"], "seconds": []}  # one compiles at a time
+        for contender in started:  # one compiles at a time: the first round is one step
+            rows[contender.name] = {"first": contender.turn(1)["seconds"], "seconds": []}
         for _ in range(rounds):
             for contender in started:
                 report = contender.turn(steps)
@@ -549,7 +553,7 @@ def main(argv: list[str]) -> int:
     step = commands.add_parser("step", help="tokens/s of a whole optimizer step, ours and the peers'")
     step.add_argument("--size", choices=[*SIZES, "all"], default="all")
     step.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also ours-ddp-N, ours-fsdp-N")
-    step.add_argument("--rounds", type=int, default=5)
+    step.add_argument("--rounds", type=int, default=3)
     step.add_argument("--steps", type=int, default=1, help="optimizer steps per turn")
     step.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys, for all contenders")
     step.set_defaults(run=step_command)

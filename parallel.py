@@ -142,10 +142,10 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
         ids = None if env.device.type == "cpu" else [env.local_rank]
         # init_sync: every rank has made the same weights already
         model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
-    if (
-        cfg.compile_model
-    ):  # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
+    if cfg.compile_model:
+        # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
         for block in raw(model).layers:
+            block.attention.in_pieces = env.device.type == "cpu"
             block.compile(dynamic=False)
         raw(model).embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
     return model

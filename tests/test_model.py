@@ -3,9 +3,11 @@
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
@@ -73,6 +75,21 @@ def test_parity_with_transformers(change):
     gradients = renamed({n: p.grad for n, p in ours.named_parameters()})
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 30, 64])
+def test_attention_in_pieces(length):
+    """The plain products that a CPU compiles are torch's causal attention, in value and in all three gradients."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, length, 8).unbind()
+    grad = torch.randn(2, 3, length, 8)
+    results = []
+    for attend in (neox.attend_in_pieces, partial(F.scaled_dot_product_attention, is_causal=True)):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        y = attend(*inputs)
+        results.append((y, *torch.autograd.grad(y, inputs, grad)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_config_there_and_back():
