@@ -48,6 +48,7 @@ SIZES = {
     "wide": dict(hidden_size=2048, num_hidden_layers=2, num_attention_heads=16, vocab_size=50257,
                  sequence_length=1024, per_device_train_batch_size=2),
 }  # fmt: skip
+ROUNDS = {"small": 4, "medium": 2, "wide": 2}  # all three sizes in less than ten minutes on two cores
 NAMES = {
     "ours": "this trainer",
     "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
@@ -363,7 +364,7 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
     shape += f" x {accumulation} accumulated" if accumulation > 1 else ""
     base, best = rows.get("seed"), rows.get("floor")
     lines = [
-        f"**{size}**: {shape}, {cfg.mixed_precision.replace('no', 'fp32')}",
+        f"**{size}**: {shape}, {cfg.mixed_precision.replace('no', 'fp32')}; {len(rows[next(iter(rows))]['seconds'])} rounds",
         "",
         "| | tokens/s | of the Transformers design | of the floor | peak memory, GiB | first step, s | spread | MFU |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -526,6 +527,12 @@ def sample_command(options: argparse.Namespace) -> None:
 # --- command line
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def step_command(options: argparse.Namespace) -> None:
     contenders = options.contenders.split(",")
     for name in contenders:
@@ -533,11 +540,10 @@ def step_command(options: argparse.Namespace) -> None:
             raise ConfigError(f"contender {name!r} is none of ours, ours-ddp-N, ours-fsdp-N, seed, nanogpt, floor")
     sizes = list(SIZES) if options.size == "all" else [options.size]
     print(hardware())
-    print(
-        f"median of {options.rounds} rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True
-    )
+    print(f"medians of rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)
     for size in sizes:
-        print(measure(size, contenders, options.settings, options.rounds, options.steps) + "\n", flush=True)
+        rounds = ROUNDS[size] if options.rounds is None else options.rounds
+        print(measure(size, contenders, options.settings, rounds, options.steps) + "\n", flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -553,20 +559,20 @@ def main(argv: list[str]) -> int:
     step = commands.add_parser("step", help="tokens/s of a whole optimizer step, ours and the peers'")
     step.add_argument("--size", choices=[*SIZES, "all"], default="all")
     step.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also ours-ddp-N, ours-fsdp-N")
-    step.add_argument("--rounds", type=int, default=3)
-    step.add_argument("--steps", type=int, default=1, help="optimizer steps per turn")
+    step.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
+    step.add_argument("--steps", type=positive, default=1, help="optimizer steps per turn")
     step.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys, for all contenders")
     step.set_defaults(run=step_command)
     planner.add_command(commands)
     save = commands.add_parser("save", help="what a checkpoint costs the training loop, at two sizes")
     save.add_argument("--folder", default=".", help="where the files are written, and removed again")
-    save.add_argument("--rounds", type=int, default=7)
+    save.add_argument("--rounds", type=positive, default=7)
     save.set_defaults(run=save_command)
     sampling = commands.add_parser("sample", help="tokens/s of sampling, beside transformers.generate")
     sampling.add_argument("checkpoint", help="one of ours, or a folder of them")
     sampling.add_argument("--tokens", type=int, default=512)
     sampling.add_argument("--threads", type=int, default=1)
-    sampling.add_argument("--rounds", type=int, default=3)
+    sampling.add_argument("--rounds", type=positive, default=3)
     sampling.set_defaults(run=sample_command)
     try:
         options = parser.parse_args(argv)
