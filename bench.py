@@ -1,7 +1,7 @@
 """Numbers before the money is spent: this trainer beside its peers, and what a config needs and costs.
 
 python bench.py step                                          # three sizes, all contenders, on this machine
-python bench.py step --size medium --contenders ours,ours-ddp-2,ours-fsdp-2 gradient_accumulation_steps=4
+python bench.py step --size medium --contenders ours,ours-fsdp-2 gradient_accumulation_steps=4
 python bench.py plan configs/production.py --gpus 2 --memory 24
 python bench.py save                                          # what a checkpoint costs the training loop
 python bench.py sample out/demo                               # tokens/s of sampling, beside transformers.generate
@@ -260,6 +260,10 @@ def floor(cfg: Config, gate: Gate) -> None:
 # --- the parent: starts the contenders, gives them turns, prints the table
 
 
+class ContenderError(RuntimeError):
+    exit_code = 1
+
+
 @dataclasses.dataclass
 class Contender:
     """A contender's processes, all waiting for their turn but one."""
@@ -271,15 +275,25 @@ class Contender:
 
     def turn(self, steps: int) -> dict[str, float]:
         """Run so many steps; {"seconds": in all, "memory": peak bytes of the hungriest process so far}."""
-        for process in self.processes:
-            process.stdin.write(f"{steps}\n")
-            process.stdin.flush()
-        lines = [process.stdout.readline() for process in self.processes]
-        if not all(lines):
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"{self.name} ended early; the end of its log:\n{tail}")
+        lines = []
+        with contextlib.suppress(BrokenPipeError):  # it died while it waited
+            for process in self.processes:
+                process.stdin.write(f"{steps}\n")
+                process.stdin.flush()
+            lines = [process.stdout.readline() for process in self.processes]
+        if not (lines and all(lines)):
+            raise ContenderError(self.last_words())
         reports = [json.loads(line) for line in lines]
         return {key: max(report[key] for report in reports) for key in ("seconds", "memory")}
+
+    def last_words(self) -> str:
+        codes = []
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                codes.append(process.wait(timeout=5))
+        killed = "; -9 is a kill, most often for want of memory: name fewer contenders, or a smaller --size"
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+        return f"{self.name} ended early with {codes}{killed if -9 in codes else ''}; the end of its log:\n{tail}"
 
 
 def start(name: str, folder: Path, settings: list[str]) -> Contender:
@@ -577,7 +591,7 @@ def main(argv: list[str]) -> int:
     try:
         options = parser.parse_args(argv)
         options.run(options)
-    except (ConfigError, ckpt.CheckpointError) as error:
+    except (ConfigError, ckpt.CheckpointError, ContenderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -97,6 +97,18 @@ def test_step_command(tmp_path):
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
 
 
+def test_contender_that_dies(tmp_path):
+    """A contender killed while the others have their turns: its exit code, and what that code most often means."""
+    bench.write_inputs(tmp_path, bench.SIZES["small"], ["hidden_size=64", "num_hidden_layers=1", "vocab_size=512"])
+    contender = bench.start("floor", tmp_path, ["intermediate_size=256"])
+    assert contender.turn(1)["seconds"] > 0
+    contender.processes[0].kill()
+    with pytest.raises(
+        bench.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often for want of memory"
+    ):
+        contender.turn(1)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_recomputation_changes_nothing(dropout):
     """Loss and gradients with selective and full activation checkpointing, equal to those without, bit for bit."""
