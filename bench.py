@@ -15,20 +15,16 @@ import json
 import os
 import platform
 import re
-import resource
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import ckpt
 import configs
@@ -51,210 +47,11 @@ SIZES = {
 ROUNDS = {"small": 4, "medium": 2, "wide": 2}  # all three sizes in less than ten minutes on two cores
 NAMES = {
     "ours": "this trainer",
+    "whole": "this trainer, compiled in one piece",
     "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
     "nanogpt": "nanoGPT-style GPT-2, torch.compile",
     "floor": "its matrix products alone",
 }
-
-
-# --- contenders: each runs optimizer steps for ever and ticks the gate after every one
-
-
-class Gate:
-    """Lets a loop run a round of steps when the parent asks for one, and reports the seconds that it took.
-
-    train.py's loop takes it for its stop signal: `since` is read once per optimizer step, so that what is measured
-    is the trainer itself and not a copy of its loop.
-    """
-
-    def __init__(self):
-        self.channel = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)  # whatever else is printed goes to the log
-
-    def wait(self) -> None:
-        """Until the parent asks for a round; called first when everything is imported."""
-        line = sys.stdin.readline()
-        if not line:
-            os._exit(0)
-        self.left, self.begin = int(line), time.perf_counter()
-
-    @property
-    def since(self) -> float:
-        self.tick()
-        return 0.0
-
-    def tick(self) -> None:
-        self.left -= 1
-        if self.left:
-            return
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        seconds = time.perf_counter() - self.begin
-        cpu = not torch.accelerator.is_available()
-        memory = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            if cpu
-            else torch.accelerator.max_memory_allocated()
-        )
-        self.channel.write(json.dumps({"seconds": seconds, "memory": memory}) + "\n")
-        self.wait()
-
-
-def device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def ours(cfg: Config, gate: Gate) -> None:
-    import train
-    from data import Dataset
-
-    gate.wait()
-    train.train(cfg, {}, Dataset.open(cfg), gate)
-
-
-class Windows(torch.utils.data.Dataset):
-    """Windows of T + 1 tokens of the benchmark's shard, in memory."""
-
-    def __init__(self, cfg: Config):
-        with np.load(next(Path(cfg.data_dir).glob("*.npz"))) as shard:
-            self.tokens = shard["input_ids"].astype(np.int64)
-        self.length = cfg.sequence_length
-
-    def __len__(self):
-        return (len(self.tokens) - 1) // self.length
-
-    def __getitem__(self, i):
-        return torch.from_numpy(self.tokens[i * self.length : (i + 1) * self.length + 1])
-
-
-def forever(loader) -> Iterator:
-    while True:
-        yield from loader
-
-
-def seed(cfg: Config, gate: Gate) -> None:
-    """The common design: Transformers' model, AdamW, torch.compile, Accelerate's loop."""
-    from accelerate import Accelerator
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, get_cosine_schedule_with_warmup
-
-    gate.wait()
-    accelerator = Accelerator(
-        mixed_precision=cfg.mixed_precision,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        cpu=device().type == "cpu",
-    )
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
-    model = torch.compile(model) if cfg.compile_model else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, cfg.warmup_steps, cfg.max_steps)
-    loader = torch.utils.data.DataLoader(
-        Windows(cfg), cfg.per_device_train_batch_size, shuffle=True, num_workers=2, drop_last=True
-    )
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    model.train()
-    for batch in forever(loader):
-        with accelerator.accumulate(model):
-            ids = batch[:, :-1].contiguous()
-            accelerator.backward(model(input_ids=ids, labels=ids).loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            gate.tick()
-
-
-class GPT2Block(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        C = cfg.hidden_size
-        self.heads = cfg.num_attention_heads
-        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, cfg.intermediate_size), nn.Linear(cfg.intermediate_size, C)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.ln1(x)).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.ln2(x))))
-
-
-class GPT2(nn.Module):
-    """GPT-2's shape with GPT-NeoX's matrix sizes: learned positions, sequential residual, an untied head."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.positions = nn.Embedding(cfg.sequence_length, cfg.hidden_size)
-        self.blocks = nn.ModuleList(GPT2Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = nn.LayerNorm(cfg.hidden_size)
-        self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Linear | nn.Embedding) else None)
-
-    def forward(self, idx, targets):
-        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))
-        for block in self.blocks:
-            x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
-
-
-def nanogpt(cfg: Config, gate: Gate) -> None:
-    """A nanoGPT-style loop: random windows, autocast, whole-model compile, fused AdamW."""
-    gate.wait()
-    where = device()
-    model = GPT2(cfg).to(where)
-    compiled = torch.compile(model) if cfg.compile_model else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    tokens, T = torch.from_numpy(Windows(cfg).tokens), cfg.sequence_length
-    accumulation = cfg.gradient_accumulation_steps
-    dtype = parallel.DTYPES[cfg.mixed_precision]
-    while True:
-        for _ in range(accumulation):
-            starts = torch.randint(len(tokens) - T - 1, (cfg.per_device_train_batch_size,))
-            windows = torch.stack([tokens[i : i + T + 1] for i in starts]).to(where, non_blocking=True)
-            with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
-                loss = compiled(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / accumulation
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        gate.tick()
-
-
-def floor(cfg: Config, gate: Gate) -> None:
-    """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
-    attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
-    gate.wait()
-    where, dtype = device(), parallel.DTYPES[cfg.mixed_precision]
-    C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
-    B, H, L = cfg.per_device_train_batch_size, cfg.num_attention_heads, cfg.num_hidden_layers
-
-    def normal(*shape):
-        return torch.randn(*shape, device=where).to(dtype)
-
-    def linear(inputs, outputs):
-        x, dy, w = normal(B * T, inputs), normal(B * T, outputs), normal(outputs, inputs)
-        return lambda: (torch.mm(x, w.T, out=dy), torch.mm(dy, w, out=x), torch.mm(dy.T, x, out=w))
-
-    def attention():
-        q, k, s = normal(B * H, T, C // H), normal(B * H, T // 2, C // H), normal(B * H, T, T // 2)
-        over_d = [lambda: torch.bmm(q, k.mT, out=s)] * 2  # scores; the gradient of the weights
-        over_t = [lambda: torch.bmm(s, k, out=q), lambda: torch.bmm(s.mT, q, out=k)]  # output, dq; dk, dv
-        return lambda: [product() for product in (*over_d, *over_t, *over_t)]
-
-    block = [linear(C, 3 * C), attention(), linear(C, C), linear(C, inner), linear(inner, C)]
-    head = linear(C, cfg.vocab_size)
-    with torch.no_grad():
-        while True:
-            for _ in range(cfg.gradient_accumulation_steps):
-                for _ in range(L):
-                    for product in block:
-                        product()
-                head()
-            gate.tick()
 
 
 # --- the parent: starts the contenders, gives them turns, prints the table
@@ -315,7 +112,7 @@ def start(name: str, folder: Path, settings: list[str]) -> Contender:
         if world_size > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(HERE / "bench.py"), "worker", kind, str(folder / "config.py"), *settings]
+        command = [sys.executable, str(HERE / "peers.py"), kind, str(folder / "config.py"), *settings]
         with log.open("a") as errors:
             processes.append(
                 subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=errors, text=True, cwd=folder)
@@ -550,8 +347,10 @@ def positive(text: str) -> int:
 def step_command(options: argparse.Namespace) -> None:
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
-            raise ConfigError(f"contender {name!r} is none of ours, ours-ddp-N, ours-fsdp-N, seed, nanogpt, floor")
+        if not re.fullmatch(r"(ours|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+            raise ConfigError(
+                f"contender {name!r} is none of seed, nanogpt, floor, ours, whole, ours-ddp-N, whole-fsdp-N"
+            )
     sizes = list(SIZES) if options.size == "all" else [options.size]
     print(hardware())
     print(f"medians of rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)
@@ -561,18 +360,13 @@ def step_command(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["worker"]:
-        contender: Callable = {"ours": ours, "seed": seed, "nanogpt": nanogpt, "floor": floor}[argv[1]]
-        gate = Gate()
-        contender(configs.load(argv[2:])[0], gate)
-        return 0
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="step|plan|save|sample")
     step = commands.add_parser("step", help="tokens/s of a whole optimizer step, ours and the peers'")
     step.add_argument("--size", choices=[*SIZES, "all"], default="all")
-    step.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also ours-ddp-N, ours-fsdp-N")
+    step.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also whole, ours-ddp-N, whole-fsdp-N")
     step.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
     step.add_argument("--steps", type=positive, default=1, help="optimizer steps per turn")
     step.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys, for all contenders")

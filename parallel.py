@@ -145,7 +145,8 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
     if cfg.compile_model:
         # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
         for block in raw(model).layers:
-            block.attention.in_pieces = env.device.type == "cpu"
+            # shorter windows gain less than the longer compilation costs
+            block.attention.in_pieces = env.device.type == "cpu" and cfg.sequence_length >= 512
             block.compile(dynamic=False)
         raw(model).embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
     return model

@@ -2,8 +2,8 @@
 
     python report.py LOGDIR [LOGDIR ...] [out=FOLDER]
 
-Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations, steps that were not
-finite and steps that were skipped are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.
+Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations, spikes, steps that
+were not finite and steps that were skipped are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.
 """
 
 import base64
@@ -24,7 +24,14 @@ PANELS = {
     "tokens_per_second": "tokens per second",
     "grad_norm": "gradient norm before clipping",
 }
-MARKS = {"checkpoint": "checkpoint", "resume": "resume", "eval": "evaluation", "bad": "not finite", "skip": "skipped"}
+MARKS = {  # kind: its name in the legend
+    "checkpoint": "checkpoint",
+    "resume": "resume",
+    "eval": "evaluation",
+    "spike": "spike",
+    "bad": "not finite",
+    "skip": "skipped",
+}
 
 
 class ReportError(ValueError):
@@ -76,6 +83,8 @@ def read(folder: Path) -> Run:
                 run.series[key][step] = float(line[key])  # "nan" and "inf" are written as text
         if not math.isfinite(run.series["loss"].get(step, 0) + run.series["grad_norm"].get(step, 0)):
             run.marks["bad"].append(step)
+        elif line.get("verdict"):
+            run.marks["spike"].append(step)
     for event in events:
         step, kind = event["step"], event["event"]
         if kind in MARKS:
@@ -134,6 +143,7 @@ def draw(runs: list[Run]) -> bytes:
             place = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "color": colour, "clip_on": False}
             ax.plot(run.marks["checkpoint"], [0.015] * len(run.marks["checkpoint"]), marker="^", markersize=5, **place)
             ax.plot(run.marks["skip"], [0.97] * len(run.marks["skip"]), marker="v", markersize=6, **place)
+            ax.plot(run.marks["spike"], [0.97] * len(run.marks["spike"]), marker="*", markersize=7, **place)
             ax.plot(run.marks["bad"], [0.97] * len(run.marks["bad"]), marker="x", markersize=6, **place)
             for step in run.marks["resume"]:
                 ax.axvline(step, color=colour, linestyle="--", linewidth=0.9, alpha=0.8)
@@ -153,7 +163,7 @@ def draw(runs: list[Run]) -> bytes:
     for ax in list(axes.values())[2:]:
         ax.set_xlabel("step")
     lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=True)]
-    shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "bad": "x", "skip": "v"}
+    shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "spike": "*", "bad": "x", "skip": "v"}
     for kind, shape in shapes.items():
         if any(run.marks[kind] for run in runs):
             style = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
@@ -184,6 +194,7 @@ def figures(run: Run) -> dict[str, str]:
         "gradient norm, mean and largest": f"{norm[0][1]:.3g}, {norm[0][3]:.3g}" if norm else "-",
         "checkpoints": listed(run.marks["checkpoint"]),
         "resumes": listed(run.marks["resume"]),
+        "spikes": listed(run.marks["spike"]),
         "not finite": listed(run.marks["bad"]),
         "skipped": listed(run.marks["skip"]),
         "unreadable lines": f"{run.skipped}",

@@ -11,9 +11,12 @@ import hashlib
 import math
 import os
 import platform
+import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,19 +39,40 @@ DONE, INTERNAL, NOT_IN_BUCKET, STOPPED = 0, 70, 74, 75
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once.
+
+    Until the loop has begun the next boundary can be minutes away (other nodes are waited for, blocks compiled) and
+    nothing is trained that could be lost, so the process waits PATIENCE seconds for it and leaves.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    PATIENCE = 15.0  # torchrun kills its processes 30 s after it was told to stop
 
     def __init__(self):
-        self.since = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
+        self.since, self.begun = 0.0, False
+        # a thread is told of signals also while the main one sits in a collective, where no handler would run
+        signals, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self.listen, args=(signals,), daemon=True, name="signals").start()
 
-    def receive(self, number, frame):
-        now = time.monotonic()
-        if not self.since:
-            self.since = now
-        elif now - self.since > 1.0:  # sooner, it is the same Ctrl-C passed on by torchrun
-            os._exit(128 + number)
+    def listen(self, signals: socket.socket) -> None:
+        while True:
+            impatient = self.since and not self.begun
+            left = max(0.0, self.since + self.PATIENCE - time.monotonic()) if impatient else None
+            if not select.select([signals], [], [], left)[0]:
+                if not self.begun:
+                    os.write(2, b"stopped by a signal before the first step: what was saved before stands\n")
+                    os._exit(STOPPED)
+                continue
+            if (number := signals.recv(1)[0]) not in self.NUMBERS:
+                continue
+            if not self.since:
+                self.since = time.monotonic()
+            elif time.monotonic() - self.since > 1.0:  # sooner, it is the same Ctrl-C passed on by torchrun
+                os._exit(128 + number)
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -241,6 +265,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         last_save, saved_at = time.monotonic(), step
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
+    stop.begun = True
     model.train()
     for batch in loader:
         lr = learning_rate(step, cfg)

@@ -4,10 +4,13 @@ import importlib.util
 import json
 import secrets
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -176,6 +179,16 @@ def pythia(folder: Path, dtype=torch.float16, **keys) -> GPTNeoXForCausalLM:
 
 
 PYTHIA_KEYS = "vocab_size=320 hidden_size=64 num_hidden_layers=2 intermediate_size=256 max_position_embeddings=128"
+
+
+def test_without_onnx_packages(checkpoint, tmp_path):
+    """In an environment without them: one line with the command that installs the rest, exit 2."""
+    hidden = {package: None for package in export.ONNX_PACKAGES}  # an import of None is an absent package
+    script = f"import sys; sys.modules.update({hidden!r}); import ckpt; "
+    script += f"sys.exit(ckpt.main(['export', {str(checkpoint)!r}, {str(tmp_path / 'hf')!r}, '--onnx']))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2 and "pip install onnx onnxscript onnxruntime" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "hf").exists()
 
 
 def test_import(tmp_path, capsys):

@@ -37,10 +37,15 @@ def test_every_step_counts_once_and_a_cut_line_is_none(tmp_path):
     """Steps run again differently after a resume replace the old ones with all that followed them; what a kill cut."""
     lines = [step(n) for n in range(1, 9)]
     lines += [{"event": "checkpoint", "step": 4}, {"event": "eval", "step": 8, "loss": 3.0}]
-    lines += [{"event": "resume", "step": 4}, step(6, 1.5), step(7, "nan"), {"event": "skip", "step": 8}]
+    lines += [
+        {"event": "resume", "step": 4},
+        step(6, 1.5, verdict="spike"),
+        step(7, "nan"),
+        {"event": "skip", "step": 8},
+    ]
     run = report.read(write(tmp_path, lines, '{"step": 8, "lo'))
     assert run.series["loss"].keys() == {1, 2, 3, 4, 5, 6, 7} and run.series["loss"][6] == 1.5
-    assert run.marks == {"checkpoint": [4], "resume": [4], "eval": [], "bad": [7], "skip": [8]}
+    assert run.marks == {"checkpoint": [4], "resume": [4], "eval": [], "spike": [6], "bad": [7], "skip": [8]}
     assert run.eval_loss == {} and run.skipped == 0
 
 

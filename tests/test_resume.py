@@ -129,6 +129,8 @@ def storm(shards: Path, folder: Path, layout: str, kills: int, seed: int) -> dic
     nproc, _, args = STORMS[layout]
     rng = random.Random(seed)
     args = [f"data_dir={shards}", "max_steps=30", "save_steps=3", "resume=latest", *args]
+    if "compile_model=true" in args:  # fills the compiler's cache, so that the kills are spread over the run itself
+        train(folder / "warm", *args, "max_steps=1")
     begin = time.monotonic()
     train(folder / "calm", *args, nproc=nproc)
     duration = time.monotonic() - begin
@@ -249,6 +251,33 @@ def test_sigterm_to_torchrun(shards, tmp_path):
     assert time.monotonic() - begin < 25 and process.returncode != 0
     assert re.search(r"stopped at step \d+ [\d.]+ s after the signal", text()), text()
     ckpt.verify(newest(tmp_path))
+
+
+def test_sigterm_while_compiling(shards, tmp_path):
+    """SIGTERM to both ranks while a cold cache is filled: out within 25 s, exit 75; started again, the run goes through."""
+    args = [f"data_dir={shards}", "compile_model=true", "max_steps=3", "resume=latest"]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = Run(args, 2, tmp_path, env=cache)
+    end = time.monotonic() + 40
+    while not list((tmp_path / "cache").rglob("*.cpp")) and time.monotonic() < end:
+        time.sleep(0.01)
+    run.signal(signal.SIGTERM)
+    assert "ready in" not in run.text
+    assert run.wait(25) == [75, 75], run.text
+    assert re.search(r"stopped .*(before the first step|at step 1 )", run.text), run.text
+    train(tmp_path, *args, nproc=2, env=cache)
+    assert sorted(steps(tmp_path)) == [1, 2, 3]
+
+
+def test_sigterm_while_waiting_for_another_rank(shards, tmp_path):
+    """A rank whose peer never comes sits in a rendezvous where no handler runs: it leaves with 75 all the same."""
+    run = Run([f"data_dir={shards}"], 2, tmp_path)
+    run.signal(signal.SIGKILL, rank=1)
+    run.ranks[1].join()
+    time.sleep(2)  # imports and the first connection are over
+    run.signal(signal.SIGTERM, rank=0)
+    assert run.wait(25) == [75, -signal.SIGKILL], run.text
+    assert "before the first step" in run.text
 
 
 def test_resume_is_explained_and_refused_where_it_must_be(shards, tmp_path):
