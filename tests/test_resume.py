@@ -130,7 +130,7 @@ def storm(shards: Path, folder: Path, layout: str, kills: int, seed: int) -> dic
     rng = random.Random(seed)
     args = [f"data_dir={shards}", "max_steps=30", "save_steps=3", "resume=latest", *args]
     if "compile_model=true" in args:  # fills the compiler's cache, so that the kills are spread over the run itself
-        train(folder / "warm", *args, "max_steps=1")
+        train(folder / "warm", *args)
     begin = time.monotonic()
     train(folder / "calm", *args, nproc=nproc)
     duration = time.monotonic() - begin
