@@ -143,8 +143,8 @@ class Block(nn.Module):
         return F.dropout(h, self.p, self.training)
 
 
-def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross entropy (fp32 scalar) of logits (N, V) at targets (N,), and its gradient (N, V) in logits' dtype.
+def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy (fp32 scalar) of logits (N, V) at targets (N,); logits become its gradient, in their dtype.
 
     Targets below zero do not count. The gradient is softmax minus one-hot; loss and softmax are fp32 throughout.
     """
@@ -153,8 +153,8 @@ def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     counts = (targets >= 0)[:, None]  # (N, 1)
     hit = torch.arange(x.size(1), device=x.device)[None] == targets[:, None]  # (N, V), fused away when compiled
     loss = torch.where(counts, lse - torch.where(hit, x, 0.0).sum(dim=-1, keepdim=True), 0.0).sum()
-    grad = torch.where(counts, torch.exp(x - lse) - hit.float(), 0.0)
-    return loss, grad.to(logits.dtype)
+    logits.copy_(torch.where(counts, torch.exp(x - lse) - hit.float(), 0.0))  # in place: a chunk exists once
+    return loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -171,8 +171,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = torch.empty_like(x), None
         chunks = list(zip(x.split(chunk_rows), targets.split(chunk_rows), dx.split(chunk_rows), strict=True))
         for x_c, y_c, dx_c in chunks:
-            loss_c, dlogits = kernel(x_c @ w.T, y_c)
-            loss += loss_c
+            dlogits = x_c @ w.T  # the logits still
+            loss += kernel(dlogits, y_c)
             torch.mm(dlogits, w, out=dx_c)
             part = dlogits.T @ x_c  # (V, C)
             if dw is None:
