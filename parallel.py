@@ -230,7 +230,7 @@ def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
         with autocast(cfg, env):
             loss = model(zeros, zeros)
         (loss * 0.0).backward()
-        model.zero_grad(set_to_none=True)
+        clear_gradients(model)
 
 
 def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
@@ -240,6 +240,15 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clear_gradients(model: torch.nn.Module) -> None:
+    """Nothing is left of the last step's gradients.
+
+    DDP's are views of its buckets, which stay: zeroed in place, the next micro-steps add to them. Set to None, a
+    micro-step that does not communicate would make a second copy of all of them.
+    """
+    model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
 def total(value: torch.Tensor) -> torch.Tensor:

@@ -297,7 +297,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             update(optimizers, scaler, apply)
             if every(cfg.histogram_steps, step + 1):
                 monitor.histograms(step + 1, model)
-            model.zero_grad(set_to_none=True)
+            parallel.clear_gradients(model)
             readback.put((step + 1, lr, batch.ids), figures)
         step += 1
         samples_seen += global_batch
