@@ -3,6 +3,7 @@
 Everything is written once for CPU, CUDA and MPS; a single process is a process group of one.
 """
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -112,7 +113,17 @@ def start(cfg: Config) -> Env:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    atexit.register(outlive, dist.group.WORLD)
     return Env(rank, world, local_rank, local_world, device, threads)
+
+
+def outlive(group: dist.ProcessGroup) -> None:
+    """At exit: DDP's reducer goes first, this reference to its process group last.
+
+    Ending a group waits for gloo's threads, and one of them can be waiting for the GIL to free the tensor of the last
+    collective. A Python reference lets go of the GIL first; the reducer does not, and would wait for ever (torch 2.13).
+    """
+    gc.collect()
 
 
 def stop() -> None:
