@@ -383,7 +383,11 @@ def main(argv: list[str]) -> int:
     sampling.add_argument("--rounds", type=positive, default=3)
     sampling.set_defaults(run=sample_command)
     try:
-        options = parser.parse_args(argv)
+        options, late = parser.parse_known_args(argv)  # argparse takes key=value before the options, not after
+        if unknown := [word for word in late if "settings" not in options or word.startswith("-") or "=" not in word]:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if late:
+            options.settings += late
         options.run(options)
     except (ConfigError, ckpt.CheckpointError, ContenderError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -47,7 +47,7 @@ class Ledger(TorchDispatchMode):
         self.restart()
 
     def restart(self) -> None:
-        self.peak, self.at_peak = 0, Counter()
+        self.peak, self.at_peak, self.host_peak = 0, Counter(), 0
         self.gathered = self.reduced = 0  # bytes
 
     def __enter__(self):
@@ -99,7 +99,9 @@ class Ledger(TorchDispatchMode):
         elif func is torch.ops.fsdp.split_with_sizes_copy.default:
             for whole in kwargs["out"]:
                 self.account(whole, "communication")
-        on_device = sum(size for kind, size in self.now.items() if kind not in self.on_host)
+        on_host = sum(self.now[kind] for kind in self.on_host)
+        self.host_peak = max(self.host_peak, on_host)
+        on_device = sum(self.now.values()) - on_host
         if on_device > self.peak:
             self.peak, self.at_peak = on_device, self.now.copy()
         return result
@@ -148,8 +150,7 @@ def simulate(cfg: Config, env: parallel.Env) -> Estimate:
         optimizers = train.make_optimizers(model, cfg)
         for p in model.parameters():
             ledger.account(p, "parameters")
-            if not isinstance(p, DTensor):  # FSDP2's gradients are the outputs of its reduce-scatters
-                p.register_post_accumulate_grad_hook(lambda p: ledger.account(p.grad, "gradients"))
+            p.register_post_accumulate_grad_hook(lambda p: ledger.account(p.grad, "gradients"))
         model.embed_out.register_forward_pre_hook(lambda *_: setattr(ledger, "kind", "loss"))
         x = torch.zeros(B, T, dtype=torch.int64)
         for _ in range(2):  # the first step makes the optimizer's state, and DTensor's plans out of large dummies
@@ -171,14 +172,13 @@ def simulate(cfg: Config, env: parallel.Env) -> Estimate:
                 optimizer.step()
             model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
     device = {kind: 0 if kind in ledger.on_host else ledger.at_peak[kind] for kind in KINDS}
-    host = sum(ledger.at_peak[kind] for kind in ledger.on_host)
     others = (env.world_size - 1) / env.world_size  # a ring sends each part to all others
     if ddp:
         sent = 2 * others * 4 * neox.num_parameters(cfg)[0]
     else:
         rounds = cfg.batch(env.world_size)[0] / accumulation
         sent = others * (ledger.gathered * rounds + ledger.reduced * (rounds if cfg.cpu_offload else 1))
-    return Estimate(device, host, int(sent))
+    return Estimate(device, ledger.host_peak, int(sent))
 
 
 ALTERNATIVES = (

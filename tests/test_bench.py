@@ -46,7 +46,7 @@ def test_plan_command(capsys):
     assert bench.main(["plan", config, "per_device_train_batch_size=4", *words, *sized]) == 0
     out = capsys.readouterr().out
     assert "does not fit as configured; try " in out and "times its peak" in out
-    assert bench.main(["plan", config, "hidden_sizes=3"]) == 2
+    assert bench.main(["plan", config, "--gpus", "2", "hidden_sizes=3"]) == 2
     assert "did you mean hidden_size" in capsys.readouterr().err
 
 
@@ -135,6 +135,15 @@ def test_recomputation_saves_memory():
         for kind in ("none", "selective", "full")
     ]
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_plan_of_offload(world):
+    """With cpu_offload parameters, gradients and two moments are in host memory, and none of them on the device."""
+    cfg, _ = configs.load([*TINY, *MEDIUM, "parallel=fsdp", "cpu_offload=true", "gradient_accumulation_steps=2"])
+    found = planner.estimate(cfg, world)
+    assert found.host * world == pytest.approx(16 * neox.num_parameters(cfg)[0], rel=0.1)
+    assert not any(found.device[kind] for kind in ("parameters", "gradients", "unreduced", "optimizer"))
 
 
 def test_offload_and_muon(shards, tmp_path):
