@@ -12,7 +12,6 @@ torch.distributed.checkpoint plans who writes which part of which tensor, and re
 Its storage is safetensors, not its own .distcp: no byte of a checkpoint is ever unpickled.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -42,7 +41,7 @@ from torch.futures import Future
 
 import manifest
 from configs import ConfigError
-from manifest import STATE, CheckpointError, lock, name, names, parse, verify
+from manifest import CheckpointError, lock, name, names, parse, read_state, verify
 
 __all__ = ["CheckpointError", "Choice", "Saver", "agree", "choose", "load", "lock", "name", "names", "parse"]
 __all__ += ["read_state", "state_tree", "verify"]
@@ -92,16 +91,6 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
         reasons = "".join(f"\n  {reason}" for _, reason in passed_over)
         raise CheckpointError(f"resume=latest: no checkpoint in {output_dir} can be loaded:{reasons}")
     return Choice(None, {}, [])
-
-
-def read_state(path: Path, hashes: bool = True) -> dict[str, Any]:
-    """The state.json of a checkpoint that has just been verified."""
-    verify(path, hashes)
-    with open(path / STATE, "rb") as file:
-        try:
-            return json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path / STATE} is not JSON") from error
 
 
 def agree(function: Callable, *args: Any) -> Any:
@@ -409,74 +398,21 @@ def _cause(error: BaseException) -> str:
     return "; ".join(causes) or f"{type(error).__name__}: {error}"
 
 
-def table(paths: list[Path], hashes: bool) -> tuple[str, int]:
-    """A line for each checkpoint, and how many of them are damaged."""
-    rows, damaged = [("name", "step", "tokens", "loss", "size", "age", "")], 0
-    for path in paths:
-        try:
-            state, of = read_state(path, hashes), manifest.read_manifest(path)
-            tokens, loss = state.get("tokens"), state.get("loss")
-            numbers = (
-                f"{of['step']:,}",
-                "-" if tokens is None else f"{tokens:,}",
-                "-" if loss is None else f"{loss:.4f}",
-                f"{sum(file['size'] for file in of['files'].values()) / 1e6:,.1f} MB",
-                _age(time.time() - of["time"]),
-            )
-            rows.append((path.name, *numbers, "verified" if hashes else "complete"))
-        except CheckpointError as error:
-            damaged += 1
-            rows.append((path.name, f"{parse(path.name).step:,}" if parse(path.name) else "-", *"----", str(error)))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = ["  ".join([r[0].ljust(widths[0]), *(r[i].rjust(widths[i]) for i in range(1, 6)), r[6]]) for r in rows]
-    return "\n".join(line.rstrip() for line in lines), damaged
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
-
-
 def main(argv: list[str]) -> int:
-    """The command line; what needs a bucket or a model is in sync.py and export.py. Returns the exit code."""
+    """The command line; the commands are in sync.py and, those that need a model, in export.py. Returns the exit code."""
     try:
         if argv[:1] in (["export"], ["import"]):
             import export
 
             return (export.main_export if argv[0] == "export" else export.main_import)(argv[1:])
-        if argv[:1] in (["pull"], ["push"], ["prune"]) or any(arg.startswith("gs://") for arg in argv):
-            import sync
+        import sync
 
-            return sync.main(argv)
-        return look(argv)
+        return sync.main(argv)
     except ValueError as error:
         if not hasattr(error, "exit_code"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def look(argv: list[str]) -> int:
-    """`list` and `verify` of what is on disk."""
-    parser = argparse.ArgumentParser(
-        prog="ckpt.py", description="Checkpoints. Also: pull, push, prune (with gs:// places), export, import."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the checkpoints in DIR").add_argument("path", metavar="DIR", type=Path)
-    every_byte = "read every byte and compare it with the manifest"
-    commands.add_parser("verify", help=every_byte).add_argument("path", metavar="DIR_OR_CHECKPOINT", type=Path)
-    args = parser.parse_args(argv)
-    if not args.path.is_dir():
-        raise CheckpointError(f"{args.path} is not a directory")
-    paths = [args.path / n for n in names(args.path)]
-    if not paths and args.command == "list":
-        print(f"no checkpoints in {args.path}")
-        return 0
-    text, damaged = table(paths or [args.path], hashes=args.command == "verify")
-    print(text)
-    return CheckpointError.exit_code if damaged else 0
 
 
 if __name__ == "__main__":

@@ -112,18 +112,23 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} has no {MANIFEST}: not a complete checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path / MANIFEST}: {error.strerror}") from error
+    return decode(content, path / MANIFEST)
+
+
+def decode(content: bytes, where: str | os.PathLike) -> dict[str, Any]:
+    """The manifest that these bytes are. Raises CheckpointError, which calls them `where`."""
     try:
         manifest = json.loads(content)["manifest"]
         newer = manifest["format"] > FORMAT
         intact = newer or encode_manifest(manifest) == content
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: not a manifest") from error
+        raise CheckpointError(f"{where} is damaged: not a manifest") from error
     if newer:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}, this code reads up to {FORMAT}; update the code to load it"
+            f"{where} has format {manifest['format']}, this code reads up to {FORMAT}; update the code to load it"
         )
     if not intact:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its own SHA-256 differs")
+        raise CheckpointError(f"{where} is damaged: its own SHA-256 differs")
     return manifest
 
 
@@ -159,6 +164,19 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from error
     return manifest
+
+
+def read_state(path: Path, hashes: bool = True) -> dict[str, Any]:
+    """The state.json of a checkpoint that has just been verified."""
+    verify(path, hashes)
+    return decode_state((path / STATE).read_bytes(), path / STATE)
+
+
+def decode_state(content: bytes, where: str | os.PathLike) -> dict[str, Any]:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON") from error
 
 
 def commit(temporary: Path, final: Path, save_id: str, files: dict[str, dict[str, Any]], state: bytes) -> None:

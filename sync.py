@@ -4,7 +4,7 @@ Which files make a checkpoint in a bucket, and how one comes and goes, is in rem
 
     gs://BUCKET/PREFIX/OWNER.json    the run that may write below PREFIX: the last one that started
 
-    python ckpt.py list|verify|pull|push|prune ... gs://BUCKET/PREFIX ...
+    python ckpt.py list|verify|pull|push|prune ...
 """
 
 import argparse
@@ -285,10 +285,16 @@ def pull(cfg: Config, found: Found) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """ckpt.py's commands where a bucket is involved; returns the exit code. Raises BucketError and CheckpointError."""
-    parser = argparse.ArgumentParser(prog="ckpt.py", description="Checkpoints in a bucket.")
+    """ckpt.py's commands that need no tensors; returns the exit code. Raises BucketError and CheckpointError."""
+    parser = argparse.ArgumentParser(
+        prog="ckpt.py",
+        description="Checkpoints, on disk and in a bucket. Also: ckpt.py export --help, ckpt.py import --help.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (("list", "what is where"), ("verify", "the same, and compare every local byte")):
+    for command, text in (
+        ("list", "the checkpoints of folders and buckets"),
+        ("verify", "the same, and every byte on disk is compared with its manifest"),
+    ):
         add = commands.add_parser(command, help=text)
         add.add_argument("places", nargs="+", metavar="DIR_OR_URL")
     add = commands.add_parser("pull", help="bring a checkpoint from the bucket")
@@ -330,60 +336,68 @@ def open_place(url: str) -> tuple[Place, str]:
     return Place(gcs.Bucket(bucket), parent if name else prefix), name
 
 
+class Row(NamedTuple):
+    """A checkpoint in a listing; manifest and state are {} where there is a problem with it."""
+
+    name: str
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+    note: str
+    damaged: bool = False
+
+
 def show(places: list[str], hashes: bool) -> int:
     """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
-    rows, damaged = [("name", "step", "tokens", "loss", "size", "age", "where", "")], 0
-    for where in places:
-        if where.startswith("gs://"):
-            found = list(_remote_rows(where))
-        else:
-            found = list(_local_rows(Path(where), hashes))
-        for name, manifest, state, problem in found:
-            step = f"{local.parse(name).step:,}" if local.parse(name) else "-"
-            size = sum(entry["size"] for entry in manifest["files"].values()) if manifest else None
-            rows.append(
-                (
-                    name,
-                    step,
-                    f"{state['tokens']:,}" if "tokens" in state else "-",
-                    f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else "-",
-                    f"{size / 1e6:,.1f} MB" if size is not None else "-",
-                    _age(time.time() - manifest["time"]) if manifest else "-",
-                    where,
-                    problem or "complete",
-                )
-            )
-            damaged += bool(problem)
-    widths = [max(len(row[i]) for row in rows) for i in range(8)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6)), row[6].ljust(widths[6])]
-        print("  ".join([*cells, row[7]]).rstrip())
-    if len(rows) == 1:
+    found = [(where, row) for where in places for row in rows(where, hashes)]
+    if not found:
         print(f"no checkpoints in {' or '.join(places)}")
-    return CheckpointError.exit_code if damaged else 0
+        return 0
+    table = [("name", "step", "tokens", "loss", "size", "age", "where", "")]
+    for where, (name, manifest, state, note, _) in found:
+        table.append(
+            (
+                name,
+                f"{local.parse(name).step:,}" if local.parse(name) else "-",
+                f"{state['tokens']:,}" if state.get("tokens") is not None else "-",
+                f"{state['loss']:.4f}" if state.get("loss") is not None else "-",
+                f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:,.1f} MB" if manifest else "-",
+                _age(time.time() - manifest["time"]) if manifest else "-",
+                where,
+                note,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *numbers, where, note in table:
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:-2], strict=True))]
+        cells += [where.ljust(widths[-2])] if len(places) > 1 else []
+        print("  ".join([*cells, note]).rstrip())
+    return CheckpointError.exit_code if any(row.damaged for _, row in found) else 0
 
 
-Row = tuple[str, dict[str, Any], dict[str, Any], str]  # name, manifest, state, problem
-
-
-def _remote_rows(url: str) -> Iterable[Row]:
-    place, only = open_place(url)
-    for remote in place.checkpoints(place.objects()):
-        if only in ("", remote.name):
-            state = {}
-            if not remote.problem:
-                found = place.bucket.read(place.name(remote.name, remote.manifest["save_id"], STATE))
-                state = json.loads(found[0]) if found else {}
-            yield remote.name, remote.manifest, state, remote.problem
-
-
-def _local_rows(folder: Path, hashes: bool) -> Iterable[Row]:
-    for path in [folder / name for name in local.names(folder)] or [folder] * (folder / MANIFEST).exists():
+def rows(where: str, hashes: bool) -> Iterable[Row]:
+    """The checkpoints of a folder or bucket, the highest step first, or the one that `where` names."""
+    if where.startswith("gs://"):
+        place, only = open_place(where)
+        for remote in place.checkpoints(place.objects()):
+            if only not in ("", remote.name):
+                continue
+            if remote.problem:
+                yield Row(remote.name, {}, {}, remote.problem, damaged=True)
+                continue
+            name = place.name(remote.name, remote.manifest["save_id"], STATE)
+            content, _ = place.bucket.read(name) or (b"{}", 0)
+            yield Row(remote.name, remote.manifest, local.decode_state(content, place.bucket.url(name)), "complete")
+        return
+    folder = Path(where)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a directory")
+    alone = [folder] if hashes or (folder / MANIFEST).exists() else []
+    for path in [folder / name for name in local.names(folder)] or alone:
         try:
-            manifest = local.verify(path, hashes)
-            yield path.name, manifest, json.loads((path / STATE).read_bytes()), ""
+            state = local.read_state(path, hashes)
+            yield Row(path.name, local.read_manifest(path), state, "verified" if hashes else "complete")
         except CheckpointError as error:
-            yield path.name, {}, {}, str(error)
+            yield Row(path.name, {}, {}, str(error), damaged=True)
 
 
 def _age(seconds: float) -> str:
