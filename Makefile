@@ -1,7 +1,8 @@
 # make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=50 ..."]     make test [ARGS="-k resume"]
+# NPROC: processes; without it 2, or 1 where there is a single GPU
 PYTHON ?= python3
 CONFIG ?= configs/demo.py
-NPROC ?= 2
+NPROC ?= `python -c "import torch; print(min(2, torch.accelerator.device_count() or 2))"`
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

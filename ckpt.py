@@ -54,6 +54,7 @@ class Choice(NamedTuple):
     path: Path | None  # None: a fresh run
     state: dict[str, Any]  # the checkpoint's state.json
     passed_over: list[tuple[str, str]]  # newer checkpoints that cannot be loaded: (name, reason)
+    save_id: str = ""
 
 
 def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
@@ -78,19 +79,23 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
         try:
             if not os.path.isdir(path):
                 raise CheckpointError(f"no such directory, neither in {output_dir} nor as a path")
-            return Choice(path, read_state(path), [])
+            return _chosen(path, [])
         except CheckpointError as error:
             raise CheckpointError(f"resume={resume}: {error}; {listing}") from error
     passed_over = []
     for candidate in there:
         try:
-            return Choice(Path(output_dir, candidate), read_state(Path(output_dir, candidate)), passed_over)
+            return _chosen(Path(output_dir, candidate), passed_over)
         except CheckpointError as error:
             passed_over.append((candidate, str(error)))
     if passed_over:
         reasons = "".join(f"\n  {reason}" for _, reason in passed_over)
         raise CheckpointError(f"resume=latest: no checkpoint in {output_dir} can be loaded:{reasons}")
     return Choice(None, {}, [])
+
+
+def _chosen(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
+    return Choice(path, read_state(path), passed_over, manifest.read_manifest(path)["save_id"])
 
 
 def agree(function: Callable, *args: Any) -> Any:
@@ -246,10 +251,18 @@ class Saver:
         """Give the files of a node that does not share rank 0's disk the same name and manifest, for the bucket."""
         box = [(writer.final / manifest.MANIFEST).read_bytes() if self.rank == 0 else None]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
-        if (
-            self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists()
-        ):  # a shared one is renamed by now
-            manifest.put(writer.folder, writer.final, writer.id, box[0])
+        problem = None
+        if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():
+            try:
+                manifest.put(writer.folder, writer.final, writer.id, box[0])
+            except (FileExistsError, FileNotFoundError):
+                pass  # a shared disk: renamed by now, which NFS can show late
+            except OSError as error:
+                problem = f"{_cause(error)} (rank {self.rank})"
+        problems: list[str | None] = [None] * self.world
+        dist.all_gather_object(problems, problem, group=self.group)
+        if any(problems):
+            raise OSError("; ".join(filter(None, problems)))
 
 
 def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any]) -> None:

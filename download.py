@@ -230,12 +230,15 @@ def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], streams: i
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Only one process at a time brings files into a folder; the lock dies with its process."""
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Only one process at a time brings files into a folder; the lock dies with its process.
+
+    Another one is waited for, or BucketError is raised.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".download.lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise gcs.BucketError(

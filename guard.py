@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import data
+import parallel
 from configs import Config, ConfigError
 from manifest import CheckpointError
 
@@ -74,7 +75,7 @@ class Spikes:
         self.window[row] = torch.where(figures.isfinite().all(), figures, self.window[row])
         spike = (deviations > self.sigma).any().float()
         if self.skips:  # GPUs of different kinds may round a norm differently, and a verdict must not
-            dist.all_reduce(spike, op=dist.ReduceOp.MAX)
+            parallel.largest(spike)
         return deviations, (spike == 0) if self.skips else torch.ones_like(spike, dtype=torch.bool)
 
     def verdict(self, deviations: list[float]) -> str | None:

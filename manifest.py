@@ -252,11 +252,13 @@ def prune(output_dir: str | os.PathLike, newest: str, save_total_limit: int, kee
 _locks: list[Any] = []  # open files; the kernel drops their locks when the process ends, however it ends
 
 
-def lock(output_dir: str | os.PathLike) -> None:
+def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
     """Make output_dir this process's own until it ends, prove that it can be written, clean up after killed saves.
 
-    One process per run does this. Raises ConfigError: with the owner's host and pid, or why writing fails.
+    One process per node does this, rank 0 first; what it returns is the others' `leader`, so that they know a disk
+    that they share with it. Raises ConfigError: with the owner's host and pid, or why writing fails.
     """
+    me = f"host {socket.gethostname()}, pid {os.getpid()}"
     try:
         os.makedirs(output_dir, exist_ok=True)
         file = open(Path(output_dir, ".lock"), "a+")
@@ -266,15 +268,18 @@ def lock(output_dir: str | os.PathLike) -> None:
             file.seek(0)
             owner = file.read().strip() or "a run that is just starting"
             file.close()
+            if owner == leader:
+                return owner
             raise ConfigError(
                 f"output_dir={output_dir} is in use by {owner}; stop that run or choose another output_dir"
             ) from None
         file.truncate(0)
-        file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+        file.write(me + "\n")
         file.flush()
         os.fsync(file.fileno())
         _locks.append(file)
         recover(output_dir)
+        return me
     except OSError as error:
         raise ConfigError(
             f"output_dir={output_dir} cannot be written: {error.strerror}; choose another output_dir"

@@ -1,6 +1,7 @@
 """What a run says: the plan before the first step, the log lines, TensorBoard and trace.jsonl."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import configs
 import data
 import gpus
 import model as neox
@@ -85,6 +87,12 @@ def complain(logging_dir: str, text: str) -> None:
         log.write(text + "\n")
 
 
+class Diverged(ValueError):
+    """With deterministic=true a replay was not the same run."""
+
+    exit_code = 70
+
+
 class Trace:
     """trace.jsonl: one line per step, the proof that a resumed run is the same run, and lines with an "event" between.
 
@@ -98,10 +106,18 @@ class Trace:
         whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line
         self.file = path.open("a", buffering=1)  # a line reaches the kernel at once: a SIGKILL loses none
         os.truncate(path, len(whole))
-        lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] > start_step]
-        # a step that was run more than once: the last line counts
-        self.expected = {line["step"]: line for line in lines if "event" not in line}
-        self.events = {(line["event"], line["step"]): line for line in lines if "event" in line}
+        self.expected: dict[int, dict] = {}
+        self.events: dict[tuple[str, int], dict] = {}
+        for line in map(json.loads, whole.splitlines()):  # of a step that came more than once the last line counts
+            if (step := line["step"]) <= start_step:
+                continue
+            if "event" not in line:
+                self.expected[step] = line
+                self.events.pop(("skip", step), None)
+            else:
+                self.events[line["event"], step] = line
+                if line["event"] == "skip":
+                    self.expected.pop(step, None)
         self.same, self.first_difference = 0, None
         self.last = max(self.expected, default=0)
 
@@ -182,6 +198,11 @@ class Monitor:
         self.recent = state.get("recent_losses", [])  # since the last line, so that a resume prints the same mean
         self.eval_loss = state.get("eval_loss")
         self.norm, self.stall = math.nan, 0.0
+        changed = (
+            [key for key, *_ in configs.difference(state["config"], dataclasses.asdict(self.cfg))] if state else []
+        )
+        same_place = not state or state["run"]["world_size"] == self.env.world_size
+        self.strict = self.cfg.deterministic and same_place and set(changed) <= {"resume"}  # else a difference is meant
         self.held: tuple | None = None  # a logging step's line of the trace, waiting for its figures
         if self.env.main:
             from torch.utils.tensorboard import SummaryWriter
@@ -202,7 +223,7 @@ class Monitor:
             self.log.write(text + "\n")
 
     def step(self, step: int, loss: float, norm: float, lr: float, ids: np.ndarray, **extra: Any) -> None:
-        """Note one finished step. Raises RuntimeError with deterministic=true where a replay is not the same."""
+        """Note one finished step. Raises Diverged with deterministic=true where a replay is not the same."""
         self.recent.append(loss)
         self.norm = norm
         self.bar.update(step - self.bar.n)
@@ -221,8 +242,8 @@ class Monitor:
     def prove(self, step: int) -> None:
         if proof := self.trace.replayed(step):
             self.say(proof)
-            if self.cfg.deterministic and self.trace.first_difference:
-                raise RuntimeError("deterministic=true, but " + proof)
+            if self.strict and self.trace.first_difference:
+                raise Diverged(f"deterministic=true, but {proof}; the checkpoint that it started from stands")
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
         """Note a step that was walked past."""
@@ -330,17 +351,22 @@ class Monitor:
             return None
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # a graph for each length of the text would not pay
-            steps = generate(model, [[end]], Options(max_new_tokens=self.cfg.sample_tokens), end)
+            # top_p adds up probabilities, for which a GPU has no deterministic kernel
+            options = Options(
+                max_new_tokens=self.cfg.sample_tokens, **({"top_p": 1.0} if self.cfg.deterministic else {})
+            )
+            steps = generate(model, [[end]], options, end)
             ids = [token for [token] in steps if token is not None and token < tokenizer.n_vocab]
         model.train()
         return "".join(f"    {line}\n" for line in tokenizer.decode(ids).splitlines())
 
     def histograms(self, step: int, model: torch.nn.Module) -> None:
-        """Weights and clipped gradients of a model that is whole."""
+        """Weights and clipped gradients of a model that is whole, as far as TensorBoard's bins reach."""
         if self.board and self.cfg.parallel != "fsdp":
             for name, p in parallel.raw(model).named_parameters():
-                self.board.add_histogram(f"weights/{name}", p, step)
-                self.board.add_histogram(f"gradients/{name}", p.grad, step)
+                for kind, values in (("weights", p.detach()), ("gradients", p.grad)):
+                    if len(inside := values[values.abs() < 1e20]):  # NaN is not; an empty histogram is an error
+                        self.board.add_histogram(f"{kind}/{name}", inside, step)
 
     def saved(self, step: int, name: str, stall: float) -> None:
         """Note a save that has begun and held training up for `stall` seconds."""

@@ -58,9 +58,10 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     if local_world_size > count:
+        hide = ", or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU" if accelerator.type == "cuda" else ""
         raise ConfigError(
             f"{local_world_size} processes on a machine with {count} {accelerator.type} device(s); "
-            f"use --nproc_per_node={count}, or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+            f"use --nproc_per_node={count}{hide}"
         )
     return torch.device(accelerator.type, local_rank)
 
@@ -108,7 +109,7 @@ def start(cfg: Config) -> Env:
         torch.backends.cudnn.benchmark = False
 
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
-    timeout = datetime.timedelta(minutes=30)
+    timeout = datetime.timedelta(minutes=30, seconds=cfg.upload_deadline_seconds)  # others wait for the upload too
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -264,7 +265,17 @@ def clear_gradients(model: torch.nn.Module) -> None:
 
 def total(value: torch.Tensor) -> torch.Tensor:
     """Sum of a device tensor over all ranks, in place."""
-    dist.all_reduce(value)
+    return reduced(value, dist.ReduceOp.SUM)
+
+
+def largest(value: torch.Tensor) -> torch.Tensor:
+    """Largest value of a device tensor over all ranks, in place."""
+    return reduced(value, dist.ReduceOp.MAX)
+
+
+def reduced(value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    if dist.get_world_size() > 1:  # alone there is nothing to do, and MPS has no collectives
+        dist.all_reduce(value, op=op)
     return value
 
 
@@ -301,10 +312,10 @@ class Readback:
             yield tag, host.tolist()
 
 
-def on_each_node(env: Env, function: Callable, *args: Any) -> None:
+def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = False) -> None:
     """Run function(*args) on the first process of every node; a failure on one is raised on all ranks. Collective."""
     error = None
-    if env.local_rank == 0:
+    if env.local_rank == 0 and not (env.main and but_rank_0):
         try:
             function(*args)
         except Exception as caught:

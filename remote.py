@@ -171,10 +171,11 @@ def publish(
     return True
 
 
-def fetch(place: Place, name: str, folder: Path, save_id: str | None = None) -> Path:
+def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wait: bool = False) -> Path:
     """A checkpoint from the bucket to folder/name, complete and verified or not at all. Raises CheckpointError.
 
     What an interrupted call fetched is used. One of that name that is damaged or another save is replaced at the end.
+    Another process that fetches into the folder is waited for, or BucketError is raised.
     """
     objects = place.objects()
     there = {remote.name: remote for remote in place.checkpoints(objects)}
@@ -185,7 +186,7 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None) -> 
     manifest, final = there[name].manifest, folder / name
     if save_id not in (None, manifest["save_id"]):
         raise CheckpointError(f"{place}/{name} was replaced by another save in the meantime; start again")
-    with exclusive(folder):
+    with exclusive(folder, wait):
         try:
             if local.verify(final)["save_id"] == manifest["save_id"]:
                 return final

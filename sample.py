@@ -7,6 +7,7 @@
 A batch of prompts is read at once, then each step adds a token to every text behind a cache of keys and values.
 """
 
+import dataclasses
 import os
 import sys
 import time
@@ -270,7 +271,7 @@ def locate(cfg: Config) -> export.Source:
     resume = cfg.resume or "latest"
     if resume.startswith("gs://") or export.is_hf(Path(resume)):
         return export.find(resume)
-    if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(cfg)):
+    if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(dataclasses.replace(cfg, resume=resume))):
         sync.pull(cfg, found)
     choice = ckpt.choose(cfg.output_dir, resume)
     for name, why in choice.passed_over:

@@ -124,8 +124,10 @@ def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
             if apply.item():  # its kernels cannot be told to skip, so the host waits
                 optimizer.step()
             continue
-        # the fused kernel skips the update by itself: nobody waits for the verdict
-        optimizer.grad_scale, optimizer.found_inf = None, (~apply).float()
+        # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host
+        # memory: it must have arrived before the host reads it, which the optimizer's own copy does not wait for
+        where = optimizer.param_groups[0]["params"][0].device
+        optimizer.grad_scale, optimizer.found_inf = None, (~apply).float().to(where)
         optimizer.step()
     scaler.update()
 
@@ -161,9 +163,14 @@ def describe_resume(choice: ckpt.Choice, cfg: Config, dataset: data.Dataset) -> 
     if choice.path is None:
         return f"resume    no checkpoint in {cfg.output_dir}: a fresh run" if cfg.resume else ""
     state = choice.state
-    reason = "newest complete one" if cfg.resume == "latest" else "as asked"
+    reason = "the highest step that is complete" if cfg.resume == "latest" else "as asked"
     lines = [f"resume    {choice.path.name} ({reason}), step {state['step']:,} of {cfg.max_steps:,}"]
     lines += [f"          passed over {name}: {why}" for name, why in choice.passed_over]
+    ahead = [n for n in ckpt.names(cfg.output_dir) if ckpt.parse(n).step > state["step"]]
+    if ahead and cfg.resume != "latest":
+        lines.append(
+            f"          {ahead[0]} is ahead of it and stays: remove what is ahead, or a later resume=latest goes on there"
+        )
     at = dataset.position(state["samples_seen"])
     lines.append(
         f"          data: continues at sample {state['samples_seen']:,}, token {state['tokens']:,}, epoch {at['epoch']}, "
@@ -187,7 +194,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     guard.check_ranks(cfg, dataset)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
-    ckpt.agree(ckpt.lock, cfg.output_dir)
+    owner = ckpt.agree(ckpt.lock, cfg.output_dir)
+    parallel.on_each_node(env, ckpt.lock, cfg.output_dir, owner, but_rank_0=True)
     ckpt.agree(check_folder, cfg.logging_dir)
     monitor = Monitor(cfg, env)
     settings = plan(cfg, env.world_size, dataset, parallel.describe(env, cfg))
@@ -200,6 +208,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     state = choice.state
     if choice.path:
         guard.check_same_data(state, cfg, dataset)
+        parallel.on_each_node(env, sync.bring, cfg, choice.path, choice.save_id, but_rank_0=True)
     monitor.say(describe_resume(choice, cfg, dataset))
 
     model = parallel.build(cfg, env)

@@ -214,6 +214,10 @@ def _check(cfg: Config) -> None:
         f"cpu_offload=true needs parallel=fsdp, not {cfg.parallel}: only sharded parameters can live in host memory",
     )
     require(
+        not cfg.cpu_offload or cfg.mixed_precision != "fp16",
+        "cpu_offload=true keeps gradients in host memory, where mixed_precision=fp16's scaler cannot follow; use bf16",
+    )
+    require(
         not cfg.shard_size or cfg.parallel == "fsdp",
         f"shard_size={cfg.shard_size} needs parallel=fsdp, not {cfg.parallel}: ddp keeps a whole copy in each process",
     )

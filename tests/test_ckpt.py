@@ -147,6 +147,7 @@ def _layouts(rank: int, folder: Path) -> None:
                     assert digest(live) == expected, f"saved by {source} {saved_by}, loaded by {layout} {world}"
                 if layout == "fsdp" and world == 2:
                     _one_rank_fails(rank, folder / "disk", tree)
+                    _one_node_fails(rank, folder / f"node{rank}", tree)
             dist.barrier()
             dist.destroy_process_group()
             if save_or_load == "save" and rank == 0:
@@ -173,6 +174,19 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
     assert "checkpoint-epoch0-step2-files1" in error and "rank 1" in error and "File too large" in error
     dist.barrier()  # rank 0 cleans up behind the error
     assert sorted(os.listdir(folder)) == [".lock", ckpt.name(0, 1, 1)], "something is left of the failed save"
+
+
+def _one_node_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
+    """Two nodes without a shared disk; the second cannot give its part the checkpoint's name: both say why."""
+    os.environ["LOCAL_RANK"] = "0"
+    folder.mkdir()
+    saver = ckpt.Saver(folder)
+    if rank == 1:
+        (folder / ckpt.name(0, 1, 1)).symlink_to("nowhere")  # no folder can take its place
+    saver.save(ckpt.name(0, 1, 1), tree, {})
+    error = saver.close()
+    assert error and "saving checkpoint-epoch0-step1-files1: " in error and "NotADirectoryError" in error
+    assert "(rank 1)" in error
     saver.save(ckpt.name(0, 2, 1), tree, {})
     assert saver.close() is None
     manifest.verify(folder / ckpt.name(0, 2, 1))
@@ -530,9 +544,12 @@ def test_lock(tmp_path):
     finally:
         first.kill()
         first.wait()
-    manifest.lock(tmp_path)
+    me = manifest.lock(tmp_path)
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
         manifest.lock(tmp_path)
+    with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
+        manifest.lock(tmp_path, "host elsewhere, pid 1")
+    assert manifest.lock(tmp_path, me) == me  # another node of the same run, on the same disk
 
 
 @pytest.fixture

@@ -144,8 +144,30 @@ def test_steps_walked_past(shards, tmp_path):
     assert "replayed 3 steps, 3 identical" in again.text and steps(tmp_path / "past") == past
     assert sum(line.get("event") == "skip" for line in trace(tmp_path / "past")) == 2
     forget(tmp_path / "past", after=3)
-    other = train(tmp_path / "past", *args, "resume=latest").text  # without the key
-    assert "not the same run: step 4: was skipped, is run" in other
+    without = train(tmp_path / "past", *args, "resume=latest", "deterministic=true").text
+    assert "not the same run: step 4: was skipped, is run" in without  # which is meant, as the config differs
+    for _ in range(2):  # and once more with it: the trace's last word counts, so the second replay is the same run
+        forget(tmp_path / "past", after=3)
+        within = train(tmp_path / "past", *args, "resume=latest", "skip_steps=4-5").text
+    assert "replayed 3 steps, 3 identical" in within
+
+
+def test_deterministic_ends_a_run_that_is_another(shards, tmp_path):
+    """deterministic=true, the same config, another figure than the trace's: exit 70, and the checkpoint stands."""
+    args = [f"data_dir={shards}", "save_steps=4", "deterministic=true"]
+    train(tmp_path, *args, "max_steps=8")
+    forget(tmp_path, after=4)
+    path = tmp_path / "logs" / "trace.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    [seventh] = [line for line in lines if line["step"] == 7 and "event" not in line]
+    seventh["loss_hex"] = (1.0).hex()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = train(tmp_path, *args, "max_steps=8", "resume=latest", code=70)
+    assert (
+        "error: deterministic=true, but replayed 3 steps identically, then not the same run: step 7: loss_hex"
+        in run.text
+    )
+    assert "Traceback" not in run.text and len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
 
 def test_profile(shards, tmp_path):

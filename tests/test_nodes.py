@@ -123,13 +123,17 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
         pair[0].process.wait(timeout=45)  # the survivor ends too, it does not hang
         pair[0].kill()
         shutil.rmtree(tmp_path / "1" / "out")
+        place = Place(gcs.Bucket("bucket"), "run")
+        # host 0 has all of the checkpoint, so only host 1 needs it; and on host 1 an earlier save was killed
+        fetch(place, place.checkpoints(place.objects())[0].name, tmp_path / "0" / "out")
+        left = tmp_path / "1" / "out" / ".tmp-0123456789abcdef-checkpoint-epoch0-step39-files0"
+        left.mkdir(parents=True)
         end = max(steps(tmp_path / "0")) + 10
         pair = start(29612, end)
         wait_for(lambda: all(h.process.poll() == 0 for h in pair), pair)
         log = pair[0].log.read_text()
         assert re.search(r"replayed \d+ steps", log) and "not the same run" not in log
-        assert server.violations == []
-        place = Place(gcs.Bucket("bucket"), "run")
+        assert server.violations == [] and not left.exists()
         [last] = [remote.name for remote in place.checkpoints(place.objects()) if remote.step == end]
         whole = fetch(place, last, tmp_path / "whole")
     train(tmp_path / "calm", *args, f"max_steps={end}", nproc=2)

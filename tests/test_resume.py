@@ -297,6 +297,9 @@ def test_resume_is_explained_and_refused_where_it_must_be(shards, tmp_path):
         r"data: continues at sample 40, token 1,280, epoch 0, \d+\.\d%, shard part\d/tokenized.* offset \d+", grown
     )
     assert "config: max_steps 10 -> 12" in grown and "schedule: a function of step and config" in grown
+    five = re.search(r"checkpoint-epoch0-step5-files\d", lost)[0]
+    back = train(tmp_path, *args, f"resume={five}", "max_steps=6").text
+    assert re.search(r"checkpoint-epoch\d-step12-files\d is ahead of it and stays: remove what is ahead", back)
     flipped = newest(tmp_path) / "state.json"
     flipped.write_bytes(flipped.read_bytes().replace(b'"step": 12', b'"step": 13'))
     passed = train(tmp_path, *args, "resume=latest", "max_steps=12").text

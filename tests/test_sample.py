@@ -192,8 +192,10 @@ def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
         place, _ = sync.open_place("gs://bucket/runs/a")
         sync.publish(place, checkpoint)
         _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
+        keys = ["bucket_name=bucket", "checkpoint_bucket_path=runs/a", f"output_dir={tmp_path}/empty"]
+        _, latest, _ = main(capsys, *keys, "prompt=x", "max_new_tokens=9")  # no resume is the latest
     code, out, _ = main(capsys, f"resume={checkpoint}", "prompt=x", "max_new_tokens=9")
-    assert code == 0 and pulled == out
+    assert code == 0 and pulled == out and latest == out
 
 
 def test_empty_prompt_and_special_token(checkpoint, model, capsys):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import gcs
 import manifest
 import remote
 import sync
+from configs import Config
+from download import exclusive
 
 ROOT = Path(sync.__file__).parent
 
@@ -289,6 +292,45 @@ def test_no_room_for_a_pull(server, place, tmp_path):
     assert manifest.names(tmp_path / "b") == []
     cfg = config(tmp_path / "b", resume="latest")
     assert content(sync.pull(cfg, sync.find(cfg))) == content(here)
+
+
+def test_two_nodes_pull_into_one_folder(place, tmp_path):
+    """The second waits for the first and finds the checkpoint there; by hand it is told that one is under way."""
+    here = save(tmp_path / "a", 10)
+    remote.publish(place, here)
+    cfg = config(tmp_path / "b", resume="latest")
+    with ThreadPoolExecutor() as pool:
+        with exclusive(tmp_path / "b"):
+            pulled = pool.submit(sync.pull, cfg, sync.find(cfg))
+            with pytest.raises(TimeoutError):
+                pulled.result(timeout=0.5)
+            with pytest.raises(gcs.BucketError, match=f"is being filled by pid {os.getpid()}"):
+                remote.fetch(place, here.name, tmp_path / "b")
+        assert content(pulled.result(timeout=20)) == content(here)
+
+
+def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
+    """One that is missing, damaged or another save on a node comes from the bucket; without one that is an error."""
+    here = save(tmp_path / "a", 10)
+    remote.publish(place, here)
+    save_id = manifest.read_manifest(here)["save_id"]
+    cfg, there = config(tmp_path / "b"), tmp_path / "b" / here.name
+    sync.bring(cfg, there, save_id)
+    assert content(there) == content(here)
+    (there / "shard-00000-00001.safetensors").write_bytes(b"0" * 300_000)
+    sync.bring(cfg, there, save_id)
+    assert content(there) == content(here)
+    save(tmp_path / "b", 10)
+    sync.bring(cfg, there, save_id)
+    assert content(there) == content(here)
+    other = manifest.read_manifest(save(tmp_path / "c", 10))["save_id"]
+    alone = Config(output_dir=str(tmp_path / "c"))
+    for path, what in (
+        (tmp_path / "c" / here.name, f"is save {other}"),
+        (tmp_path / "d" / here.name, "has no MANIFEST"),
+    ):
+        with pytest.raises(manifest.CheckpointError, match=f"lacks the checkpoint that rank 0 loads, .*{what}"):
+            sync.bring(alone, path, save_id)
 
 
 def test_find(server, place, tmp_path, capsys):
