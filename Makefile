@@ -1,9 +1,10 @@
-# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=50 ..."]     make test [ARGS="-k resume"]
+# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]     make test [ARGS="-k resume"]
 # NPROC: processes; without it 2, or 1 where there is a single GPU
 PYTHON ?= python3
 CONFIG ?= configs/demo.py
 NPROC ?= `python -c "import torch; print(min(2, torch.accelerator.device_count() or 2))"`
 ARGS ?=
+WRONG_PYTHON = $(PYTHON) is not Python 3.11 to 3.13; name one that is with PYTHON=python3.12
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -21,6 +22,7 @@ lint: .venv/dev
 	ruff format --check .
 
 .venv/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else '$(WRONG_PYTHON)')"
 	$(PYTHON) -m venv .venv
 
 .venv/runtime: .venv/bin/python requirements.txt

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -396,4 +397,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `plan ... | head` ends as any other filter does
     sys.exit(main(sys.argv[1:]))

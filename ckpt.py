@@ -79,6 +79,10 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
         try:
             if not os.path.isdir(path):
                 raise CheckpointError(f"no such directory, neither in {output_dir} nor as a path")
+            if inside := names(path):
+                raise CheckpointError(
+                    f"a folder of checkpoints; name one, {path / inside[0]}, or set output_dir={path}"
+                )
             return _chosen(path, [])
         except CheckpointError as error:
             raise CheckpointError(f"resume={resume}: {error}; {listing}") from error

@@ -11,6 +11,7 @@ every sample is a random read of about 2 KB.
     python data.py demo | download | tokenize | prepare | verify | bench
 """
 
+import fnmatch
 import hashlib
 import os
 import resource
@@ -34,11 +35,15 @@ HELD_OUT_TAIL = 0.05  # of a single shard
 
 def chosen_shards(cfg: Config) -> list[str]:
     """Relative paths of the first max_files shards of cfg.data_dir, training and held-out ones together."""
+    if not os.path.isdir(cfg.data_dir):
+        raise DataError(f"{cfg.data_dir} is no folder; `python data.py demo` makes a small set in data/demo")
     paths = find_shards(cfg.data_dir, cfg.tokenized_file_pattern)
     if not paths:
+        others = find_shards(cfg.data_dir, "*.npz")
+        hint = f", but {len(others)} others: tokenized_file_pattern=*.npz reads {others[0]}" if others else ""
         raise DataError(
             f"data_dir={cfg.data_dir} and its subfolders have no file named like "
-            f"tokenized_file_pattern={cfg.tokenized_file_pattern}"
+            f"tokenized_file_pattern={cfg.tokenized_file_pattern}{hint}"
         )
     return paths[: cfg.max_files if cfg.max_files > 0 else len(paths)]
 
@@ -329,8 +334,8 @@ def get_tokenizer(name: str) -> Any:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever its HTTP client raises
         raise DataError(
-            "tiktoken cannot fetch the gpt2 vocabulary; connect once, or point TIKTOKEN_CACHE_DIR at a folder that "
-            f"holds it: {type(error).__name__}: {error}"
+            "tiktoken cannot fetch the gpt2 vocabulary; connect once, point TIKTOKEN_CACHE_DIR at a folder that holds it, "
+            f"or use the byte tokenizer, which needs none: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -429,6 +434,7 @@ def main(argv: list[str]) -> int:
         end_of_text = prepare.END_OF_TEXT[args.tokenizer]
         if args.command == "tokenize":
             fields = args.fields.split(",")
+            args.vocab_size = None
             totals = text.tokenize(args.SRC, args.DST, args.tokenizer, fields, args.shard_tokens, args.workers)
         else:
             vocab_size = args.vocab_size or end_of_text + 1
@@ -449,7 +455,22 @@ def main(argv: list[str]) -> int:
         f"padding dropped, {totals['documents']:,} documents, largest id {totals['largest_id']}, "
         f"{time.perf_counter() - begin:.1f} s"
     )
+    print(f"train on it with {' '.join(training_keys(args.DST, args.tokenizer, args.vocab_size))}")
     return 0
+
+
+def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[str]:
+    """What train.py must be told of a set, beyond its defaults."""
+    keys = [f"data_dir={folder}"]
+    if any(
+        not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_shards(folder, "*.npz")
+    ):
+        keys.append("'tokenized_file_pattern=*.npz'")
+    if tokenizer != Config.tokenizer:
+        keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or get_tokenizer(tokenizer).n_vocab}"]
+    elif vocab_size:
+        keys.append(f"vocab_size={vocab_size}")
+    return keys
 
 
 if __name__ == "__main__":

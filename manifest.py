@@ -109,7 +109,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         with open(path / MANIFEST, "rb") as file:
             content = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} has no {MANIFEST}: not a complete checkpoint") from error
+        what = f"has no {MANIFEST}: not a complete checkpoint" if path.is_dir() else "is no directory"
+        raise CheckpointError(f"{path} {what}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path / MANIFEST}: {error.strerror}") from error
     return decode(content, path / MANIFEST)

@@ -62,22 +62,38 @@ def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
         "hardware": where,
         "output": f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}",
     }
+    notes = []
     if cfg.num_processes and cfg.num_processes != world_size and not cfg.global_batch_size:
-        lines["note"] = (
+        notes.append(
             f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
             f"{global_batch} sequences; global_batch_size={cfg.batch(cfg.num_processes)[1]} keeps the intended one"
         )
-    return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+    if cfg.tokenizer == "byte" and cfg.vocab_size > 512:
+        notes.append(f"tokenizer=byte has 257 ids: of vocab_size={cfg.vocab_size:,} the others are never used")
+    if cfg.intermediate_size > 8 * cfg.hidden_size:
+        notes.append(
+            f"intermediate_size={cfg.intermediate_size} is {cfg.intermediate_size / cfg.hidden_size:g} times "
+            "hidden_size; 4 times is usual"
+        )
+    return "\n".join(f"{name:<9} {text}" for name, text in [*lines.items(), *(("note", note) for note in notes)])
 
 
-def check_folder(logging_dir: str) -> None:
-    """Raise ConfigError now if the logs could not be written later."""
+def check_folder(logging_dir: str, output_dir: str) -> None:
+    """Raise ConfigError now if the logs could not be written later, or are those of another run that still exists."""
+    note, mine = Path(logging_dir, ".output_dir"), os.path.realpath(output_dir)
     try:
         Path(logging_dir).mkdir(parents=True, exist_ok=True)
         for name in ("train.log", "trace.jsonl"):
             Path(logging_dir, name).open("a").close()
+        other = note.read_text() if note.exists() else mine
+        if other == mine or not os.path.isdir(other):
+            note.write_text(mine)
+            return
     except OSError as error:
         raise ConfigError(f"logging_dir={logging_dir} cannot be written: {error}; choose another folder") from error
+    raise ConfigError(
+        f"logging_dir={logging_dir} has the logs of the run in {other}; give this run a folder of its own"
+    )
 
 
 def complain(logging_dir: str, text: str) -> None:

@@ -6,6 +6,7 @@ and lifetimes are real, the memory is not, so 1.4 billion parameters are planned
 
 import argparse
 import dataclasses
+import functools
 import math
 import weakref
 from collections import Counter
@@ -125,6 +126,7 @@ def compiled_softmax_loss(logits, targets):
     return logits.new_zeros((), dtype=torch.float32)
 
 
+@functools.cache
 def estimate(cfg: Config, world_size: int) -> Estimate:
     """Predict the memory of one process out of world_size and what it sends per optimizer step."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -222,7 +224,7 @@ def memory_table(cfg: Config, world_size: int, memory: float) -> str:
 
     def row(label: str, cfg: Config) -> bool:
         found = estimate(cfg, world_size)
-        need = found.total * (1 + FRAGMENTATION) + OVERHEAD
+        need = needed(found)
         fits = need <= memory * 2**30
         parts = " | ".join(f"{found.device[kind] / 2**30:.2f}" for kind in KINDS)
         host = f"{found.host * world_size / 2**30:.1f}" if found.host else ""
@@ -238,17 +240,26 @@ def memory_table(cfg: Config, world_size: int, memory: float) -> str:
     return "\n".join(lines)
 
 
+def needed(found: Estimate) -> float:
+    """Bytes of a GPU, with what is not the program's own."""
+    return found.total * (1 + FRAGMENTATION) + OVERHEAD
+
+
 def time_table(cfg: Config, world_size: int, mfu: float, price: float | None) -> str:
-    """Hours and dollars of the whole run for each known GPU."""
+    """Hours and dollars of the whole run for each known GPU, and whether it fits."""
+    need = needed(estimate(cfg, world_size))
     tokens = cfg.max_steps * cfg.batch(world_size)[1] * cfg.sequence_length
     flops = neox.flops_per_token(cfg)
-    lines = ["| GPU | peak, TFLOP/s | tokens/s | hours | $ per GPU-hour | cost, $ |", "|---|---:|---:|---:|---:|---:|"]
-    for name, (peak, _, usual) in GPUS.items():
+    lines = [
+        "| GPU | GiB | fits | peak, TFLOP/s | tokens/s | hours | $ per GPU-hour | cost, $ |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, (peak, size, usual) in GPUS.items():
         rate = world_size * peak * mfu / flops
         hours, dollars = tokens / rate / 3600, usual if price is None else price
         lines.append(
-            f"| {world_size} x {name} | {peak / 1e12:.4g} | {rate:,.0f} | {hours:,.1f} | {dollars:.2f} "
-            f"| {hours * world_size * dollars:,.0f} |"
+            f"| {world_size} x {name} | {size} | {'yes' if need <= size * 2**30 else 'no'} | {peak / 1e12:.4g} | {rate:,.0f} "
+            f"| {hours:,.1f} | {dollars:.2f} | {hours * world_size * dollars:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -247,12 +247,17 @@ def is_intact(folder: Path, path: str) -> bool:
 def prepare(
     source: Path, target: Path, vocab_size: int, end_of_text: int, workers: int = 0, max_ratio: float = MAX_RATIO
 ) -> dict[str, int]:
-    """Converts all .npz and .bin files below source to mapped shards of the same relative name below target.
+    """Converts .npz and .bin files, source or all below it, to mapped shards of the same relative name below target.
 
     What is there already, from the same source and intact, is kept. A bad file does not stop the others; the DataError
     at the end names all of them. Returns totals: files, kept, tokens, documents, padding, largest_id.
     """
-    paths = [p for p in shard.find_shards(source, "*") if p.endswith((".npz", ".bin"))]
+    if not 0 <= end_of_text < vocab_size:
+        raise DataError(
+            f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}; name one with --end_of_text"
+        )
+    source, paths = shard.find_sources(source)
+    paths = [p for p in paths if p.endswith((".npz", ".bin"))]
     if not paths:
         raise DataError(f"{source} and its subfolders have no .npz and no .bin file")
     if Path(target).resolve() == Path(source).resolve():

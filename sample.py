@@ -269,7 +269,7 @@ def read_prompts(prompt: str) -> list[str]:
 def locate(cfg: Config) -> export.Source:
     """What cfg.resume (latest if unset) names: a checkpoint in output_dir or the bucket, or any path or gs:// place."""
     resume = cfg.resume or "latest"
-    if resume.startswith("gs://") or export.is_hf(Path(resume)):
+    if resume.startswith("gs://") or export.is_hf(Path(resume)) or ckpt.names(resume):
         return export.find(resume)
     if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(dataclasses.replace(cfg, resume=resume))):
         sync.pull(cfg, found)

@@ -201,11 +201,16 @@ def find_shards(folder: str | Path, pattern: str) -> list[str]:
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     if not os.path.isdir(folder):
-        raise DataError(f"{folder} is no folder; `python data.py demo` makes a small set in data/demo")
+        raise DataError(f"{folder} is no folder")
     found = []
     for parent, _, names in os.walk(folder, followlinks=True, onerror=refuse):
         found += [Path(parent, name).relative_to(folder).as_posix() for name in fnmatch.filter(names, pattern)]
     return sorted(found)
+
+
+def find_sources(source: Path) -> tuple[Path, list[str]]:
+    """(folder, sorted relative paths) of every file below a folder, or of a single file."""
+    return (source.parent, [source.name]) if source.is_file() else (source, find_shards(source, "*"))
 
 
 # ---- writing

@@ -141,12 +141,13 @@ def documents(file: Path, fields: list[str], start: int) -> Iterator[tuple[int, 
 def tokenize(
     source: Path, target: Path, tokenizer: str, fields: list[str], shard_tokens: int, workers: int = 0
 ) -> dict[str, int]:
-    """Turns .txt and .jsonl files below source into shards of about shard_tokens, end-of-text after each document.
+    """Turns .txt and .jsonl files, source or those below it, into shards of about shard_tokens.
 
-    Shards come out in the order of the sources whatever the number of threads. Each notes where its successor begins,
-    so an interrupted run goes on behind the last intact one. Returns totals as prepare does. Raises DataError.
+    End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
+    notes where its successor begins, so an interrupted run goes on behind the last intact one. Returns totals as
+    prepare does. Raises DataError.
     """
-    paths = shard.find_shards(source, "*")
+    source, paths = shard.find_sources(source)
     if packed := [path for path in paths if path.endswith(".zst")]:
         raise DataError(f"{packed[0]} is compressed; Python cannot read it before 3.14: `zstd -d {source / packed[0]}`")
     paths = [path for path in paths if path.endswith((".txt", ".jsonl"))]

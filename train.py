@@ -39,13 +39,13 @@ DONE, INTERNAL, NOT_IN_BUCKET, STOPPED = 0, 70, 74, 75
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once.
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once.
 
     Until the loop has begun the next boundary can be minutes away (other nodes are waited for, blocks compiled) and
     nothing is trained that could be lost, so the process waits PATIENCE seconds for it and leaves.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     PATIENCE = 15.0  # torchrun kills its processes 30 s after it was told to stop
 
     def __init__(self):
@@ -55,7 +55,9 @@ class StopSignal:
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         for number in self.NUMBERS:
-            signal.signal(number, lambda *_: None)
+            # nohup ignores a closed terminal; but torchrun does not, passes it on, and kills those that ignore it
+            if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:
+                signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, args=(signals,), daemon=True, name="signals").start()
 
     def listen(self, signals: socket.socket) -> None:
@@ -171,6 +173,8 @@ def describe_resume(choice: ckpt.Choice, cfg: Config, dataset: data.Dataset) -> 
         lines.append(
             f"          {ahead[0]} is ahead of it and stays: remove what is ahead, or a later resume=latest goes on there"
         )
+    if cfg.init_from and cfg.init_from != state["config"].get("init_from"):
+        lines.append(f"          init_from={cfg.init_from} is not used: the weights are the checkpoint's")
     at = dataset.position(state["samples_seen"])
     lines.append(
         f"          data: continues at sample {state['samples_seen']:,}, token {state['tokens']:,}, epoch {at['epoch']}, "
@@ -196,7 +200,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     tokens_per_step = global_batch * cfg.sequence_length
     owner = ckpt.agree(ckpt.lock, cfg.output_dir)
     parallel.on_each_node(env, ckpt.lock, cfg.output_dir, owner, but_rank_0=True)
-    ckpt.agree(check_folder, cfg.logging_dir)
+    ckpt.agree(check_folder, cfg.logging_dir, cfg.output_dir)
     monitor = Monitor(cfg, env)
     settings = plan(cfg, env.world_size, dataset, parallel.describe(env, cfg))
     settings += "\n" + configs.show_changes(cfg, origins)
@@ -234,7 +238,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             scaler.load_state_dict(state["scaler"])
     elif cfg.init_from:
         monitor.say(export.init_from(cfg.init_from, cfg, tree))
-    step, samples_seen = state.get("step", 0), state.get("samples_seen", 0)
+    start = step = state.get("step", 0)
+    samples_seen = state.get("samples_seen", 0)
     kept = 0 if bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
     saver = ckpt.Saver(cfg.output_dir, async_save=cfg.async_save, save_total_limit=kept, keep_every=cfg.keep_every)
     saver.reserve(tree)  # finds a full disk now instead of at the first save
@@ -373,8 +378,13 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         f"{syncer and syncer.failure}",
         STOPPED: f"stopped at step {step:,} {seconds:.1f} s after the signal; resume=latest continues",
         DONE: f"done: {step:,} steps. Next: the curves with `tensorboard --logdir {cfg.logging_dir}`; more training with "
-        f"the same command, max_steps={2 * max(1, cfg.max_steps)} and resume=latest",
+        f'max_steps={2 * max(1, step)} resume=latest behind the same command (make: ARGS="max_steps=...")',
     }
+    if choice.path and start >= cfg.max_steps:
+        words[DONE] = (
+            f"nothing to do: {choice.path.name} is at step {start:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
+            "or name another output_dir and logging_dir for another run"
+        )
     monitor.say(words[code], file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
     return code

@@ -174,6 +174,9 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
     assert "checkpoint-epoch0-step2-files1" in error and "rank 1" in error and "File too large" in error
     dist.barrier()  # rank 0 cleans up behind the error
     assert sorted(os.listdir(folder)) == [".lock", ckpt.name(0, 1, 1)], "something is left of the failed save"
+    saver.save(ckpt.name(0, 2, 1), tree, {})
+    assert saver.close() is None
+    manifest.verify(folder / ckpt.name(0, 2, 1))
 
 
 def _one_node_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
@@ -187,9 +190,6 @@ def _one_node_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
     error = saver.close()
     assert error and "saving checkpoint-epoch0-step1-files1: " in error and "NotADirectoryError" in error
     assert "(rank 1)" in error
-    saver.save(ckpt.name(0, 2, 1), tree, {})
-    assert saver.close() is None
-    manifest.verify(folder / ckpt.name(0, 2, 1))
 
 
 def test_every_layout_loads_into_every_other(tmp_path):
@@ -465,14 +465,18 @@ def test_resume_words(two, tmp_path):
     older, newer = two
     with pytest.raises(ConfigError, match=f"already has 2 checkpoints, the last one {newer.name}; .*resume=latest"):
         ckpt.choose(tmp_path, None)
-    assert ckpt.choose(tmp_path, "latest") == (newer, {"step": 2, "tokens": 2000, "loss": 1.5}, [])
+    chosen = ckpt.choose(tmp_path, "latest")
+    save_id = manifest.read_manifest(newer)["save_id"]
+    assert chosen == (newer, {"step": 2, "tokens": 2000, "loss": 1.5}, [], save_id)
     assert ckpt.choose(tmp_path, older.name).path == older
     assert ckpt.choose(tmp_path / "other", str(older)).path == older
     assert ckpt.choose(tmp_path / "other", os.path.relpath(older) + "/").state["step"] == 1
     with pytest.raises(ckpt.CheckpointError, match=f"no such directory.* has {newer.name}, {older.name}"):
         ckpt.choose(tmp_path, "checkpoint-epoch0-step3-files1")
-    with pytest.raises(ckpt.CheckpointError, match="not a complete checkpoint"):
+    with pytest.raises(ckpt.CheckpointError, match=f"a folder of checkpoints; name one, {newer}, or set output_dir="):
         ckpt.choose(tmp_path, str(tmp_path))
+    with pytest.raises(ckpt.CheckpointError, match="not a complete checkpoint"):
+        ckpt.choose(tmp_path, str(tmp_path.parent))
     assert ckpt.choose(tmp_path / "empty", None).path is None
     assert ckpt.choose(tmp_path / "empty", "latest").path is None
     with pytest.raises(ckpt.CheckpointError, match="has no checkpoints"):

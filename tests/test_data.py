@@ -261,6 +261,9 @@ def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "sub/notes.txt").touch()
     with pytest.raises(DataError, match="no file named like tokenized_file_pattern=tokenized_cleaned"):
         Dataset.open(config(tmp_path))
+    write_shard(tmp_path / "sub/train.npz", np.dtype("<u2"), 900, [np.zeros(900)], {})
+    with pytest.raises(DataError, match=r"but 1 others: tokenized_file_pattern=\*.npz reads sub/train.npz"):
+        Dataset.open(config(tmp_path))
     shards.write_mapped(tmp_path, [16, 5])
     with pytest.raises(DataError, match="sequence_length\\+1=17 tokens: the longest of all 2 has 16"):
         Dataset.open(config(tmp_path))

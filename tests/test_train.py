@@ -171,7 +171,9 @@ def test_show_prints_the_plan():
     out = command("train.py", "configs/production.py", "--show").stdout
     for words in ("1.414B parameters (1.209B without", "32,768 tokens per step = 4 x 4 x 2 x 1024", "819.2M tokens"):
         assert words in out, out
-    assert "max_steps = 25000  [configs/production.py]" in out
+    assert "max_steps = 25000  [configs/production.py]" in out and "note" not in out
+    out = command("train.py", "configs/production.py", "hidden_size=128", "tokenizer=byte", "--show").stdout
+    assert "of vocab_size=50,257 the others are never used" in out and "is 64 times hidden_size" in out
 
 
 def test_unknown_key_exits_2_and_help_lists_every_key():
