@@ -54,9 +54,10 @@ class StopSignal:
         signals, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        # under nohup a closed terminal is ignored; torchrun's is not, it passes that on and kills those that ignore it
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "RANK" not in os.environ
         for number in self.NUMBERS:
-            # nohup ignores a closed terminal; but torchrun does not, passes it on, and kills those that ignore it
-            if signal.getsignal(number) != signal.SIG_IGN or "RANK" in os.environ:
+            if not (ignored and number == signal.SIGHUP):
                 signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, args=(signals,), daemon=True, name="signals").start()
 
