@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import configs
 import data
 import gpus
+import manifest
 import model as neox
 import parallel
 from configs import Config, ConfigError
@@ -86,7 +88,7 @@ def check_folder(logging_dir: str, output_dir: str) -> None:
         for name in ("train.log", "trace.jsonl"):
             Path(logging_dir, name).open("a").close()
         other = note.read_text() if note.exists() else mine
-        if other == mine or not os.path.isdir(other):
+        if other == mine or not manifest.names(other):  # one that never came to a checkpoint has no claim
             note.write_text(mine)
             return
     except OSError as error:
@@ -96,11 +98,26 @@ def check_folder(logging_dir: str, output_dir: str) -> None:
     )
 
 
-def complain(logging_dir: str, text: str) -> None:
-    """The last words of a run that failed: to stderr, and into train.log where there is one."""
-    print(text, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError), Path(logging_dir, "train.log").open("a") as log:
-        log.write(text + "\n")
+def complain(cfg: Config, text: str) -> None:
+    """The last words of a run that failed: to stderr, and into train.log where there is one that is its own."""
+    with console():
+        print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if Path(cfg.logging_dir, ".output_dir").read_text() == os.path.realpath(cfg.output_dir):
+            with Path(cfg.logging_dir, "train.log").open("a") as log:
+                log.write(text + "\n")
+
+
+@contextlib.contextmanager
+def console() -> Iterator[None]:
+    """Writing to a terminal that was closed, or a pipe that nobody reads, ends the output and not the run."""
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
 
 
 class Diverged(ValueError):
@@ -218,7 +235,8 @@ class Monitor:
             [key for key, *_ in configs.difference(state["config"], dataclasses.asdict(self.cfg))] if state else []
         )
         same_place = not state or state["run"]["world_size"] == self.env.world_size
-        self.strict = self.cfg.deterministic and same_place and set(changed) <= {"resume"}  # else a difference is meant
+        # elsewhere a difference is meant: in a fresh run beside an old trace, with another config or world size
+        self.strict = self.cfg.deterministic and bool(state) and same_place and set(changed) <= {"resume"}
         self.held: tuple | None = None  # a logging step's line of the trace, waiting for its figures
         if self.env.main:
             from torch.utils.tensorboard import SummaryWriter
@@ -234,15 +252,17 @@ class Monitor:
         """A line on rank 0's console and in train.log."""
         if self.log:
             file = file or sys.stdout
-            self.bar.write(text, file=file)
-            file.flush()
+            with console():
+                self.bar.write(text, file=file)
+                file.flush()
             self.log.write(text + "\n")
 
     def step(self, step: int, loss: float, norm: float, lr: float, ids: np.ndarray, **extra: Any) -> None:
         """Note one finished step. Raises Diverged with deterministic=true where a replay is not the same."""
         self.recent.append(loss)
         self.norm = norm
-        self.bar.update(step - self.bar.n)
+        with console():
+            self.bar.update(step - self.bar.n)
         self.held = (step, {"loss": loss, "grad_norm": norm, "lr": lr}, ids, extra)
         if not self.cfg.logging_steps or step % self.cfg.logging_steps:
             self.record()
@@ -265,7 +285,8 @@ class Monitor:
         """Note a step that was walked past."""
         self.say(f"Step {step}: skipped, as skip_steps says")
         if self.trace:
-            self.bar.update(step - self.bar.n)
+            with console():
+                self.bar.update(step - self.bar.n)
             self.trace.skipped(step, ids)
             self.prove(step)
 
@@ -401,7 +422,8 @@ class Monitor:
         }
 
     def close(self) -> None:
-        self.bar.close()
+        with console():
+            self.bar.close()
         if self.board:
             self.record()
             self.board.close()

@@ -194,8 +194,10 @@ ALTERNATIVES = (
 
 def alternatives(cfg: Config, world_size: int) -> list[tuple[str, Config]]:
     """(settings, config) of what saves memory at the same global batch, the mildest first."""
-    found = []
+    found, offloads = [], cfg.mixed_precision != "fp16"  # whose scaler cannot follow gradients to the host
     for keys in ALTERNATIVES:
+        if keys.get("cpu_offload") and not offloads:
+            continue
         other = dataclasses.replace(cfg, **keys)
         shards_nothing = world_size == 1 and "parallel" in keys and not other.cpu_offload
         if other != cfg and not shards_nothing and all(other != known for _, known in found):
@@ -205,7 +207,7 @@ def alternatives(cfg: Config, world_size: int) -> list[tuple[str, Config]]:
         keys = {"per_device_train_batch_size": 1, "parallel": "fsdp", "activation_checkpointing": "full"}
         if not cfg.global_batch_size:
             keys["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps * B
-        smallest = dataclasses.replace(cfg, **keys, cpu_offload=True)
+        smallest = dataclasses.replace(cfg, **keys, cpu_offload=offloads)
         found.append((settings(cfg, smallest), smallest))
     return found
 

@@ -63,10 +63,11 @@ def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) ->
     except Exception as failure:  # the error to explain is another one
         needs = f"no plan: {type(failure).__name__}: {failure}"
     B = cfg.per_device_train_batch_size
+    offload = "cpu_offload=true" + " mixed_precision=bf16" * (cfg.mixed_precision == "fp16")
     return (
         f"out of memory: {str(error).splitlines()[0]}\n{needs}\n"
         f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
         f"{cfg.batch(world_size)[0] * (2 if B > 1 else 1)} (now {B} and {cfg.batch(world_size)[0]}), "
         f"activation_checkpointing=full (now {cfg.activation_checkpointing}), "
-        f"parallel=fsdp (now {cfg.parallel}), and with it cpu_offload=true; python bench.py plan compares them"
+        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; python bench.py plan compares them"
     )

@@ -370,7 +370,8 @@ class Row(NamedTuple):
 
 def show(places: list[str], hashes: bool) -> int:
     """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
-    found = [(where, row) for where in places for row in rows(where, hashes)]
+    there = [where for where in places if len(places) == 1 or where.startswith("gs://") or Path(where).is_dir()]
+    found = [(where, row) for where in there for row in rows(where, hashes)]
     if not found:
         print(f"no checkpoints in {' or '.join(places)}")
         return 0

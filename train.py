@@ -67,7 +67,8 @@ class StopSignal:
             left = max(0.0, self.since + self.PATIENCE - time.monotonic()) if impatient else None
             if not select.select([signals], [], [], left)[0]:
                 if not self.begun:
-                    os.write(2, b"stopped by a signal before the first step: what was saved before stands\n")
+                    with contextlib.suppress(OSError):  # a closed terminal
+                        os.write(2, b"stopped by a signal before the first step: what was saved before stands\n")
                     os._exit(STOPPED)
                 continue
             if (number := signals.recv(1)[0]) not in self.NUMBERS:
@@ -443,13 +444,13 @@ def main(argv: list[str]) -> int:
             raise
         shared = configs.ConfigError | ckpt.CheckpointError | gcs.BucketError | guard.NotFinite  # raised on every rank
         if leader or not isinstance(error, shared):
-            complain(cfg.logging_dir, f"error: {error}")
+            complain(cfg, f"error: {error}")
         return error.exit_code
     except RuntimeError as error:
         if not profiler.is_out_of_memory(error):
             raise
         why = profiler.explain_out_of_memory(error, cfg, world) if leader else f"out of memory: {error}"
-        complain(cfg.logging_dir, f"error: {why}")
+        complain(cfg, f"error: {why}")
         return INTERNAL
 
 

@@ -214,6 +214,10 @@ def _check(cfg: Config) -> None:
         f"cpu_offload=true needs parallel=fsdp, not {cfg.parallel}: only sharded parameters can live in host memory",
     )
     require(
+        cfg.upload_deadline_seconds <= 1e6,
+        f"upload_deadline_seconds={cfg.upload_deadline_seconds:g} is longer than eleven days; lower it to 1e6 or less",
+    )
+    require(
         not cfg.cpu_offload or cfg.mixed_precision != "fp16",
         "cpu_offload=true keeps gradients in host memory, where mixed_precision=fp16's scaler cannot follow; use bf16",
     )

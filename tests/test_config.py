@@ -54,6 +54,7 @@ def test_values(text, value):
         (["parallel=dp"], "did you mean ddp"),
         (["hidden_size=100", "num_attention_heads=16"], "nearest sizes: 96 and 112"),
         (["rotary_pct=0.02"], "even number"),
+        (["upload_deadline_seconds=inf"], "upload_deadline_seconds"),
         (["parallel=fsdp", "cpu_offload=true", "mixed_precision=fp16"], "scaler cannot follow; use bf16"),
         (["sequence_length=4096"], "exceeds max_position_embeddings"),
         (["max_files=0"], "no shard"),

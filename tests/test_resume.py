@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import pty
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -229,6 +231,26 @@ def test_a_signal_on_one_rank_stops_all_and_loses_nothing(shards, tmp_path, numb
     whole.kill()
     a, b = steps(tmp_path / "stopped"), steps(tmp_path / "whole")
     assert len(a.keys() & b.keys()) > stopped and all(a[s] == b[s] for s in a.keys() & b.keys())
+
+
+def test_a_closed_terminal_saves(shards, tmp_path):
+    """The terminal of a run goes away: writes to it fail, SIGHUP comes, and the run is saved with exit code 75."""
+    config = tmp_path / "empty.py"
+    config.write_text("")
+    places = [f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", f"data_dir={shards}", "max_steps=100000"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), str(config), *TINY, *places])
+    log = tmp_path / "logs" / "train.log"
+    end, seen = time.monotonic() + 40, False
+    while not seen and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+        seen = log.exists() and "Step 20:" in log.read_text()
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    stopped = int(re.search(r"stopped at step (\d+)", log.read_text())[1])
+    assert ckpt.parse(newest(tmp_path).name).step == stopped
 
 
 def test_sigterm_to_torchrun(shards, tmp_path):

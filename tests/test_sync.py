@@ -420,6 +420,15 @@ def test_command_line(server, place, tmp_path, capsys):
     assert "state.json is missing" in capsys.readouterr().out
 
 
+def test_listing_with_a_folder_that_is_not_there_yet(place, tmp_path, capsys):
+    """Beside a bucket it has no rows; alone it is an error."""
+    remote.publish(place, save(tmp_path / "a", 10))
+    assert sync.main(["list", str(tmp_path / "b"), "gs://bucket/run"]) == 0
+    assert "step10" in capsys.readouterr().out
+    with pytest.raises(manifest.CheckpointError, match="is not a directory"):
+        sync.main(["list", str(tmp_path / "b")])
+
+
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 def test_gcloud_sees_the_same(server, place, tmp_path):
     """`gcloud storage ls` shows the checkpoints that list shows, and `cp` copies one's files with the same bytes."""
