@@ -11,11 +11,14 @@ every sample is a random read of about 2 KB.
     python data.py demo | download | tokenize | prepare | verify | bench
 """
 
-import fnmatch
+import argparse
 import hashlib
+import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,9 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from configs import Config
-from shard import DataError, PackedShard, Shard, find_shards  # noqa: F401 (for those who import data)
+from refocused import entry
+from refocused.bucket import download
+from refocused.shards import demo, prepare, text, verify
+from refocused.shards.shard import DataError, PackedShard, Shard, WriteError, find_shards, locked
+from refocused.shards.source import Source
+from refocused.shards.tokenizers import END_OF_TEXT
 
 HELD_OUT_TAIL = 0.05  # of a single shard
 
@@ -119,7 +128,7 @@ class Dataset:
     def open(cls, cfg: Config, folder: str | Path | None = None) -> "Dataset":
         """The set named by cfg.data_dir, read from `folder` where that holds its shards unpacked. Reads headers only.
 
-        Raises PackedShard where a shard has to be unpacked first (prepare.open_or_unpack does it), and DataError.
+        Raises PackedShard where a shard has to be unpacked first (open_dataset does it), and DataError.
         """
         paths = chosen_shards(cfg)
         allow_open_files(len(paths))
@@ -137,6 +146,18 @@ class Dataset:
         lines = "".join(f"{s['path']}\t{s['tokens']}\t{s['dtype']}\t{s['crc32']}\n" for s in self.manifest)
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    def check_same(self, state: dict[str, Any], cfg: Config) -> None:
+        """Raise DataError unless the run of a checkpoint's state read these shards in this order, or it is allowed."""
+        changes = explain_change(state["data"]["manifest"], self.manifest)
+        for key in ("seed", "sequence_length", "eval_files"):
+            if state["config"][key] != getattr(cfg, key):
+                changes += f"\n{key} {state['config'][key]} -> {getattr(cfg, key)}"
+        if changes and not cfg.allow_data_change:
+            raise DataError(
+                f"the checkpoint was trained on other data or in another order:\n{changes}\n"
+                "restore it, or set allow_data_change=true to go on with what is there now"
+            )
+
     def sample_ids(self, first: int, count: int) -> np.ndarray:
         """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
         position = first + np.arange(count)
@@ -152,6 +173,19 @@ class Dataset:
         """Up to `count` held-out window ids, evenly spaced and always the same; int64 [min(count, held out)]."""
         count = min(count, self.num_eval_samples)
         return self.num_samples + np.arange(count) * self.num_eval_samples // max(count, 1)
+
+    def held_out(self, cfg: Config, rank: int, world_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's blocks of the fixed held-out windows: x, y, int64 [B, T]; the same number on every rank.
+
+        What fills a block up is zeros whose targets, -100, do not count: a compiled model meets one shape.
+        """
+        B, ids = cfg.per_device_train_batch_size, self.eval_ids(cfg.eval_samples)
+        for first in range(rank * B, rank * B + len(ids), B * world_size):
+            rows = ids[first : first + B]
+            x, y = torch.zeros(B, self.T, dtype=torch.int64), torch.full((B, self.T), -100)
+            if len(rows):
+                x[: len(rows)], y[: len(rows)] = to_tensors(self.gather(rows))
+            yield x, y
 
     def locate(self, ids: np.ndarray) -> list[tuple[str, int]]:
         """(relative path of the shard, offset of the window in tokens) for each id."""
@@ -227,6 +261,36 @@ def explain_change(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def open_dataset(cfg: Config) -> Dataset:
+    """Dataset.open; a compressed or padded set is unpacked first, once per node and source, into cfg.cache_dir.
+
+    Every process of a node may call this: one works, the others wait for it. Raises DataError.
+    """
+    try:
+        return Dataset.open(cfg)
+    except PackedShard:
+        pass
+    source, settings = Path(cfg.data_dir).resolve(), (cfg.vocab_size, END_OF_TEXT[cfg.tokenizer])
+    key = hashlib.sha256(json.dumps([str(source), *settings]).encode()).hexdigest()[:12]
+    cache = Path(cfg.cache_dir) / f"{source.name}-{key}"
+    with locked(cache):
+        todo = [path for path in chosen_shards(cfg) if not prepare.is_unpacked(source / path, cache / path)]
+        if todo:
+            origins = (Source(source / path, *settings) for path in todo)
+            needed = sum(origin.count * origin.out_dtype.itemsize for origin in origins)
+            free = shutil.disk_usage(cache).free
+            if needed > free:
+                raise WriteError(
+                    f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB, {cache} has {free / 1e9:.2f} GB "
+                    "free; point cache_dir at a larger disk or lower max_files"
+                )
+            print(
+                f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True
+            )
+            prepare.convert_all(source, cache, todo, *settings)
+    return Dataset.open(cfg, cache)
+
+
 # ---- batches
 
 
@@ -234,15 +298,13 @@ def explain_change(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
 class Batch:
     step: int
     ids: np.ndarray  # int64 [global batch]: the window ids of all ranks, for the trace and for error messages
-    micro: list[tuple[Any, Any]]  # per micro-step (x, y), int64 tensors [B, T] of this rank
+    micro: list[tuple[torch.Tensor, torch.Tensor]]  # per micro-step (x, y), int64 tensors [B, T] of this rank
 
 
-def to_tensors(windows: np.ndarray, pin_memory: bool = False) -> tuple[Any, Any]:
+def to_tensors(windows: np.ndarray, pin_memory: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows [B, T + 1] as inputs and next-token targets, int64 tensors [B, T]."""
-    import torch
-
     pair = (torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy()))
-    return tuple(t.pin_memory() for t in pair) if pin_memory else pair
+    return (pair[0].pin_memory(), pair[1].pin_memory()) if pin_memory else pair
 
 
 class Loader:
@@ -313,41 +375,11 @@ class Loader:
         self._ahead.clear()
 
 
-# ---- tokenizers
-
-
-def get_tokenizer(name: str) -> Any:
-    """The tiktoken.Encoding "byte" (256 bytes and end-of-text; needs no download) or "gpt2". Raises DataError."""
-    import tiktoken
-
-    if name == "byte":
-        return tiktoken.Encoding(
-            name="byte",
-            pat_str=r"(?s:.)",
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-            explicit_n_vocab=257,
-        )
-    if name != "gpt2":
-        raise DataError(f"tokenizer={name} is unknown; there are byte and gpt2")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever its HTTP client raises
-        raise DataError(
-            "tiktoken cannot fetch the gpt2 vocabulary; connect once, point TIKTOKEN_CACHE_DIR at a folder that holds it, "
-            f"or use the byte tokenizer, which needs none: {type(error).__name__}: {error}"
-        ) from error
-
-
 # ---- command line
 
 
 def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, seconds: float) -> dict[str, float]:
     """Prints and returns tokens/s of ways to read the same tokens (the first 32 million), warm, one after another."""
-    import tempfile
-
-    import torch
-
     T, B, G = sequence_length, 8, 32
     shards = [Shard.open(folder, path) for path in find_shards(folder, "*.npz")]
     dataset = Dataset(shards, T, vocab_size, seed=0, eval_files=0)
@@ -384,93 +416,34 @@ def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, sec
     return speeds
 
 
-def main(argv: list[str]) -> int:
-    import argparse
-
-    import prepare
-    import text
-
-    parser = argparse.ArgumentParser(prog="python data.py", description="Makes, fetches and checks shards.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, meaning: str, *paths: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=meaning, description=meaning)
-        for path in paths:
-            sub.add_argument(path, type=Path)
-        sub.add_argument("--tokenizer", choices=prepare.END_OF_TEXT, default=Config.tokenizer)
-        sub.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads")
-        return sub
-
-    sub = commands.add_parser("demo", help="a small set: the bytes of Python's own sources")
-    sub.add_argument("DST", type=Path, nargs="?", default=Path(Config.data_dir))
-    commands.add_parser("download", help="shards from a bucket, ready to be read; see download.py", add_help=False)
-    sub = command("tokenize", "text files (.txt, .jsonl) -> shards", "SRC", "DST")
-    sub.add_argument("--fields", default="text", help="of a JSON line, joined; Reddit: body, or title,selftext")
-    sub.add_argument("--shard_tokens", type=int, default=1 << 26, help="tokens per shard, about")
-    convert = command("prepare", "compressed or padded .npz and nanoGPT's .bin -> shards", "SRC", "DST")
-    convert.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
-    check = command("verify", "every byte against its checksum, every id against the vocabulary", "DIR")
-    check.add_argument("--fast", action="store_true", help="headers only")
-    speed = command("bench", "tokens/s of the loader beside a memory map and np.load", "DIR")
-    speed.add_argument("--sequence_length", type=int, default=Config.sequence_length)
-    speed.add_argument("--seconds", type=float, default=3.0, help="for each way")
-    for sub in (convert, check):
-        sub.add_argument("--max_ratio", type=float, default=prepare.MAX_RATIO, help="refuse what inflates by more")
-    for sub in (convert, check, speed):
-        sub.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "download":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-
-    begin = time.perf_counter()
-    try:
-        if args.command == "demo":
-            text.demo(args.DST)
-            return 0
-        if args.command == "download":
-            import download
-
-            return download.main(argv[1:])
-        end_of_text = prepare.END_OF_TEXT[args.tokenizer]
-        if args.command == "tokenize":
-            fields = args.fields.split(",")
-            args.vocab_size = None
-            totals = text.tokenize(args.SRC, args.DST, args.tokenizer, fields, args.shard_tokens, args.workers)
-        else:
-            vocab_size = args.vocab_size or end_of_text + 1
-            if args.command == "verify":
-                return prepare.verify(args.DIR, vocab_size, args.fast, args.workers, args.max_ratio)
-            if args.command == "bench":
-                bench(args.DIR, vocab_size, args.sequence_length, args.workers, args.seconds)
-                return 0
-            end_of_text = end_of_text if args.end_of_text is None else args.end_of_text
-            totals = prepare.prepare(args.SRC, args.DST, vocab_size, end_of_text, args.workers, args.max_ratio)
-    except ValueError as error:  # of data, of the config, of the bucket: for the user
-        if not hasattr(error, "exit_code"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(
-        f"{totals['files']} shards ({totals['kept']} were there), {totals['tokens']:,} tokens, {totals['padding']:,} "
-        f"padding dropped, {totals['documents']:,} documents, largest id {totals['largest_id']}, "
-        f"{time.perf_counter() - begin:.1f} s"
+def bench_command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data.py bench", description="tokens/s of the loader beside other ways to read"
     )
-    print(f"train on it with {' '.join(training_keys(args.DST, args.tokenizer, args.vocab_size))}")
+    parser.add_argument("DIR", type=Path)
+    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
+    parser.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    parser.add_argument("--sequence_length", type=int, default=Config.sequence_length)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each way")
+    args = parser.parse_args(argv)
+    vocab_size = args.vocab_size or END_OF_TEXT[args.tokenizer] + 1
+    bench(args.DIR, vocab_size, args.sequence_length, args.workers, args.seconds)
     return 0
 
 
-def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[str]:
-    """What train.py must be told of a set, beyond its defaults."""
-    keys = [f"data_dir={folder}"]
-    if any(
-        not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_shards(folder, "*.npz")
-    ):
-        keys.append("'tokenized_file_pattern=*.npz'")
-    if tokenizer != Config.tokenizer:
-        keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or get_tokenizer(tokenizer).n_vocab}"]
-    elif vocab_size:
-        keys.append(f"vocab_size={vocab_size}")
-    return keys
+COMMANDS = {
+    "demo": ("a small set: the bytes of Python's own sources", demo.main),
+    "download": ("shards from a bucket, ready to be read", download.main),
+    "tokenize": ("text files -> shards", text.main),
+    "prepare": ("foreign shards -> shards that are mapped as they are", prepare.main),
+    "verify": ("every byte against its checksum, every id against the vocabulary", verify.main),
+    "bench": ("tokens/s of the loader beside other ways to read", bench_command),
+}
+
+
+def main(argv: list[str]) -> int:
+    return entry.dispatch("data.py", COMMANDS, argv)
 
 
 if __name__ == "__main__":

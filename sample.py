@@ -21,11 +21,14 @@ import torch.nn.functional as F
 
 import ckpt
 import configs
-import data
-import export
-import sync
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters, rotary_tables
+from refocused import entry
+from refocused.bucket import sync
+from refocused.checkpoint import choice as checkpoint_choice
+from refocused.checkpoint import folder, manifest
+from refocused.checkpoint.folder import Source
+from refocused.shards.tokenizers import get_tokenizer
 
 SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
 
@@ -57,8 +60,8 @@ class Options:
                 raise ConfigError(f"{key}={getattr(self, key)} must not be negative")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.dtype not in ("auto", *export.DTYPES):
-            raise ConfigError(f"dtype={self.dtype} is none of auto, {', '.join(export.DTYPES)}")
+        if self.dtype not in ("auto", *folder.DTYPES):
+            raise ConfigError(f"dtype={self.dtype} is none of auto, {', '.join(folder.DTYPES)}")
 
 
 class Cache:
@@ -167,16 +170,30 @@ def generate(
             return
 
 
+def open_ended(model: GPTNeoX, cfg: Config) -> str:
+    """What a model in training writes when nothing is given, cfg.sample_tokens long. Raises DataError without a tokenizer."""
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    if (end := tokenizer.eot_token) >= cfg.vocab_size:
+        return ""
+    # top_p adds up probabilities, for which a GPU has no deterministic kernel
+    options = Options(max_new_tokens=cfg.sample_tokens, **({"top_p": 1.0} if cfg.deterministic else {}))
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # a graph for each length of the text would not pay
+        ids = [token for [token] in generate(model, [[end]], options, end) if token is not None]
+    model.train()
+    return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
+
+
 class Tokenizer(NamedTuple):
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     end: int | None  # id of end-of-text, which also begins a document
 
 
-def tokenizer_of(source: export.Source) -> Tokenizer:
+def tokenizer_of(source: Source) -> Tokenizer:
     """The tokenizer that a model was trained with. "<|endoftext|>" in a text is that token, as in Transformers."""
     if source.tokenizer:
-        known = data.get_tokenizer(source.tokenizer)
+        known = get_tokenizer(source.tokenizer)
         # ids that only pad the vocabulary decode to nothing
         return Tokenizer(
             lambda text: known.encode(text, allowed_special="all"),
@@ -266,19 +283,19 @@ def read_prompts(prompt: str) -> list[str]:
     return prompts
 
 
-def locate(cfg: Config) -> export.Source:
+def locate(cfg: Config) -> Source:
     """What cfg.resume (latest if unset) names: a checkpoint in output_dir or the bucket, or any path or gs:// place."""
     resume = cfg.resume or "latest"
-    if resume.startswith("gs://") or export.is_hf(Path(resume)) or ckpt.names(resume):
-        return export.find(resume)
+    if resume.startswith("gs://") or folder.is_hf(Path(resume)) or manifest.names(resume):
+        return ckpt.find(resume)
     if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(dataclasses.replace(cfg, resume=resume))):
         sync.pull(cfg, found)
-    choice = ckpt.choose(cfg.output_dir, resume)
+    choice = checkpoint_choice.choose(cfg.output_dir, resume)
     for name, why in choice.passed_over:
         print(f"passed over {name}: {why}", file=sys.stderr)
     if choice.path is None:
         raise ckpt.CheckpointError(f"no checkpoint in {cfg.output_dir}; train first, or name one with resume=PATH")
-    return export.Source.of(choice.path, choice.state)
+    return Source.of(choice.path, choice.state)
 
 
 def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[int]]:
@@ -294,31 +311,26 @@ def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[i
     return rows
 
 
-def main(argv: list[str]) -> int:
+def command(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(__doc__, *configs.key_table(Options), "", "and every key of python train.py --help", sep="\n")
         return 0
-    try:
-        cfg, options = parse(argv)
-        prompts = [p for p in read_prompts(options.prompt) for _ in range(options.num_samples)]
-        source = locate(cfg)
-        tokenizer = tokenizer_of(source)
-        rows = encode(prompts, tokenizer, source.cfg)
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        if device.type == "cpu" and (cfg.cpu_threads or num_parameters(source.cfg)[0] < SMALL):
-            torch.set_num_threads(cfg.cpu_threads or 1)
-        dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
-        model = export.load(source).to(device, export.DTYPES[dtype]).eval()
-        write(model, source, tokenizer, prompts, rows, options)
-    except ValueError as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+    cfg, options = parse(argv)
+    prompts = [p for p in read_prompts(options.prompt) for _ in range(options.num_samples)]
+    source = locate(cfg)
+    tokenizer = tokenizer_of(source)
+    rows = encode(prompts, tokenizer, source.cfg)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device.type == "cpu" and (cfg.cpu_threads or num_parameters(source.cfg)[0] < SMALL):
+        torch.set_num_threads(cfg.cpu_threads or 1)
+    dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    model = folder.load(source).to(device, folder.DTYPES[dtype]).eval()
+    write(model, source, tokenizer, prompts, rows, options)
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return entry.run(command, argv)
 
 
 def write(model, source, tokenizer, prompts, rows, options) -> None:

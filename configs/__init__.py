@@ -23,6 +23,7 @@ class ConfigError(ValueError):
     """A mistake in a key, a value or their combination; found before any process group or GPU is touched."""
 
     exit_code = 2
+    same_on_all_ranks = True  # so one of them says it
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import manifest
 from configs import Config
+from refocused.checkpoint import manifest
 
 
 def save(output_dir: Path, step: int, size: int = 300_000, files: int = 3, at: float | None = None) -> Path:
@@ -45,7 +45,7 @@ def config(output_dir: Path, prefix: str = "run", **keys) -> Config:
 
 
 if __name__ == "__main__":
-    import sync
+    from refocused.bucket import sync
 
     folder, prefix, count, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     syncer = sync.Syncer(config(folder, prefix, bucket_total_limit=2, save_total_limit=2))

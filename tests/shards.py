@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shard import write_shard
+from refocused.shards.shard import write_shard
 
 END_OF_TEXT = 50256
 

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bench
 import configs
 import model as neox
-import parallel
-import planner
+from refocused.measure import planner, steps
+from refocused.run import processes, strategy
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -96,18 +96,18 @@ def test_step_command(tmp_path):
     rows = [
         line.split("|")[1:] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line
     ]
-    assert [row[0].strip() for row in rows] == [bench.NAMES[key] for key in ("ours", "nanogpt", "floor")]
+    assert [row[0].strip() for row in rows] == [steps.NAMES[key] for key in ("ours", "nanogpt", "floor")]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
 
 
 def test_contender_that_dies(tmp_path):
     """A contender killed while the others have their turns: its exit code, and what that code most often means."""
-    bench.write_inputs(tmp_path, bench.SIZES["small"], ["hidden_size=64", "num_hidden_layers=1", "vocab_size=512"])
-    contender = bench.start("floor", tmp_path, ["intermediate_size=256"])
+    steps.write_inputs(tmp_path, steps.SIZES["small"], ["hidden_size=64", "num_hidden_layers=1", "vocab_size=512"])
+    contender = steps.start("floor", tmp_path, ["intermediate_size=256"])
     assert contender.turn(1)["seconds"] > 0
     contender.processes[0].kill()
     with pytest.raises(
-        bench.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often for want of memory"
+        steps.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often for want of memory"
     ):
         contender.turn(1)
 
@@ -180,19 +180,19 @@ def count_collectives(rank: int, port: str, layout: str, results) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     cfg, _ = configs.load([*TINY, f"parallel={layout}"])
-    env = parallel.start(cfg)
-    model = parallel.build(cfg, env)
-    parallel.warm_up(model, cfg, env)
+    env = processes.start(cfg)
+    model = strategy.build(cfg, env)
+    strategy.warm_up(model, cfg, env)
     x = torch.zeros(2, 32, dtype=torch.int64)
     found = []
     for accumulation in (1, 4):
         with Collectives() as seen:
             for micro_step in range(accumulation):
-                parallel.sync_gradients(model, micro_step == accumulation - 1)
+                strategy.sync_gradients(model, micro_step == accumulation - 1)
                 model(x, x).backward()
         found.append(dict(seen.counts))
     results.put(found)
-    parallel.stop()
+    processes.stop()
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])

@@ -9,7 +9,7 @@ from launch import Run, train
 from test_resume import assert_same_run, lines, newest, steps, tensors
 from test_sync import WatchedGCS
 
-import ckpt
+from refocused.checkpoint import manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 BUCKET = ["bucket_name=bucket", "checkpoint_bucket_path=runs/one", "upload_deadline_seconds=30", "resume=latest"]
@@ -79,11 +79,11 @@ def test_a_bucket_that_refuses_writes(shards, tmp_path, server):
     server.fault("POST", "upload", status=403, times=10**6)
     run = train(tmp_path, f"data_dir={shards}", "save_steps=5", *BUCKET, env=environment(server), code=74)
     assert "Step 10: " in run.text and "403" in run.text and "not in the bucket" in run.text
-    ckpt.verify(newest(tmp_path))
+    manifest.verify(newest(tmp_path))
 
 
 def test_waiting_for_every_upload(shards, tmp_path, server):
     """background_upload=false: each save is in the bucket before the next step."""
     args = ["max_steps=6", "save_steps=2", "background_upload=false"]
     train(tmp_path, f"data_dir={shards}", *args, *BUCKET, env=environment(server))
-    assert [ckpt.parse(name).step for name in server.commits] == [2, 4, 6]
+    assert [manifest.parse(name).step for name in server.commits] == [2, 4, 6]

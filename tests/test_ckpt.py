@@ -27,8 +27,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ckpt
-import manifest
 from configs import ConfigError
+from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint.choice import choose
+from refocused.checkpoint.saver import Saver
+from refocused.run import processes
 
 REPO = Path(ckpt.__file__).parent
 LAYOUTS = [("one", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)]
@@ -99,12 +102,12 @@ def alone():
 def save(output_dir: Path, step: int, seed: int = 0, width: int = 8, **settings) -> Path:
     """One complete checkpoint of a Toy, by a process group of one."""
     model, optimizers = build(width=width)
-    tree = ckpt.state_tree(model, *optimizers)
+    tree = tensors.state_tree(model, *optimizers)
     fill(tree, seed)
-    saver = ckpt.Saver(output_dir, **settings)
-    saver.save(ckpt.name(0, step, 1), tree, {"step": step, "tokens": 1000 * step, "loss": 1.5})
+    saver = Saver(output_dir, **settings)
+    saver.save(manifest.name(0, step, 1), tree, {"step": step, "tokens": 1000 * step, "loss": 1.5})
     assert saver.close() is None
-    return output_dir / ckpt.name(0, step, 1)
+    return output_dir / manifest.name(0, step, 1)
 
 
 @pytest.fixture
@@ -115,9 +118,9 @@ def two(alone, tmp_path) -> tuple[Path, Path]:
 
 def test_names():
     """A name, parsed, gives its numbers back; what only looks like one is none."""
-    assert ckpt.name(2, 1250, 51) == "checkpoint-epoch2-step1250-files51"
-    assert ckpt.parse("checkpoint-epoch2-step1250-files51") == (2, 1250, 51)
-    assert not any(map(ckpt.parse, ["checkpoint-epoch2-step1250", ".tmp-checkpoint-epoch2-step1-files1", "x"]))
+    assert manifest.name(2, 1250, 51) == "checkpoint-epoch2-step1250-files51"
+    assert manifest.parse("checkpoint-epoch2-step1250-files51") == (2, 1250, 51)
+    assert not any(map(manifest.parse, ["checkpoint-epoch2-step1250", ".tmp-checkpoint-epoch2-step1-files1", "x"]))
 
 
 def _layouts(rank: int, folder: Path) -> None:
@@ -130,20 +133,20 @@ def _layouts(rank: int, folder: Path) -> None:
             store = dist.FileStore(str(folder / f"{save_or_load}-{layout}{world}.store"), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             model, optimizers = build(layout, world)
-            tree = ckpt.state_tree(model, *optimizers)
+            tree = tensors.state_tree(model, *optimizers)
             if save_or_load == "save":
                 fill(tree, 7)
                 expected = expected or digest(tree)
-                saver = ckpt.Saver(folder / f"{layout}{world}", async_save=layout != "one")
-                saver.save(ckpt.name(0, 1, 1), tree, {"step": 1})
+                saver = Saver(folder / f"{layout}{world}", async_save=layout != "one")
+                saver.save(manifest.name(0, 1, 1), tree, {"step": 1})
                 fill(tree, 8)  # the save is of the values at the call, whatever happens behind it
                 assert saver.close() is None
             else:
                 for source, saved_by in LAYOUTS:
                     fill(tree, 9)
-                    choice = ckpt.agree(ckpt.choose, folder / f"{source}{saved_by}", "latest")
-                    ckpt.load(choice.path, tree)
-                    live = ckpt.state_tree(model, *optimizers)
+                    choice = processes.on_rank_0(choose, folder / f"{source}{saved_by}", "latest")
+                    tensors.load(choice.path, tree)
+                    live = tensors.state_tree(model, *optimizers)
                     assert digest(live) == expected, f"saved by {source} {saved_by}, loaded by {layout} {world}"
                 if layout == "fsdp" and world == 2:
                     _one_rank_fails(rank, folder / "disk", tree)
@@ -160,33 +163,33 @@ def _layouts(rank: int, folder: Path) -> None:
 
 
 def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
-    ckpt.agree(ckpt.lock, folder)
-    saver = ckpt.Saver(folder)
+    processes.on_rank_0(manifest.lock, folder)
+    saver = Saver(folder)
     saver.reserve(tree)
-    saver.save(ckpt.name(0, 1, 1), tree, {})
+    saver.save(manifest.name(0, 1, 1), tree, {})
     assert saver.wait() is None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    saver.save(ckpt.name(0, 2, 1), tree, {})
+    saver.save(manifest.name(0, 2, 1), tree, {})
     error = saver.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "checkpoint-epoch0-step2-files1" in error and "rank 1" in error and "File too large" in error
     dist.barrier()  # rank 0 cleans up behind the error
-    assert sorted(os.listdir(folder)) == [".lock", ckpt.name(0, 1, 1)], "something is left of the failed save"
-    saver.save(ckpt.name(0, 2, 1), tree, {})
+    assert sorted(os.listdir(folder)) == [".lock", manifest.name(0, 1, 1)], "something is left of the failed save"
+    saver.save(manifest.name(0, 2, 1), tree, {})
     assert saver.close() is None
-    manifest.verify(folder / ckpt.name(0, 2, 1))
+    manifest.verify(folder / manifest.name(0, 2, 1))
 
 
 def _one_node_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
     """Two nodes without a shared disk; the second cannot give its part the checkpoint's name: both say why."""
     os.environ["LOCAL_RANK"] = "0"
     folder.mkdir()
-    saver = ckpt.Saver(folder)
+    saver = Saver(folder)
     if rank == 1:
-        (folder / ckpt.name(0, 1, 1)).symlink_to("nowhere")  # no folder can take its place
-    saver.save(ckpt.name(0, 1, 1), tree, {})
+        (folder / manifest.name(0, 1, 1)).symlink_to("nowhere")  # no folder can take its place
+    saver.save(manifest.name(0, 1, 1), tree, {})
     error = saver.close()
     assert error and "saving checkpoint-epoch0-step1-files1: " in error and "NotADirectoryError" in error
     assert "(rank 1)" in error
@@ -198,7 +201,7 @@ def test_every_layout_loads_into_every_other(tmp_path):
     mp.spawn(_layouts, (tmp_path,), nprocs=4)
     sizes = {}
     for layout, world in LAYOUTS:
-        folder = tmp_path / f"{layout}{world}" / ckpt.name(0, 1, 1)
+        folder = tmp_path / f"{layout}{world}" / manifest.name(0, 1, 1)
         shards = [file["size"] for file in manifest.verify(folder)["files"].values()][:-1]
         sizes[layout, world] = sum(shards)
         assert len(shards) == world, "each rank writes a part"
@@ -209,20 +212,20 @@ def test_every_layout_loads_into_every_other(tmp_path):
 def test_save_is_of_the_moment_of_the_call(alone, tmp_path):
     """Weights and history changed right after save() returns: the checkpoint has the ones before."""
     model, optimizers = build(width=1024)
-    tree = ckpt.state_tree(model, *optimizers)
+    tree = tensors.state_tree(model, *optimizers)
     fill(tree, 1)
     before, history = digest(tree), [1.0]
-    saver = ckpt.Saver(tmp_path)
+    saver = Saver(tmp_path)
     for step in (1, 2):  # the second save reuses the memory of the first
         fill(tree, 1)
-        saver.save(ckpt.name(0, step, 1), tree, {"history": history})
+        saver.save(manifest.name(0, step, 1), tree, {"history": history})
         fill(tree, 2)
         history.append(2.0)
-    assert saver.wait() is None and saver.last == ckpt.name(0, 2, 1)
+    assert saver.wait() is None and saver.last == manifest.name(0, 2, 1)
     for step in (1, 2):
         fill(tree, 3)
-        choice = ckpt.choose(tmp_path, ckpt.name(0, step, 1))
-        ckpt.load(choice.path, tree)
+        choice = choose(tmp_path, manifest.name(0, step, 1))
+        tensors.load(choice.path, tree)
         assert digest(tree) == before and choice.state["history"] == [1.0, 2.0][:step]
     saver.close()
 
@@ -231,8 +234,8 @@ def test_tree_names_do_not_depend_on_wrapping(alone):
     """Names of a compiled model's tree are those of the bare model; frozen parameters have no optimizer state, tied
     ones come once, and what creating the state made is what a first step makes."""
     model, optimizers = build()
-    tree = ckpt.state_tree(model, *optimizers)
-    assert tree.keys() == ckpt.state_tree(torch.compile(model), *optimizers).keys()
+    tree = tensors.state_tree(model, *optimizers)
+    assert tree.keys() == tensors.state_tree(torch.compile(model), *optimizers).keys()
     assert "model.embed_in.weight" in tree and "model.embed_out.weight" not in tree
     assert not any(key.startswith("optim.") and "frozen" in key for key in tree)
     fresh = build()[1]
@@ -249,11 +252,11 @@ def test_tree_names_do_not_depend_on_wrapping(alone):
 def test_size_on_disk(alone, tmp_path):
     """Bytes of a checkpoint against 12 per parameter (fp32, two moments), for a model of 3 million parameters."""
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(12)))
-    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters()))
-    saver = ckpt.Saver(tmp_path)
-    saver.save(ckpt.name(0, 1, 1), tree, {})
+    tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters()))
+    saver = Saver(tmp_path)
+    saver.save(manifest.name(0, 1, 1), tree, {})
     assert saver.close() is None
-    size = sum(file.stat().st_size for file in (tmp_path / ckpt.name(0, 1, 1)).iterdir())
+    size = sum(file.stat().st_size for file in (tmp_path / manifest.name(0, 1, 1)).iterdir())
     assert size < 1.01 * 12 * sum(p.numel() for p in model.parameters())
 
 
@@ -297,14 +300,14 @@ def _in_child(function, *args) -> int:
 def _save_alone(folder: Path, step: int, seed: int, die_at: int = 0, file_limit: int = 0, **settings) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model, optimizers = build()
-    tree = ckpt.state_tree(model, *optimizers)
+    tree = tensors.state_tree(model, *optimizers)
     fill(tree, seed)
-    saver = ckpt.Saver(folder, **settings)
+    saver = Saver(folder, **settings)
     _die_at(die_at)
     if file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills in the middle of a write
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    saver.save(ckpt.name(0, step, 1), tree, {"seed": seed})
+    saver.save(manifest.name(0, step, 1), tree, {"seed": seed})
     error = saver.wait()
     if error:
         print(error, flush=True)
@@ -331,10 +334,10 @@ def _crash_everywhere(rank: int, folder: Path) -> None:
             m = 1
             while _in_child(lambda h=here, m=m: _recover_alone(h, m)) == -signal.SIGKILL:  # and in the clean-up too
                 m += 1
-            choice = ckpt.choose(here, "latest")
+            choice = choose(here, "latest")
             survived["old" if choice.state["seed"] == 1 else "new"] += 1
             assert not choice.passed_over, choice.passed_over
-            assert {n for n in os.listdir(here) if n != ".lock"} <= {ckpt.name(0, 1, 1), ckpt.name(0, 2, 1)}
+            assert {n for n in os.listdir(here) if n != ".lock"} <= {manifest.name(0, 1, 1), manifest.name(0, 2, 1)}
             assert died or choice.state["seed"] == 2
             shutil.rmtree(here)
         assert n > 12, f"only {n - 1} operations were seen"
@@ -344,7 +347,7 @@ def _crash_everywhere(rank: int, folder: Path) -> None:
         assert _in_child(lambda h=here: _save_alone(h, 1, seed=1)) == 0
         assert _in_child(lambda h=here, b=limit: _save_alone(h, 2, 2, file_limit=b)) == -signal.SIGXFSZ
         manifest.recover(here)
-        assert ckpt.choose(here, "latest").state["seed"] == 1 and os.listdir(here) == [ckpt.name(0, 1, 1)]
+        assert choose(here, "latest").state["seed"] == 1 and os.listdir(here) == [manifest.name(0, 1, 1)]
     (folder / "survived").write_text(json.dumps(survived))
 
 
@@ -365,12 +368,12 @@ def test_500_bit_flips(two):
         file = dice.choice(files)
         bit = dice.randrange(8 * file.stat().st_size)
         bit_flip(file, bit)
-        choice = ckpt.choose(newer.parent, "latest")
+        choice = choose(newer.parent, "latest")
         assert choice.path == older, f"flip {i}: bit {bit} of {file.name} was not noticed"
         [(passed_over, reason)] = choice.passed_over
         assert passed_over == newer.name and str(newer) in reason
         bit_flip(file, bit)
-    assert ckpt.choose(newer.parent, "latest").path == newer
+    assert choose(newer.parent, "latest").path == newer
 
 
 class Payload:
@@ -387,7 +390,7 @@ def test_poisoned_pickle_is_refused(two, file):
     poison, effect = two[1] / file, two[0].parent / "effect"
     poison.write_bytes(pickle.dumps(Payload(effect)))
     with pytest.raises(ckpt.CheckpointError, match=file):
-        ckpt.choose(two[0].parent, two[1].name)
+        choose(two[0].parent, two[1].name)
     assert not effect.exists()
 
 
@@ -395,7 +398,7 @@ def test_forged_pickle_is_not_run(two, tmp_path):
     """Pickles in place of the data, with a manifest that was recomputed to match: an error, and they are not run."""
     effect = tmp_path / "effect"
     model, optimizers = build()
-    tree = ckpt.state_tree(model, *optimizers)
+    tree = tensors.state_tree(model, *optimizers)
     for file in [next(two[1].glob("*.safetensors")), two[1] / manifest.STATE]:
         file.write_bytes(pickle.dumps(Payload(effect)))
         told = manifest.read_manifest(two[1])
@@ -403,9 +406,9 @@ def test_forged_pickle_is_not_run(two, tmp_path):
         (two[1] / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
         manifest.verify(two[1])
         with pytest.raises(ckpt.CheckpointError):
-            ckpt.load(two[1], tree)
+            tensors.load(two[1], tree)
     with pytest.raises(ckpt.CheckpointError, match="not JSON"):
-        ckpt.choose(tmp_path, two[1].name)
+        choose(tmp_path, two[1].name)
     assert not effect.exists()
 
 
@@ -419,7 +422,7 @@ def _newer_format(folder: Path) -> None:
 
 
 def _other_manifest(folder: Path) -> None:
-    shutil.copy(folder.with_name(ckpt.name(0, 1, 1)) / manifest.MANIFEST, folder)
+    shutil.copy(folder.with_name(manifest.name(0, 1, 1)) / manifest.MANIFEST, folder)
 
 
 def _link(folder: Path) -> None:
@@ -449,66 +452,66 @@ def test_damage_is_named(two, damage, capsys):
     break_it, message = DAMAGES[damage]
     break_it(newer)
     with pytest.raises(ckpt.CheckpointError, match=message) as caught:
-        ckpt.choose(newer.parent, newer.name)
+        choose(newer.parent, newer.name)
     assert f"has {newer.name}, {older.name}" in str(caught.value)
-    choice = ckpt.choose(newer.parent, "latest")
+    choice = choose(newer.parent, "latest")
     assert choice.path == older and choice.passed_over[0][0] == newer.name
     assert ckpt.main(["verify", str(newer.parent)]) == 66 and message in capsys.readouterr().out
     shutil.rmtree(older)
     shutil.copytree(newer, older, symlinks=True)
     with pytest.raises(ckpt.CheckpointError, match="no checkpoint in .* can be loaded:\n"):
-        ckpt.choose(newer.parent, "latest")
+        choose(newer.parent, "latest")
 
 
 def test_resume_words(two, tmp_path):
     """resume as none, latest, name and path, with and without checkpoints there: the choice or the error."""
     older, newer = two
     with pytest.raises(ConfigError, match=f"already has 2 checkpoints, the last one {newer.name}; .*resume=latest"):
-        ckpt.choose(tmp_path, None)
-    chosen = ckpt.choose(tmp_path, "latest")
+        choose(tmp_path, None)
+    chosen = choose(tmp_path, "latest")
     save_id = manifest.read_manifest(newer)["save_id"]
     assert chosen == (newer, {"step": 2, "tokens": 2000, "loss": 1.5}, [], save_id)
-    assert ckpt.choose(tmp_path, older.name).path == older
-    assert ckpt.choose(tmp_path / "other", str(older)).path == older
-    assert ckpt.choose(tmp_path / "other", os.path.relpath(older) + "/").state["step"] == 1
+    assert choose(tmp_path, older.name).path == older
+    assert choose(tmp_path / "other", str(older)).path == older
+    assert choose(tmp_path / "other", os.path.relpath(older) + "/").state["step"] == 1
     with pytest.raises(ckpt.CheckpointError, match=f"no such directory.* has {newer.name}, {older.name}"):
-        ckpt.choose(tmp_path, "checkpoint-epoch0-step3-files1")
+        choose(tmp_path, "checkpoint-epoch0-step3-files1")
     with pytest.raises(ckpt.CheckpointError, match=f"a folder of checkpoints; name one, {newer}, or set output_dir="):
-        ckpt.choose(tmp_path, str(tmp_path))
+        choose(tmp_path, str(tmp_path))
     with pytest.raises(ckpt.CheckpointError, match="not a complete checkpoint"):
-        ckpt.choose(tmp_path, str(tmp_path.parent))
-    assert ckpt.choose(tmp_path / "empty", None).path is None
-    assert ckpt.choose(tmp_path / "empty", "latest").path is None
+        choose(tmp_path, str(tmp_path.parent))
+    assert choose(tmp_path / "empty", None).path is None
+    assert choose(tmp_path / "empty", "latest").path is None
     with pytest.raises(ckpt.CheckpointError, match="has no checkpoints"):
-        ckpt.choose(tmp_path / "empty", "any")
+        choose(tmp_path / "empty", "any")
     save(tmp_path, 10)
-    assert ckpt.choose(tmp_path, "latest").path.name == ckpt.name(0, 10, 1), "steps are numbers, not text"
+    assert choose(tmp_path, "latest").path.name == manifest.name(0, 10, 1), "steps are numbers, not text"
 
 
 def test_other_model_is_named(two):
     """A checkpoint of another size: the first names and shapes that differ, and not a value changed."""
     model, optimizers = build(width=16)
-    tree = ckpt.state_tree(model, *optimizers)
+    tree = tensors.state_tree(model, *optimizers)
     before = digest(tree)
     with pytest.raises(
         ckpt.CheckpointError, match=r"model.blocks.0.bias is \[8\] float32 there, \[16\] .* and \d+ more"
     ):
-        ckpt.load(two[1], tree)
+        tensors.load(two[1], tree)
     del tree["optim.step.narrow.bias"]
     with pytest.raises(ckpt.CheckpointError):
-        ckpt.load(two[1], tree)
+        tensors.load(two[1], tree)
     model, optimizers = build()
-    tree = ckpt.state_tree(model, *optimizers)
+    tree = tensors.state_tree(model, *optimizers)
     tree["model.new.bias"] = torch.zeros(3)
     with pytest.raises(ckpt.CheckpointError, match=r"optimizer: model.new.bias is absent there, \[3\] float32 here$"):
-        ckpt.load(two[1], tree)
-    tree = ckpt.state_tree(model) | {"model.narrow.bias": torch.zeros(3, dtype=torch.float64)}
+        tensors.load(two[1], tree)
+    tree = tensors.state_tree(model) | {"model.narrow.bias": torch.zeros(3, dtype=torch.float64)}
     with pytest.raises(ckpt.CheckpointError, match=r"model.narrow.bias is \[3\] float32 there, \[3\] float64 here"):
-        ckpt.load(two[1], tree)
-    assert digest(ckpt.state_tree(*build(width=16)[:1])) != before  # fresh weights differ, so the digest can tell
-    weights = ckpt.state_tree(build()[0])
-    ckpt.load(two[1], weights)  # the weights alone
-    fill(tree := ckpt.state_tree(model), 0)
+        tensors.load(two[1], tree)
+    assert digest(tensors.state_tree(*build(width=16)[:1])) != before  # fresh weights differ, so the digest can tell
+    weights = tensors.state_tree(build()[0])
+    tensors.load(two[1], weights)  # the weights alone
+    fill(tree := tensors.state_tree(model), 0)
     assert digest(weights) == digest(tree)
 
 
@@ -524,7 +527,7 @@ def test_permission_denied(alone):
             os.chmod(closed, 0)
             os.seteuid(65534 if me == 0 else me)  # root may read everything
             try:
-                choice = ckpt.choose(folder, "latest")
+                choice = choose(folder, "latest")
                 with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
                     manifest.lock(Path(folder, "new"))
             finally:
@@ -537,7 +540,7 @@ def test_permission_denied(alone):
 
 def test_lock(tmp_path):
     """A second run on an output_dir is refused with the first one's host and pid; a killed run's lock is gone."""
-    code = "import manifest, sys; manifest.lock(sys.argv[1]); print('locked', flush=True); sys.stdin.read()"
+    code = "import sys; from refocused.checkpoint import manifest; manifest.lock(sys.argv[1]); print('locked', flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -568,25 +571,25 @@ def small_disk(tmp_path):
 
 def test_full_disk(alone, small_disk):
     """A disk without room, seen before the save or filled during it: that save fails, the one before stands, the next
-    is good again; a disk that is full at the start is found by lock() or reserve()."""
+    is good again; a disk that is full at the start is found by lock() or check_space()."""
     first = save(small_disk, 1, width=64)
     model, optimizers = build(width=256)
-    tree = ckpt.state_tree(model, *optimizers)
-    saver = ckpt.Saver(small_disk)
+    tree = tensors.state_tree(model, *optimizers)
+    saver = Saver(small_disk)
     saver.reserve(tree)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2 << 20))
-    saver.save(ckpt.name(0, 2, 1), tree, {})
+    saver.save(manifest.name(0, 2, 1), tree, {})
     assert "GB free" in saver.wait()
     with pytest.raises(ConfigError, match="lower save_total_limit"):
-        saver.reserve(tree)
+        manifest.check_space(small_disk, sum(t.nbytes for t in tree.values()))
     filler.unlink()
-    saver.save(ckpt.name(0, 2, 1), tree, {"history": list(range(1 << 20))})  # the tensors fit, the state does not
+    saver.save(manifest.name(0, 2, 1), tree, {"history": list(range(1 << 20))})  # the tensors fit, the state does not
     error = saver.wait()
     assert "No space left on device" in error and saver.wait() is None
     assert os.listdir(small_disk) == [first.name] and manifest.verify(first)
-    saver.save(ckpt.name(0, 2, 1), tree, {})
-    assert saver.close() is None and manifest.verify(small_disk / ckpt.name(0, 2, 1))
+    saver.save(manifest.name(0, 2, 1), tree, {})
+    assert saver.close() is None and manifest.verify(small_disk / manifest.name(0, 2, 1))
     with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
@@ -597,12 +600,12 @@ def test_full_disk(alone, small_disk):
 def test_retention(alone, tmp_path):
     """Which checkpoints remain after each save, with a limit of 2, every 4th step kept, damage and a step back."""
     settings = {"save_total_limit": 2, "keep_every": 4}
-    left = lambda: sorted(ckpt.parse(n).step for n in ckpt.names(tmp_path))  # noqa: E731
+    left = lambda: sorted(manifest.parse(n).step for n in manifest.names(tmp_path))  # noqa: E731
     for step in range(1, 8):
         save(tmp_path, step, **settings)
     assert left() == [4, 6, 7]
-    _cut(tmp_path / ckpt.name(0, 7, 1))
-    (tmp_path / ckpt.name(0, 6, 1) / manifest.MANIFEST).unlink()
+    _cut(tmp_path / manifest.name(0, 7, 1))
+    (tmp_path / manifest.name(0, 6, 1) / manifest.MANIFEST).unlink()
     save(tmp_path, 8, **settings)
     assert left() == [4, 8], "what is not complete goes"
     save(tmp_path, 5, **settings)

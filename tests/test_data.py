@@ -15,8 +15,9 @@ import shards
 import torch
 
 from configs import Config
-from data import DataError, Dataset, Loader, PackedShard, Shard, explain_change, get_tokenizer, permutation
-from shard import write_shard
+from data import Dataset, Loader, explain_change, permutation
+from refocused.shards.shard import DataError, PackedShard, Shard, write_shard
+from refocused.shards.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 V, T = 50257, 16
@@ -436,7 +437,7 @@ def test_byte_tokenizer():
 
 def test_gpt2_vocabulary_that_cannot_be_had(tmp_path):
     """tiktoken with an empty cache and a dead proxy, against one error that names the way out."""
-    code = "import data; data.get_tokenizer('gpt2')"
+    code = "from refocused.shards import tokenizers; tokenizers.get_tokenizer('gpt2')"
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert "DataError: tiktoken cannot fetch the gpt2 vocabulary" in out.stderr and "TIKTOKEN_CACHE_DIR" in out.stderr

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 import data
-import download
-import gcs
+from refocused.bucket import download, gcs
 
 ROOT = Path(download.__file__).parent
-RUN = "import sys, download; sys.exit(download.main(sys.argv[1:]))"
+RUN = "import sys, data; sys.exit(data.main(['download', *sys.argv[1:]]))"
 MEDIA = "alt=media"
 
 

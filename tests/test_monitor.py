@@ -14,9 +14,9 @@ from launch import Run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run, newest, steps, take, tensors
 
-import ckpt
-import gpus
 from configs import ConfigError, step_ranges
+from refocused.checkpoint import manifest
+from refocused.measure import gpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -27,8 +27,8 @@ def trace(folder: Path) -> list[dict]:
 
 def forget(folder: Path, after: int) -> None:
     """Delete the checkpoints beyond a step, as if a kill had come before them."""
-    for name in ckpt.names(folder / "out"):
-        if ckpt.parse(name).step > after:
+    for name in manifest.names(folder / "out"):
+        if manifest.parse(name).step > after:
             subprocess.run(["rm", "-r", str(folder / "out" / name)], check=True)
 
 

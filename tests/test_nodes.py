@@ -17,8 +17,8 @@ from launch import TINY, train
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
-import gcs
-from remote import Place, fetch
+from refocused.bucket import gcs
+from refocused.bucket.remote import Place, fetch
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

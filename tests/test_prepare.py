@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import shards
 
-import prepare
-import text
 from configs import Config
-from data import DataError, Dataset, Shard, get_tokenizer
-from prepare import Source, open_or_unpack
-from shard import write_shard
+from data import Dataset, open_dataset
+from refocused.shards import prepare, source, text
+from refocused.shards.shard import DataError, Shard, write_shard
+from refocused.shards.source import Source
+from refocused.shards.tokenizers import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 V, END = 50257, shards.END_OF_TEXT
@@ -34,7 +34,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def stream_of(file: Path, max_ratio: float = prepare.MAX_RATIO) -> tuple[list[int], dict]:
+def stream_of(file: Path, max_ratio: float = source.MAX_RATIO) -> tuple[list[int], dict]:
     report: dict = {}
     source = Source(file, V, END, max_ratio)
     tokens = np.concatenate(list(source.chunks(report))).tolist()
@@ -52,7 +52,7 @@ def test_padding_is_dropped(tmp_path, without):
     rows = [rng.integers(0, 1000, rng.integers(1, 701)) for _ in range(3000)] + [rng.integers(0, 1000, 700)]
     file = tmp_path / "a.npz"
     shards.write_padded(file, rows, 700, pad=-7, **dict.fromkeys(without))
-    assert len(rows) * 700 * 4 > 2 * prepare.BLOCK
+    assert len(rows) * 700 * 4 > 2 * source.BLOCK
     tokens, report = stream_of(file)
     assert tokens == shards.rows_to_stream(rows, 700).tolist()
     assert report["documents"] == 3001 and report["padding"] == 3001 * 700 - sum(map(len, rows))
@@ -305,11 +305,11 @@ def test_unpacked_once_and_never_again(tmp_path):
     """Two processes that open a compressed set at once: one unpacks, both see the same; later calls write nothing."""
     expected = shards.write_seed_shards(tmp_path / "in", files=5)
     code = f"""
-import dataclasses, prepare
+import dataclasses, data
 from configs import Config
 if __name__ == "__main__":
     cfg = Config(data_dir={str(tmp_path / "in")!r}, cache_dir={str(tmp_path / "cache")!r}, sequence_length=16)
-    dataset = prepare.open_or_unpack(cfg)
+    dataset = data.open_dataset(cfg)
     print(dataset.fingerprint, dataset.num_samples)
 """
     (tmp_path / "job.py").write_text(code)
@@ -327,20 +327,20 @@ if __name__ == "__main__":
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and sum("unpacking 5 shards" in err for _, err in outputs) == 1
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
-    dataset = open_or_unpack(config(tmp_path / "in", tmp_path / "cache", max_files=3))
+    dataset = open_dataset(config(tmp_path / "in", tmp_path / "cache", max_files=3))
     assert [s.path for s in (*dataset.shards, *dataset.eval_shards)] == sorted(expected)[:3]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
     first = sorted(expected)[0]
     assert dataset.gather(np.array([0]))[0].tolist() == expected[first][:17].tolist()
     shards.write_padded(tmp_path / "in" / first, ROWS * 20, 8)  # the source changes: unpacked again
-    dataset = open_or_unpack(config(tmp_path / "in", tmp_path / "cache"))
+    dataset = open_dataset(config(tmp_path / "in", tmp_path / "cache"))
     assert dataset.gather(np.array([0]))[0].tolist() == shards.rows_to_stream(ROWS * 20, 8)[:17].tolist()
 
 
 def test_a_mapped_set_is_opened_where_it_is(tmp_path):
     """A set that needs no unpacking against an untouched cache_dir."""
     shards.write_mapped(tmp_path / "in", [100, 100])
-    assert open_or_unpack(config(tmp_path / "in", tmp_path / "cache")).num_samples == 6
+    assert open_dataset(config(tmp_path / "in", tmp_path / "cache")).num_samples == 6
     assert not (tmp_path / "cache").exists()
 
 

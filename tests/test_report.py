@@ -12,7 +12,7 @@ from conftest import ROOT
 from launch import train
 from safetensors import safe_open
 
-import report
+from refocused.measure import report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -96,7 +96,7 @@ def test_without_matplotlib(tmp_path):
     """In an environment that has nothing installed: one line with the command that installs it, exit 2."""
     venv.create(tmp_path / "bare", with_pip=False)
     folder = write(tmp_path / "run", [step(1)])
-    bare = [str(tmp_path / "bare" / "bin" / "python"), str(ROOT / "report.py"), str(folder)]
+    bare = [str(tmp_path / "bare" / "bin" / "python"), str(ROOT / "refocused/measure/report.py"), str(folder)]
     done = subprocess.run(bare, capture_output=True, text=True, env={}, timeout=30)
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
     assert sys.prefix != str(tmp_path / "bare")

@@ -19,22 +19,23 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, write_shards
 from launch import TINY, Run, train
 
-import ckpt
+from refocused.checkpoint import manifest
+from refocused.checkpoint.tensors import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
 
 
 def newest(folder: Path) -> Path:
     """The last checkpoint of a run's folder."""
-    return folder / "out" / ckpt.names(folder / "out")[0]
+    return folder / "out" / manifest.names(folder / "out")[0]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every parameter and moment, whole, whatever layout wrote it."""
-    ckpt.verify(checkpoint)
+    manifest.verify(checkpoint)
     saved = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     tree = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in saved.items()}
-    ckpt.load(checkpoint, tree)
+    load(checkpoint, tree)
     return tree
 
 
@@ -139,9 +140,9 @@ def storm(shards: Path, folder: Path, layout: str, kills: int, seed: int) -> dic
     duration = time.monotonic() - begin
     hit = {"before the first step": 0, "in a save": 0, "between saves": 0, "after the end": 0}
     for _ in range(kills):
-        if any(parse.step == 30 for n in ckpt.names(folder / "storm" / "out") if (parse := ckpt.parse(n))):
+        if any(parse.step == 30 for n in manifest.names(folder / "storm" / "out") if (parse := manifest.parse(n))):
             # the run is through: begin it anew, from the oldest checkpoint that is left
-            for name in ckpt.names(folder / "storm" / "out")[:-1]:
+            for name in manifest.names(folder / "storm" / "out")[:-1]:
                 subprocess.run(["rm", "-r", str(folder / "storm" / "out" / name)], check=True)
         run = Run(args, nproc, folder / "storm")
         time.sleep(rng.uniform(0.2, 1.1) * duration)  # a random moment is the point
@@ -187,7 +188,7 @@ def test_replay_is_proven(shards, tmp_path):
     run = Run(args, 1, tmp_path)
     run.wait_for(r"Step 63: ")
     run.kill()
-    again = len(steps(tmp_path)) - ckpt.parse(newest(tmp_path).name).step
+    again = len(steps(tmp_path)) - manifest.parse(newest(tmp_path).name).step
     assert again > 0
     with (tmp_path / "logs" / "trace.jsonl").open("a") as file:
         file.write('{"step": 99, "loss"')
@@ -222,7 +223,7 @@ def test_a_signal_on_one_rank_stops_all_and_loses_nothing(shards, tmp_path, numb
     run.signal(number, rank=1)
     assert run.wait() == [75, 75], run.text
     stopped = int(re.search(r"stopped at step (\d+)", run.text)[1])
-    assert ckpt.parse(newest(tmp_path / "stopped").name).step == stopped < 150
+    assert manifest.parse(newest(tmp_path / "stopped").name).step == stopped < 150
     resumed = Run(args, 2, tmp_path / "stopped")
     resumed.wait_for(rf"Step {stopped + 2}: loss")
     resumed.kill()
@@ -250,7 +251,7 @@ def test_a_closed_terminal_saves(shards, tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
     stopped = int(re.search(r"stopped at step (\d+)", log.read_text())[1])
-    assert ckpt.parse(newest(tmp_path).name).step == stopped
+    assert manifest.parse(newest(tmp_path).name).step == stopped
 
 
 def test_sigterm_to_torchrun(shards, tmp_path):
@@ -278,7 +279,7 @@ def test_sigterm_to_torchrun(shards, tmp_path):
     process.wait(timeout=40)
     assert time.monotonic() - begin < 25 and process.returncode != 0
     assert re.search(r"stopped at step \d+ [\d.]+ s after the signal", text()), text()
-    ckpt.verify(newest(tmp_path))
+    manifest.verify(newest(tmp_path))
 
 
 def test_sigterm_while_compiling(shards, tmp_path):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import export
 import sample
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
+from refocused.bucket import commands
+from refocused.checkpoint import folder as folders
+from refocused.shards import tokenizers
 from sample import Options
 from tests.conftest import ROOT
 from tests.fakegcs import FakeGCS
@@ -52,8 +54,8 @@ def test_greedy_equals_transformers(keys, tmp_path):
     cfg = Config(**{**CFG.__dict__, **keys})
     model = GPTNeoX(cfg).eval()
     init_weights(model)
-    export.write_configs(export.Source(tmp_path, cfg, {}, 256), tmp_path, torch.float32)
-    export.write_weights(model, tmp_path, torch.float32)
+    folders.write_configs(folders.Source(tmp_path, cfg, {}, 256), tmp_path, torch.float32)
+    folders.write_weights(model, tmp_path, torch.float32)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
     wanted = []
     for prompt in PROMPTS:
@@ -119,11 +121,10 @@ def test_choose():
 
 def test_writer():
     """Characters spread over tokens come out whole; the second text comes after the first, in pieces as they are known."""
-    import data
 
     first, second = "a\u00e9\U0001f600".encode(), b"\xff\xfe\xffxy"
     out = []
-    writer = sample.Writer(data.get_tokenizer("byte").decode, ["1:", "2:"], out.append)
+    writer = sample.Writer(tokenizers.get_tokenizer("byte").decode, ["1:", "2:"], out.append)
     for i in range(8):
         writer.add([first[i] if i < len(first) else None, second[i] if i < len(second) else None])
         if i == 0:
@@ -184,12 +185,12 @@ def test_batch_from_a_file(checkpoint, tmp_path, capsys):
 
 def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
     """resume=gs://BUCKET/PREFIX gives the text that the local checkpoint gives."""
-    import sync
+    from refocused.bucket import sync
 
     monkeypatch.chdir(tmp_path)
     with FakeGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        place, _ = sync.open_place("gs://bucket/runs/a")
+        place, _ = commands.open_place("gs://bucket/runs/a")
         sync.publish(place, checkpoint)
         _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
         keys = ["bucket_name=bucket", "checkpoint_bucket_path=runs/a", f"output_dir={tmp_path}/empty"]

@@ -12,7 +12,7 @@ from conftest import ROOT, write_shards
 from launch import train
 
 import configs
-from train import learning_rate
+from refocused.run.optim import learning_rate
 
 
 def relative(a: list[float], b: list[float]) -> float:

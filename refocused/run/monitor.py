@@ -1,14 +1,13 @@
-"""What a run says: the plan before the first step, the log lines, TensorBoard and trace.jsonl."""
+"""What a run says as it goes: the log lines, TensorBoard, and the figures of the trace."""
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,67 +16,13 @@ import torch
 from tqdm import tqdm
 
 import configs
-import data
-import gpus
-import manifest
 import model as neox
-import parallel
 from configs import Config, ConfigError
-
-
-def count(n: float) -> str:
-    """1414647808 -> 1.415B"""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.4g}{unit}"
-    return f"{n:g}"
-
-
-def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
-    """The run in a few aligned lines. dataset: a data.Dataset, or the reason why there is none."""
-    parameters, body = neox.num_parameters(cfg)
-    accumulation, global_batch = cfg.batch(world_size)
-    tokens = global_batch * cfg.sequence_length
-    product = f"{cfg.per_device_train_batch_size} x {accumulation} x {world_size} x {cfg.sequence_length}"
-    steps = f"{cfg.max_steps:,} steps = {count(cfg.max_steps * tokens)} tokens"
-    if isinstance(dataset, str):
-        shards = dataset
-    else:
-        epochs = cfg.max_steps * global_batch / dataset.num_samples
-        steps += f" = {epochs:.3g} epochs" + (f" ({epochs:.2%} of the data)" if epochs < 1 else "")
-        held = f", {dataset.num_eval_samples:,} windows held out" if dataset.num_eval_samples else ", none held out"
-        shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {count(dataset.num_tokens)} tokens per epoch{held}"
-    schedule = {
-        "cosine": f"cosine to {cfg.min_learning_rate:g}",
-        "linear": f"linear to {cfg.min_learning_rate:g}",
-        "constant": "constant",
-        "warmup_stable_decay": f"stable, then linear to {cfg.min_learning_rate:g}",
-    }[cfg.lr_scheduler_type]
-    lines = {
-        "model": f"GPT-NeoX, {cfg.num_hidden_layers} layers, {cfg.hidden_size} wide, {cfg.num_attention_heads} heads, "
-        f"vocabulary {cfg.vocab_size:,}: {count(parameters)} parameters ({count(body)} without embeddings), "
-        f"{count(neox.flops_per_token(cfg))}FLOP per token",
-        "batch": f"{tokens:,} tokens per step = {product} (sequences x accumulation x processes x length)",
-        "steps": steps,
-        "schedule": f"learning rate {cfg.learning_rate:g}, {cfg.warmup_steps:,} steps of warm-up, {schedule}",
-        "data": shards,
-        "hardware": where,
-        "output": f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}",
-    }
-    notes = []
-    if cfg.num_processes and cfg.num_processes != world_size and not cfg.global_batch_size:
-        notes.append(
-            f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
-            f"{global_batch} sequences; global_batch_size={cfg.batch(cfg.num_processes)[1]} keeps the intended one"
-        )
-    if cfg.tokenizer == "byte" and cfg.vocab_size > 512:
-        notes.append(f"tokenizer=byte has 257 ids: of vocab_size={cfg.vocab_size:,} the others are never used")
-    if cfg.intermediate_size > 8 * cfg.hidden_size:
-        notes.append(
-            f"intermediate_size={cfg.intermediate_size} is {cfg.intermediate_size / cfg.hidden_size:g} times "
-            "hidden_size; 4 times is usual"
-        )
-    return "\n".join(f"{name:<9} {text}" for name, text in [*lines.items(), *(("note", note) for note in notes)])
+from refocused.checkpoint import manifest
+from refocused.run import processes, strategy
+from refocused.run.trace import Diverged, Trace
+from refocused.run.words import count, duration
+from refocused.shards.shard import DataError
 
 
 def check_folder(logging_dir: str, output_dir: str) -> None:
@@ -120,108 +65,17 @@ def console() -> Iterator[None]:
         os.close(nowhere)
 
 
-class Diverged(ValueError):
-    """With deterministic=true a replay was not the same run."""
-
-    exit_code = 70
-
-
-class Trace:
-    """trace.jsonl: one line per step, the proof that a resumed run is the same run, and lines with an "event" between.
-
-    Steps that are run again after a resume are compared with the lines that are there already.
-    """
-
-    COMPARED = ("loss_hex", "grad_norm_hex", "lr_hex", "samples")
-
-    def __init__(self, path: Path, start_step: int):
-        whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line
-        self.file = path.open("a", buffering=1)  # a line reaches the kernel at once: a SIGKILL loses none
-        os.truncate(path, len(whole))
-        self.expected: dict[int, dict] = {}
-        self.events: dict[tuple[str, int], dict] = {}
-        for line in map(json.loads, whole.splitlines()):  # of a step that came more than once the last line counts
-            if (step := line["step"]) <= start_step:
-                continue
-            if "event" not in line:
-                self.expected[step] = line
-                self.events.pop(("skip", step), None)
-            else:
-                self.events[line["event"], step] = line
-                if line["event"] == "skip":
-                    self.expected.pop(step, None)
-        self.same, self.first_difference = 0, None
-        self.last = max(self.expected, default=0)
-
-    def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict[str, Any]) -> None:
-        line = {"step": step}
-        for key, value in figures.items():
-            line |= {key: readable(value), f"{key}_hex": value.hex()}
-        line["samples"] = fingerprint(ids)
-        if self.events.pop(("skip", step), None):
-            self.differs(step, "was skipped, is run")
-        before = self.expected.pop(step, None)
-        if before is not None:
-            differs = [k for k in self.COMPARED if before.get(k) != line[k]]
-            if not differs:
-                self.same += 1
-                return  # the line stands already
-            self.differs(step, ", ".join(f"{k} was {before.get(k)}, is {line[k]}" for k in differs))
-        self.file.write(json.dumps(line | {key: readable(value) for key, value in extra.items()}) + "\n")
-
-    def event(self, kind: str, step: int, **fields: Any) -> bool:
-        """Something that happened after `step`; False if it stands already, the clock's figures (*_seconds) apart."""
-        line = {"event": kind, "step": step, **{key: readable(value) for key, value in fields.items()}}
-        before = self.events.pop((kind, step), {})
-        if all(before.get(key) == value for key, value in line.items() if not key.endswith("_seconds")):
-            return False
-        self.file.write(json.dumps(line) + "\n")
-        return True
-
-    def skipped(self, step: int, ids: np.ndarray) -> None:
-        if self.expected.pop(step, None):
-            self.differs(step, "was run, is skipped")
-        self.event("skip", step, samples=fingerprint(ids))
-
-    def differs(self, step: int, how: str) -> None:
-        if self.first_difference is None:
-            self.first_difference = f"step {step}: {how}"
-
-    def replayed(self, step: int) -> str | None:
-        """After the last step that was run before: what the comparison came to."""
-        if not self.last or step < self.last:
-            return None
-        self.last = 0
-        if self.first_difference:
-            return f"replayed {self.same} steps identically, then not the same run: {self.first_difference}"
-        return f"replayed {self.same} steps, {self.same} identical"
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def readable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def fingerprint(ids: np.ndarray) -> str:
-    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
-
-
 class Monitor:
     """Collects each step's figures on rank 0 and turns them into lines, curves and the state that a resume needs."""
 
-    def __init__(self, cfg: Config, env: parallel.Env):
-        self.cfg, self.env = cfg, env
-        self.trace = self.board = self.log = self.peak = None
+    def __init__(self, cfg: Config, env: processes.Env, peak: float | None):
+        """peak: the dense FLOP/s of this device, None where unknown."""
+        self.cfg, self.env, self.peak = cfg, env, peak
+        self.trace = self.board = self.log = None
         self.bar = tqdm(disable=True)
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
         if env.main:
             self.log = Path(cfg.logging_dir, "train.log").open("a", buffering=1)
-        if env.device.type == "cuda":
-            self.peak = gpus.peak_flops(torch.cuda.get_device_name(env.device))
 
     def start(self, step: int, tokens_per_step: int, state: dict, checkpoint: str | None, settings: str) -> None:
         """Just before the loop: go on from a checkpoint's state, {} for a fresh run; settings is text for TensorBoard."""
@@ -249,7 +103,7 @@ class Monitor:
         self.begin, self.begin_step, self.waited = time.perf_counter(), step, 0.0
 
     def say(self, text: str, file: TextIO | None = None) -> None:
-        """A line on rank 0's console and in train.log."""
+        """A line on rank 0's console and in train.log; nothing for an empty text."""
         if self.log:
             file = file or sys.stdout
             with console():
@@ -257,8 +111,14 @@ class Monitor:
                 file.flush()
             self.log.write(text + "\n")
 
-    def step(self, step: int, loss: float, norm: float, lr: float, ids: np.ndarray, **extra: Any) -> None:
-        """Note one finished step. Raises Diverged with deterministic=true where a replay is not the same."""
+    def step(
+        self, step: int, loss: float, norm: float, lr: float, ids: np.ndarray, verdict: str | None, locate: Callable
+    ) -> None:
+        """Note one finished step; of one with a verdict, say and write down which text it was made of.
+
+        locate(ids) are the windows' (shard, offset). Raises Diverged with deterministic=true where a replay differs.
+        """
+        extra = {"verdict": verdict} if verdict else {}
         self.recent.append(loss)
         self.norm = norm
         with console():
@@ -266,6 +126,19 @@ class Monitor:
         self.held = (step, {"loss": loss, "grad_norm": norm, "lr": lr}, ids, extra)
         if not self.cfg.logging_steps or step % self.cfg.logging_steps:
             self.record()
+        if verdict:
+            self.report(step, loss, norm, verdict, locate(ids))
+
+    def report(self, step: int, loss: float, norm: float, verdict: str, windows: list[tuple[str, int]]) -> None:
+        path = Path(self.cfg.logging_dir, f"bad-step-{step}.json")
+        first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
+        self.say(
+            f"Step {step}: loss={loss:.4f}, grad norm={norm:.4f}: {verdict}. Read {first}, ...; all windows in {path}"
+        )
+        if self.env.main:
+            figures = {"step": step, "loss": str(loss), "grad_norm": str(norm), "verdict": verdict}
+            places = [{"shard": shard, "offset": offset} for shard, offset in windows]
+            path.write_text(json.dumps({**figures, "windows": places}, indent=1))
 
     def record(self, **figures: Any) -> None:
         """Write the line that is held, if any, and say when a replay has come to its end."""
@@ -305,7 +178,7 @@ class Monitor:
         seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
         tokens = rate * self.tokens_per_step
         mfu = tokens * neox.flops_per_token(self.cfg) / (self.env.world_size * self.peak) if self.peak else None
-        memory, reserved = parallel.peak_memory(self.env), None
+        memory, reserved = processes.peak_memory(self.env), None
         if self.env.device.type == "cuda":
             reserved = torch.accelerator.max_memory_reserved()
         wait_share, left = (waited - self.waited) / seconds, (self.cfg.max_steps - step) / rate
@@ -360,8 +233,8 @@ class Monitor:
                 if value is not None:
                     self.board.add_scalar(name, value, step)
 
-    def evaluated(self, step: int, loss: float, begin: float, model: torch.nn.Module) -> None:
-        """Note a held-out loss and a text sample; the time since `begin`, perf_counter's, does not count as training."""
+    def evaluated(self, step: int, loss: float, begin: float, write: Callable[[], str]) -> None:
+        """Note a held-out loss and the text that write() makes; the time since `begin` does not count as training."""
         self.eval_loss = loss
         spent = time.perf_counter() - begin
         self.say(f"Step {step}: eval_loss={loss:.4f}, perplexity={math.exp(min(loss, 700)):.2f} | {spent:.1f} s")
@@ -369,38 +242,20 @@ class Monitor:
             self.scalars(step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700))})
             # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
             if self.trace.event("eval", step, loss=loss, eval_seconds=spent) and self.samples:
-                if text := self.text(parallel.raw(model)):
-                    self.board.add_text("sample", text, step)
+                try:
+                    text = write()
+                except DataError as error:
+                    self.say(f"no text samples: {error}")
+                    self.samples = False
+                else:
+                    self.board.add_text("sample", "".join(f"    {line}\n" for line in text.splitlines()), step)
                 self.board.flush()
         self.begin += time.perf_counter() - begin
-
-    def text(self, model: neox.GPTNeoX) -> str | None:
-        """What the model writes when nothing is given, as an indented block; None without a tokenizer."""
-        from sample import Options, generate
-
-        try:
-            tokenizer = data.get_tokenizer(self.cfg.tokenizer)
-        except data.DataError as error:
-            self.say(f"no text samples: {error}")
-            self.samples = False
-            return None
-        if (end := tokenizer.eot_token) >= self.cfg.vocab_size:
-            return None
-        model.eval()
-        with torch.compiler.set_stance("force_eager"):  # a graph for each length of the text would not pay
-            # top_p adds up probabilities, for which a GPU has no deterministic kernel
-            options = Options(
-                max_new_tokens=self.cfg.sample_tokens, **({"top_p": 1.0} if self.cfg.deterministic else {})
-            )
-            steps = generate(model, [[end]], options, end)
-            ids = [token for [token] in steps if token is not None and token < tokenizer.n_vocab]
-        model.train()
-        return "".join(f"    {line}\n" for line in tokenizer.decode(ids).splitlines())
 
     def histograms(self, step: int, model: torch.nn.Module) -> None:
         """Weights and clipped gradients of a model that is whole, as far as TensorBoard's bins reach."""
         if self.board and self.cfg.parallel != "fsdp":
-            for name, p in parallel.raw(model).named_parameters():
+            for name, p in strategy.raw(model).named_parameters():
                 for kind, values in (("weights", p.detach()), ("gradients", p.grad)):
                     if len(inside := values[values.abs() < 1e20]):  # NaN is not; an empty histogram is an error
                         self.board.add_histogram(f"{kind}/{name}", inside, step)
@@ -430,13 +285,3 @@ class Monitor:
             self.trace.close()
         if self.log:
             self.log.close()
-
-
-def duration(seconds: float) -> str:
-    """3725 -> 1h02m"""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

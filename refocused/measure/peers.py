@@ -19,8 +19,10 @@ import torch.nn.functional as F
 
 import configs
 import model as neox
-import parallel
+import train
 from configs import Config
+from data import Dataset
+from refocused.run import processes, strategy
 
 
 class Gate:
@@ -68,23 +70,20 @@ def device() -> torch.device:
 
 
 def ours(cfg: Config, gate: Gate) -> None:
-    import train
-    from data import Dataset
-
     gate.wait()
     train.train(cfg, {}, Dataset.open(cfg), gate)
 
 
 def whole(cfg: Config, gate: Gate) -> None:
     """This trainer with the model compiled in one piece after wrapping, for what that does to time and memory."""
-    build = parallel.build
+    build = strategy.build
 
-    def in_one_piece(cfg: Config, env: parallel.Env) -> nn.Module:
+    def in_one_piece(cfg: Config, env: processes.Env) -> nn.Module:
         model = build(dataclasses.replace(cfg, compile_model=False), env)
         model.compile(dynamic=False)
         return model
 
-    parallel.build = in_one_piece
+    strategy.build = in_one_piece
     ours(cfg, gate)
 
 
@@ -186,7 +185,7 @@ def nanogpt(cfg: Config, gate: Gate) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     tokens, T = torch.from_numpy(Windows(cfg).tokens), cfg.sequence_length
     accumulation = cfg.gradient_accumulation_steps
-    dtype = parallel.DTYPES[cfg.mixed_precision]
+    dtype = processes.DTYPES[cfg.mixed_precision]
     while True:
         for _ in range(accumulation):
             starts = torch.randint(len(tokens) - T - 1, (cfg.per_device_train_batch_size,))
@@ -204,7 +203,7 @@ def floor(cfg: Config, gate: Gate) -> None:
     """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
     attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
     gate.wait()
-    where, dtype = device(), parallel.DTYPES[cfg.mixed_precision]
+    where, dtype = device(), processes.DTYPES[cfg.mixed_precision]
     C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
     B, H, L = cfg.per_device_train_batch_size, cfg.num_attention_heads, cfg.num_hidden_layers
 

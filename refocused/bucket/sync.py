@@ -3,11 +3,8 @@
 Which files make a checkpoint in a bucket, and how one comes and goes, is in remote.py. Here, besides:
 
     gs://BUCKET/PREFIX/OWNER.json    the run that may write below PREFIX: the last one that started
-
-    python ckpt.py list|verify|pull|push|prune ...
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -19,11 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gcs
-import manifest as local
 from configs import Config, ConfigError
-from manifest import MANIFEST, STATE, CheckpointError
-from remote import Place, delete, fetch, prune, publish, retained
+from refocused.bucket import gcs
+from refocused.bucket.remote import Place, delete, fetch, publish, retained
+from refocused.checkpoint import manifest as local
+from refocused.checkpoint.manifest import CheckpointError
 
 OWNER = "OWNER.json"
 SCAN_SECONDS = 1.0  # a scan that finds nothing new reads one folder
@@ -36,9 +33,6 @@ class Superseded(gcs.BucketError):
 
 class Incomplete(gcs.BucketError):
     """Another node has not sent its part of a checkpoint yet."""
-
-
-# ---- up
 
 
 class Syncer:
@@ -218,9 +212,6 @@ class Syncer:
             )
 
 
-# ---- down
-
-
 class Found(NamedTuple):
     """A checkpoint that is to come down before training starts."""
 
@@ -301,130 +292,3 @@ def bring(cfg: Config, path: Path, save_id: str) -> None:
             f"host {socket.gethostname()} lacks the checkpoint that rank 0 loads, save {save_id}: {problem}; copy it "
             "there, use a disk that all nodes share, or a bucket"
         )
-
-
-# ---- command line, reached through ckpt.py
-
-
-def main(argv: list[str]) -> int:
-    """ckpt.py's commands that need no tensors; returns the exit code. Raises BucketError and CheckpointError."""
-    parser = argparse.ArgumentParser(
-        prog="ckpt.py",
-        description="Checkpoints, on disk and in a bucket. Also: ckpt.py export --help, ckpt.py import --help.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (
-        ("list", "the checkpoints of folders and buckets"),
-        ("verify", "the same, and every byte on disk is compared with its manifest"),
-    ):
-        add = commands.add_parser(command, help=text)
-        add.add_argument("places", nargs="+", metavar="DIR_OR_URL")
-    add = commands.add_parser("pull", help="bring a checkpoint from the bucket")
-    add.add_argument("url", metavar="gs://BUCKET/PREFIX[/CHECKPOINT]", help="the highest step if none is named")
-    add.add_argument("folder", metavar="DIR", type=Path)
-    add = commands.add_parser("push", help="publish a checkpoint")
-    add.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
-    add.add_argument("url", metavar="gs://BUCKET/PREFIX")
-    add = commands.add_parser("prune", help="delete old checkpoints, damaged ones, and uploads broken off a day ago")
-    add.add_argument("url", metavar="gs://BUCKET/PREFIX")
-    add.add_argument("--keep", type=int, default=0, help="newest complete ones to keep; 0, the default, for all")
-    add.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
-    args = parser.parse_args(argv)
-    if args.command in ("list", "verify"):
-        return show(args.places, hashes=args.command == "verify")
-    place, name = open_place(args.url)
-    if args.command == "pull":
-        good = [remote.name for remote in place.checkpoints(place.objects()) if not remote.problem]
-        if not name and not good:
-            raise CheckpointError(f"{place} has no complete checkpoint")
-        print(fetch(place, name or good[0], args.folder))
-    elif args.command == "push":
-        folder = Path(os.path.abspath(args.folder))
-        local.verify(folder)
-        if not publish(place, folder):
-            raise gcs.BucketError(f"{place}/{folder.name}: the bucket does not show what was sent; try again")
-        print(f"{place}/{folder.name}")
-    else:
-        for line in prune(place, args.keep, args.keep_every):
-            print(line)
-    return 0
-
-
-def open_place(url: str) -> tuple[Place, str]:
-    """(the place, the checkpoint's name or "") of gs://BUCKET/PREFIX[/CHECKPOINT]."""
-    bucket, prefix = gcs.split(url)
-    parent, _, last = prefix.rpartition("/")
-    name = last if local.parse(last) else ""
-    return Place(gcs.Bucket(bucket), parent if name else prefix), name
-
-
-class Row(NamedTuple):
-    """A checkpoint in a listing; manifest and state are {} where there is a problem with it."""
-
-    name: str
-    manifest: dict[str, Any]
-    state: dict[str, Any]
-    note: str
-    damaged: bool = False
-
-
-def show(places: list[str], hashes: bool) -> int:
-    """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
-    there = [where for where in places if len(places) == 1 or where.startswith("gs://") or Path(where).is_dir()]
-    found = [(where, row) for where in there for row in rows(where, hashes)]
-    if not found:
-        print(f"no checkpoints in {' or '.join(places)}")
-        return 0
-    table = [("name", "step", "tokens", "loss", "size", "age", "where", "")]
-    for where, (name, manifest, state, note, _) in found:
-        table.append(
-            (
-                name,
-                f"{local.parse(name).step:,}" if local.parse(name) else "-",
-                f"{state['tokens']:,}" if state.get("tokens") is not None else "-",
-                f"{state['loss']:.4f}" if state.get("loss") is not None else "-",
-                f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:,.1f} MB" if manifest else "-",
-                _age(time.time() - manifest["time"]) if manifest else "-",
-                where,
-                note,
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *numbers, where, note in table:
-        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:-2], strict=True))]
-        cells += [where.ljust(widths[-2])] if len(places) > 1 else []
-        print("  ".join([*cells, note]).rstrip())
-    return CheckpointError.exit_code if any(row.damaged for _, row in found) else 0
-
-
-def rows(where: str, hashes: bool) -> Iterable[Row]:
-    """The checkpoints of a folder or bucket, the highest step first, or the one that `where` names."""
-    if where.startswith("gs://"):
-        place, only = open_place(where)
-        for remote in place.checkpoints(place.objects()):
-            if only not in ("", remote.name):
-                continue
-            if remote.problem:
-                yield Row(remote.name, {}, {}, remote.problem, damaged=True)
-                continue
-            name = place.name(remote.name, remote.manifest["save_id"], STATE)
-            content, _ = place.bucket.read(name) or (b"{}", 0)
-            yield Row(remote.name, remote.manifest, local.decode_state(content, place.bucket.url(name)), "complete")
-        return
-    folder = Path(where)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a directory")
-    alone = [folder] if hashes or (folder / MANIFEST).exists() else []
-    for path in [folder / name for name in local.names(folder)] or alone:
-        try:
-            state = local.read_state(path, hashes)
-            yield Row(path.name, local.read_manifest(path), state, "verified" if hashes else "complete")
-        except CheckpointError as error:
-            yield Row(path.name, {}, {}, str(error), damaged=True)
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"

@@ -1,6 +1,6 @@
 """Pictures of one or several runs, from the trace.jsonl in their logging_dir: report.png and report.html.
 
-    python report.py LOGDIR [LOGDIR ...] [out=FOLDER]
+    python bench.py report LOGDIR [LOGDIR ...] [out=FOLDER]
 
 Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations, spikes, steps that
 were not finite and steps that were skipped are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gcs
-import manifest as local
-from download import Bar, check_space, exclusive, in_parallel, part_size
-from manifest import MANIFEST, CheckpointError
+from refocused.bucket import gcs
+from refocused.bucket.transfer import Bar, check_space, exclusive, in_parallel, part_size
+from refocused.checkpoint import manifest as local
+from refocused.checkpoint.manifest import MANIFEST, CheckpointError
 
 STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not disturb a training loop
 ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's

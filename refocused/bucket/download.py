@@ -7,29 +7,23 @@ It can be killed at any moment and started again. `--list` only says what is the
 """
 
 import contextlib
-import fcntl
 import fnmatch
 import io
 import json
-import os
-import shutil
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import configs
-import gcs
-import prepare
-import shard
+from refocused.bucket import gcs
+from refocused.bucket.transfer import Bar, check_space, exclusive, has_size, in_parallel, part_size
+from refocused.shards import prepare, shard
+from refocused.shards.tokenizers import END_OF_TEXT
 
 STREAMS = 8  # files at once; the client's connection pool holds 10
 INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a file counts
-RESERVE = 64 << 20  # bytes of disk left free
 
 
 def main(argv: list[str]) -> int:
@@ -136,7 +130,7 @@ def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> None:
     try:
         shard.Shard.open(folder, path)
     except shard.PackedShard:
-        settings = {"vocab_size": cfg.vocab_size, "end_of_text": prepare.END_OF_TEXT[cfg.tokenizer]}
+        settings = {"vocab_size": cfg.vocab_size, "end_of_text": END_OF_TEXT[cfg.tokenizer]}
         prepare.convert(folder / path, folder, path, settings)
 
 
@@ -174,98 +168,3 @@ class Index:
         }
         with self.lock, open(self.folder / INDEX, "a") as out:
             out.write(f"\n{json.dumps(entry)}")  # a newline first, so that a torn line spoils nothing but itself
-
-
-# ---- shared with sync.py
-
-
-class Bar:
-    """One tqdm bar over bytes that many threads move, with the number of files behind it. Silent where no one looks."""
-
-    def __init__(self, size: int, files: int):
-        self.bar = tqdm(total=size, unit="B", unit_scale=True, smoothing=0.1, disable=None)
-        self.files, self.done, self.lock = files, 0, threading.Lock()
-
-    def add(self, size: int) -> None:
-        with self.lock:
-            self.bar.update(size)
-
-    def count(self) -> None:
-        with self.lock:
-            self.done += 1
-            self.bar.set_postfix_str(f"{self.done}/{self.files} files")
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-
-def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], streams: int) -> None:
-    """function(item) for every item, in daemon threads; the first exception stops the rest and is raised.
-
-    Not a ThreadPoolExecutor, because the interpreter waits for its threads at exit, however long a transfer takes.
-    """
-    queue, lock, problems = iter(list(items)), threading.Lock(), []
-
-    def work() -> None:
-        while not problems:
-            with lock:
-                item = next(queue, queue)
-            if item is queue:
-                return
-            try:
-                function(item)
-            except BaseException as error:
-                problems.append(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Only one process at a time brings files into a folder; the lock dies with its process.
-
-    Another one is waited for, or BucketError is raised.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".download.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise gcs.BucketError(
-                f"{folder} is being filled by {file.read().strip() or 'another process'}; wait for it"
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}\n")
-        file.flush()
-        yield
-
-
-def check_space(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free - RESERVE
-    if need > free:
-        raise gcs.BucketError(
-            f"{need / 1e9:,.2f} GB are still to come and {folder} has {max(0, free) / 1e9:,.2f} GB free; "
-            "free some space, or choose another folder or fewer files"
-        )
-
-
-def has_size(file: Path, size: int) -> bool:
-    try:
-        return file.stat().st_size == size
-    except OSError:
-        return False
-
-
-def part_size(file: Path, obj: gcs.Object) -> int:
-    part = gcs.part_of(file, obj)
-    return part.stat().st_size if part.exists() else 0

@@ -1,4 +1,4 @@
-"""Devices and processes: the one place that picks device, backend and dtype, wraps the model and talks to other ranks.
+"""Devices and processes: which device this is, how processes meet, agree and part.
 
 Everything is written once for CPU, CUDA and MPS; a single process is a process group of one.
 """
@@ -19,13 +19,8 @@ from typing import Any
 import torch
 import torch._inductor.config as inductor
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config, ConfigError
-from model import GPTNeoX, initial_value, softmax_loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
@@ -44,6 +39,10 @@ class Env:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
 
 
 def world_size() -> int:
@@ -141,128 +140,6 @@ def leave() -> None:
     gc.collect()
 
 
-def build(cfg: Config, env: Env) -> torch.nn.Module:
-    """The model, wrapped, initialised from (seed, parameter name) and compiled; its parameters are on the device."""
-    with torch.device("meta"):
-        model = GPTNeoX(cfg)
-    if cfg.parallel == "fsdp":
-        shard(model, cfg, env)
-    model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
-    model.tie_weights()  # to_empty makes a tensor per module, which unties them
-    materialise(model)
-    if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
-        ids = None if env.device.type == "cpu" else [env.local_rank]
-        # init_sync: every rank has made the same weights already
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
-    if cfg.compile_model:
-        # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
-        for block in raw(model).layers:
-            # shorter windows gain less than the longer compilation costs
-            block.attention.in_pieces = env.device.type == "cpu" and cfg.sequence_length >= 512
-            block.compile(dynamic=False)
-        raw(model).embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
-    return model
-
-
-def device_mesh(cfg: Config, env: Env) -> DeviceMesh:
-    """All processes in a row; with shard_size, rows of so many that share one copy of the model (HSDP).
-
-    Ranks of a node are consecutive, so with shard_size = GPUs per node parameters are gathered within the node and
-    only sums of gradients travel between nodes. Raises ConfigError.
-    """
-    size, world = cfg.shard_size, env.world_size
-    if size and world % size:
-        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ConfigError(f"shard_size={size} does not divide the {world} processes; sizes that do: {fitting}")
-    if size in (0, world):
-        return init_device_mesh(env.device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(env.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
-
-
-def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
-    """FSDP2: a group per block, one for the embedding, one for the final norm with the head; in place."""
-    mesh = device_mesh(cfg, env)
-    half = cfg.mixed_precision != "no"
-    policy = MixedPrecisionPolicy(DTYPES[cfg.mixed_precision], torch.float32) if half else MixedPrecisionPolicy()
-    # a block's inputs are in the right dtype already, except the rotary tables, which must stay fp32
-    inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
-    # pinned memory makes the copies run behind the computation; a CPU has nothing to pin for
-    offload = CPUOffloadPolicy(pin_memory=env.device.type != "cpu") if cfg.cpu_offload else OffloadPolicy()
-    common = {"mesh": mesh, "offload_policy": offload}
-    for block in model.layers:
-        fully_shard(block, mp_policy=inner, **common)
-    if not cfg.tie_word_embeddings:  # tied: one parameter can be in one group only, which is then the root's
-        fully_shard(model.embed_in, mp_policy=policy, **common)
-        # backward starts here, so freeing the head after forward would only mean gathering it again
-        fully_shard([model.final_layer_norm, model.embed_out], mp_policy=inner, reshard_after_forward=False, **common)
-    fully_shard(model, mp_policy=policy, **common)
-
-
-def materialise(model: GPTNeoX) -> None:
-    """Give every parameter its initial value; each rank makes the full tensor and keeps its own part."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            full = initial_value(name, p.shape, model.cfg).to(p.device)
-            if isinstance(p, DTensor):  # src_data_rank=None: no communication
-                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local()
-                p.to_local().copy_(full)
-            else:
-                p.copy_(full)
-
-
-def raw(model: torch.nn.Module) -> GPTNeoX:
-    """The GPTNeoX inside DDP, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def sync_gradients(model: torch.nn.Module, on: bool) -> None:
-    """Whether the next backward communicates gradients: only an optimizer step's last micro-step needs to."""
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
-
-
-def autocast(cfg: Config, env: Env) -> contextlib.AbstractContextManager:
-    """Mixed precision for plain and DDP models; FSDP2 has its own policy."""
-    if cfg.parallel == "fsdp" or cfg.mixed_precision == "no":
-        return contextlib.nullcontext()
-    return torch.autocast(env.device.type, DTYPES[cfg.mixed_precision])
-
-
-def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
-    """One backward on zeros, thrown away, before any state is loaded.
-
-    DDP re-orders its gradient buckets after the first backward. The order is part of the sum's bits with three or
-    more ranks, so a fresh run and a resumed one must both have it behind them; and compilation happens here.
-    """
-    zeros = torch.zeros(cfg.per_device_train_batch_size, cfg.sequence_length, dtype=torch.int64, device=env.device)
-    for _ in range(2):  # the second forward applies the new order
-        sync_gradients(model, True)
-        with autocast(cfg, env):
-            loss = model(zeros, zeros)
-        (loss * 0.0).backward()
-        clear_gradients(model)
-
-
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """Global gradient norm (fp32 scalar on the device, same on every rank); gradients are clipped to max_norm > 0."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def clear_gradients(model: torch.nn.Module) -> None:
-    """Nothing is left of the last step's gradients.
-
-    DDP's are views of its buckets, which stay: zeroed in place, the next micro-steps add to them. Set to None, a
-    micro-step that does not communicate would make a second copy of all of them.
-    """
-    model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
-
-
 def total(value: torch.Tensor) -> torch.Tensor:
     """Sum of a device tensor over all ranks, in place."""
     return reduced(value, dist.ReduceOp.SUM)
@@ -277,13 +154,6 @@ def reduced(value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if dist.get_world_size() > 1:  # alone there is nothing to do, and MPS has no collectives
         dist.all_reduce(value, op=op)
     return value
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Free the parameters that FSDP2 keeps whole after a forward without a backward."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 class Readback:
@@ -327,6 +197,22 @@ def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = Fa
             raise error
 
 
+def on_rank_0(function: Callable, *args: Any) -> Any:
+    """Run function(*args) on rank 0; every rank returns its result or raises its exception. Collective."""
+    if not dist.is_initialized():
+        return function(*args)
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function(*args)
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
 def agree(*flags: float) -> list[float]:
     """The largest of each flag over all ranks: a host-side collective that does not wait for the device."""
     values = torch.tensor(flags, dtype=torch.float64)
@@ -349,7 +235,7 @@ def describe(env: Env, cfg: Config) -> str:
     if env.device.type == "cpu":
         device = f"CPU, {env.threads} thread{'s' if env.threads > 1 else ''} per process"
     else:
-        device = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else env.device.type.upper()
+        device = env.device_name
     strategy = cfg.parallel if env.world_size > 1 or cfg.parallel == "fsdp" else "one process"
     if cfg.shard_size not in (0, env.world_size):
         strategy += f" {env.world_size // cfg.shard_size} copies x {cfg.shard_size} shards"

@@ -1,31 +1,23 @@
-"""What a run refuses: ranks that disagree, other data than the checkpoint's, steps whose figures cannot be right."""
+"""What a run refuses: ranks that disagree, and steps whose figures cannot be right."""
 
 import dataclasses
-import json
-from pathlib import Path
+import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import data
-import parallel
 from configs import Config, ConfigError
-from manifest import CheckpointError
+from refocused.run import processes
 
 PLACES = ("data_dir", "cache_dir", "output_dir", "logging_dir")  # nodes may keep things in different places
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 
 
-class NotFinite(ValueError):
-    """Too many steps in a row whose loss or gradient norm is no number."""
-
-    exit_code = 65
-
-
-def check_ranks(cfg: Config, dataset: data.Dataset) -> None:
-    """Raise ConfigError, on every rank alike, unless all were started with the same config and see the same shards."""
+def check_ranks(cfg: Config, fingerprint: str) -> None:
+    """Raise ConfigError, on every rank alike, unless all have the same config and shards of the same fingerprint."""
     mine = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in PLACES}
-    mine["the shards in data_dir"] = dataset.fingerprint
+    mine["the shards in data_dir"] = fingerprint
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
@@ -33,21 +25,6 @@ def check_ranks(cfg: Config, dataset: data.Dataset) -> None:
             shown = ", ".join(f"{key} ({theirs[key]} and {everyone[0][key]})" for key in differing[:3])
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ConfigError(f"ranks {rank} and 0 differ in {shown}{more}; start all with the same command and data")
-
-
-def check_same_data(state: dict, cfg: Config, dataset: data.Dataset) -> None:
-    """Raise DataError unless the checkpoint's run read these shards in this order, or allow_data_change is set."""
-    if "data" not in state:
-        raise CheckpointError("the checkpoint holds imported weights only; start a run from it with init_from=PATH")
-    changes = data.explain_change(state["data"]["manifest"], dataset.manifest)
-    for key in ("seed", "sequence_length", "eval_files"):
-        if state["config"][key] != getattr(cfg, key):
-            changes += f"\n{key} {state['config'][key]} -> {getattr(cfg, key)}"
-    if changes and not cfg.allow_data_change:
-        raise data.DataError(
-            f"the checkpoint was trained on other data or in another order:\n{changes}\n"
-            "restore it, or set allow_data_change=true to go on with what is there now"
-        )
 
 
 class Spikes:
@@ -75,7 +52,7 @@ class Spikes:
         self.window[row] = torch.where(figures.isfinite().all(), figures, self.window[row])
         spike = (deviations > self.sigma).any().float()
         if self.skips:  # GPUs of different kinds may round a norm differently, and a verdict must not
-            parallel.largest(spike)
+            processes.largest(spike)
         return deviations, (spike == 0) if self.skips else torch.ones_like(spike, dtype=torch.bool)
 
     def verdict(self, deviations: list[float]) -> str | None:
@@ -86,12 +63,33 @@ class Spikes:
         return f"{above} deviations above the last {WINDOW} steps, {'not ' * self.skips}applied"
 
 
-def report(step: int, loss: float, norm: float, what: str, ids, dataset: data.Dataset, cfg: Config, monitor) -> None:
-    """Say and write down which text a step was made of whose figures cannot be right."""
-    windows = [{"shard": path, "offset": int(offset)} for path, offset in dataset.locate(ids)]
-    path = Path(cfg.logging_dir, f"bad-step-{step}.json")
-    first = ", ".join(f"{w['shard']} at {w['offset']}" for w in windows[:3])
-    monitor.say(f"Step {step}: loss={loss:.4f}, grad norm={norm:.4f}: {what}. Read {first}, ...; all windows in {path}")
-    if monitor.env.main:
-        figures = {"step": step, "loss": str(loss), "grad_norm": str(norm), "verdict": what}
-        path.write_text(json.dumps({**figures, "windows": windows}, indent=1))
+class Guard:
+    """Each step's verdict: on the device before its update, so that nobody waits; on the host, in words, a step later."""
+
+    def __init__(self, cfg: Config, device: torch.device, scaler: torch.amp.GradScaler, state: dict[str, Any]):
+        self.max_bad_steps, self.scaler = cfg.max_bad_steps, scaler
+        self.spikes = Spikes(cfg, device, state.get("spike_window")) if cfg.spike_sigma else None
+        self.bad_in_a_row = 0  # up to the last step that the host knows of
+
+    def judge(self, step: int, figures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Figures (loss, norm) with what else a verdict needs, and whether to apply the step; both on the device."""
+        apply = figures.isfinite().all()
+        if self.spikes:
+            deviations, calm = self.spikes.judge(step, figures)
+            figures, apply = torch.cat((figures, deviations)), apply & calm
+        return figures, apply
+
+    def verdict(self, loss: float, norm: float, *deviations: float) -> str | None:
+        """What is wrong with a step of these figures, as judge returned them; None where nothing is."""
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())  # its scale adapts
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if not finite:
+            return "not applied"
+        return self.spikes.verdict(list(deviations)) if self.spikes else None
+
+    @property
+    def gives_up(self) -> bool:
+        return self.bad_in_a_row >= self.max_bad_steps
+
+    def state(self) -> dict[str, Any]:
+        return {"spike_window": self.spikes and self.spikes.window.tolist(), "scaler": self.scaler.state_dict()}

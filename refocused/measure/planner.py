@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import multiprocessing
 import weakref
 from collections import Counter
 
@@ -24,11 +25,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 import configs
 import data
 import model as neox
-import monitor
-import parallel
-import train
 from configs import Config
-from gpus import GPUS
+from refocused.entry import parse_with_settings
+from refocused.measure.gpus import GPUS
+from refocused.run import optim, processes, strategy, words
 
 # CUDA context, NCCL's buffers and matrix-product workspaces, in bytes; and what an allocator leaves unused
 OVERHEAD, FRAGMENTATION = 2**30, 0.05
@@ -131,25 +131,25 @@ def estimate(cfg: Config, world_size: int) -> Estimate:
     """Predict the memory of one process out of world_size and what it sends per optimizer step."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        return simulate(cfg, parallel.Env(0, world_size, 0, world_size, torch.device("cpu"), 1))
+        return simulate(cfg, processes.Env(0, world_size, 0, world_size, torch.device("cpu"), 1))
     finally:
         dist.destroy_process_group()
 
 
-def simulate(cfg: Config, env: parallel.Env) -> Estimate:
+def simulate(cfg: Config, env: processes.Env) -> Estimate:
     B, T = cfg.per_device_train_batch_size, cfg.sequence_length
     accumulation = min(2, cfg.batch(env.world_size)[0])  # the third micro-step is like the second
     with torch.device("meta"):
         model = neox.GPTNeoX(cfg)
     if cfg.parallel == "fsdp":  # outside the fake mode, where a mesh cannot be made
-        parallel.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
+        strategy.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
     ddp = cfg.parallel == "ddp" and env.world_size > 1
     if cfg.compile_model:
         model.embed_out.kernel = compiled_softmax_loss
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger(HOST if cfg.cpu_offload else ()) as ledger:
         model.to_empty(device="cpu")
         model.tie_weights()
-        optimizers = train.make_optimizers(model, cfg)
+        optimizers = optim.make_optimizers(model, cfg)
         for p in model.parameters():
             ledger.account(p, "parameters")
             p.register_post_accumulate_grad_hook(lambda p: ledger.account(p.grad, "gradients"))
@@ -159,8 +159,8 @@ def simulate(cfg: Config, env: parallel.Env) -> Estimate:
             ledger.restart()
             for micro_step in range(accumulation):
                 ledger.kind = "activations"
-                parallel.sync_gradients(model, micro_step == accumulation - 1 or cfg.cpu_offload)
-                with parallel.autocast(cfg, env):
+                strategy.sync_gradients(model, micro_step == accumulation - 1 or cfg.cpu_offload)
+                with strategy.autocast(cfg, env):
                     loss = model(x, x)
                 ledger.kind = "temporaries"
                 loss.backward()
@@ -168,7 +168,7 @@ def simulate(cfg: Config, env: parallel.Env) -> Estimate:
                 for entry in list(ledger.entries.values()):
                     if entry[0] == "temporaries":  # what outlives a backward are FSDP2's gradients of whole parameters
                         ledger.relabel(entry, "unreduced")
-            parallel.clip_gradients(model, cfg.max_grad_norm)
+            strategy.clip_gradients(model, cfg.max_grad_norm)
             ledger.kind = "optimizer"
             for optimizer in optimizers:
                 optimizer.step()
@@ -291,7 +291,36 @@ def checkpoints(cfg: Config) -> str:
     )
 
 
-def plan_command(options: argparse.Namespace) -> None:
+def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) -> str:
+    """What the plan says that each process needs, by kind, and the keys that help."""
+    try:  # in a process of its own: this one has a process group, and no memory
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            needs = pool.apply(estimate, (cfg, world_size))
+        kinds = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in needs.device.items() if size)
+        needs = f"planned GiB per process: {kinds}; {needs.total / 2**30:.2f} in all"
+    except Exception as failure:  # the error to explain is another one
+        needs = f"no plan: {type(failure).__name__}: {failure}"
+    B = cfg.per_device_train_batch_size
+    offload = "cpu_offload=true" + " mixed_precision=bf16" * (cfg.mixed_precision == "fp16")
+    return (
+        f"out of memory: {str(error).splitlines()[0]}\n{needs}\n"
+        f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
+        f"{cfg.batch(world_size)[0] * (2 if B > 1 else 1)} (now {B} and {cfg.batch(world_size)[0]}), "
+        f"activation_checkpointing=full (now {cfg.activation_checkpointing}), "
+        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; python bench.py plan compares them"
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py plan", description="Memory, network, time and cost, without a GPU.")
+    parser.add_argument("config", help="a config file, e.g. configs/production.py")
+    parser.add_argument("--gpus", type=int, help="default: the config's num_processes")
+    parser.add_argument("--memory", type=float, default=24, help="GiB of each GPU")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, for hours and cost")
+    parser.add_argument("--price", type=float, help="$ per GPU and hour, instead of the table's")
+    parser.add_argument("--tokens", type=float, help="tokens of the data set, for epochs where it is not here")
+    parser.add_argument("--steps-per-second", type=float, help="a wished-for speed to hold against the hardware")
+    options = parse_with_settings(parser, argv)
     cfg, _ = configs.load([options.config, *options.settings])
     world_size = options.gpus or cfg.num_processes or 1
     cfg.batch(world_size)
@@ -300,10 +329,10 @@ def plan_command(options: argparse.Namespace) -> None:
     except ValueError as error:
         dataset = f"not here ({str(error).splitlines()[0]})"
     where = f"{world_size} GPU{'s' * (world_size > 1)} of {options.memory:g} GiB, planned without one"
-    print(monitor.plan(cfg, world_size, dataset, where))
+    print(words.plan(cfg, world_size, dataset, where))
     if options.tokens:
         epochs = cfg.max_steps * cfg.batch(world_size)[1] * cfg.sequence_length / options.tokens
-        print(f"epochs    {epochs:.3g} of {monitor.count(options.tokens)} tokens")
+        print(f"epochs    {epochs:.3g} of {words.count(options.tokens)} tokens")
     print(f"saves     {checkpoints(cfg)}")
     sent = estimate(cfg, world_size).sent if world_size > 1 else 0
     print(f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step")
@@ -320,17 +349,4 @@ def plan_command(options: argparse.Namespace) -> None:
     )
     usual = "given" if options.price is not None else "assumed"
     print(f"\nAt an assumed MFU of {options.mfu:.0%} of the dense bf16 peak; prices {usual}.{again}")
-
-
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Register `plan` with bench.py's command line."""
-    plan = commands.add_parser("plan", help="memory, network, time and cost of a config, without a GPU")
-    plan.add_argument("config", help="a config file, e.g. configs/production.py")
-    plan.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys")
-    plan.add_argument("--gpus", type=int, help="default: the config's num_processes")
-    plan.add_argument("--memory", type=float, default=24, help="GiB of each GPU")
-    plan.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, for hours and cost")
-    plan.add_argument("--price", type=float, help="$ per GPU and hour, instead of the table's")
-    plan.add_argument("--tokens", type=float, help="tokens of the data set, for epochs where it is not here")
-    plan.add_argument("--steps-per-second", type=float, help="a wished-for speed to hold against the hardware")
-    plan.set_defaults(run=plan_command)
+    return 0

@@ -40,6 +40,7 @@ class BucketError(ValueError):
     """The bucket did not give, or take, what was asked; the message is one line for the user."""
 
     exit_code = 66
+    same_on_all_ranks = True  # so one of them says it
 
 
 class Refused(BucketError):

@@ -33,6 +33,7 @@ class CheckpointError(ValueError):
     """No checkpoint, a damaged one, or one that does not fit; the message names the first difference."""
 
     exit_code = 66
+    same_on_all_ranks = True  # so one of them says it
 
 
 class Name(NamedTuple):

@@ -1,0 +1,148 @@
+"""ckpt.py's commands that need no tensors: list, verify, pull, push, prune."""
+
+import argparse
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refocused.bucket import gcs
+from refocused.bucket.remote import Place, fetch, prune, publish
+from refocused.checkpoint import manifest as local
+from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
+
+
+def list_command(argv: list[str], hashes: bool = False) -> int:
+    parser = argparse.ArgumentParser(prog=f"ckpt.py {'verify' if hashes else 'list'}")
+    parser.add_argument("places", nargs="+", metavar="DIR_OR_URL")
+    return show(parser.parse_args(argv).places, hashes)
+
+
+def verify_command(argv: list[str]) -> int:
+    return list_command(argv, hashes=True)
+
+
+def pull_command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ckpt.py pull")
+    parser.add_argument("url", metavar="gs://BUCKET/PREFIX[/CHECKPOINT]", help="the highest step if none is named")
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    args = parser.parse_args(argv)
+    print(pull(args.url, args.folder))
+    return 0
+
+
+def pull(url: str, folder: Path | None) -> Path:
+    """A checkpoint of a bucket, the highest complete step if none is named, into folder (None: below out/pulled)."""
+    place, name = open_place(url)
+    if not name:
+        good = [remote.name for remote in place.checkpoints(place.objects()) if not remote.problem]
+        if not good:
+            raise CheckpointError(f"{place} has no complete checkpoint")
+        name = good[0]
+    return fetch(place, name, folder or Path("out/pulled", str(place).removeprefix("gs://")))
+
+
+def push_command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ckpt.py push")
+    parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
+    parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
+    args = parser.parse_args(argv)
+    place, _ = open_place(args.url)
+    folder = Path(os.path.abspath(args.folder))
+    local.verify(folder)
+    if not publish(place, folder):
+        raise gcs.BucketError(f"{place}/{folder.name}: the bucket does not show what was sent; try again")
+    print(f"{place}/{folder.name}")
+    return 0
+
+
+def prune_command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ckpt.py prune")
+    parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
+    parser.add_argument("--keep", type=int, default=0, help="newest complete ones to keep; 0, the default, for all")
+    parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
+    args = parser.parse_args(argv)
+    for line in prune(open_place(args.url)[0], args.keep, args.keep_every):
+        print(line)
+    return 0
+
+
+def open_place(url: str) -> tuple[Place, str]:
+    """(the place, the checkpoint's name or "") of gs://BUCKET/PREFIX[/CHECKPOINT]."""
+    bucket, prefix = gcs.split(url)
+    parent, _, last = prefix.rpartition("/")
+    name = last if local.parse(last) else ""
+    return Place(gcs.Bucket(bucket), parent if name else prefix), name
+
+
+class Row(NamedTuple):
+    """A checkpoint in a listing; manifest and state are {} where there is a problem with it."""
+
+    name: str
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+    note: str
+    damaged: bool = False
+
+
+def show(places: list[str], hashes: bool) -> int:
+    """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
+    there = [where for where in places if len(places) == 1 or where.startswith("gs://") or Path(where).is_dir()]
+    found = [(where, row) for where in there for row in rows(where, hashes)]
+    if not found:
+        print(f"no checkpoints in {' or '.join(places)}")
+        return 0
+    table = [("name", "step", "tokens", "loss", "size", "age", "where", "")]
+    for where, (name, manifest, state, note, _) in found:
+        table.append(
+            (
+                name,
+                f"{local.parse(name).step:,}" if local.parse(name) else "-",
+                f"{state['tokens']:,}" if state.get("tokens") is not None else "-",
+                f"{state['loss']:.4f}" if state.get("loss") is not None else "-",
+                f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:,.1f} MB" if manifest else "-",
+                _age(time.time() - manifest["time"]) if manifest else "-",
+                where,
+                note,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *numbers, where, note in table:
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:-2], strict=True))]
+        cells += [where.ljust(widths[-2])] if len(places) > 1 else []
+        print("  ".join([*cells, note]).rstrip())
+    return CheckpointError.exit_code if any(row.damaged for _, row in found) else 0
+
+
+def rows(where: str, hashes: bool) -> Iterable[Row]:
+    """The checkpoints of a folder or bucket, the highest step first, or the one that `where` names."""
+    if where.startswith("gs://"):
+        place, only = open_place(where)
+        for remote in place.checkpoints(place.objects()):
+            if only not in ("", remote.name):
+                continue
+            if remote.problem:
+                yield Row(remote.name, {}, {}, remote.problem, damaged=True)
+                continue
+            name = place.name(remote.name, remote.manifest["save_id"], STATE)
+            content, _ = place.bucket.read(name) or (b"{}", 0)
+            yield Row(remote.name, remote.manifest, local.decode_state(content, place.bucket.url(name)), "complete")
+        return
+    folder = Path(where)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a directory")
+    alone = [folder] if hashes or (folder / MANIFEST).exists() else []
+    for path in [folder / name for name in local.names(folder)] or alone:
+        try:
+            state = local.read_state(path, hashes)
+            yield Row(path.name, local.read_manifest(path), state, "verified" if hashes else "complete")
+        except CheckpointError as error:
+            yield Row(path.name, {}, {}, str(error), damaged=True)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"

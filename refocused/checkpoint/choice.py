@@ -1,0 +1,65 @@
+"""Which checkpoint a run starts from."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs import ConfigError
+from refocused.checkpoint import manifest
+from refocused.checkpoint.manifest import CheckpointError, names, read_state
+
+
+class Choice(NamedTuple):
+    path: Path | None  # None: a fresh run
+    state: dict[str, Any]  # the checkpoint's state.json
+    passed_over: list[tuple[str, str]]  # newer checkpoints that cannot be loaded: (name, reason)
+    save_id: str = ""
+
+    @property
+    def name(self) -> str | None:
+        return self.path.name if self.path else None
+
+
+def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
+    """Which checkpoint a run starts from; what it returns is verified, hash by hash.
+
+    resume is None, "latest", a checkpoint's name in output_dir, or a path. Raises CheckpointError, or ConfigError if
+    resume is None although there are checkpoints. All ranks must start from the same one: agree(choose, ...).
+    """
+    there = names(output_dir)
+    listing = f"{output_dir} has {', '.join(there)}" if there else f"{output_dir} has no checkpoints"
+    if resume is None:
+        if there:
+            raise ConfigError(
+                f"output_dir={output_dir} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one "
+                f"{there[0]}; continue with resume=latest or start afresh in another output_dir"
+            )
+        return Choice(None, {}, [])
+    if resume != "latest":
+        path = Path(output_dir, resume)  # an absolute path stays itself
+        if not os.path.isdir(path):
+            path = Path(resume)
+        try:
+            if not os.path.isdir(path):
+                raise CheckpointError(f"no such directory, neither in {output_dir} nor as a path")
+            if inside := names(path):
+                raise CheckpointError(
+                    f"a folder of checkpoints; name one, {path / inside[0]}, or set output_dir={path}"
+                )
+            return _chosen(path, [])
+        except CheckpointError as error:
+            raise CheckpointError(f"resume={resume}: {error}; {listing}") from error
+    passed_over = []
+    for candidate in there:
+        try:
+            return _chosen(Path(output_dir, candidate), passed_over)
+        except CheckpointError as error:
+            passed_over.append((candidate, str(error)))
+    if passed_over:
+        reasons = "".join(f"\n  {reason}" for _, reason in passed_over)
+        raise CheckpointError(f"resume=latest: no checkpoint in {output_dir} can be loaded:{reasons}")
+    return Choice(None, {}, [])
+
+
+def _chosen(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
+    return Choice(path, read_state(path), passed_over, manifest.read_manifest(path)["save_id"])

@@ -1,0 +1,204 @@
+"""A checkpoint -> a Hugging Face folder, and such a folder -> a checkpoint to start from.
+
+python ckpt.py export CHECKPOINT OUT [--dtype fp32] [--onnx]
+python ckpt.py import HF_FOLDER OUT
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import configs
+from configs import Config, ConfigError
+from model import GPTNeoX, num_parameters
+from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint.folder import (
+    DTYPES,
+    MODEL_KEYS,
+    Source,
+    hf_source,
+    is_hf,
+    load,
+    read_folder,
+    write_configs,
+    write_json,
+    write_weights,
+)
+from refocused.checkpoint.manifest import CheckpointError
+from refocused.shards import tokenizers
+from refocused.shards.shard import DataError
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def fixed_tokens(cfg: Config) -> Tensor:
+    """Tokens (1, T) from all over the vocabulary, the same ones every time."""
+    return (torch.arange(min(64, cfg.max_position_embeddings)) * 7919 % cfg.vocab_size)[None]
+
+
+@torch.inference_mode()
+def check(model: GPTNeoX, folder: Path, dtype: torch.dtype) -> float:
+    """Read the folder back into the model; the largest difference of logits from before. Raises CheckpointError.
+
+    Every weight must be the checkpoint's, rounded to dtype; what differs in the logits is this rounding.
+    """
+    idx = fixed_tokens(model.cfg)
+    before, rounded = model(idx), {name: p.to(dtype) for name, p in model.named_parameters()}
+    read_folder(folder, model)
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, rounded[name].float())]
+    after = model(idx)
+    if changed or not after.isfinite().all():
+        raise CheckpointError(
+            f"what was written differs from the checkpoint: {', '.join(changed[:4])}"
+            if changed
+            else f"logits are not finite in {str(dtype).removeprefix('torch.')}; a wider --dtype may hold the weights"
+        )
+    return (after - before).abs().max().item()
+
+
+def write_onnx(model: GPTNeoX, file: Path) -> float:
+    """input_ids (batch, sequence) -> logits, fp32, as an ONNX graph; its largest difference from ours in onnxruntime."""
+    import onnxruntime
+
+    file.parent.mkdir()
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.cfg.max_position_embeddings)}
+    example = fixed_tokens(model.cfg).repeat(2, 1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (example,), file, input_names=["input_ids"], output_names=["logits"], dynamo=True,
+            dynamic_shapes=(axes,), external_data=num_parameters(model.cfg)[0] > 400_000_000, verbose=False,
+        )  # fmt: skip
+        idx = example[:1, : max(1, example.size(1) - 3)]  # another shape than the example's
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"input_ids": idx.numpy()})
+        return (torch.from_numpy(logits) - model(idx)).abs().max().item()
+
+
+def card(source: Source, dtype: str) -> str:
+    """README.md of the exported folder: the facts of the run, and how to load it."""
+    cfg, state = source.cfg, source.state
+    total, body = num_parameters(cfg)
+    run, trained_on = state.get("run", {}), state.get("data", {})
+    facts = [
+        ("architecture", f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)"),
+        ("shape", f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads"),
+        ("tokenizer", f"{source.tokenizer or 'of the imported model'}, {cfg.vocab_size:,} ids"),
+        ("context", f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}"),
+        ("checkpoint", source.path.name),
+        ("optimizer steps", f"{state['step']:,}"),
+        ("tokens seen", f"{state['tokens']:,}" if "tokens" in state else None),
+        ("last training loss", f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else None),
+        ("data fingerprint", trained_on.get("fingerprint")),
+        ("weights", f"{dtype}, from fp32"),
+        ("made with", f"torch {run['torch']}" if "torch" in run else None),
+        ("code", run.get("git_commit")),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts if value)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt_neox
+---
+
+# GPT-NeoX, {total / 1e6:,.0f}M parameters
+
+A base model: it continues text, it was not tuned to follow instructions.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
+```
+"""
+
+
+def check_empty(out: Path) -> None:
+    """Raise ConfigError unless `out` is absent or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is {'not empty' if out.is_dir() else 'no folder'}; name a new folder")
+
+
+def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
+    """ckpt.py export; find() knows what is at a place. Returns the exit code; raises ConfigError, CheckpointError."""
+    parser = argparse.ArgumentParser(prog="ckpt.py export", description="A checkpoint as a Hugging Face folder.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one, a folder of them (the last), or gs://...")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights; bf16 unless said")
+    parser.add_argument("--onnx", action="store_true", help="an ONNX graph too, fp32")
+    args = parser.parse_args(argv)
+    check_empty(args.out)
+    absent = [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]
+    if absent:
+        raise ConfigError(f"--onnx needs packages that are not here: pip install {' '.join(absent)}")
+    source = find(args.checkpoint)
+    if source.is_hf:
+        raise CheckpointError(f"{source.path} is a Hugging Face folder already")
+    model, dtype = load(source), DTYPES[args.dtype]
+    print(f"{source} -> {args.out}, {args.dtype}")
+
+    args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = args.out.absolute().with_name(f".tmp-{secrets.token_hex(4)}-{args.out.absolute().name}")
+    folder.mkdir()  # what is under the final name is complete and checked
+    try:
+        write_configs(source, folder, dtype)
+        write_weights(model, folder, dtype)
+        (folder / "README.md").write_text(card(source, args.dtype), encoding="utf-8")
+        if source.tokenizer is None:
+            print("without tokenizer files: copy those of the imported folder")
+        else:
+            try:
+                files = tokenizers.transformers_files(source.tokenizer, source.cfg.max_position_embeddings)
+                for name, content in files.items():
+                    write_json(folder / name, content)
+            except DataError as error:
+                print(f"without tokenizer files: {error}")
+        if args.onnx:
+            difference = write_onnx(model, folder / "onnx/model.onnx")
+            print(f"onnxruntime: logits differ from ours by at most {difference:.1e}")
+        difference = check(model, folder, dtype)
+        print(f"read back: logits differ from the checkpoint's by at most {difference:.1e}")
+        os.rename(folder, args.out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+def main_import(argv: list[str]) -> int:
+    """ckpt.py import; returns the exit code. Raises ConfigError, CheckpointError."""
+    parser = argparse.ArgumentParser(prog="ckpt.py import", description="A GPT-NeoX folder as a checkpoint.")
+    parser.add_argument("folder", metavar="HF_FOLDER", help="config.json and safetensors, as GPT-NeoX or Pythia has")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT")
+    args = parser.parse_args(argv)
+    check_empty(args.out)
+    if not is_hf(Path(args.folder)):
+        raise CheckpointError(f"{args.folder} has no config.json: not a Hugging Face folder")
+    source = hf_source(Path(os.path.abspath(args.folder)))
+    model = load(source)
+    args.out.mkdir(parents=True, exist_ok=True)
+    final = args.out.absolute() / manifest.name(0, 0, 0)
+    state = {
+        "step": 0,
+        "imported_from": source.path.name,
+        "config": dataclasses.asdict(source.cfg),
+        "run": {"torch": torch.__version__},
+    }
+    tensors.save_alone(final, tensors.state_tree(model), state)
+    keys = [f"{k}={getattr(source.cfg, k)}" for k in MODEL_KEYS if getattr(source.cfg, k) != configs.KEYS[k].default]
+    print(f"{source} -> {final}\ntrain from it with: init_from={args.out} {' '.join(keys)}")
+    return 0

@@ -1,0 +1,153 @@
+"""Saves behind training, at most one at a time."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from refocused.checkpoint import manifest
+from refocused.checkpoint.tensors import CopyPlanner, Writer, cause, local_part, own_part
+
+
+class Saver:
+    """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
+
+    A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank.
+    Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
+    """
+
+    def __init__(
+        self, output_dir: str | os.PathLike, *, async_save: bool = True, save_total_limit: int = 0, keep_every: int = 0
+    ):
+        self.output_dir = Path(output_dir)
+        self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
+        self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.stall_seconds = self.write_seconds = 0.0
+        self.last: str | None = None  # name of the last complete save
+        self._host = _Host()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
+        self._saving: concurrent.futures.Future | None = None
+        self._error: str | None = None
+
+    def reserve(self, tree: dict[str, Tensor]) -> None:
+        """Before training: memory for the copies, so that the first save is as quick as the others."""
+        if self.async_save:
+            self._host.copy(own_part(tree, self.rank, self.world))
+
+    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once."""
+        start = time.perf_counter()
+        self.join()
+        part = own_part(tree, self.rank, self.world)
+        source = self._host.copy(part) if self.async_save else {key: local_part(t) for key, t in part.items()}
+        text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
+        need = sum(t.nbytes for t in tree.values())
+        self._saving = self._thread.submit(self._write, start, name, part, source, text.encode(), need)
+        if not self.async_save:
+            self.join()
+        self.stall_seconds = time.perf_counter() - start
+
+    def poll(self) -> str | None:
+        """Why the last save failed, if it has; costs nothing."""
+        return None if self._saving and not self._saving.done() else self._error
+
+    def wait(self) -> str | None:
+        """Wait for the save in flight; return why it failed, and forget it."""
+        self.join()
+        error, self._error = self._error, None
+        return error
+
+    def close(self) -> str | None:
+        """wait(), then give back the process group and the host memory."""
+        error = self.wait()
+        self._thread.shutdown()
+        self._host.free()
+        dist.destroy_process_group(self.group)
+        return error
+
+    def join(self) -> None:
+        """Wait for the save in flight."""
+        if self._saving:
+            self._saving.result()
+            self._saving = None
+
+    def _write(
+        self, start: float, name: str, part: dict[str, Tensor], source: dict[str, Tensor], state: bytes, need: int
+    ) -> None:
+        try:
+            box = [secrets.token_hex(8)]
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
+            writer = Writer(self.output_dir / name, box[0], state, need)
+            dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
+            self._commit_on_other_nodes(writer)
+            self.last, self.write_seconds = name, time.perf_counter() - start
+            if self.rank == 0:
+                manifest.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
+        except BaseException as error:  # CheckpointException is no Exception
+            self._error = f"saving {name}: {cause(error)}"
+            if self.rank == 0:
+                with contextlib.suppress(OSError):  # then the next start does it
+                    manifest.recover(self.output_dir)
+
+    def _commit_on_other_nodes(self, writer: "Writer") -> None:
+        """Give the files of a node that does not share rank 0's disk the same name and manifest, for the bucket."""
+        box = [(writer.final / manifest.MANIFEST).read_bytes() if self.rank == 0 else None]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        problem = None
+        if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():
+            try:
+                manifest.put(writer.folder, writer.final, writer.id, box[0])
+            except (FileExistsError, FileNotFoundError):
+                pass  # a shared disk: renamed by now, which NFS can show late
+            except OSError as error:
+                problem = f"{cause(error)} (rank {self.rank})"
+        problems: list[str | None] = [None] * self.world
+        dist.all_gather_object(problems, problem, group=self.group)
+        if any(problems):
+            raise OSError("; ".join(filter(None, problems)))
+
+
+class _Host:
+    """Host memory for the copies of a save, one block that is allocated once, and pinned if there is a GPU."""
+
+    def __init__(self):
+        self.block, self.views = torch.empty(0, dtype=torch.uint8), {}
+
+    def copy(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The local parts of the tensors, copied: all that an asynchronous save costs the training loop."""
+        local = {key: local_part(t) for key, t in part.items()}
+        layout = {key: (t.shape, t.dtype) for key, t in local.items()}
+        if layout != {key: (view.shape, view.dtype) for key, view in self.views.items()}:
+            self.free()
+            self.allocate(local)
+        for key, t in local.items():
+            self.views[key].copy_(t, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return self.views
+
+    def allocate(self, local: dict[str, Tensor]) -> None:
+        spans = {key: -(-t.nbytes // 64) * 64 for key, t in local.items()}
+        self.block = torch.empty(max(64, sum(spans.values())), dtype=torch.uint8)
+        if torch.cuda.is_available():  # registered, as pin_memory=True would round up to a power of two
+            status = torch.cuda.cudart().cudaHostRegister(self.block.data_ptr(), self.block.nbytes, 0)
+            assert int(status) == 0, f"cudaHostRegister of {self.block.nbytes:,} bytes: error {status}"
+        at = 0
+        for key, t in local.items():
+            self.views[key] = self.block[at : at + t.nbytes].view(t.dtype).view(t.shape)
+            at += spans[key]
+
+    def free(self) -> None:
+        if self.views and torch.cuda.is_available():
+            torch.cuda.cudart().cudaHostUnregister(self.block.data_ptr())
+        self.block, self.views = torch.empty(0, dtype=torch.uint8), {}

@@ -1,0 +1,209 @@
+"""An optimizer step of this trainer beside its peers': `python bench.py step`."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import configs
+import model as neox
+from configs import Config, ConfigError
+from refocused.entry import parse_with_settings, positive
+from refocused.measure import gpus
+from refocused.run.origin import hardware
+
+SIZES = {
+    "small": dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=50304,
+                  sequence_length=512, per_device_train_batch_size=4),
+    "medium": dict(hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, vocab_size=50304,
+                   sequence_length=1024, per_device_train_batch_size=2),
+    "wide": dict(hidden_size=2048, num_hidden_layers=2, num_attention_heads=16, vocab_size=50257,
+                 sequence_length=1024, per_device_train_batch_size=2),
+}  # fmt: skip
+ROUNDS = {"small": 4, "medium": 2, "wide": 2}  # all three sizes in less than ten minutes on two cores
+NAMES = {
+    "ours": "this trainer",
+    "whole": "this trainer, compiled in one piece",
+    "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
+    "nanogpt": "nanoGPT-style GPT-2, torch.compile",
+    "floor": "its matrix products alone",
+}
+
+
+class ContenderError(RuntimeError):
+    exit_code = 1
+
+
+@dataclasses.dataclass
+class Contender:
+    """A contender's processes, all waiting for their turn but one."""
+
+    name: str
+    processes: list[subprocess.Popen]
+    world_size: int
+    log: Path
+
+    def turn(self, steps: int) -> dict[str, float]:
+        """Run so many steps; {"seconds": in all, "memory": peak bytes of the hungriest process so far}."""
+        lines = []
+        with contextlib.suppress(BrokenPipeError):  # it died while it waited
+            for process in self.processes:
+                process.stdin.write(f"{steps}\n")
+                process.stdin.flush()
+            lines = [process.stdout.readline() for process in self.processes]
+        if not (lines and all(lines)):
+            raise ContenderError(self.last_words())
+        reports = [json.loads(line) for line in lines]
+        return {key: max(report[key] for report in reports) for key in ("seconds", "memory")}
+
+    def last_words(self) -> str:
+        codes = []
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                codes.append(process.wait(timeout=5))
+        killed = "; -9 is a kill, most often for want of memory: name fewer contenders, or a smaller --size"
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+        return f"{self.name} ended early with {codes}{killed if -9 in codes else ''}; the end of its log:\n{tail}"
+
+
+def start(name: str, folder: Path, settings: list[str]) -> Contender:
+    """`ours-fsdp-2` is this trainer with parallel=fsdp on two processes; other names stand for one process."""
+    kind, _, rest = name.partition("-")
+    strategy, _, world = rest.partition("-")
+    world_size = int(world or 1)
+    home = folder / name
+    home.mkdir()
+    settings = [f"output_dir={home / 'out'}", f"logging_dir={home / 'logs'}", *settings]
+    settings += [f"parallel={strategy}"] if strategy else []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    log = home / "log"
+    for rank in range(world_size):
+        # cold, so that compile time is real; and it finds the trainer from any folder
+        env = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(home / "cache"),
+            "PYTHONPATH": str(configs.DEMO.parent.parent),
+        }
+        if world_size > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "refocused.measure.peers", kind, str(folder / "config.py"), *settings]
+        with log.open("a") as errors:
+            processes.append(
+                subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=errors, text=True, cwd=folder)
+            )
+    return Contender(name, processes, world_size, log)
+
+
+def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
+    """A config file and a shard of random tokens for it (what is read does not change the speed); the config."""
+    keys = {
+        **keys,
+        "intermediate_size": 4 * keys["hidden_size"],
+        "gradient_accumulation_steps": 1,
+        "data_dir": str(folder / "data"),
+        "max_steps": 100_000,
+        "logging_steps": 10,
+        "save_steps": 0,
+        "async_save": False,  # its second copy of model and optimizer is the price of saves that the peers don't do
+        "dataloader_num_workers": 1,
+    }
+    (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    cfg, _ = configs.load([str(folder / "config.py"), *settings])
+    (folder / "data").mkdir()
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
+    np.savez(folder / "data" / "tokenized_cleaned_0.npz", input_ids=tokens)
+    return cfg
+
+
+def measure(size: str, contenders: list[str], settings: list[str], rounds: int, steps: int) -> str:
+    """The markdown table of one size; contenders take turns of `steps` optimizer steps."""
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as running:
+        folder = Path(name)
+        cfg = write_inputs(folder, SIZES[size], settings)
+        started = []
+        for contender_name in contenders:  # all import at once
+            started.append(start(contender_name, folder, settings))
+            for process in started[-1].processes:
+                running.callback(process.kill)
+        for contender in started:  # one compiles at a time: the first round is one step
+            rows[contender.name] = {"first": contender.turn(1)["seconds"], "seconds": []}
+        for _ in range(rounds):
+            for contender in started:
+                report = contender.turn(steps)
+                rows[contender.name]["seconds"].append(report["seconds"] / steps)
+                rows[contender.name]["memory"] = report["memory"]
+        for contender in started:
+            global_batch = cfg.batch(contender.world_size)[1]
+            row = rows[contender.name]
+            row["rate"] = global_batch * cfg.sequence_length / statistics.median(row["seconds"])
+    return table(size, cfg, rows)
+
+
+def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
+    shape = (
+        f"L{cfg.num_hidden_layers} D{cfg.hidden_size} H{cfg.num_attention_heads} V{cfg.vocab_size} "
+        f"T{cfg.sequence_length} B{cfg.per_device_train_batch_size}"
+    )
+    accumulation = cfg.gradient_accumulation_steps
+    shape += f" x {accumulation} accumulated" if accumulation > 1 else ""
+    base, best = rows.get("seed"), rows.get("floor")
+    lines = [
+        f"**{size}**: {shape}, {cfg.mixed_precision.replace('no', 'fp32')}; {len(rows[next(iter(rows))]['seconds'])} rounds",
+        "",
+        "| | tokens/s | of the Transformers design | of the floor | peak memory, GiB | first step, s | spread | MFU |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        kind, _, rest = name.partition("-")
+        of_base = f"{row['rate'] / base['rate']:.2f}" if base else "n/a"
+        of_best = f"{row['rate'] / best['rate']:.2f}" if best else "n/a"
+        memory, first = f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"
+        if kind == "floor":
+            memory, first = "", ""
+        world_size = int(rest.rpartition("-")[2] or 1)
+        peak = gpus.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world_size / peak:.1%}" if peak else "n/a"
+        spread = (max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"])
+        label = NAMES[kind] + (f" ({rest.replace('-', ' on ')} processes)" if rest else "")
+        lines.append(
+            f"| {label} | {row['rate']:,.0f} | {of_base} | {of_best} | {memory} | {first} | {spread:.0%} | {mfu} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
+    parser.add_argument("--size", choices=[*SIZES, "all"], default="all")
+    parser.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also whole, ours-ddp-N, whole-fsdp-N")
+    parser.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
+    parser.add_argument("--steps", type=positive, default=1, help="optimizer steps per turn")
+    options = parse_with_settings(parser, argv)
+    contenders = options.contenders.split(",")
+    for name in contenders:
+        if not re.fullmatch(r"(ours|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+            raise ConfigError(
+                f"contender {name!r} is none of seed, nanogpt, floor, ours, whole, ours-ddp-N, whole-fsdp-N"
+            )
+    sizes = list(SIZES) if options.size == "all" else [options.size]
+    print(hardware())
+    print(f"medians of rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)
+    for size in sizes:
+        rounds = ROUNDS[size] if options.rounds is None else options.rounds
+        print(measure(size, contenders, options.settings, rounds, options.steps) + "\n", flush=True)
+    return 0

@@ -1,0 +1,65 @@
+"""The optimizers, the rate's schedule, and one guarded update."""
+
+import math
+
+import torch
+
+from configs import Config
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """The rate of update number `step` (from 0): linear warm-up, then cfg.lr_scheduler_type; pure, so never saved."""
+    peak, floor = cfg.learning_rate, cfg.min_learning_rate
+    if step < cfg.warmup_steps:
+        return peak * (step + 1) / cfg.warmup_steps
+    begin = cfg.warmup_steps
+    if cfg.lr_scheduler_type == "warmup_stable_decay":
+        begin = max(begin, cfg.max_steps - (cfg.decay_steps or cfg.max_steps // 5))
+    done = min(1.0, max(0, step - begin) / max(1, cfg.max_steps - begin))
+    if cfg.lr_scheduler_type == "cosine":
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    if cfg.lr_scheduler_type == "constant":
+        return peak
+    return peak + (floor - peak) * done
+
+
+def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
+    """Fused AdamW, weight decay on matrices only; with optimizer=muon the blocks' matrices are Muon's instead.
+
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) in the scaling of Liu et al. 2025, arXiv:2502.16982,
+    so that AdamW's learning rate and weight decay fit it.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muons = [p for name, p in named if cfg.optimizer == "muon" and "layers." in name and p.dim() == 2]
+    rest = [p for _, p in named if not any(p is m for m in muons)]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)]
+    if muons:
+        scale = {"weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(muons, lr=cfg.learning_rate, **scale))
+    return optimizers
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, apply: torch.Tensor) -> None:
+    """One update by every optimizer, or by none unless `apply` (a bool on the device); gradients are unscaled already."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Muon):
+            if apply.item():  # its kernels cannot be told to skip, so the host waits
+                optimizer.step()
+            continue
+        # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host
+        # memory: it must have arrived before the host reads it, which the optimizer's own copy does not wait for
+        where = optimizer.param_groups[0]["params"][0].device
+        optimizer.grad_scale, optimizer.found_inf = None, (~apply).float().to(where)
+        optimizer.step()
+    scaler.update()

@@ -1,0 +1,134 @@
+"""A run in words: the plan before its first step, where a resume goes on, how it ended."""
+
+import dataclasses
+
+import configs
+import model as neox
+from configs import Config
+from refocused.checkpoint import manifest
+from refocused.checkpoint.choice import Choice
+from refocused.run.exits import DONE, INTERNAL, NOT_FINITE, NOT_IN_BUCKET, STOPPED
+from refocused.run.optim import learning_rate
+
+
+def count(n: float) -> str:
+    """1414647808 -> 1.415B"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.4g}{unit}"
+    return f"{n:g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m"""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
+    """The run in a few aligned lines. dataset: a data.Dataset, or the reason why there is none."""
+    parameters, body = neox.num_parameters(cfg)
+    accumulation, global_batch = cfg.batch(world_size)
+    tokens = global_batch * cfg.sequence_length
+    product = f"{cfg.per_device_train_batch_size} x {accumulation} x {world_size} x {cfg.sequence_length}"
+    steps = f"{cfg.max_steps:,} steps = {count(cfg.max_steps * tokens)} tokens"
+    if isinstance(dataset, str):
+        shards = dataset
+    else:
+        epochs = cfg.max_steps * global_batch / dataset.num_samples
+        steps += f" = {epochs:.3g} epochs" + (f" ({epochs:.2%} of the data)" if epochs < 1 else "")
+        held = f", {dataset.num_eval_samples:,} windows held out" if dataset.num_eval_samples else ", none held out"
+        shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {count(dataset.num_tokens)} tokens per epoch{held}"
+    schedule = {
+        "cosine": f"cosine to {cfg.min_learning_rate:g}",
+        "linear": f"linear to {cfg.min_learning_rate:g}",
+        "constant": "constant",
+        "warmup_stable_decay": f"stable, then linear to {cfg.min_learning_rate:g}",
+    }[cfg.lr_scheduler_type]
+    lines = {
+        "model": f"GPT-NeoX, {cfg.num_hidden_layers} layers, {cfg.hidden_size} wide, {cfg.num_attention_heads} heads, "
+        f"vocabulary {cfg.vocab_size:,}: {count(parameters)} parameters ({count(body)} without embeddings), "
+        f"{count(neox.flops_per_token(cfg))}FLOP per token",
+        "batch": f"{tokens:,} tokens per step = {product} (sequences x accumulation x processes x length)",
+        "steps": steps,
+        "schedule": f"learning rate {cfg.learning_rate:g}, {cfg.warmup_steps:,} steps of warm-up, {schedule}",
+        "data": shards,
+        "hardware": where,
+        "output": f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}",
+    }
+    notes = []
+    if cfg.num_processes and cfg.num_processes != world_size and not cfg.global_batch_size:
+        notes.append(
+            f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
+            f"{global_batch} sequences; global_batch_size={cfg.batch(cfg.num_processes)[1]} keeps the intended one"
+        )
+    if cfg.tokenizer == "byte" and cfg.vocab_size > 512:
+        notes.append(f"tokenizer=byte has 257 ids: of vocab_size={cfg.vocab_size:,} the others are never used")
+    if cfg.intermediate_size > 8 * cfg.hidden_size:
+        notes.append(
+            f"intermediate_size={cfg.intermediate_size} is {cfg.intermediate_size / cfg.hidden_size:g} times "
+            "hidden_size; 4 times is usual"
+        )
+    return "\n".join(f"{name:<9} {text}" for name, text in [*lines.items(), *(("note", note) for note in notes)])
+
+
+def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
+    """Which checkpoint and why, where the data continues in the data.Dataset, and what differs in the config."""
+    if choice.path is None:
+        return f"resume    no checkpoint in {cfg.output_dir}: a fresh run" if cfg.resume else ""
+    state = choice.state
+    reason = "the highest step that is complete" if cfg.resume == "latest" else "as asked"
+    lines = [f"resume    {choice.path.name} ({reason}), step {state['step']:,} of {cfg.max_steps:,}"]
+    lines += [f"          passed over {name}: {why}" for name, why in choice.passed_over]
+    ahead = [n for n in manifest.names(cfg.output_dir) if manifest.parse(n).step > state["step"]]
+    if ahead and cfg.resume != "latest":
+        lines.append(
+            f"          {ahead[0]} is ahead of it and stays: remove what is ahead, or a later resume=latest goes on there"
+        )
+    if cfg.init_from and cfg.init_from != state["config"].get("init_from"):
+        lines.append(f"          init_from={cfg.init_from} is not used: the weights are the checkpoint's")
+    at = dataset.position(state["samples_seen"])
+    lines.append(
+        f"          data: continues at sample {state['samples_seen']:,}, token {state['tokens']:,}, epoch {at['epoch']}, "
+        f"{at['epoch_fraction']:.1%}, shard {at['next_shard']} offset {at['next_offset']:,}"
+    )
+    for key, old, new in configs.difference(state["config"], dataclasses.asdict(cfg)):
+        if key != "resume":
+            lines.append(f"          config: {key} {old} -> {new}")
+    old_cfg = dataclasses.replace(cfg, **{k: v for k, v in state["config"].items() if k in configs.KEYS})
+    if (was := learning_rate(state["step"], old_cfg)) != (now := learning_rate(state["step"], cfg)):
+        lines.append(
+            f"          schedule: a function of step and config, so the rate goes on at {now:.3g} (was {was:.3g})"
+        )
+    return "\n".join(lines)
+
+
+def farewell(
+    code: int, cfg: Config, choice: Choice, step: int, failure: str | None, missing: str | None, late: float
+) -> str:
+    """The last line of a run that began at `choice` and came to `step`; late: seconds since the signal, of one that was stopped."""
+    if code == INTERNAL:
+        return f"ended at step {step:,}, but {failure}"
+    if code == NOT_FINITE:
+        return (
+            f"steps up to {step:,} were not finite and not applied (max_bad_steps={cfg.max_bad_steps}); the last "
+            "checkpoint stands: lower learning_rate, or look at the shards named above"
+        )
+    if code == NOT_IN_BUCKET:
+        return f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {missing}"
+    if code == STOPPED:
+        return f"stopped at step {step:,} {late:.1f} s after the signal; resume=latest continues"
+    assert code == DONE, code
+    if choice.path and (start := choice.state["step"]) >= cfg.max_steps:
+        return (
+            f"nothing to do: {choice.path.name} is at step {start:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
+            "or name another output_dir and logging_dir for another run"
+        )
+    return (
+        f"done: {step:,} steps. Next: the curves with `tensorboard --logdir {cfg.logging_dir}`; more training with "
+        f'max_steps={2 * max(1, step)} resume=latest behind the same command (make: ARGS="max_steps=...")'
+    )

@@ -1,0 +1,84 @@
+"""The demo's set: the text that every Python ships."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from configs import Config
+from refocused.shards import shard
+from refocused.shards.prepare import is_intact
+from refocused.shards.shard import DataError, Shard
+from refocused.shards.tokenizers import END_OF_TEXT
+
+DEMO_SHARDS = 6
+DEMO_HELD_OUT = 0.04  # of the text, in one more shard
+
+
+def demo_documents() -> Iterator[tuple[str, bytes]]:
+    """(name, text) of pydoc's topics and of the standard library's sources: what every Python ships."""
+    from pydoc_data.topics import topics
+
+    for topic, text in topics.items():
+        yield f"topics/{topic}", text.encode()
+    root = Path(sysconfig.get_path("stdlib"))
+    for parent, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in ("__pycache__", "site-packages", "dist-packages", "pydoc_data")]
+        for name in names:
+            if name.endswith(".py"):
+                yield Path(parent, name).relative_to(root).as_posix(), Path(parent, name).read_bytes()
+
+
+def demo(folder: Path) -> None:
+    """Writes the demo's set: bytes as tokens, documents in a hashed order, so that the held-out shard is like the rest.
+
+    A folder that it made before is left alone if intact. Raises DataError for any other that is not empty.
+    """
+    made_file = folder / "demo.json"  # {path: checksum}
+    if folder.is_dir() and any(folder.iterdir()):
+        if not made_file.exists():
+            raise DataError(f"{folder} is not empty and not the demo's; name another folder")
+        made = json.loads(made_file.read_text())
+        if all(is_intact(folder, path) and f"{Shard.open(folder, path).crc32:08x}" == made[path] for path in made):
+            print(f"{folder} is there and intact")
+            return
+    begin = time.perf_counter()
+    documents = sorted(demo_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    ends = np.cumsum([len(text) + 1 for _, text in documents])
+    cuts = [int(ends[-1] * (1 - DEMO_HELD_OUT) * i / DEMO_SHARDS) for i in range(1, DEMO_SHARDS + 1)] + [int(ends[-1])]
+    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        first, made = 0, {}
+        for i, cut in enumerate(cuts):
+            last = int(np.searchsorted(ends, cut, "right"))
+            chunks = [np.frombuffer(text + b"\0", np.uint8).astype(np.uint16) for _, text in documents[first:last]]
+            for chunk in chunks:
+                chunk[-1] = END_OF_TEXT["byte"]
+            part = f"text/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
+            path = f"{part}/tokenized_cleaned_{part.replace('/', '_')}.npz"
+            shard.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {})
+            made[path] = f"{Shard.open(building, path).crc32:08x}"
+            first = last
+        shard.write_atomically(building / made_file.name, lambda file: file.write(json.dumps(made, indent=1).encode()))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(building, folder)
+        shard.sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    seconds = time.perf_counter() - begin
+    print(f"{folder}: {len(documents):,} documents, {ends[-1]:,} tokens in {len(cuts)} shards, {seconds:.1f} s")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="data.py demo", description="A small set: the bytes of Python's own sources.")
+    parser.add_argument("DST", type=Path, nargs="?", default=Path(Config.data_dir))
+    demo(parser.parse_args(argv).DST)
+    return 0

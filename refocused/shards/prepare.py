@@ -1,0 +1,192 @@
+"""Foreign shards -> shards that are read in place; and checking either kind.
+
+    python data.py prepare SRC DST      compressed or padded .npz shards and nanoGPT's .bin files -> mapped shards
+    python data.py verify DIR           every byte against its checksum, every id against the vocabulary
+
+Nothing here trusts a file: sizes are compared with shapes before a byte is inflated, and nothing is ever unpickled.
+"""
+
+import argparse
+import fnmatch
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs import Config
+from refocused.shards import shard
+from refocused.shards.shard import DataError, Shard, WriteError, find_shards
+from refocused.shards.source import MAX_RATIO, Source, zip_identity
+from refocused.shards.tokenizers import END_OF_TEXT, get_tokenizer
+
+
+def is_intact(folder: Path, path: str) -> bool:
+    """Whether this is a mapped shard whose content has the checksum that its zip directory names. Reads all of it."""
+    try:
+        Shard.open(folder, path)
+        for _ in Source(Path(folder, path), 1 << 32, 0).chunks({}):
+            pass
+        return True
+    except DataError:
+        return False
+
+
+def prepare(
+    source: Path, target: Path, vocab_size: int, end_of_text: int, workers: int = 0, max_ratio: float = MAX_RATIO
+) -> dict[str, int]:
+    """Converts .npz and .bin files, source or all below it, to mapped shards of the same relative name below target.
+
+    What is there already, from the same source and intact, is kept. A bad file does not stop the others; the DataError
+    at the end names all of them. Returns totals: files, kept, tokens, documents, padding, largest_id.
+    """
+    if not 0 <= end_of_text < vocab_size:
+        raise DataError(
+            f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}; name one with --end_of_text"
+        )
+    source, paths = shard.find_sources(source)
+    paths = [p for p in paths if p.endswith((".npz", ".bin"))]
+    if not paths:
+        raise DataError(f"{source} and its subfolders have no .npz and no .bin file")
+    if Path(target).resolve() == Path(source).resolve():
+        raise DataError(f"{target} is the source; mapped shards need a folder of their own")
+    for path in paths:
+        if path.endswith(".bin") and mapped_name(path) in paths:
+            raise DataError(f"{path} and {mapped_name(path)} would become one shard; rename one of them")
+    with shard.locked(target):
+        return convert_all(source, target, paths, vocab_size, end_of_text, workers, max_ratio)
+
+
+def convert_all(
+    source: Path,
+    target: Path,
+    paths: list[str],
+    vocab_size: int,
+    end_of_text: int,
+    workers: int = 0,
+    max_ratio: float = MAX_RATIO,
+) -> dict[str, int]:
+    """prepare for these paths, the target being locked."""
+    shard.remove_stale(target)
+    settings = {"vocab_size": vocab_size, "end_of_text": end_of_text}
+    jobs = [(source / path, target, path, settings, max_ratio) for path in paths]
+    return run_jobs(convert, jobs, workers, f"preparing {target}")
+
+
+def convert(
+    file: Path, target: Path, path: str, settings: dict[str, int], max_ratio: float = MAX_RATIO
+) -> dict[str, Any]:
+    """Makes target/path from file; settings are vocab_size and end_of_text. Returns the report, with kept=1 if it is there.
+
+    target/path may be the file itself.
+    """
+    source = Source(file, **settings, max_ratio=max_ratio)
+    path = mapped_name(path)
+    old = shard.read_note(target / path)
+    if old and source.note.items() <= old.items() and is_intact(target, path):
+        return {**old["report"], "kept": 1}
+    report: dict[str, Any] = {}
+    note = {**source.note, "report": report}
+    shard.write_shard(target / path, source.out_dtype, source.count, source.chunks(report), note)
+    return report
+
+
+def mapped_name(path: str) -> str:
+    return path.removesuffix(".bin") + ".npz" if path.endswith(".bin") else path
+
+
+def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: int, what: str) -> dict[str, int]:
+    """work(*job) for each job in several processes, with a bar; the summed reports, or a DataError of all errors."""
+    totals = {"files": 0, "kept": 0, "tokens": 0, "documents": 0, "padding": 0, "largest_id": 0}
+    begin, errors = time.perf_counter(), []
+    with process_pool(workers, len(jobs)) as pool, tqdm(total=len(jobs), desc=what, unit="file") as bar:
+        for future in as_completed([pool.submit(work, *job) for job in jobs]):
+            try:
+                report = future.result()
+            except WriteError:  # the disk is full or read-only: the others would fail alike
+                pool.shutdown(cancel_futures=True)
+                raise
+            except DataError as error:
+                errors.append(str(error))
+            else:
+                totals["files"] += 1
+                for key, value in report.items():
+                    totals[key] = max(totals[key], value) if key == "largest_id" else totals[key] + value
+            bar.set_postfix_str(f"{totals['tokens'] / (time.perf_counter() - begin) / 1e6:.1f}M tok/s", refresh=False)
+            bar.update()
+    if errors:
+        raise DataError("\n".join([f"{what}: {len(errors)} of {len(jobs)} files failed", *sorted(errors)]))
+    return totals
+
+
+def process_pool(workers: int, jobs: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")  # a fork copies other threads' locks in whatever state they are
+    return ProcessPoolExecutor(min(workers or os.cpu_count() or 1, jobs), context, die_with_parent)
+
+
+def die_with_parent() -> None:
+    """Otherwise a pool's worker outlives a parent that was killed, and writes on beside its successor."""
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+
+
+def is_unpacked(source: Path, target: Path) -> bool:
+    """Whether target was made from this source as it is now, by the zip directories alone."""
+    note = shard.read_note(target)
+    if not note:
+        return False
+    with open(source, "rb") as file:
+        return note["source"] == zip_identity(shard.zip_members(file, source))
+
+
+# ---- command line
+
+
+def announce(totals: dict[str, int], folder: Path, tokenizer: str, vocab_size: int | None, seconds: float) -> None:
+    """Print what was made, and how to train on it."""
+    print(
+        f"{totals['files']} shards ({totals['kept']} were there), {totals['tokens']:,} tokens, {totals['padding']:,} "
+        f"padding dropped, {totals['documents']:,} documents, largest id {totals['largest_id']}, {seconds:.1f} s"
+    )
+    print(f"train on it with {' '.join(training_keys(folder, tokenizer, vocab_size))}")
+
+
+def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[str]:
+    """What train.py must be told of a set, beyond its defaults."""
+    keys = [f"data_dir={folder}"]
+    if any(
+        not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_shards(folder, "*.npz")
+    ):
+        keys.append("'tokenized_file_pattern=*.npz'")
+    if tokenizer != Config.tokenizer:
+        keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or get_tokenizer(tokenizer).n_vocab}"]
+    elif vocab_size:
+        keys.append(f"vocab_size={vocab_size}")
+    return keys
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data.py prepare", description="Compressed or padded .npz and nanoGPT's .bin -> shards that are mapped."
+    )
+    parser.add_argument("SRC", type=Path)
+    parser.add_argument("DST", type=Path)
+    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
+    parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
+    parser.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
+    args = parser.parse_args(argv)
+    begin = time.perf_counter()
+    end_of_text = END_OF_TEXT[args.tokenizer]
+    vocab_size = args.vocab_size or end_of_text + 1
+    end_of_text = end_of_text if args.end_of_text is None else args.end_of_text
+    totals = prepare(args.SRC, args.DST, vocab_size, end_of_text, args.workers, args.max_ratio)
+    announce(totals, args.DST, args.tokenizer, args.vocab_size, time.perf_counter() - begin)
+    return 0

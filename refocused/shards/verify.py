@@ -1,0 +1,74 @@
+"""Every byte of a set against its checksum, every id against the vocabulary."""
+
+import argparse
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs import Config
+from refocused.shards import shard
+from refocused.shards.prepare import process_pool
+from refocused.shards.shard import DataError, Shard
+from refocused.shards.source import MAX_RATIO, Source
+from refocused.shards.tokenizers import END_OF_TEXT
+
+
+def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, max_ratio: float = MAX_RATIO) -> int:
+    """Prints a table of all shards below folder with what is wrong with them; returns 66 if anything is, else 0.
+
+    Wrong: a damaged file, an id outside the vocabulary, the content of another file once more. fast: headers only.
+    """
+    paths = shard.find_shards(folder, "*.npz")
+    if not paths:
+        raise DataError(f"{folder} and its subfolders have no .npz file")
+    with process_pool(workers, len(paths)) as pool:
+        jobs = [pool.submit(examine, folder, path, vocab_size, fast, max_ratio) for path in paths]
+        rows = [job.result() for job in tqdm(jobs, desc=f"verifying {folder}", unit="file")]
+    first: dict[Any, str] = {}
+    for path, row in zip(paths, rows, strict=True):
+        twin = first.setdefault(row.get("content", path), path)
+        if twin != path:
+            row["wrong"] = f"{Path(folder, path)} has the same content as {twin}"
+    longest = max(len(path) for path in paths)
+    print(f"{'shard':<{longest}}  {'tokens':>14}  {'dtype':<6}  {'max id':>6}  state")
+    for path, row in zip(paths, rows, strict=True):
+        tokens = f"{row['tokens']:,}" if "tokens" in row else "-"
+        state = row.get("wrong") or ("headers ok" if fast else "ok")
+        print(f"{path:<{longest}}  {tokens:>14}  {row.get('dtype', '-'):<6}  {row.get('largest_id', '-'):>6}  {state}")
+    wrong = sum("wrong" in row for row in rows)
+    print(f"{len(paths)} shards, {sum(row.get('tokens', 0) for row in rows):,} tokens, {wrong} wrong")
+    return DataError.exit_code if wrong else 0
+
+
+def examine(folder: Path, path: str, vocab_size: int, fast: bool, max_ratio: float) -> dict[str, Any]:
+    """A row of verify: tokens, dtype, largest_id, content (equal for equal arrays) and wrong, as far as it got."""
+    row: dict[str, Any] = {}
+    try:
+        source = Source(Path(folder, path), vocab_size, 0, max_ratio)
+        row |= {"tokens": source.count, "dtype": source.dtype.name}
+        row["content"] = (source.member.CRC, source.shape, source.dtype.str)
+        if not source.padded and source.member.compress_type == zipfile.ZIP_STORED:
+            Shard.open(folder, path)
+        if not fast:
+            for _ in source.chunks(row):
+                pass
+    except DataError as error:
+        row["wrong"] = str(error)
+    return row
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary."
+    )
+    parser.add_argument("DIR", type=Path)
+    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--fast", action="store_true", help="headers only")
+    parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
+    parser.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
+    args = parser.parse_args(argv)
+    return verify(args.DIR, args.vocab_size or END_OF_TEXT[args.tokenizer] + 1, args.fast, args.workers, args.max_ratio)
