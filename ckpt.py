@@ -86,15 +86,32 @@ class Checkpoints:
             self._syncer = sync.Syncer(cfg, self.choice.name, leader=self.env.main)
         return said
 
-    def save(self, name: str, state: dict[str, Any]) -> float:
-        """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still."""
-        self._saver.save(name, self._tree, state)
+    @property
+    def newest(self) -> str | None:
+        """Name of the last checkpoint that is complete: this run's, or the one that it began from."""
+        return self._saver.last or self.choice.name
+
+    @property
+    def waits(self) -> bool:
+        """Whether save() returns only once the checkpoint is complete, so that no later step can settle it."""
+        return not self.cfg.async_save or (self.bucket and not self.cfg.background_upload)
+
+    def save(self, name: str, state: dict[str, Any], proven: bool) -> float:
+        """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still.
+
+        Not proven, it becomes a checkpoint once settle(True) says that a step with these weights was finite.
+        """
+        self._saver.save(name, self._tree, state, proven)
         self._saved_at = time.monotonic()
         if self.bucket and not self.cfg.background_upload:
             self._saver.join()
             if self._syncer:
                 self._syncer.flush(self.cfg.upload_deadline_seconds)  # status says what it came to
         return self._saver.stall_seconds
+
+    def settle(self, good: bool) -> None:
+        """Say whether the last save counts, the same on all ranks: a finite step came after it, or none will."""
+        self._saver.settle(good)
 
     def poll(self) -> tuple[bool, bool]:
         """Of this process, without waiting: (save_seconds have passed since the last save, the last save failed)."""

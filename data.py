@@ -364,11 +364,19 @@ class Loader:
     def __next__(self) -> Batch:
         if not self._ahead:
             raise StopIteration
-        begin = time.perf_counter()
+        self.error()
         batch = self._ahead.popleft().result()  # raises here what went wrong in a thread
-        self.wait_seconds += time.perf_counter() - begin
         self._submit()
         return batch
+
+    def error(self) -> BaseException | None:
+        """Wait for the next batch, if there is one; what keeps it from being read."""
+        if not self._ahead:
+            return None
+        begin = time.perf_counter()
+        error = self._ahead[0].exception()
+        self.wait_seconds += time.perf_counter() - begin
+        return error
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -23,8 +23,8 @@ from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, planner
 from refocused.run import guard, optim, origin, processes, profiler, strategy, words
-from refocused.run.evaluate import evaluate
-from refocused.run.exits import DONE, INTERNAL, NOT_FINITE, NOT_IN_BUCKET, STOPPED
+from refocused.run.evaluate import evaluate, sound
+from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.monitor import Monitor, check_folder, complain
 from refocused.run.signals import StopSignal
 
@@ -55,6 +55,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     state = choice.state
     if choice.path:
         dataset.check_same(state, cfg)
+        guard.check_same_batch(state, cfg, global_batch)
     monitor.say(words.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)
@@ -78,7 +79,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         scaler.load_state_dict(state["scaler"])
 
     step = saved_at = state.get("step", 0)
-    samples_seen = state.get("samples_seen", 0)
+    samples_seen, tokens_seen = state.get("samples_seen", 0), state.get("tokens", 0)
     loader = data.Loader(
         dataset, step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
         accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=samples_seen,
@@ -89,23 +90,26 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     readback = processes.Readback(env.device)
     made = origin.of_run(env)
     monitor.start(step, tokens_per_step, state, choice.name, settings)
-    stopping = False
+    stopping = unreadable = overdue = False
 
-    def save() -> None:
+    def save(proven: bool) -> None:
         nonlocal saved_at
+        if proven:  # and with it what an earlier save holds
+            checkpoints.settle(True)
         at = dataset.position(samples_seen)
         name = manifest.name(at["epoch"], step, at["files"])
         trained = {
             "step": step,
             "samples_seen": samples_seen,
-            "tokens": samples_seen * cfg.sequence_length,
+            "tokens": tokens_seen,
+            "global_batch": global_batch,
             **monitor.state(),
             **judge.state(),
             "data": {"fingerprint": dataset.fingerprint, "manifest": dataset.manifest, "position": at},
             "config": dataclasses.asdict(cfg),
             "run": made,
         }
-        monitor.saved(step, name, checkpoints.save(name, trained))
+        monitor.saved(step, name, checkpoints.save(name, trained, proven))
         saved_at = step
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
@@ -140,18 +144,23 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             readback.put((step + 1, lr, batch.ids), figures)
         step += 1
         samples_seen += global_batch
+        tokens_seen += tokens_per_step
 
         # --- the same decisions on every rank
-        late, save_failed, stopping = processes.agree(*checkpoints.poll(), stop.since > 0)
+        flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None)
+        late, save_failed, stopping, unreadable = map(bool, processes.agree(*flags))
         stop.pass_on(stopping)
-        done = step == cfg.max_steps
+        at_end = step == cfg.max_steps
+        last = at_end or stopping or unreadable
         logs = every(cfg.logging_steps, step)
-        evals = dataset.num_eval_samples and cfg.eval_steps and (every(cfg.eval_steps, step) or done) and not stopping
-        saves = every(cfg.save_steps, step) or late or done or stopping
+        evals = (every(cfg.eval_steps, step) or at_end and cfg.eval_steps) and dataset.num_eval_samples and not stopping
+        saves = every(cfg.save_steps, step) or late or last
 
         for (at, rate, ids), (loss_at, norm_at, *more) in readback.take(wait=bool(logs or evals or saves)):
             verdict = judge.verdict(loss_at, norm_at, *more)
             monitor.step(at, loss_at, norm_at, rate, ids, verdict, dataset.locate)
+            if at > saved_at and not judge.bad_in_a_row:
+                checkpoints.settle(True)
         if logs:
             monitor.line(step, lr, loader.wait_seconds, checkpoints.status)
         if save_failed:
@@ -162,25 +171,29 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             begin = time.perf_counter()
             if (held_out := evaluate(model, dataset, cfg, env, stop)) is not None:
                 monitor.evaluated(step, held_out, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
-        if saves:
-            save()
-        if stopping:
+        if saves or overdue:
+            if last or checkpoints.waits:  # no step comes that would settle whether these weights are good
+                judge.bad_in_a_row += not sound(model, *batch.micro[0], cfg, env)
+            overdue = judge.bad_in_a_row > 0  # nothing is saved in a streak that is not finite, but right after it
+            if not overdue:
+                save(proven=last or checkpoints.waits)
+        if stopping or unreadable:
             break
 
     # --- the end
+    bad = judge.bad_in_a_row > 0
+    trouble = loader.error() if unreadable else None
+    if trouble and not env.main:
+        complain(cfg, f"error: {trouble}")
     loader.close()
-    if saved_at != step and not judge.gives_up:  # a stop was asked for after the last boundary
-        save()
     if written := profile.close():
         monitor.say(written)
     failure, missing = checkpoints.close(monitor.say)
     processes.stop()
-    gave_up, late = judge.gives_up, time.monotonic() - stop.since
-    code = (
-        NOT_FINITE if gave_up else INTERNAL if failure else NOT_IN_BUCKET if missing else STOPPED if stopping else DONE
-    )
-    text = words.farewell(code, cfg, choice, step, failure, missing, late)
-    monitor.say(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
+    code = STOPPED if stopping else NO_DATA if unreadable else NOT_FINITE if bad else DONE
+    code = INTERNAL if failure and not bad else NOT_IN_BUCKET if missing else code
+    ended = words.Ended(code, step, checkpoints.newest, failure, missing, trouble, time.monotonic() - stop.since)
+    monitor.say(words.farewell(ended, choice, cfg), file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
     return code
 

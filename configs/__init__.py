@@ -107,6 +107,7 @@ class Config:
     resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
     init_from: str | None = None  # checkpoint whose weights a fresh run starts from; to go on from another model
     allow_data_change: bool = False  # resume although the shards are not those of the checkpoint
+    allow_batch_change: bool = False  # resume with another number of sequences per step than the checkpoint's
 
     # bucket: the second home of data and checkpoints
     bucket_name: str | None = None  # Google Cloud Storage bucket, without gs://; none to stay on this machine

@@ -1,5 +1,6 @@
 """Which checkpoint a run starts from."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,4 +63,7 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
 
 
 def _chosen(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
-    return Choice(path, read_state(path), passed_over, manifest.read_manifest(path)["save_id"])
+    state = read_state(path)
+    if isinstance(loss := state.get("loss"), float) and not math.isfinite(loss):
+        raise CheckpointError(f"{path} was saved while the loss was not finite: nothing good can start from it")
+    return Choice(path, state, passed_over, manifest.read_manifest(path)["save_id"])

@@ -22,6 +22,8 @@ class Saver:
     """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
 
     A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank.
+    A save may wait, written but not committed, for settle(): weights that an update has just ruined look like any others
+    until a loss is computed with them, and would take the place of the good ones.
     Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
     """
 
@@ -37,6 +39,7 @@ class Saver:
         self._host = _Host()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
+        self._proof: concurrent.futures.Future[bool] = concurrent.futures.Future()  # whether the save in flight counts
         self._error: str | None = None
 
     def reserve(self, tree: dict[str, Tensor]) -> None:
@@ -44,10 +47,16 @@ class Saver:
         if self.async_save:
             self._host.copy(own_part(tree, self.rank, self.world))
 
-    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once."""
+    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any], proven: bool = True) -> None:
+        """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once.
+
+        Not proven, it is committed once settle(True) says so, on every rank.
+        """
         start = time.perf_counter()
         self.join()
+        self._proof = concurrent.futures.Future()
+        if proven:
+            self._proof.set_result(True)
         part = own_part(tree, self.rank, self.world)
         source = self._host.copy(part) if self.async_save else {key: local_part(t) for key, t in part.items()}
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
@@ -56,6 +65,11 @@ class Saver:
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
+
+    def settle(self, good: bool) -> None:
+        """Say whether the save in flight counts: what it holds has, or has not, gone through a step since."""
+        if not self._proof.done():
+            self._proof.set_result(good)
 
     def poll(self) -> str | None:
         """Why the last save failed, if it has; costs nothing."""
@@ -76,7 +90,8 @@ class Saver:
         return error
 
     def join(self) -> None:
-        """Wait for the save in flight."""
+        """Wait for the save in flight; one that was not settled by now does not count."""
+        self.settle(False)
         if self._saving:
             self._saving.result()
             self._saving = None
@@ -89,7 +104,9 @@ class Saver:
             dist.broadcast_object_list(box, group=self.group, group_src=0)
             writer = Writer(self.output_dir / name, box[0], state, need)
             dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
-            self._commit_on_other_nodes(writer)
+            if not self._proof.result():
+                raise ArithmeticError("not committed, as the steps after it were not finite")
+            self._commit(writer)
             self.last, self.write_seconds = name, time.perf_counter() - start
             if self.rank == 0:
                 manifest.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
@@ -99,10 +116,18 @@ class Saver:
                 with contextlib.suppress(OSError):  # then the next start does it
                     manifest.recover(self.output_dir)
 
-    def _commit_on_other_nodes(self, writer: "Writer") -> None:
-        """Give the files of a node that does not share rank 0's disk the same name and manifest, for the bucket."""
-        box = [(writer.final / manifest.MANIFEST).read_bytes() if self.rank == 0 else None]
+    def _commit(self, writer: Writer) -> None:
+        """Commit on rank 0, and give the files of a node that does not share its disk the same name and manifest."""
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                writer.commit()
+                box[0] = (writer.final / manifest.MANIFEST).read_bytes()
+            except OSError as error:
+                box[0] = error
         dist.broadcast_object_list(box, group=self.group, group_src=0)
+        if isinstance(box[0], OSError):
+            raise box[0]
         problem = None
         if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():
             try:

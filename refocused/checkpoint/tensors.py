@@ -135,9 +135,11 @@ class Writer(dcp.HuggingFaceStorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, once every rank has written."""
-        files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
-        manifest.commit(self.folder, self.final, self.id, files, self.state)
+        """On rank 0, once every rank has written; commit() makes it a checkpoint."""
+        self.files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
+
+    def commit(self) -> None:
+        manifest.commit(self.folder, self.final, self.id, self.files, self.state)
 
 
 def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -147,7 +149,8 @@ def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any]) -> N
         warnings.simplefilter("ignore")  # that there is no process group
         try:
             dcp.save(tree, storage_writer=writer, planner=CopyPlanner(tree), no_dist=True)
-        except CheckpointException as error:
+            writer.commit()
+        except (CheckpointException, OSError) as error:
             raise CheckpointError(f"{final} was not saved: {cause(error)}") from error
 
 

@@ -48,6 +48,9 @@ class Gate:
         self.tick()
         return 0.0
 
+    def pass_on(self, stopping: bool) -> None:
+        """A round never stops the run."""
+
     def tick(self) -> None:
         self.left -= 1
         if self.left:

@@ -51,9 +51,7 @@ def save_rows(cfg: Config, folder: Path, rounds: int) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """Two sizes, each in this process; files go to a temporary folder below --folder."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py save", description="What a checkpoint costs training."
-    )
+    parser = argparse.ArgumentParser(prog="bench.py save", description="What a checkpoint costs training.")
     parser.add_argument("--folder", default=".", help="where the files are written, and removed again")
     parser.add_argument("--rounds", type=positive, default=7)
     options = parser.parse_args(argv)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs import Config, ConfigError
+from configs import KEYS, Config, ConfigError
 from refocused.run import processes
 
 PLACES = ("data_dir", "cache_dir", "output_dir", "logging_dir")  # nodes may keep things in different places
@@ -25,6 +25,21 @@ def check_ranks(cfg: Config, fingerprint: str) -> None:
             shown = ", ".join(f"{key} ({theirs[key]} and {everyone[0][key]})" for key in differing[:3])
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ConfigError(f"ranks {rank} and 0 differ in {shown}{more}; start all with the same command and data")
+
+
+def check_same_batch(state: dict[str, Any], cfg: Config, global_batch: int) -> None:
+    """Raise ConfigError unless a step has as many sequences as those of a checkpoint's run had, or it is allowed."""
+    before = (
+        state.get("global_batch")
+        or Config(**{key: value for key, value in state["config"].items() if key in KEYS}).batch(
+            state["run"]["world_size"]
+        )[1]
+    )
+    if before != global_batch and not cfg.allow_batch_change:
+        raise ConfigError(
+            f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
+            f"global_batch_size={before}, or set allow_batch_change=true to go on with {global_batch}"
+        )
 
 
 class Spikes:

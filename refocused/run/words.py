@@ -1,13 +1,14 @@
 """A run in words: the plan before its first step, where a resume goes on, how it ended."""
 
 import dataclasses
+from typing import NamedTuple
 
 import configs
 import model as neox
 from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.choice import Choice
-from refocused.run.exits import DONE, INTERNAL, NOT_FINITE, NOT_IN_BUCKET, STOPPED
+from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.optim import learning_rate
 
 
@@ -107,25 +108,44 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     return "\n".join(lines)
 
 
-def farewell(
-    code: int, cfg: Config, choice: Choice, step: int, failure: str | None, missing: str | None, late: float
-) -> str:
-    """The last line of a run that began at `choice` and came to `step`; late: seconds since the signal, of one that was stopped."""
+class Ended(NamedTuple):
+    """How a run came to its end."""
+
+    code: int
+    step: int
+    newest: str | None  # name of the last complete checkpoint
+    failure: str | None  # of the last save
+    missing: str | None  # why the last checkpoint is not in the bucket
+    trouble: BaseException | None  # that kept the next batch from being read, on this rank
+    late: float  # seconds since the signal, of a run that was stopped
+
+
+def farewell(ended: Ended, choice: Choice, cfg: Config) -> str:
+    """The last line of a run that began at `choice`."""
+    code, step = ended.code, ended.step
     if code == INTERNAL:
-        return f"ended at step {step:,}, but {failure}"
+        return f"ended at step {step:,}, but {ended.failure}"
+    if code == NO_DATA:
+        why = ended.trouble or "another rank could not read its data, and says why"
+        return f"error: {why}\nstopped at step {step:,}; {ended.newest} has all steps, resume=latest continues"
     if code == NOT_FINITE:
+        stands = (
+            f"{ended.newest} from before them stands" if ended.newest else "there is no checkpoint from before them"
+        )
         return (
-            f"steps up to {step:,} were not finite and not applied (max_bad_steps={cfg.max_bad_steps}); the last "
-            "checkpoint stands: lower learning_rate, or look at the shards named above"
+            f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
+            f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above"
         )
     if code == NOT_IN_BUCKET:
-        return f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {missing}"
+        return f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {ended.missing}"
     if code == STOPPED:
-        return f"stopped at step {step:,} {late:.1f} s after the signal; resume=latest continues"
+        return (
+            f"stopped at step {step:,} {ended.late:.1f} s after the signal; resume=latest continues from {ended.newest}"
+        )
     assert code == DONE, code
     if choice.path and (start := choice.state["step"]) >= cfg.max_steps:
         return (
-            f"nothing to do: {choice.path.name} is at step {start:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
+            f"nothing to do: {choice.name} is at step {start:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
             "or name another output_dir and logging_dir for another run"
         )
     return (

@@ -1,0 +1,105 @@
+"""Nothing lost: what goes wrong while training, and which checkpoints are there afterwards."""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import write_shards
+from launch import CONTEXT, TINY, Run, train
+from test_resume import newest, steps
+
+from refocused.checkpoint import manifest
+
+BLOWN = ["learning_rate=1e38", "max_grad_norm=0", "resume=latest"]
+
+
+def saved(folder) -> list[int]:
+    """The steps of the complete checkpoints, ascending."""
+    out = folder / "out"
+    return sorted(manifest.verify(out / name)["step"] for name in manifest.names(out))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    ["", "parallel=fsdp", "async_save=false", "max_steps=23 max_bad_steps=50", "save_steps=1 keep_every=1"],
+    ids=["", "fsdp", "waits for its saves", "ends inside the streak", "saves every step"],
+)
+def test_a_blown_up_model_costs_no_checkpoint(shards, tmp_path, keys):
+    """An update with a finite loss ruins the weights: nothing of them is saved, nothing older is pruned, exit 65 names
+    the checkpoint that stands, and with a sane rate the run goes on from there."""
+    base = [f"data_dir={shards}", "save_steps=2", "save_total_limit=3"]
+    train(tmp_path, *base, "max_steps=20", nproc=2)
+    before = saved(tmp_path)
+    run = train(tmp_path, *base, "max_steps=60", *BLOWN, *keys.split(), nproc=2, code=65)
+    assert saved(tmp_path)[-1] in (20, 21) and set(before) & set(saved(tmp_path)), run.text
+    assert f"{newest(tmp_path).name} from before them stands" in run.text
+    mended = train(tmp_path, *base, "max_steps=24", "learning_rate=1e-3", "resume=latest", nproc=2)
+    assert "done: 24 steps" in mended.text and saved(tmp_path)[-1] == 24
+
+
+def _infinite_at(calls: set[int], args: list[str], log: str) -> None:
+    """A run whose all-reduced loss is infinite at these steps, as after a fault of one GPU."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import train
+
+    real, count = train.processes.total, iter(range(1, 1000))
+    train.processes.total = lambda value: real(value) + (float("inf") if next(count) in calls else 0.0)
+    raise SystemExit(train.main(args))
+
+
+def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
+    """Steps 6 to 8 are not finite, then all is well: the save that was due at 6 is made at 9, the next ones in time."""
+    config = tmp_path / "config.py"
+    config.write_text("")
+    keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", f"output_dir={tmp_path}/out"]
+    args = [str(config), *TINY, *keys, f"logging_dir={tmp_path}/logs", "max_steps=15"]
+    run = CONTEXT.Process(target=_infinite_at, args=({6, 7, 8}, args, str(tmp_path / "log")))
+    run.start()
+    run.join()
+    log = (tmp_path / "log").read_text()
+    assert run.exitcode == 0 and log.count("not applied") == 3, log
+    assert saved(tmp_path) == [3, 9, 12, 15]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_data_trouble_costs_no_step(tmp_path, nproc):
+    """A shard replaced in the middle of a run, by one with ids that the model does not have: exit 66 with the shard's
+    name, saved at the last step that was whole; with the shard put back the run goes on from there."""
+    data = write_shards(tmp_path / "data")
+    args = [f"data_dir={data}", "max_steps=4000", "save_steps=0"]
+    run = Run(args, nproc, tmp_path)
+    run.wait_for(r"Step 20: ")
+    shard = sorted(data.rglob("*.npz"))[1]
+    good, status = shard.read_bytes(), shard.stat()
+    np.savez(shard, input_ids=np.full(3000, 60000, np.uint16))
+    assert set(run.wait()) == {66}, run.text
+    assert shard.name in run.text
+    stopped = newest(tmp_path)
+    step = manifest.parse(stopped.name).step
+    assert step >= 20 and max(steps(tmp_path)) == step and f"stopped at step {step}" in run.text
+    shard.write_bytes(good)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = train(tmp_path, f"data_dir={data}", f"max_steps={step + 3}", "resume=latest", nproc=nproc)
+    assert f"done: {step + 3:,} steps" in again.text
+
+
+def test_tokens_are_counted(shards, tmp_path):
+    """Half the length of a sequence after a resume: the tokens seen are the sum of what was seen."""
+    train(tmp_path, f"data_dir={shards}", "max_steps=10")  # 10 x 4 x 32
+    train(
+        tmp_path, f"data_dir={shards}", "max_steps=20", "resume=latest", "sequence_length=16", "allow_data_change=true"
+    )
+    assert manifest.read_state(newest(tmp_path))["tokens"] == 10 * 4 * 32 + 10 * 4 * 16
+
+
+def test_the_batch_is_kept(shards, tmp_path):
+    """Two processes where there was one, without global_batch_size: refused with both ways out, and both work."""
+    train(tmp_path, f"data_dir={shards}", "max_steps=4")
+    run = train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", nproc=2, code=2)
+    assert "global_batch_size=4" in run.text and "allow_batch_change=true" in run.text
+    keys = ["resume=latest", "global_batch_size=4", "per_device_train_batch_size=2"]
+    train(tmp_path, f"data_dir={shards}", "max_steps=6", *keys, nproc=2)
+    train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", "allow_batch_change=true", nproc=2)
+    assert manifest.read_state(newest(tmp_path))["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
