@@ -14,6 +14,7 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY *.py ./
 COPY configs configs
+COPY refocused refocused
 
 # the demo: a small model on the text of Python's own sources
 CMD ["sh", "-c", "python data.py demo && exec torchrun --standalone --nproc_per_node=1 train.py configs/demo.py"]
