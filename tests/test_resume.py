@@ -355,7 +355,8 @@ def test_a_growing_batch_continues_the_data(shards, tmp_path):
     """Resumed with twice the batch, the run goes on at the next unread sample."""
     train(tmp_path, f"data_dir={shards}", "max_steps=10", "save_steps=4", "save_total_limit=0")
     subprocess.run(["rm", "-r", *map(str, (tmp_path / "out").glob("*step[18]*"))], check=True)
-    run = train(tmp_path, f"data_dir={shards}", "max_steps=6", "resume=latest", "gradient_accumulation_steps=2")
+    twice = ["gradient_accumulation_steps=2", "allow_batch_change=true"]
+    run = train(tmp_path, f"data_dir={shards}", "max_steps=6", "resume=latest", *twice)
     assert "continues at sample 16," in run.text
     last = json.loads((newest(tmp_path) / "state.json").read_text())
     assert last["step"] == 6 and last["samples_seen"] == 16 + 2 * 8
