@@ -92,9 +92,10 @@ class Checkpoints:
         return self._saver.last or self.choice.name
 
     @property
-    def waits(self) -> bool:
-        """Whether save() returns only once the checkpoint is complete, so that no later step can settle it."""
-        return not self.cfg.async_save or (self.bucket and not self.cfg.background_upload)
+    def cannot_wait(self) -> bool:
+        """Whether no later step can settle the next save: it returns once complete, or the one before still waits."""
+        returns_complete = not self.cfg.async_save or (self.bucket and not self.cfg.background_upload)
+        return returns_complete or not self._saver.settled
 
     def save(self, name: str, state: dict[str, Any], proven: bool) -> float:
         """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still.

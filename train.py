@@ -172,11 +172,12 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             if (held_out := evaluate(model, dataset, cfg, env, stop)) is not None:
                 monitor.evaluated(step, held_out, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
         if saves or overdue:
-            if last or checkpoints.waits:  # no step comes that would settle whether these weights are good
+            proven = last or checkpoints.cannot_wait  # no step comes that would show whether these weights are good
+            if proven:
                 judge.bad_in_a_row += not sound(model, *batch.micro[0], cfg, env)
             overdue = judge.bad_in_a_row > 0  # nothing is saved in a streak that is not finite, but right after it
             if not overdue:
-                save(proven=last or checkpoints.waits)
+                save(proven)
         if stopping or unreadable:
             break
 

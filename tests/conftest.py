@@ -11,6 +11,7 @@ import torch  # noqa: E402
 from fakegcs import FakeGCS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of each parser
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -40,7 +40,8 @@ class Saver:
         self._host = _Host()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
-        self._proof: concurrent.futures.Future[bool] = concurrent.futures.Future()  # whether the save in flight counts
+        self._proof: concurrent.futures.Future[bool] = concurrent.futures.Future()  # whether the last save counts
+        self._proof.set_result(True)  # there is none yet
         self._error: str | None = None
 
     def reserve(self, tree: dict[str, Tensor]) -> None:
@@ -66,6 +67,11 @@ class Saver:
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last save was proven, or its fate told since; the same on every rank."""
+        return self._proof.done()
 
     def settle(self, good: bool) -> None:
         """Say whether the save in flight counts: what it holds has, or has not, gone through a step since."""
