@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import data
 from refocused.bucket import download, gcs
 
-ROOT = Path(download.__file__).parent
 RUN = "import sys, data; sys.exit(data.main(['download', *sys.argv[1:]]))"
 MEDIA = "alt=media"
 
