@@ -14,6 +14,17 @@ ROOT = Path(__file__).parent.parent
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of each parser
 
 
+def pytest_configure(config):
+    """Hide the GPU, from torch (which looks when it is first used) and from child processes, unless `-m gpu` asks."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
     torch.set_num_threads(1)  # sums are taken in one order

@@ -28,6 +28,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import google_crc32c
+from launch import GUARD
 
 
 @dataclass
@@ -157,12 +158,12 @@ class FakeGCS:
         with self.lock:
             return sum(m == method and bool(re.search(pattern, path)) for m, path, _ in self.requests)
 
-    def wait_until(self, happened: Callable[[], bool], timeout: float = 40.0) -> None:
+    def wait_until(self, happened: Callable[[], bool]) -> None:
         """Until happened(), which is asked after every request and now and then besides."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + GUARD
         with self.came:
             while not happened():
-                assert time.monotonic() < end, f"it did not happen in {timeout:g} s"
+                assert time.monotonic() < end, f"it did not happen in {GUARD} s"
                 self.came.wait(0.1)
 
     def next_fault(self, method: str, path: str) -> Fault:
@@ -438,7 +439,7 @@ def gcloud(server: FakeGCS, folder: Path, *args: str) -> str:
         "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
     }
     done = subprocess.run(
-        ["gcloud", "storage", *args], env=os.environ | offline, capture_output=True, text=True, timeout=50
+        ["gcloud", "storage", *args], env=os.environ | offline, capture_output=True, text=True, timeout=GUARD
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -6,10 +6,24 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+
+# Seconds after which something that a test waits for has hung. The only limit in the suite: it says nothing about how
+# long anything takes, and a machine that is new, busy and slow stays far below it.
+GUARD = 600
+
+
+def until(happened: Callable[[], object]) -> None:
+    """Return once happened() is true; polls, because the other side is another process."""
+    end = time.monotonic() + GUARD
+    while not happened():
+        assert time.monotonic() < end, f"it did not happen in {GUARD} s"
+        time.sleep(0.01)
+
 
 # a model and a run of a second; every test states what it changes
 TINY = (
@@ -35,34 +49,40 @@ def _rank(args: list[str], environment: dict[str, str], log: str, cwd: str) -> N
 class Run:
     """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
 
-    def __init__(self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config: str = ""):
+    def __init__(
+        self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config: str = "", base=TINY
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"
         self.log.touch()
         file = folder / "config.py"  # not the demo's values: only what the test states
         file.write_text(config)
-        args = [str(file), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        args = [str(file), *base, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+            self.port = s.getsockname()[1]
         self.ranks = []
         for rank in range(nproc):
             environment = dict(env or {})
             if nproc > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
-                environment |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                environment |= {
+                    "LOCAL_WORLD_SIZE": str(nproc),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(self.port),
+                }
             self.ranks.append(CONTEXT.Process(target=_rank, args=(args, environment, str(self.log), str(folder))))
         for process in self.ranks:
             process.start()
 
-    def wait(self, timeout: float = 50) -> list[int]:
-        """The exit codes; past the timeout everything is killed and the test fails with the log."""
-        end = time.monotonic() + timeout
+    def wait(self) -> list[int]:
+        """The exit codes; past the guard everything is killed and the test fails with the log."""
+        end = time.monotonic() + GUARD
         for process in self.ranks:
             process.join(max(0, end - time.monotonic()))
         if any(process.is_alive() for process in self.ranks):
             self.kill()
-            raise AssertionError(f"still running after {timeout} s:\n{self.text}")
+            raise AssertionError(f"still running after {GUARD} s:\n{self.text}")
         return [process.exitcode for process in self.ranks]
 
     def signal(self, number: int, rank: int | None = None) -> None:
@@ -75,14 +95,14 @@ class Run:
         for process in self.ranks:
             process.join()
 
-    def wait_for(self, pattern: str, timeout: float = 40) -> None:
-        """Until the log has the pattern; polls, because the other side is another process."""
-        end = time.monotonic() + timeout
-        while not re.search(pattern, self.text):
-            dead = not any(process.is_alive() for process in self.ranks)
-            if (dead and not re.search(pattern, self.text)) or time.monotonic() > end:
-                raise AssertionError(f"no {pattern!r} in:\n{self.text}")
-            time.sleep(0.01)
+    def wait_for(self, pattern: str) -> None:
+        """Until the log has the pattern; an error as soon as nothing runs that could still write it."""
+
+        def found_or_over() -> bool:
+            return bool(re.search(pattern, self.text)) or not any(process.is_alive() for process in self.ranks)
+
+        until(found_or_over)
+        assert re.search(pattern, self.text), f"no {pattern!r} in:\n{self.text}"
 
     @property
     def text(self) -> str:

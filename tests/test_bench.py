@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import ROOT
-from launch import CONTEXT, TINY, train
+from launch import CONTEXT, GUARD, TINY, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
@@ -90,7 +90,7 @@ def test_step_command(tmp_path):
         *toy,
     ]
     done = subprocess.run(
-        [*command, "vocab_size=512", "compile_model=false"], capture_output=True, text=True, timeout=58, cwd=tmp_path
+        [*command, "vocab_size=512", "compile_model=false"], capture_output=True, text=True, timeout=GUARD, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     rows = [
@@ -202,7 +202,7 @@ def test_gradients_are_sent_once_per_optimizer_step(layout):
     ranks = [CONTEXT.Process(target=count_collectives, args=(rank, port, layout, results)) for rank in range(2)]
     for process in ranks:
         process.start()
-    once, four_times = results.get(timeout=50)
+    once, four_times = results.get(timeout=GUARD)
     for process in ranks:
         process.join()
     carriers = ("allreduce_", "_reduce_scatter_base_")
@@ -226,7 +226,7 @@ def test_compiles_once_for_any_depth(shards, tmp_path):
     ]
     env = {**os.environ, "TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=110, cwd=ROOT
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=GUARD, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout
     before, _, after = done.stdout.partition("Step 2: eval_loss")

@@ -5,14 +5,14 @@ import shutil
 import time
 
 import pytest
-from launch import Run, train
+from launch import GUARD, Run, train
 from test_resume import assert_same_run, lines, newest, steps, tensors
 from test_sync import WatchedGCS
 
 from refocused.checkpoint import manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-BUCKET = ["bucket_name=bucket", "checkpoint_bucket_path=runs/one", "upload_deadline_seconds=30", "resume=latest"]
+BUCKET = ["bucket_name=bucket", "checkpoint_bucket_path=runs/one", f"upload_deadline_seconds={GUARD}", "resume=latest"]
 
 
 @pytest.fixture

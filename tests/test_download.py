@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from launch import GUARD
 
 import data
 from refocused.bucket import download, gcs
@@ -60,7 +61,7 @@ def start(*args: str, **options) -> subprocess.Popen:
 
 def run(*args: str) -> str:
     process = start(*args)
-    out, err = process.communicate(timeout=50)
+    out, err = process.communicate(timeout=GUARD)
     assert process.returncode == 0, err
     return out
 
@@ -190,7 +191,7 @@ def test_one_downloader_per_folder(server, config, tmp_path):
     server.wait_until(lambda: slow.hits > 0)
     with pytest.raises(gcs.BucketError, match=f"is being filled by pid {first.pid}"):
         download.main([config, "gs://bucket"])
-    assert first.wait(30) == 0 and len(files(tmp_path / "shards")) == 1
+    assert first.wait(GUARD) == 0 and len(files(tmp_path / "shards")) == 1
 
 
 def test_index_is_a_line_per_file(server, config, tmp_path):

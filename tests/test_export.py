@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from launch import GUARD
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -192,7 +193,7 @@ def test_without_onnx_packages(checkpoint, tmp_path):
     hidden = {package: None for package in export.ONNX_PACKAGES}  # an import of None is an absent package
     script = f"import sys; sys.modules.update({hidden!r}); import ckpt; "
     script += f"sys.exit(ckpt.main(['export', {str(checkpoint)!r}, {str(tmp_path / 'hf')!r}, '--onnx']))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
     assert done.returncode == 2 and "pip install onnx onnxscript onnxruntime" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "hf").exists()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import ROOT
+from launch import GUARD
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as neox
@@ -140,4 +141,4 @@ def test_no_side_effects():
     code = "import sys, model; assert not {'configs', 'data', 'ckpt'} & set(sys.modules)"
     code += "; import train, torch.distributed as d, signal; assert not d.is_initialized()"
     code += "; assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=GUARD)

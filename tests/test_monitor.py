@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from launch import Run, train
+from launch import GUARD, Run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run, newest, steps, take, tensors
 
@@ -194,5 +194,5 @@ def test_out_of_memory_is_explained(shards, tmp_path):
 def test_show_into_a_closed_pipe():
     """`--show | head -1`: one line and no traceback."""
     command = f"{sys.executable} train.py configs/production.py --show | head -1"
-    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
     assert run.stderr == "" and run.stdout.startswith("model ")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from launch import TINY, train
+from launch import GUARD, TINY, train
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
@@ -95,8 +95,8 @@ class Host:
         return [pid for pid in found if pid != os.getpid()]
 
 
-def wait_for(what, hosts: list[Host], seconds: float = 50) -> None:
-    end = time.monotonic() + seconds
+def wait_for(what, hosts: list[Host]) -> None:
+    end = time.monotonic() + GUARD
     while not what():
         if time.monotonic() > end or any(h.process.poll() not in (None, 0) for h in hosts):
             raise AssertionError("\n\n".join(h.log.read_text(errors="replace")[-3000:] for h in hosts))
@@ -107,7 +107,7 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
     """FSDP2 over two hosts; one is killed and loses its disk, both start again: the bits of an undisturbed run."""
     with two_hosts() as (prefixes, addresses, here), WatchedGCS(here) as server:
         args = [f"data_dir={shards}", "save_steps=40", "parallel=fsdp", "lr_scheduler_type=constant", "logging_steps=5"]
-        bucket = ["save_total_limit=2", "bucket_name=bucket", "resume=latest", "upload_deadline_seconds=40"]
+        bucket = ["save_total_limit=2", "bucket_name=bucket", "resume=latest", f"upload_deadline_seconds={GUARD}"]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
 
         def start(port: int, max_steps: int) -> list[Host]:
@@ -120,7 +120,7 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
         pair = start(29611, 100_000)
         wait_for(lambda: bool(server.commits), pair)
         pair[1].kill()
-        pair[0].process.wait(timeout=45)  # the survivor ends too, it does not hang
+        pair[0].process.wait(timeout=GUARD)  # the survivor ends too, it does not hang
         pair[0].kill()
         shutil.rmtree(tmp_path / "1" / "out")
         place = Place(gcs.Bucket("bucket"), "run")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shards
+from launch import GUARD
 
 from configs import Config
 from data import Dataset, open_dataset
@@ -27,7 +28,7 @@ V, END = 50257, shards.END_OF_TEXT
 
 def run(*arguments, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=GUARD, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -323,7 +324,7 @@ if __name__ == "__main__":
         )
         for _ in range(2)
     ]
-    outputs = [job.communicate(timeout=60) for job in jobs]
+    outputs = [job.communicate(timeout=GUARD) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and sum("unpacking 5 shards" in err for _, err in outputs) == 1
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_shards
 from fakegcs import FakeGCS
+from launch import GUARD
 from test_gcs import free_port
 
 # the demo, in seconds
@@ -34,7 +35,13 @@ def copy(tmp_path_factory) -> Path:
 def run(copy: Path, line: str, **env: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        line, shell=True, cwd=copy, capture_output=True, text=True, timeout=55, env={**os.environ, "PATH": path, **env}
+        line,
+        shell=True,
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=GUARD,
+        env={**os.environ, "PATH": path, **env},
     )
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -92,7 +99,7 @@ def test_bucket_recipe(copy):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        out, _ = shell.communicate(timeout=55)
+        out, _ = shell.communicate(timeout=GUARD)
     finally:
         os.killpg(shell.pid, signal.SIGKILL)  # the server is a child of the child that the script stops
     assert re.search(r"checkpoint-epoch0-step20-files0 .* complete", out), out

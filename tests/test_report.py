@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launch import train
+from launch import GUARD, train
 from safetensors import safe_open
 
 from refocused.measure import report
@@ -97,7 +97,7 @@ def test_without_matplotlib(tmp_path):
     venv.create(tmp_path / "bare", with_pip=False)
     folder = write(tmp_path / "run", [step(1)])
     bare = [str(tmp_path / "bare" / "bin" / "python"), str(ROOT / "refocused/measure/report.py"), str(folder)]
-    done = subprocess.run(bare, capture_output=True, text=True, env={}, timeout=30)
+    done = subprocess.run(bare, capture_output=True, text=True, env={}, timeout=GUARD)
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
     assert sys.prefix != str(tmp_path / "bare")
 

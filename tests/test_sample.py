@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from launch import GUARD
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -146,7 +147,7 @@ def run(*args: str, **env: str) -> subprocess.CompletedProcess:
     import os
 
     command = [sys.executable, str(ROOT / "sample.py"), *args]
-    return subprocess.run(command, capture_output=True, env={**os.environ, **env}, timeout=60)
+    return subprocess.run(command, capture_output=True, env={**os.environ, **env}, timeout=GUARD)
 
 
 def main(capsys, *args: str) -> tuple[int, str, str]:

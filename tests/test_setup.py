@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from launch import GUARD
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def copy(tmp_path) -> Path:
 def setup(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
     (folder.parent / "home").mkdir(exist_ok=True)
     env = {"PATH": os.environ["PATH"], "HOME": str(folder.parent / "home"), **env}
-    return subprocess.run([str(folder / "setup.sh"), *args], env=env, capture_output=True, text=True, timeout=50)
+    return subprocess.run([str(folder / "setup.sh"), *args], env=env, capture_output=True, text=True, timeout=GUARD)
 
 
 def test_check_says_what_is_here_and_changes_nothing(copy):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, write_shards
-from launch import train
+from launch import GUARD, train
 
 import configs
 from refocused.run.optim import learning_rate
@@ -165,7 +165,7 @@ def test_dropout_is_a_function_of_the_step(shards, tmp_path):
 
 
 def command(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
 
 
 def test_show_prints_the_plan():
