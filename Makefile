@@ -20,6 +20,8 @@ test: .venv/dev
 lint: .venv/dev
 	ruff check .
 	ruff format --check .
+	lint-imports
+	mypy
 
 .venv/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else '$(WRONG_PYTHON)')"

@@ -1,0 +1,114 @@
+"""The house: which files there are, who imports whom, and what nobody may use; read from the syntax trees.
+
+The arrows inside the package are import-linter's (pyproject.toml); it takes the six files at the root for foreign ones.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import ROOT
+
+# {story: the other stories that it may import}; every one may import configs and any room but measure
+STORIES: dict[str, set[str]] = {
+    "model": set(),  # torch alone
+    "data": set(),
+    "ckpt": {"model"},
+    "sample": {"model", "ckpt"},
+    "train": {"model", "data", "ckpt", "sample"},
+    "bench": set(),  # dispatches to measure
+}
+ABOVE_MEASURE = {"train", "bench"}
+MEASURED = {"train", "data", "ckpt", "sample", "model"}  # what refocused/measure may run
+
+# packages that a function may import, because not every run has or needs them
+LATE = {
+    "google": "a second, and only a run with a bucket needs it",
+    "matplotlib": "a second, and only pictures need it; not in requirements.txt",
+    "torch.utils.tensorboard": "a second, and only rank 0 writes curves",
+    "tiktoken": "data of the byte tokenizer needs none",
+    "tokenizers": "only a Hugging Face folder needs it; not in requirements.txt",
+    "pydoc_data": "0.7 MB of text that is read as text, for the demo",
+    "onnxruntime": "only an ONNX export needs it; not in requirements.txt",
+    "transformers": "a peer of bench.py; not in requirements.txt",
+    "accelerate": "a peer of bench.py; not in requirements.txt",
+}
+UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "yaml", "tarfile"}
+UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen"}
+UNSAFE_KEYWORDS = {("shell", True), ("allow_pickle", True), ("weights_only", False)}
+ALLOWED = {("configs/__init__.py", "exec")}  # a config file is Python
+
+
+def files() -> list[Path]:
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("refocused/**/*.py")])
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module, or name in a module, that an import anywhere in the tree names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: imports are absolute here"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def is_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+def test_six_stories():
+    """The Python files at the root are the six, and nothing else."""
+    assert {path.stem for path in ROOT.glob("*.py")} == STORIES.keys()
+
+
+def test_root_imports_point_down():
+    """No story imports one that it stands below, model.py imports torch alone, and only measure's users import it."""
+    wrong = []
+    for story, below in STORIES.items():
+        for module in imported(ast.parse((ROOT / f"{story}.py").read_text())):
+            top = module.split(".")[0]
+            if (
+                (top in STORIES and top not in below)
+                or (is_in(module, "refocused.measure") and story not in ABOVE_MEASURE)
+                or (story == "model" and top != "torch" and top not in sys.stdlib_module_names)
+            ):
+                wrong.append(f"{story}.py imports {module}")
+    for path in files():
+        if path.parent != ROOT:
+            allowed = MEASURED if "measure" in path.parts else {"model"}
+            stories = {module.split(".")[0] for module in imported(ast.parse(path.read_text()))} & STORIES.keys()
+            wrong += [f"{path.relative_to(ROOT)} imports {story}" for story in stories - allowed]
+    assert wrong == []
+
+
+def test_no_import_is_hidden_in_a_function():
+    """Imports stand at the top, but for packages that are optional or slow, each with its reason in LATE."""
+    wrong = []
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                late = [module for module in imported(node) if not any(is_in(module, package) for package in LATE)]
+                wrong += [f"{path.relative_to(ROOT)}:{node.lineno} imports {module}" for module in late]
+    assert wrong == []
+
+
+def test_nothing_runs_what_it_reads():
+    """No pickle, eval, exec, shell, yaml or tar anywhere: data never becomes code. Config files are the exception."""
+    wrong = []
+    for path in files():
+        name, tree = str(path.relative_to(ROOT)), ast.parse(path.read_text())
+        wrong += [f"{name} imports {module}" for module in imported(tree) if module.split(".")[0] in UNSAFE_MODULES]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called in UNSAFE_CALLS and (name, called) not in ALLOWED:
+                    wrong.append(f"{name}:{node.lineno} calls {called}")
+                for keyword in node.keywords:
+                    if (
+                        isinstance(keyword.value, ast.Constant)
+                        and (keyword.arg, keyword.value.value) in UNSAFE_KEYWORDS
+                    ):
+                        wrong.append(f"{name}:{node.lineno} passes {ast.unparse(keyword)}")
+    assert wrong == []
