@@ -30,6 +30,7 @@ from refocused.checkpoint import folder, manifest
 from refocused.checkpoint.folder import Source
 from refocused.shards.tokenizers import get_tokenizer
 
+GREEDY = 1e-6  # a temperature below it leaves no choice, and may divide beyond what a float can hold
 SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
 
 
@@ -55,9 +56,11 @@ class Options:
         for key in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("temperature", "top_k", "window"):
+        for key in ("temperature", "top_k", "window", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}={getattr(self, key)} must not be negative")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed={self.seed} must be below 2**63; any smaller number does as well")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.dtype not in ("auto", *folder.DTYPES):
@@ -124,7 +127,7 @@ def prefill(model: GPTNeoX, rows: list[list[int]], slots: int) -> tuple[torch.Te
 
 def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -> torch.Tensor:
     """A token (B,) for each row of logits (B, V)."""
-    if options.temperature == 0:
+    if options.temperature < GREEDY:
         return logits.argmax(dim=-1)
     logits = logits / options.temperature
     if 0 < options.top_k < logits.size(-1):
@@ -151,7 +154,8 @@ def generate(
     generator = torch.Generator(device).manual_seed(options.seed)
     window = options.window or model.cfg.max_position_embeddings
     rows, running = [list(prompt) for prompt in prompts], [True] * len(prompts)
-    cache = chosen = None
+    cache: Cache | None = None
+    chosen = torch.empty(0)  # (B,), the tokens of the last step
     for left in range(options.max_new_tokens, 0, -1):
         if cache is None or cache.length == window:
             T = max(map(len, rows))
@@ -176,7 +180,7 @@ def open_ended(model: GPTNeoX, cfg: Config) -> str:
     if (end := tokenizer.eot_token) >= cfg.vocab_size:
         return ""
     # top_p adds up probabilities, for which a GPU has no deterministic kernel
-    options = Options(max_new_tokens=cfg.sample_tokens, **({"top_p": 1.0} if cfg.deterministic else {}))
+    options = Options(max_new_tokens=cfg.sample_tokens, top_p=1.0 if cfg.deterministic else Options.top_p)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # a graph for each length of the text would not pay
         ids = [token for [token] in generate(model, [[end]], options, end) if token is not None]
@@ -262,20 +266,21 @@ class Writer:
 def parse(argv: list[str]) -> tuple[Config, Options]:
     """The run's config, which says where its checkpoints are, and what to sample. Raises ConfigError."""
     known = configs.types_of(Options)
-    for key in (a.removeprefix("--").split("=")[0] for a in argv if "=" in a):
+    for key in (a.removeprefix("--").split("=")[0] for a in argv if configs.is_setting(a)):
         if key not in known and key not in configs.KEYS:
             near = configs.nearest(key, [*known, *configs.KEYS])
             raise ConfigError(f"unknown key {key!r}{near}; python sample.py --help lists them")
-    mine = [a.removeprefix("--").split("=", 1) for a in argv if a.removeprefix("--").split("=")[0] in known]
-    cfg, _ = configs.load([a for a in argv if a.removeprefix("--").split("=")[0] not in known])
-    return cfg, Options(**{key: configs.parse(key, text, Options) for key, text in mine})
+    mine = [a for a in argv if "=" in a and a.removeprefix("--").split("=")[0] in known]
+    cfg, _ = configs.load([a for a in argv if a not in mine])
+    texts = dict(a.removeprefix("--").split("=", 1) for a in mine)
+    return cfg, Options(**{key: configs.parse(key, text, Options) for key, text in texts.items()})
 
 
 def read_prompts(prompt: str) -> list[str]:
     if not prompt.startswith("FILE:"):
         return [os.fsencode(prompt).decode(errors="replace")]  # a command line need not be UTF-8
     try:
-        prompts = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8").splitlines()
+        prompts = Path(prompt.removeprefix("FILE:")).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt={prompt} cannot be read: {error}") from error
     if not prompts:
@@ -301,10 +306,12 @@ def locate(cfg: Config) -> Source:
 def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[int]]:
     rows = []
     for prompt in prompts:
-        row = tokenizer.encode(prompt) or [tokenizer.end]  # no text: what follows the end of a document
-        if row[-1] is None or max(row) >= cfg.vocab_size:
+        row = tokenizer.encode(prompt)
+        if not row and tokenizer.end is not None:
+            row = [tokenizer.end]  # no text: what follows the end of a document
+        if not row or max(row) >= cfg.vocab_size:
             raise ConfigError(
-                f"prompt {prompt[:40]!r} has token {row[-1] if row[-1] is None else max(row)}, the model's vocabulary "
+                f"prompt {prompt[:40]!r} has token {max(row, default=None)}, the model's vocabulary "
                 f"{cfg.vocab_size} ids: not the tokenizer that it was trained with"
             )
         rows.append(row)

@@ -10,6 +10,8 @@ import difflib
 import functools
 import inspect
 import json
+import math
+import os
 import re
 import types
 import typing
@@ -166,8 +168,10 @@ NOT_NEGATIVE = (
     "spike_sigma sample_tokens histogram_steps "
     "shard_size save_steps save_seconds save_total_limit keep_every "
     "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
-    "adam_beta1 adam_beta2 adam_epsilon layer_norm_eps initializer_range rotary_pct"
+    "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
 ).split()
+MAY_BE_INFINITE = ("max_grad_norm", "save_seconds", "spike_sigma")
+PATHS = ("data_dir", "cache_dir", "output_dir", "logging_dir", "resume", "init_from")  # ~ and $NAME are expanded
 
 
 def _check(cfg: Config) -> None:
@@ -180,12 +184,26 @@ def _check(cfg: Config) -> None:
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
         require(value in choices, f"{key}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
+    for key, kind in types_of(Config).items():
+        finite = kind is not float or key in MAY_BE_INFINITE or math.isfinite(getattr(cfg, key))
+        require(finite, f"{key}={getattr(cfg, key)} must be finite")
+    for key in PATHS:
+        way = "none" if getattr(Config, key) is None else getattr(Config, key)
+        require(getattr(cfg, key) != "", f"{key}= names nothing; its default is {key}={way}")
     for key in AT_LEAST_ONE:
         require(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
     for key in NOT_NEGATIVE:
         require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
     for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2"):
         require(getattr(cfg, key) < 1, f"{key}={getattr(cfg, key)} must be below 1")
+
+    require(
+        cfg.adam_epsilon >= 1e-37,  # fp32's smallest normal number, about
+        f"adam_epsilon={cfg.adam_epsilon:g} must be at least 1e-37: in fp32 it is 0 otherwise, and a weight that has had no "
+        "gradient yet becomes 0 / 0",
+    )
+    require(cfg.seed < 1 << 63, f"seed={cfg.seed} must be below 2**63; any smaller number does as well")
+    require(cfg.cpu_threads <= 1024, f"cpu_threads={cfg.cpu_threads} must be at most 1024; 0 for cores / processes")
 
     D, H = cfg.hidden_size, cfg.num_attention_heads
     below = D // H * H
@@ -261,7 +279,7 @@ def load(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
     Returns the config and, for each key that something set, what set it. Raises ConfigError.
     """
-    files = [a for a in argv if "=" not in a]
+    files = [a for a in argv if not is_setting(a)]
     if len(files) > 1:
         raise ConfigError(f"expected one config file and key=value settings, got {' '.join(files)}")
     path = Path(files[0]) if files else DEMO
@@ -269,17 +287,31 @@ def load(argv: list[str]) -> tuple[Config, dict[str, str]]:
     for key, value in read_file(path).items():
         values[key], origins[key] = value, str(files[0] if files else "configs/demo.py")
     for arg in argv:
-        if "=" in arg:
+        if is_setting(arg):
             key, text = arg.removeprefix("--").split("=", 1)
             values[key], origins[key] = parse(key, text), "command line"
     return Config(**values), origins
 
 
+def is_setting(arg: str) -> bool:
+    """Whether a word of the command line is key=value, and not a config file, whose name may have a = too."""
+    key = arg.removeprefix("--").split("=")[0]
+    return "=" in arg and (key in KEYS or not (arg.endswith(".py") and Path(arg).is_file()))
+
+
 def read_file(path: Path) -> dict[str, typing.Any]:
-    """The known names that a Python config file assigns, run in a namespace of its own."""
+    """The known names that a Python config file assigns, run in a namespace of its own.
+
+    A relative path that is not there is looked for beside this folder, so that configs/ is found from anywhere.
+    """
+    if not path.is_file():
+        path = DEMO.parent.parent / path
     if path.suffix != ".py" or not path.is_file():
         here = ", ".join(sorted(f"configs/{p.name}" for p in DEMO.parent.glob("[!_]*.py")))
-        raise ConfigError(f"no config file {path}; a config file is Python that assigns keys, such as {here}")
+        raise ConfigError(
+            f"no config file {path.name} in {Path.cwd()} or {path.parent}; a config file is Python that assigns keys, "
+            f"such as {here}, found from anywhere"
+        )
     space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
     try:
         exec(compile(path.read_text(), str(path), "exec"), space)
@@ -300,7 +332,9 @@ def _known(key: str, owner: type = Config) -> str:
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), words, n=3)
+    words = list(words)
+    near = [w for w in words if word and "".join(part[:1] for part in w.split("_")) == str(word).lower()]  # lr
+    near += [w for w in difflib.get_close_matches(str(word).lower(), words, n=3) if w not in near]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -320,12 +354,20 @@ def convert(key: str, value: typing.Any, owner: type = Config) -> typing.Any:
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not kind:
         raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; {key} wants {type_name(key, owner)}")
     if kind is float and value != value:
         raise ConfigError(f"{key}={value} is not a number")
-    return value
+    return expand(key, value) if owner is Config and key in PATHS else value
+
+
+def expand(key: str, path: str) -> str:
+    """The path with ~ and $NAME replaced, as a shell would. Raises ConfigError where they mean nothing."""
+    found = os.path.expandvars(os.path.expanduser(path))
+    if unknown := re.search(r"^~[^/]*|\$(\w+|\{\w+\})", found):
+        raise ConfigError(f"{key}={path}: {unknown[0]} is not known here; write the folder out")
+    return found
 
 
 def parse(key: str, text: str, owner: type = Config) -> typing.Any:
@@ -338,7 +380,7 @@ def parse(key: str, text: str, owner: type = Config) -> typing.Any:
     if inner is bool and word in ("true", "false"):
         return word == "true"
     if inner is str:
-        return text
+        return convert(key, text, owner)
     if inner in (int, float):
         try:
             value = int(word) if inner is int and re.fullmatch(r"[+-]?[\d_]+", word) else float(word)

@@ -1,6 +1,7 @@
 """The door of every command: one sentence for a mistake, a traceback for a bug, silence for a closed pipe."""
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -9,14 +10,21 @@ from collections.abc import Callable, Mapping
 Command = Callable[[list[str]], int]
 
 
+def mend_streams() -> None:
+    """A stdout and a stderr that take any text: into nothing if the caller closed them, escaped on an ASCII terminal."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(command: Command, argv: list[str]) -> int:
     """command(argv) with what it raises put into words; returns the exit code.
 
     What a user can cause derives from ValueError and has an exit_code; anything else is a bug and says so.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal
+    mend_streams()
     try:
         code = command(argv)
         sys.stdout.flush()  # a closed pipe is found here and not by the interpreter on its way out

@@ -1,6 +1,7 @@
 """Parsing, precedence, origins and the errors that name the fix."""
 
 import dataclasses
+import os
 
 import pytest
 from conftest import ROOT
@@ -44,12 +45,23 @@ def test_values(text, value):
 @pytest.mark.parametrize(
     "args, words",
     [
+        (["lr=1"], "did you mean learning_rate"),
+        (["LEARNING_RATE=1"], "did you mean learning_rate"),
         (["learning_rat=1"], "unknown key 'learning_rat'; did you mean learning_rate"),
         (["max_steps=many"], "max_steps=many is not a int"),
         (["max_steps=1.5"], "max_steps=1.5 is a float; max_steps wants int"),
         (["compile_model=yes"], "true or false"),
         (["learning_rate=nan"], "not a number"),
-        (["nofile.py"], "configs/production.py"),
+        (
+            ["nofile.py"],
+            f"in {os.getcwd()} or {ROOT}; a config file is Python that assigns keys, such as configs/demo.py",
+        ),
+        (["seed=99999999999999999999"], "below 2**63"),
+        (["cpu_threads=100000"], "at most 1024"),
+        (["adam_epsilon=0"], "at least 1e-37"),
+        (["adam_epsilon=1e-46"], "at least 1e-37"),
+        (["data_dir=~nobody-of-that-name/x"], "~nobody-of-that-name is not known here"),
+        (["output_dir=$NOT_SET_HERE/x"], "$NOT_SET_HERE is not known here"),
         (["configs/demo.py", "configs/test.py"], "expected one config file"),
         (["parallel=dp"], "did you mean ddp"),
         (["hidden_size=100", "num_attention_heads=16"], "nearest sizes: 96 and 112"),
@@ -118,3 +130,49 @@ def test_every_key_is_explained_once():
     """The comments of Config are the help: each key has exactly one, in a group, and no other key appears."""
     explained = [key for _, keys in configs.describe() for key, _ in keys]
     assert explained == list(configs.KEYS)
+
+
+def test_what_must_be_finite():
+    """Every float key refuses infinity, also as 1e400 and as an integer that no float holds, but for the three whose
+    infinity means "never" or "no limit"."""
+    floats = [key for key, kind in configs.types_of(Config).items() if kind is float]
+    assert set(configs.MAY_BE_INFINITE) < set(floats) and len(floats) > 10
+    for key in floats:
+        for value in ("inf", "1e400", "1" + 400 * "0"):
+            if key in configs.MAY_BE_INFINITE:
+                assert getattr(load([f"{key}={value}"])[0], key) == float("inf")
+            else:
+                with pytest.raises(ConfigError, match=key):
+                    load([f"{key}={value}"])
+        with pytest.raises(ConfigError, match=key):
+            Config(**{key: float("nan")})
+    with pytest.raises(ConfigError, match="learning_rate=inf must be finite"):
+        Config(learning_rate=configs.convert("learning_rate", 10**400))
+
+
+def test_paths_are_expanded_and_never_empty(tmp_path, monkeypatch):
+    """~, $HOME and ${HOME} in every path key, from a file and from the command line; an empty path is refused."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    for key in configs.PATHS:
+        for text in ("~/x", "$HOME/x", "${HOME}/x"):
+            (tmp_path / "mine.py").write_text(f"{key} = {text!r}")
+            assert getattr(load([f"{key}={text}"])[0], key) == "/home/someone/x"
+            assert getattr(load([str(tmp_path / "mine.py")])[0], key) == "/home/someone/x"
+        assert getattr(load([f"{key}=a~b$"])[0], key) == "a~b$"
+        with pytest.raises(ConfigError, match=f"{key}= names nothing"):
+            load([f"{key}="])
+    named_like_paths = {key for key in configs.KEYS if key.endswith("_dir")}
+    assert named_like_paths < set(configs.PATHS)
+
+
+def test_config_files_are_found(tmp_path, monkeypatch):
+    """configs/ from another folder; a path with a = in it, which is no setting; one of the user's own comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load(["configs/test.py"])[0] == load([str(ROOT / "configs" / "test.py")])[0]
+    (tmp_path / "lr=1e-4").mkdir()
+    (tmp_path / "lr=1e-4" / "seed=3.py").write_text("max_steps = 777")
+    for name in ("lr=1e-4/seed=3.py", f"{tmp_path}/lr=1e-4/seed=3.py"):
+        assert load([name, "warmup_steps=7"])[0].max_steps == 777
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "test.py").write_text("max_steps = 778")
+    assert load(["configs/test.py"])[0].max_steps == 778

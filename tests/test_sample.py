@@ -209,6 +209,14 @@ def test_empty_prompt_and_special_token(checkpoint, model, capsys):
     assert empty == bytes(greedy(model, [256], 5)).decode(errors="replace") + "\n"
 
 
+def test_a_temperature_near_zero_is_zero(checkpoint, capsys):
+    """Down to the smallest number that a float has: the likeliest token, where a division would overflow."""
+    args = [f"resume={checkpoint}", "prompt=a", "max_new_tokens=9"]
+    _, greedy, _ = main(capsys, *args, "temperature=0")
+    for temperature in ("1e-7", "1e-39", "5e-324"):
+        assert main(capsys, *args, f"temperature={temperature}")[:2] == (0, greedy)
+
+
 def test_says_that_the_window_fills(checkpoint, capsys):
     """4 tokens of prompt and 90 more in a window of 64: done, and said."""
     code, _, err = main(capsys, f"resume={checkpoint}", "prompt=abcd", "max_new_tokens=90")
@@ -222,6 +230,10 @@ def test_mistakes(checkpoint, tmp_path, capsys):
         (["temperature=-1"], 2, "must not be negative"),
         (["temperature=hot"], 2, "temperature=hot is not a float; its default is 0.8"),
         (["top_p=0"], 2, "above 0"),
+        (["seed=99999999999999999999"], 2, "must be below 2**63"),
+        (["seed=-1"], 2, "must not be negative"),
+        (["prompt"], 2, "no config file prompt"),
+        (["cpu_threads=100000"], 2, "at most 1024"),
         (["dtype=int8"], 2, "none of auto, bf16, fp16, fp32"),
         (["max_new_tokens=0"], 2, "at least 1"),
         ([f"prompt=FILE:{tmp_path}/none"], 2, "cannot be read"),
