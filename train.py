@@ -19,13 +19,15 @@ import configs
 import data
 import sample
 from configs import Config
+from refocused import entry
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, planner
 from refocused.run import guard, optim, origin, processes, profiler, strategy, words
 from refocused.run.evaluate import evaluate, sound
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
-from refocused.run.monitor import Monitor, check_folder, complain
+from refocused.run.logs import check_folder, complain
+from refocused.run.monitor import Monitor
 from refocused.run.signals import StopSignal
 
 
@@ -48,9 +50,9 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     checkpoints = ckpt.Checkpoints(cfg, env)
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     monitor = Monitor(cfg, env, gpus.peak_flops(env.device_name))
-    settings = words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg))
-    settings += "\n" + configs.show_changes(cfg, origins)
-    monitor.say(settings)
+    monitor.plan(
+        words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg)), configs.show_changes(cfg, origins)
+    )
     choice = checkpoints.choose()
     state = choice.state
     if choice.path:
@@ -62,6 +64,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     begin = time.perf_counter()
+    if cfg.compile_model:
+        monitor.say("compiling, 20 to 90 s if it is new")
     try:
         strategy.warm_up(model, cfg, env)
     except Exception as error:
@@ -72,7 +76,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
         processes.leave()
         return STOPPED
-    monitor.say(f"ready in {time.perf_counter() - begin:.1f} s of compilation and warm-up")
+    monitor.ready(time.perf_counter() - begin)
     if said := checkpoints.load(state_tree(model, *optimizers)):
         monitor.say(said)
     if scaler.is_enabled() and state.get("scaler"):
@@ -89,7 +93,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     profile = profiler.Profiler(cfg, env)
     readback = processes.Readback(env.device)
     made = origin.of_run(env)
-    monitor.start(step, tokens_per_step, state, choice.name, settings)
+    monitor.start(step, tokens_per_step, state, choice.name)
     stopping = unreadable = overdue = False
 
     def save(proven: bool) -> None:
@@ -147,18 +151,18 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         tokens_seen += tokens_per_step
 
         # --- the same decisions on every rank
-        flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None)
-        late, save_failed, stopping, unreadable = map(bool, processes.agree(*flags))
+        flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.overdue())
+        late, save_failed, stopping, unreadable, silent = map(bool, processes.agree(*flags))
         stop.pass_on(stopping)
         at_end = step == cfg.max_steps
         last = at_end or stopping or unreadable
-        logs = every(cfg.logging_steps, step)
+        logs = every(cfg.logging_steps, step) or silent or (at_end and cfg.logging_steps > 0)
         evals = (every(cfg.eval_steps, step) or at_end and cfg.eval_steps) and dataset.num_eval_samples and not stopping
         saves = every(cfg.save_steps, step) or late or last
 
         for (at, rate, ids), (loss_at, norm_at, *more) in readback.take(wait=bool(logs or evals or saves)):
             verdict = judge.verdict(loss_at, norm_at, *more)
-            monitor.step(at, loss_at, norm_at, rate, ids, verdict, dataset.locate)
+            monitor.step(at, loss_at, norm_at, rate, ids, verdict, dataset.locate, logs and at == step)
             if at > saved_at and not judge.bad_in_a_row:
                 checkpoints.settle(True)
         if logs:
@@ -194,6 +198,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     code = STOPPED if stopping else NO_DATA if unreadable else NOT_FINITE if bad else DONE
     code = INTERNAL if failure and not bad else NOT_IN_BUCKET if missing else code
     ended = words.Ended(code, step, checkpoints.newest, failure, missing, trouble, time.monotonic() - stop.since)
+    monitor.say(monitor.goodput())
     monitor.say(words.farewell(ended, choice, cfg), file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
     return code
@@ -214,6 +219,7 @@ def show(cfg: Config, origins: dict[str, str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Parse, check what can be checked without a GPU, run; returns the exit code of DESIGN."""
+    entry.open_streams()
     leader = os.environ.get("RANK", "0") == "0"
     if {"--show", "--help", "-h"} & set(argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does

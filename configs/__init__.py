@@ -94,7 +94,8 @@ class Config:
     # output: 0 means never for every *_steps key
     output_dir: str = "checkpoints"  # where checkpoints go
     logging_dir: str = "logs"  # TensorBoard files, train.log and trace.jsonl
-    logging_steps: int = 250  # a log line every so many steps
+    logging_steps: int = 250  # a log line every so many steps, and at the end
+    logging_seconds: float = 0.0  # also whenever so many seconds have passed; for slow steps
     eval_steps: int = 0  # held-out loss every so many steps, and at the end
     sample_tokens: int = 100  # length of the text that TensorBoard shows at each evaluation (not with fsdp); 0 for none
     histogram_steps: int = 0  # TensorBoard histograms of weights and gradients every so many steps (not with fsdp)
@@ -164,8 +165,8 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
-    "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps eval_steps seed "
-    "spike_sigma sample_tokens histogram_steps "
+    "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps logging_seconds eval_steps "
+    "seed spike_sigma sample_tokens histogram_steps "
     "shard_size save_steps save_seconds save_total_limit keep_every "
     "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
     "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
@@ -314,7 +315,7 @@ def read_file(path: Path) -> dict[str, typing.Any]:
         )
     space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
     try:
-        exec(compile(path.read_text(), str(path), "exec"), space)
+        exec(compile(path.read_bytes(), str(path), "exec"), space)  # bytes: UTF-8 whatever the locale
     except Exception as error:
         raise ConfigError(f"{path} does not run: {type(error).__name__}: {error}") from error
     found = {}

@@ -16,5 +16,9 @@ weight_decay = 0.1
 warmup_steps = 500
 
 save_steps = 1250
+save_seconds = 1800  # what a machine that vanishes may cost
+eval_steps = 500
+resume = "latest"  # the same command goes on after an interruption
 logging_steps = 250
+logging_seconds = 60
 dataloader_num_workers = 4

@@ -10,21 +10,12 @@ from collections.abc import Callable, Mapping
 Command = Callable[[list[str]], int]
 
 
-def mend_streams() -> None:
-    """A stdout and a stderr that take any text: into nothing if the caller closed them, escaped on an ASCII terminal."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def run(command: Command, argv: list[str]) -> int:
     """command(argv) with what it raises put into words; returns the exit code.
 
     What a user can cause derives from ValueError and has an exit_code; anything else is a bug and says so.
     """
-    mend_streams()
+    open_streams()
     try:
         code = command(argv)
         sys.stdout.flush()  # a closed pipe is found here and not by the interpreter on its way out
@@ -42,6 +33,18 @@ def run(command: Command, argv: list[str]) -> int:
         traceback.print_exc()
         print("this is a bug, please report it with the lines above", file=sys.stderr)
         return 70
+
+
+def open_streams() -> None:
+    """Streams that nothing fails on: a closed one (`>&-`) leads nowhere, an ASCII one gets escapes for other letters."""
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # takes the lowest free number: no file of ours may get it
+        os.set_inheritable(nowhere, True)
+    os.close(nowhere)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def dispatch(program: str, commands: Mapping[str, tuple[str, Command]], argv: list[str]) -> int:

@@ -4,23 +4,20 @@ A and B are a trace.jsonl, or the folder of one.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
-
-COMPARED = ("loss_hex", "grad_norm_hex", "lr_hex", "samples")
+from refocused.run.trace import Lines, Trace
 
 
 def read(place: Path) -> dict[int, dict[str, Any]]:
     """{step: what the trace says of it}, of a step that was run again the last. Raises ConfigError."""
     file = place / "trace.jsonl" if place.is_dir() else place
     try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        steps = {line["step"]: line for line in lines if "event" not in line}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{file} is no trace that can be read: {error}") from error
+        steps = {line["step"]: line for line in Lines(file) if "event" not in line}
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
     if not steps:
         raise ConfigError(f"{file} has no line of a step")
     return steps
@@ -30,7 +27,7 @@ def compare(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> tuple
     """(how many steps both have, the first of them that differs, in words, or None)."""
     both = sorted(a.keys() & b.keys())
     for step in both:
-        for key in COMPARED:
+        for key in Trace.COMPARED:
             if a[step].get(key) != b[step].get(key):
                 name = key.removesuffix("_hex")
                 return len(both), f"step {step}: {name} {a[step].get(name)} and {b[step].get(name)}"

@@ -34,15 +34,20 @@ class Profiler:
         """Write what was recorded, if anything."""
         if not self.profile:
             return None
-        self.profile.stop()
-        self.folder.mkdir(exist_ok=True)
+        profile, self.profile = self.profile, None
+        profile.stop()
         path = self.folder / f"steps-{self.steps.start}-{self.steps.stop - 1}.pt.trace.json"
-        self.profile.export_chrome_trace(str(path))
+        said = f"profile of steps {self.steps.start}-{self.steps.stop - 1} in {path}"
+        try:  # a full disk costs the profile and not the run
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(path))
+            if self.cuda:
+                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+        except (OSError, RuntimeError) as error:
+            said = f"no profile in {path}: {error}"
         if self.cuda:
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        self.profile = None
-        return f"profile of steps {self.steps.start}-{self.steps.stop - 1} in {path}"
+        return said
 
 
 def is_out_of_memory(error: BaseException) -> bool:

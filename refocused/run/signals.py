@@ -53,5 +53,14 @@ class StopSignal:
                 continue
             if not self.since:
                 self.since = time.monotonic()
+                self.announce()
             elif time.monotonic() - self.since > 1.0:  # sooner, it is the same Ctrl-C passed on by torchrun
                 os._exit(128 + number)
+
+    def announce(self) -> None:
+        """Say at once that the first signal was heard; one rank does, and never waits for a terminal that is held."""
+        if os.environ.get("RANK", "0") == "0":
+            what = "after this step" if self.begun else "before the first step"
+            with contextlib.suppress(OSError):
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, f"\nstopping {what}; again to quit now\n".encode())

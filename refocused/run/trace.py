@@ -4,16 +4,45 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from refocused.run.logs import File
 
 
 class Diverged(ValueError):
     """With deterministic=true a replay was not the same run."""
 
     exit_code = 70
+
+
+class Lines:
+    """The lines of a trace.jsonl as dicts with a whole number "step". What is none is counted; a last line that a kill
+    has cut is not there. Iterating raises OSError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = 0  # bytes of whole lines so far
+        self.unreadable = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with open(self.path, "rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                self.size += len(raw)
+                try:
+                    line = json.loads(raw)
+                    whole = type(line["step"]) is int and isinstance(line.get("event", ""), str)
+                except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                    whole = False
+                if whole:
+                    yield line
+                else:
+                    self.unreadable += 1
 
 
 class Trace:
@@ -24,28 +53,34 @@ class Trace:
 
     COMPARED = ("loss_hex", "grad_norm_hex", "lr_hex", "samples")
 
-    def __init__(self, path: Path, start_step: int):
-        whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line
-        self.file = path.open("a", buffering=1)  # a line reaches the kernel at once: a SIGKILL loses none
-        os.truncate(path, len(whole))
-        self.expected: dict[int, dict] = {}
-        self.events: dict[tuple[str, int], dict] = {}
-        for line in map(json.loads, whole.splitlines()):  # of a step that came more than once the last line counts
-            if (step := line["step"]) <= start_step:
+    def __init__(self, file: File, start_step: int):
+        """Raises OSError where what is there cannot be read."""
+        self.file = file
+        self.expected: dict[int, dict[str, Any]] = {}
+        self.events: dict[tuple[str, int], dict[str, Any]] = {}
+        self.clocks: dict[str, dict[str, Any]] = {}  # of each run, by when it began, its last one
+        lines = Lines(file.path)
+        for line in lines:  # of a step that came more than once the last line counts
+            step = line["step"]
+            if line.get("event") == "clock":
+                self.clocks[str(line.get("began"))] = line
+            elif step <= start_step:
                 continue
-            if "event" not in line:
+            elif "event" not in line:
                 self.expected[step] = line
                 self.events.pop(("skip", step), None)
             else:
                 self.events[line["event"], step] = line
                 if line["event"] == "skip":
                     self.expected.pop(step, None)
-        self.same, self.first_difference = 0, None
+        self.unreadable = lines.unreadable
+        os.truncate(file.path, lines.size)
+        self.same = 0
+        self.first_difference: str | None = None
         self.last = max(self.expected, default=0)
 
     def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict[str, Any]) -> None:
-        line = {"step": step}
+        line: dict[str, Any] = {"step": step}
         for key, value in figures.items():
             line |= {key: readable(value), f"{key}_hex": value.hex()}
         line["samples"] = fingerprint(ids)
@@ -57,8 +92,11 @@ class Trace:
             if not differs:
                 self.same += 1
                 return  # the line stands already
-            self.differs(step, ", ".join(f"{k} was {before.get(k)}, is {line[k]}" for k in differs))
-        self.file.write(json.dumps(line | {key: readable(value) for key, value in extra.items()}) + "\n")
+            self.differs(step, ", ".join(difference(k, before, line) for k in differs))
+        self.write(line | {key: readable(value) for key, value in extra.items()})
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line).encode() + b"\n")
 
     def event(self, kind: str, step: int, **fields: Any) -> bool:
         """Something that happened after `step`; False if it stands already, the clock's figures (*_seconds) apart."""
@@ -66,7 +104,7 @@ class Trace:
         before = self.events.pop((kind, step), {})
         if all(before.get(key) == value for key, value in line.items() if not key.endswith("_seconds")):
             return False
-        self.file.write(json.dumps(line) + "\n")
+        self.write(line)
         return True
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
@@ -77,18 +115,24 @@ class Trace:
     def differs(self, step: int, how: str) -> None:
         if self.first_difference is None:
             self.first_difference = f"step {step}: {how}"
+            # another run from here on, and so are its checkpoints and evaluations, whatever they are called
+            self.events = {key: line for key, line in self.events.items() if key[0] == "skip"}
 
-    def replayed(self, step: int) -> str | None:
-        """After the last step that was run before: what the comparison came to."""
+    def replayed(self, step: int) -> tuple[int, str | None] | None:
+        """After the last step that was run before: (how many steps were identical, the first difference or None)."""
         if not self.last or step < self.last:
             return None
         self.last = 0
-        if self.first_difference:
-            return f"replayed {self.same} steps identically, then not the same run: {self.first_difference}"
-        return f"replayed {self.same} steps, {self.same} identical"
+        return self.same, self.first_difference
 
-    def close(self) -> None:
-        self.file.close()
+
+def difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What was and what is; in hexadecimals only what decimals do not tell apart."""
+    plain = key.removesuffix("_hex")
+    was, value = (f"{line[plain]:.6g}" if isinstance(line.get(plain), float) else "" for line in (before, now))
+    if was and value and was != value:
+        return f"{plain} was {was}, is {value}"
+    return f"{key} was {before.get(key)}, is {now[key]}"
 
 
 def readable(value: Any) -> Any:

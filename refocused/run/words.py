@@ -85,7 +85,8 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     reason = "the highest step that is complete" if cfg.resume == "latest" else "as asked"
     lines = [f"resume    {choice.path.name} ({reason}), step {state['step']:,} of {cfg.max_steps:,}"]
     lines += [f"          passed over {name}: {why}" for name, why in choice.passed_over]
-    ahead = [n for n in manifest.names(cfg.output_dir) if manifest.parse(n).step > state["step"]]
+    there = ((n, manifest.parse(n)) for n in manifest.names(cfg.output_dir))
+    ahead = [n for n, parsed in there if parsed and parsed.step > state["step"]]
     if ahead and cfg.resume != "latest":
         lines.append(
             f"          {ahead[0]} is ahead of it and stays: remove what is ahead, or a later resume=latest goes on there"

@@ -1,0 +1,69 @@
+"""The curves: TensorBoard's event files."""
+
+import io
+import os
+import re
+import socket
+import time
+from typing import Any
+
+import torch
+
+from refocused.run.logs import Logs
+
+
+class Board:
+    """Event files in logging_dir, written by the thread that calls.
+
+    tensorboard's own writer has a thread that dies with a traceback where a disk is full, and it names its files by the
+    clock alone. They are read in the order of their names: after a clock that went back, new curves would be hidden.
+    """
+
+    def __init__(self, logs: Logs, step: int):
+        """step: the last one that stands; what earlier files show beyond it is hidden."""
+        # slow to import, and rank 0 alone needs it
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self.Event, self.SessionLog, self.RecordWriter, self.summary = Event, SessionLog, RecordWriter, summary
+        self.logs, self.step = logs, step
+        self.file = logs.file("events")  # named when it is opened
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        self.write(step, [self.summary.scalar(name, value) for name, value in values.items() if value is not None])
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Lines in a fixed pitch."""
+        block = "".join(f"    {line}\n" for line in text.splitlines())
+        self.write(step, [self.summary.text(name, block.encode("utf-8", "backslashreplace").decode())])
+
+    def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
+        """Of what is finite, if anything is."""
+        if len(finite := values[values.isfinite()]):
+            self.write(step, [self.summary.histogram(name, finite, bins=64)])
+
+    def write(self, step: int, summaries: list[Any]) -> None:
+        now = time.time()
+        events = [self.Event(wall_time=now, step=step, summary=one) for one in summaries]
+        if self.file.fd < 0:  # new, or failed or removed meanwhile
+            self.file.path = self.logs.folder / next_name(self.logs)
+            status = self.SessionLog(status=self.SessionLog.START)
+            first = self.Event(wall_time=now, file_version="brain.Event:2")
+            events = [first, self.Event(wall_time=now, step=self.step + 1, session_log=status), *events]
+        self.step = max(self.step, step)
+        buffer = io.BytesIO()
+        records = self.RecordWriter(buffer)
+        for event in events:
+            records.write(event.SerializeToString())
+        self.file.write(buffer.getvalue())
+
+
+def next_name(logs: Logs) -> str:
+    """A name that sorts behind every event file that is there."""
+    try:
+        there = [re.match(r"events\.out\.tfevents\.(\d{10})\.", name) for name in os.listdir(logs.folder)]
+    except OSError:
+        there = []
+    newest = max((int(match[1]) for match in there if match), default=0)
+    return f"events.out.tfevents.{max(int(time.time()), newest + 1):010d}.{socket.gethostname()}.{os.getpid()}"

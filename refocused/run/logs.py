@@ -1,0 +1,219 @@
+"""logging_dir: whose it is, and the one door through which its files are written, so that none of them ends a run."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs import Config, ConfigError
+from refocused.checkpoint import manifest
+
+LOG, TRACE, OWNER = "train.log", "trace.jsonl", ".output_dir"
+# a link that somebody has planted under one of our names is not followed to what it points at
+PLAIN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_claims: list[int] = []  # open files; the kernel drops their locks when the process ends, however it ends
+
+
+def check_folder(logging_dir: str, output_dir: str) -> None:
+    """Make logging_dir this process's own until it ends, and prove that it can be written.
+
+    Raises ConfigError where it cannot, and where it is another run's: one that is alive, or one that has checkpoints.
+    """
+    folder, mine = Path(logging_dir), os.fsencode(os.path.realpath(output_dir))
+    instead = "give this run a folder of its own"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = os.open(folder / OWNER, PLAIN, 0o666)
+        other = os.pread(owner, 1 << 16, 0)
+        shown = os.fsdecode(other) or "a run that is just starting"
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(owner)
+            raise ConfigError(f"logging_dir={logging_dir} is in use by the run in {shown}; {instead}") from None
+        if other != mine and has_checkpoints(os.fsdecode(other)):
+            os.close(owner)
+            raise ConfigError(f"logging_dir={logging_dir} has the logs of the run in {shown}; {instead}")
+        _claims.append(owner)
+        if other != mine:  # one that never came to a checkpoint has no claim once it is gone
+            os.ftruncate(owner, 0)
+            os.pwrite(owner, mine, 0)
+        for name in (LOG, TRACE):
+            os.close(os.open(folder / name, PLAIN, 0o666))
+        (folder / ".probe").unlink(missing_ok=True)
+        probe = os.open(folder / ".probe", PLAIN, 0o666)
+        os.write(probe, b"\n")  # opening succeeds on a full disk
+        os.close(probe)
+        (folder / ".probe").unlink()
+    except OSError as error:
+        link = ", a symbolic link" * (error.errno == errno.ELOOP)
+        raise ConfigError(
+            f"logging_dir={logging_dir} cannot be written: {error}{link}; choose another folder"
+        ) from error
+
+
+def has_checkpoints(output_dir: str) -> bool:
+    try:
+        return bool(manifest.names(output_dir))
+    except ValueError:  # what a power cut left of the note, or what nobody can read
+        return False
+
+
+def stamped(text: str) -> bytes:
+    """The lines of a text with the time of day, as they stand in train.log."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S ")
+    return "".join(f"{now}{line}\n" for line in text.splitlines()).encode("utf-8", "backslashreplace")
+
+
+def complain(cfg: Config, text: str) -> None:
+    """The last words of a run that failed: to stderr, and into train.log where there is one that is its own."""
+    tell(text)
+    with contextlib.suppress(OSError):
+        if Path(cfg.logging_dir, OWNER).read_bytes() == os.fsencode(os.path.realpath(cfg.output_dir)):
+            log = os.open(Path(cfg.logging_dir, LOG), PLAIN | os.O_APPEND, 0o666)
+            os.write(log, stamped(text))
+            os.close(log)
+
+
+def tell(text: str) -> None:
+    with console():
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def console() -> Iterator[None]:
+    """Writing to a terminal that was closed, or a pipe that nobody reads, ends that output and not the run.
+
+    Of a stream into a file on a full disk only what does not fit is lost.
+    """
+    try:
+        yield
+    except OSError:
+        mute(broken_for_good=lambda error: error.errno not in FULL)
+
+
+def mute(broken_for_good=lambda error: True) -> None:
+    """Let the streams that cannot be written lead nowhere; also what they still hold, which would fail at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if broken_for_good(error):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+
+
+class Logs:
+    """The files of a run's logging_dir. What cannot be written is said once, dropped, and tried again by again()."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.folder = cfg, Path(cfg.logging_dir)
+        self.files: list[File] = []
+        self.failed, self.lost = False, 0  # since it was said that something cannot be written
+
+    def file(self, name: str) -> "File":
+        self.files.append(File(self, self.folder / name))
+        return self.files[-1]
+
+    def put(self, name: str, content: bytes) -> None:
+        """A whole file, in the place of what has the name."""
+        file = File(self, self.folder / name, os.O_TRUNC)
+        file.write(content)
+        file.close()
+
+    def again(self) -> None:
+        """At every log line: try again what failed, and make anew what was removed or moved away meanwhile."""
+        if self.failed and not any(file.shut for file in self.files):
+            tell(f"{self.folder} can be written again; {self.lost} writes to it are missing")
+            self.failed, self.lost = False, 0
+        for file in self.files:
+            file.again()
+        if not same_file(_claims[-1], self.folder / OWNER):
+            os.close(_claims.pop())
+            try:
+                check_folder(self.cfg.logging_dir, self.cfg.output_dir)
+            except ConfigError as error:
+                _claims.append(os.open(os.devnull, os.O_RDONLY))  # to be tried again too
+                self.fail(error)
+                for file in self.files:
+                    file.shut = True
+
+    def fail(self, error: Exception) -> None:
+        self.lost += 1
+        if not self.failed:
+            self.failed = True
+            tell(f"logs are not written: {error}; training goes on, and they are tried again at every log line")
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+class File:
+    """A file that grows by whole writes, each of which reaches the kernel at once: a SIGKILL loses none."""
+
+    def __init__(self, logs: Logs, path: Path, flags: int = os.O_APPEND):
+        self.logs, self.path, self.flags = logs, path, flags
+        self.fd, self.shut = -1, False  # shut: it failed and was not tried again yet
+
+    def write(self, data: bytes) -> bool:
+        """Append all of it or nothing; False, and said, if that could not be."""
+        if self.shut:
+            self.logs.lost += 1
+            return False
+        try:
+            if self.fd < 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.fd = os.open(self.path, PLAIN | self.flags, 0o666)
+            end = os.fstat(self.fd).st_size
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(self.fd, left) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.fd, end)  # no half lines
+                raise
+        except OSError as error:
+            self.close()
+            self.shut = True
+            self.logs.fail(error if error.filename else OSError(error.errno, error.strerror, str(self.path)))
+            return False
+        return True
+
+    def again(self) -> None:
+        self.shut = False
+        if self.fd >= 0 and not same_file(self.fd, self.path):
+            self.close()
+
+    def sync(self) -> None:
+        """Make what was written durable, behind training: while a checkpoint is written it takes the disk's time."""
+        if self.fd >= 0:
+            threading.Thread(target=_sync, args=(os.dup(self.fd),), daemon=True, name="log sync").start()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.fd)
+        self.fd = -1
+
+
+def _sync(fd: int) -> None:
+    with contextlib.suppress(OSError):  # the next write says it
+        os.fsync(fd)
+    os.close(fd)
+
+
+def same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except OSError:
+        return False

@@ -1,0 +1,159 @@
+"""What happens to the logs does not happen to the run: full disks, folders that go, damaged lines, closed streams."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from launch import TINY, Run, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_monitor import forget
+
+from configs import ConfigError
+from refocused.measure import losses, report
+from refocused.run.logs import check_folder
+
+
+def parsed(path: Path) -> list[dict]:
+    """Every line of a trace, each of which must be whole."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """tmp_path/logs as a disk of 8 MiB."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(logs)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield logs
+    subprocess.run(["umount", "-l", str(logs)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+def test_a_full_disk_ends_no_run(shards, tmp_path, small_disk):
+    """The disk of the logs fills up and is freed again, twice: said once each, steps go on, no half line anywhere; a
+    start on a full disk is refused."""
+    run = Run([f"data_dir={shards}", "max_steps=100000"], 1, tmp_path)
+    run.wait_for(r"Step 3: ")
+    for times in (1, 2):
+        filler = fill(small_disk)
+        run.wait_for(rf"(?s)(logs are not written: .*No space left.*){{{times}}}")
+        here = max(map(int, re.findall(r"^Step (\d+):", run.text, re.M)))
+        run.wait_for(rf"Step {here + 20}: ")
+        filler.unlink()
+        run.wait_for(rf"(?s)(can be written again.*){{{times}}}")
+    here = max(map(int, re.findall(r"^Step (\d+):", run.text, re.M)))
+    run.wait_for(rf"Step {here + 2}: ")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == [75] and "Traceback" not in run.text
+    assert run.text.count("logs are not written") == 2
+    assert {line["step"] for line in parsed(small_disk / "trace.jsonl")} >= {1, 2, 3, here}
+    assert all(re.match(r"\d{4}-.* \S", line) for line in (small_disk / "train.log").read_text().splitlines())
+    fill(small_disk)
+    assert "cannot be written" in train(tmp_path, f"data_dir={shards}", "resume=latest", code=2).text
+
+
+def test_a_folder_that_goes_ends_no_run(shards, tmp_path):
+    """logging_dir removed, a plain file in its place, that removed too: the run goes on and its logs begin anew."""
+    run = Run([f"data_dir={shards}", "max_steps=100000"], 1, tmp_path)
+    run.wait_for(r"Step 3: ")
+    shutil.move(tmp_path / "logs", tmp_path / "gone")
+    (tmp_path / "logs").write_text("in the way")
+    run.wait_for(r"logs are not written: ")
+    (tmp_path / "logs").unlink()
+    run.wait_for(r"can be written again")
+    here = max(map(int, re.findall(r"^Step (\d+):", run.text, re.M)))
+    run.wait_for(rf"Step {here + 3}: ")
+    refused = train(tmp_path / "other", f"data_dir={shards}", f"logging_dir={tmp_path}/logs", code=2).text
+    assert f"is in use by the run in {tmp_path}/out" in refused  # the new folder is its own again
+    run.signal(signal.SIGTERM)
+    assert run.wait() == [75] and "Traceback" not in run.text
+    steps = [line["step"] for line in parsed(tmp_path / "logs" / "trace.jsonl") if "event" not in line]
+    assert steps == list(range(steps[0], steps[-1] + 1)) and here in steps and steps[0] > 3
+    curves = EventAccumulator(str(tmp_path / "logs"))
+    curves.Reload()
+    assert [p.step for p in curves.Scalars("loss/train")][-1] == steps[-1]
+
+
+def test_unreadable_lines_are_counted_and_skipped(shards, tmp_path):
+    """Zeros, text, other JSON, no whole step, bytes that are no UTF-8, JSON too deep: the resume compares the others."""
+    args = [f"data_dir={shards}", "save_steps=4", "max_steps=8", "deterministic=true"]
+    train(tmp_path, *args)
+    forget(tmp_path, after=4)
+    path = tmp_path / "logs" / "trace.jsonl"
+    good = path.read_bytes().splitlines()
+    bad = [
+        b"\0\0\0\0garbage",
+        b"mine",
+        b'{"note": 1}',
+        b'{"step": "5"}',
+        b'{"step": true}',
+        b"[5]",
+        b'{"step": "\xff"}',
+    ]
+    bad += [
+        b'{"step": 6, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"step": 7, "event": ["eval"]}',
+        b"",
+        b"\xff\xfe",
+    ]
+    path.write_bytes(b"\n".join([*good[:5], *bad, *good[5:]]) + b'\n{"step": 9')
+    text = train(tmp_path, *args, "resume=latest").text
+    assert f"{len(bad)} lines unreadable, not compared" in text and "replayed 4 steps, 4 identical" in text
+    assert losses.main([str(tmp_path / "logs"), str(path)]) == 0
+    assert report.read(tmp_path / "logs").skipped == len(bad)
+
+
+def test_two_live_runs_never_share_a_folder(shards, tmp_path):
+    """Before either has a checkpoint, whichever comes second is refused; one that is gone without one has no claim."""
+    shared = [f"data_dir={shards}", "max_steps=100000", f"logging_dir={tmp_path}/logs"]
+    for first, second in (("a", "b"), ("b", "a")):
+        run = Run(shared, 1, tmp_path / first)
+        run.wait_for(r"Step 2: ")
+        text = train(tmp_path / second, *shared, code=2).text
+        assert f"logging_dir={tmp_path}/logs is in use by the run in {tmp_path}/{first}/out" in text
+        run.kill()
+
+
+def test_planted_links_are_not_followed(tmp_path):
+    """Links under the names of our files: refused, and what they point at stays as it was."""
+    for name in (".output_dir", "train.log", "trace.jsonl"):
+        target = tmp_path / f"precious{name}"
+        target.write_text("precious")
+        folder = tmp_path / f"logs{name}"
+        folder.mkdir()
+        (folder / name).symlink_to(target)
+        with pytest.raises(ConfigError, match="cannot be written: .*symbolic link"):
+            check_folder(str(folder), str(tmp_path / "out"))
+        assert target.read_text() == "precious"
+
+
+def test_closed_and_ascii_streams(shards, tmp_path):
+    """A run without a stdout, its paths accented, its stderr ASCII: exit 0 and a whole train.log; an ASCII stdout."""
+    config = tmp_path / "é.py"
+    config.write_text("# é\n", encoding="utf-8")
+    places = ["output_dir=é/out", "logging_dir=é/logs", f"data_dir={shards}", "max_steps=2"]
+    command = [sys.executable, str(ROOT / "train.py"), config.name, *TINY, *places]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closed, cwd=tmp_path, env=env, stderr=subprocess.PIPE, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    log = (tmp_path / "é" / "logs" / "train.log").read_text(encoding="utf-8")
+    assert "done: 2 steps" in log
+    program = "from refocused import entry; entry.open_streams(); print('\\xe9')"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, timeout=300)
+    assert shown.stdout.startswith(b"\\xe9\n") and shown.returncode == 0
