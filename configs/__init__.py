@@ -165,8 +165,8 @@ AT_LEAST_ONE = (
 ).split()
 NOT_NEGATIVE = (
     "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
-    "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps logging_seconds eval_steps "
-    "seed spike_sigma sample_tokens histogram_steps "
+    "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps logging_seconds "
+    "eval_steps seed spike_sigma sample_tokens histogram_steps "
     "shard_size save_steps save_seconds save_total_limit keep_every "
     "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
     "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"

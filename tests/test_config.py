@@ -74,6 +74,7 @@ def test_values(text, value):
         (["min_learning_rate=1"], "exceeds learning_rate"),
         (["hidden_dropout=1"], "below 1"),
         (["logging_steps=-1"], "must not be negative"),
+        (["logging_seconds=-1"], "must not be negative"),
         (["per_device_train_batch_size=0"], "at least 1"),
     ],
 )
@@ -124,6 +125,8 @@ def test_the_three_configurations():
             True,
         )
         assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.vocab_size, cfg.rotary_pct) == (2048, 24, 50257, 0.25)
+        # a rented machine is never silent for longer, loses no more, and goes on by itself
+        assert (cfg.logging_seconds, cfg.save_seconds, cfg.resume) == (60, 1800, "latest") and cfg.eval_steps
 
 
 def test_every_key_is_explained_once():

@@ -81,6 +81,7 @@ def test_a_folder_that_goes_ends_no_run(shards, tmp_path):
     refused = train(tmp_path / "other", f"data_dir={shards}", f"logging_dir={tmp_path}/logs", code=2).text
     assert f"is in use by the run in {tmp_path}/out" in refused  # the new folder is its own again
     run.signal(signal.SIGTERM)
+    run.wait_for(r"\nstopping after this step; again to quit now\n")
     assert run.wait() == [75] and "Traceback" not in run.text
     steps = [line["step"] for line in parsed(tmp_path / "logs" / "trace.jsonl") if "event" not in line]
     assert steps == list(range(steps[0], steps[-1] + 1)) and here in steps and steps[0] > 3

@@ -26,7 +26,7 @@ def trace(folder: Path) -> list[dict]:
 
 
 def logged_text(folder: Path) -> str:
-    """train.log without its clock times, and what the config says of itself without what is no news on a screen."""
+    """train.log without its clock times."""
     lines = (folder / "logs" / "train.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     return "".join(f"{line[20:]}\n" for line in lines)
@@ -84,6 +84,21 @@ def test_a_resumed_run_has_one_curve(shards, tmp_path):
     assert b"max_steps = 12" in texts["config/text_summary"][0].tensor_proto.string_val[0]
     assert [t.step for t in texts["sample/text_summary"]] == [4, 8, 12]
     assert [h.step for h in curves.Histograms("gradients/embed_in.weight")] == [6, 12]
+
+
+def test_a_quiet_screen_that_is_never_blind(shards, tmp_path):
+    """No step count, a moment's logging_seconds: a line per step, agreed by both ranks, of at most 100 columns; of what
+    the config file set the screen is silent and train.log is not; the end says what the time went to."""
+    args = [f"data_dir={shards}", "logging_steps=0", "logging_seconds=1e-9", "save_steps=2", "max_steps=5"]
+    run = Run(args, 2, tmp_path, config="weight_decay = 0.2")
+    assert run.wait() == [0, 0], run.text
+    assert len(run.losses) == 5 and all(len(line) <= 100 for line in run.text.splitlines() if line.startswith("Step"))
+    assert "weight_decay" not in run.text and "max_steps = 5  [command line]" in run.text
+    assert "  weight_decay = 0.2  [" in logged_text(tmp_path)
+    assert [line["step"] for line in trace(tmp_path) if "mean_loss" in line] == [1, 2, 3, 4, 5]
+    assert re.search(r"^time      \d+\.\d% of \d+s became training", run.text, re.M)
+    [state] = (tmp_path / "out").glob("*step5*/state.json")
+    assert "history" not in json.loads(state.read_text())  # the trace has it, and a resume needs none of it
 
 
 def test_gpu_names():
@@ -157,7 +172,8 @@ def test_steps_walked_past(shards, tmp_path):
     assert sum(line.get("event") == "skip" for line in trace(tmp_path / "past")) == 2
     forget(tmp_path / "past", after=3)
     without = train(tmp_path / "past", *args, "resume=latest", "deterministic=true").text
-    assert "not the same run: step 4: was skipped, is run" in without  # which is meant, as the config differs
+    # which is meant, as the config differs
+    assert re.search(r"not the same run: step 4: was skipped, is run \(.*skip_steps 4-5 -> none.* changed\)", without)
     for _ in range(2):  # and once more with it: the trace's last word counts, so the second replay is the same run
         forget(tmp_path / "past", after=3)
         within = train(tmp_path / "past", *args, "resume=latest", "skip_steps=4-5").text

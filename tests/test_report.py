@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -49,6 +48,52 @@ def test_every_step_counts_once_and_a_cut_line_is_none(tmp_path):
     assert run.eval_loss == {} and run.skipped == 0
 
 
+def test_the_branch_is_followed(tmp_path):
+    """To 8, back to 4 and on to 6, then on from 8 again: no step of the side branch, and the other way round from it.
+
+    The side branch's step 5 was the same and not written again; a resume of which nothing is known yet hides nothing.
+    """
+    main = [step(n) for n in range(1, 5)] + [{"event": "checkpoint", "step": 4, "name": "four"}]
+    main += [step(n) for n in range(5, 9)] + [{"event": "checkpoint", "step": 8, "name": "eight"}]
+    side = [{"event": "resume", "step": 4, "checkpoint": "four"}, step(6, 9.0)]
+    side += [{"event": "checkpoint", "step": 6, "name": "six"}]
+
+    def losses(*more: dict) -> dict[int, float]:
+        return report.read(write(tmp_path / "run", [*main, *side, *more])).series["loss"]
+
+    assert losses() == {**dict.fromkeys(range(1, 6), 2.0), 6: 9.0}
+    back = {"event": "resume", "step": 8, "checkpoint": "eight"}
+    assert losses(back, step(9, 3.0)) == {**dict.fromkeys(range(1, 9), 2.0), 9: 3.0}
+    on = {"event": "resume", "step": 6, "checkpoint": "six"}
+    assert losses(back, step(9, 3.0), on, step(7, 8.0)) == {**dict.fromkeys(range(1, 6), 2.0), 6: 9.0, 7: 8.0}
+    again = [{"event": "resume", "step": 4, "checkpoint": "four"}, {"event": "clock", "step": 4}]
+    assert losses(*again) == {**dict.fromkeys(range(1, 6), 2.0), 6: 9.0}
+    assert losses(*again, {"event": "clock", "step": 5}) == dict.fromkeys(range(1, 6), 2.0)
+
+
+def clock(began: float, start: int, last: int, seconds: float, **lost: float) -> dict:
+    parts = ("startup", "compile", "data", "save", "eval", "end")
+    spent = {f"{key}_seconds": lost.get(key, 0.0) for key in parts}
+    return {"event": "clock", "step": last, "from": start, "began": began, "run_seconds": seconds, **spent}
+
+
+def test_where_the_time_went(tmp_path, capsys):
+    """Two runs, the second begun 100 s after the first's last word and 50 of its 150 steps run again: every second has
+    one cause, they add up to what was paid, and a price makes dollars of them."""
+    pytest.importorskip("matplotlib")
+    clocks = [clock(1000.0, 0, 50, 60.0, startup=10), clock(1000.0, 0, 100, 130.0, startup=10, compile=20)]
+    clocks += [clock(1230.0, 50, 200, 310.0, startup=10, data=5, save=2, eval=3, end=1, compile=4)]
+    folder = write(tmp_path / "run", [step(1), *clocks, {"event": "clock", "step": 9, "began": "damaged"}])
+    seconds = report.read(folder).seconds
+    busy = 310 - 10 - 5 - 2 - 3 - 1 - 4
+    assert seconds["gap_seconds"] == 100 and seconds["replay_seconds"] == pytest.approx(busy / 3)
+    assert seconds["train_seconds"] == pytest.approx(100 + busy * 2 / 3)
+    assert seconds["paid_seconds"] == 130 + 100 + 310
+    assert sum(value for key, value in seconds.items() if key != "paid_seconds") == pytest.approx(540)
+    assert report.main([str(folder), "--price", "36"]) == 0
+    assert "became training; lost: between runs 1m40s ($1.00), steps run again 1m35s" in capsys.readouterr().out
+
+
 def test_damaged_and_foreign_lines_are_counted(tmp_path):
     """A line of zeros in the middle and JSON without a step: skipped and said; unknown keys and events do no harm."""
     folder = write(tmp_path, [step(1), {"no": 1}, step(2, more=[1]), {"event": "unheard", "step": 2}], "\0\0\n")
@@ -79,12 +124,28 @@ def test_picture_and_page_of_a_resumed_run(shards, tmp_path):
     assert (out / "report.png").read_bytes().startswith(PNG) and "data:image/png;base64," in page
     assert re.search(r"<th>resumes</th><td>1 \(step 7\)</td><td>0</td>", page)
     assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "became training" in page and "<th>data_dir</th>" not in page
+
+
+def test_configs_are_compared(tmp_path):
+    """Two runs and one of an older trace: the keys that differ, with both values, and no other key."""
+    begin = {"event": "start", "step": 0}
+    one = {"learning_rate": 1e-3, "seed": 1, "output_dir": "a"}
+    runs = [
+        report.read(write(tmp_path / "a", [{**begin, "config": one}, step(1)])),
+        report.read(write(tmp_path / "b", [{**begin, "config": {**one, "seed": 2, "output_dir": "b"}}, step(1)])),
+        report.read(write(tmp_path / "c", [begin, step(1)])),
+    ]
+    page = report.page(runs, PNG, 0.0)
+    assert "<th>seed</th><td>1</td><td>2</td><td>-</td>" in page
+    assert "learning_rate" not in page and "output_dir" not in page
 
 
 def test_what_a_user_can_get_wrong(tmp_path, capsys):
     """No argument, no trace, a trace one folder deeper, a trace without a step, a folder that cannot be written."""
     pytest.importorskip("matplotlib")
-    assert report.main([]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        report.main([])
     assert report.main([str(tmp_path / "none")]) == 66
     folder = write(tmp_path / "run", [step(1)])
     assert report.main([str(tmp_path)]) == 66 and f"there is one in {folder}" in capsys.readouterr().err
@@ -93,13 +154,14 @@ def test_what_a_user_can_get_wrong(tmp_path, capsys):
 
 
 def test_without_matplotlib(tmp_path):
-    """In an environment that has nothing installed: one line with the command that installs it, exit 2."""
-    venv.create(tmp_path / "bare", with_pip=False)
+    """Where it is not installed: one line with the command that installs it, exit 2."""
     folder = write(tmp_path / "run", [step(1)])
-    bare = [str(tmp_path / "bare" / "bin" / "python"), str(ROOT / "refocused/measure/report.py"), str(folder)]
-    done = subprocess.run(bare, capture_output=True, text=True, env={}, timeout=GUARD)
+    program = "import sys; sys.modules['matplotlib'] = None; from refocused.measure import report as r; "
+    program += "sys.exit(r.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True, timeout=GUARD
+    )
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
-    assert sys.prefix != str(tmp_path / "bare")
 
 
 def test_copies_of_shards(shards, tmp_path):

@@ -1,22 +1,28 @@
 """Pictures of one or several runs, from the trace.jsonl in their logging_dir: report.png and report.html.
 
-    python bench.py report LOGDIR [LOGDIR ...] [out=FOLDER]
+    python bench.py report LOGDIR [LOGDIR ...] [out=FOLDER] [--price DOLLARS]
 
-Loss, learning rate, throughput and gradient norm over the step; checkpoints, resumes, evaluations, spikes, steps that
-were not finite and steps that were skipped are marked. FOLDER is the first LOGDIR unless given. Needs matplotlib.
+Loss, learning rate, throughput and gradient norm over the step, along the branch that the last run was on; checkpoints,
+resumes, evaluations, spikes, steps that were not finite and steps that were skipped are marked. A table says what the
+time of all runs went to, with the price of an hour also in dollars, and in which keys the configs differ.
 """
 
+import argparse
 import base64
 import html
 import io
-import json
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-TRACE = "trace.jsonl"
+from refocused.run.goodput import goodput, sentence
+from refocused.run.logs import TRACE
+from refocused.run.trace import Lines
+
 BINS = 500  # points of a drawn curve; more steps than that become means, with their range as a band
 PANELS = {
     "loss": "loss",
@@ -34,6 +40,9 @@ MARKS = {  # kind: its name in the legend
 }
 
 
+Node = tuple[dict[str, Any], Any]  # a line of a trace and the node before it, None at the beginning
+
+
 class ReportError(ValueError):
     """No trace where one was named, or none that says anything."""
 
@@ -49,38 +58,103 @@ class Run:
     marks: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in MARKS})  # kind: sorted steps
     eval_loss: dict[int, float] = field(default_factory=dict)
     skipped: int = 0  # lines that could not be read
+    config: dict[str, Any] = field(default_factory=dict)  # of the last start; {} where the trace does not say
+    seconds: dict[str, float] = field(default_factory=dict)  # see goodput; {} where the trace does not say
+
+
+def number(value: Any) -> float:
+    """As the trace has it: "nan" and "inf" are text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def branch(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps and events on the way to where the last run is.
+
+    A run that went back to a checkpoint leaves what lay beyond it, even where another one had gone on; steps that it ran
+    again identically, and their events, were not written again.
+    """
+    standing: dict[int, list[dict[str, Any]]] = {}  # step: its lines as they were written last
+    kept: dict[str, Node | None] = {}  # checkpoint: the way to it
+    head: Node | None = None
+    at, begun, before = (
+        0,
+        0,
+        None,
+    )  # the step of head; where the last run began, and the way that the one before had come
+    for line in lines:
+        step, kind = line["step"], line.get("event")
+        if kind in ("start", "resume"):
+            before, begun = head, step
+            name = line.get("checkpoint")
+            if kind == "start":
+                head = None
+            elif isinstance(name, str) and name in kept:
+                head = kept[name]
+            else:
+                earlier = [old for old in chain(head) if old["step"] <= step]
+                head = None
+                for old in earlier:
+                    head = (old, head)
+            head, at = (line, head), step
+            continue
+        own = kind in (None, "skip")  # a line that says what a step was
+        for again in range(at + 1, step + (not own)):
+            for old in standing.get(again, ()):
+                head = (old, head)
+        at = max(at, step)
+        if kind == "clock":
+            continue
+        if own:
+            standing[step] = [line]
+        else:
+            standing.setdefault(step, []).append(line)
+        head = (line, head)
+        if kind == "checkpoint" and isinstance(line.get("name"), str):
+            kept[line["name"]] = head
+    if at == begun and head and before:  # nothing is known of the last run yet
+        head = (head[0], before)
+    return chain(head)
+
+
+def chain(head: Node | None) -> list[dict[str, Any]]:
+    """The lines on the way to a node, the first one first."""
+    way = []
+    while head:
+        way.append(head[0])
+        head = head[1]
+    return way[::-1]
 
 
 def read(folder: Path) -> Run:
     """The run whose trace.jsonl is in `folder`; a last line that a kill has cut is not there. Raises ReportError."""
     path = folder / TRACE
+    run, clocks = Run(str(folder)), []
+    lines = Lines(path)
+
+    def noted() -> Iterable[dict[str, Any]]:
+        for line in lines:
+            if line.get("event") == "clock":
+                clocks.append(line)
+            yield line
+
     try:
-        content = path.read_bytes()
+        way = branch(noted())
     except OSError as error:
         below = ", ".join(sorted(str(p.parent) for p in folder.rglob(TRACE))[:5]) if folder.is_dir() else ""
         hint = f"; there is one in {below}" if below else "; name the logging_dir of a run"
         raise ReportError(f"cannot read {path}: {error.strerror}{hint}") from error
-    run, steps, events = Run(str(folder)), {}, []
-    for text in content[: content.rfind(b"\n") + 1].splitlines():
-        try:
-            line = json.loads(text)
-            step = int(line["step"])
-        except (ValueError, TypeError, KeyError):
-            run.skipped += 1
-            continue
-        if "event" in line:
-            events.append(line)
-            continue
-        if steps and step <= next(reversed(steps)):  # a resume went back, and what it ran differs from here on
-            steps = {s: line for s, line in steps.items() if s < step}
-            events = [e for e in events if e["step"] < step or e["event"] == "resume"]
-        steps[step] = line
+    run.skipped, run.seconds = lines.unreadable, goodput(clocks) if clocks else {}
+    steps = {line["step"]: line for line in way if "event" not in line}
+    events = [line for line in way if "event" in line]
     if not steps:
         raise ReportError(f"{path} has no whole line of a step yet")
     for step, line in steps.items():
         for key in PANELS:
             if line.get(key) is not None:
-                run.series[key][step] = float(line[key])  # "nan" and "inf" are written as text
+                run.series[key][step] = number(line[key])
         if not math.isfinite(run.series["loss"].get(step, 0) + run.series["grad_norm"].get(step, 0)):
             run.marks["bad"].append(step)
         elif line.get("verdict"):
@@ -90,7 +164,9 @@ def read(folder: Path) -> Run:
         if kind in MARKS:
             run.marks[kind].append(step)
         if kind == "eval" and "loss" in event:
-            run.eval_loss[step] = float(event["loss"])
+            run.eval_loss[step] = number(event["loss"])
+        if isinstance(event.get("config"), dict):
+            run.config = event["config"]
     run.marks = {kind: sorted(set(found)) for kind, found in run.marks.items()}
     return run
 
@@ -166,7 +242,7 @@ def draw(runs: list[Run]) -> bytes:
     shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "spike": "*", "bad": "x", "skip": "v"}
     for kind, shape in shapes.items():
         if any(run.marks[kind] for run in runs):
-            style = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
+            style: dict[str, Any] = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
             lines.append(Line2D([], [], color="gray", label=MARKS[kind], **style))
     figure.legend(handles=lines, loc="lower center", ncols=min(4, len(lines)), frameon=False, fontsize=9)
     buffer = io.BytesIO()
@@ -174,8 +250,8 @@ def draw(runs: list[Run]) -> bytes:
     return buffer.getvalue()
 
 
-def figures(run: Run) -> dict[str, str]:
-    """A run in a few words, for the table."""
+def figures(run: Run, price: float) -> dict[str, str]:
+    """A run in a few words, for the table; price: dollars per hour, 0 for none."""
 
     def listed(steps: list[int]) -> str:
         shown = ", ".join(f"{s:,}" for s in steps[-5:])
@@ -198,12 +274,24 @@ def figures(run: Run) -> dict[str, str]:
         "not finite": listed(run.marks["bad"]),
         "skipped": listed(run.marks["skip"]),
         "unreadable lines": f"{run.skipped}",
+        "time of all runs": sentence(run.seconds, price) if run.seconds else "-",
     }
 
 
-def page(runs: list[Run], png: bytes) -> str:
+def differing(runs: list[Run]) -> list[str]:
+    """The keys in which the configs differ, places apart."""
+    configs = [run.config for run in runs if run.config]
+    keys = {key: None for config in configs for key in config}  # a set in order
+    places = ("output_dir", "logging_dir", "resume")
+    return [k for k in keys if k not in places and any(c.get(k) != configs[0].get(k) for c in configs)]
+
+
+def page(runs: list[Run], png: bytes, price: float) -> str:
     """One HTML page that needs no other file: the picture, and a table with a column per run."""
-    columns = [figures(run) for run in runs]
+    columns = [figures(run, price) for run in runs]
+    for key in differing(runs):
+        for column, run in zip(columns, runs, strict=True):
+            column[key] = str(run.config[key]) if key in run.config else "-"
     rows = "\n".join(
         f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(column[name])}</td>' for column in columns)}</tr>"
         for name in columns[0]
@@ -228,11 +316,12 @@ th {{ font-weight: 500 }}
 
 
 def main(argv: list[str]) -> int:
-    outs = [a.removeprefix("--").removeprefix("out=") for a in argv if a.startswith(("out=", "--out="))]
-    folders = [Path(a) for a in argv if not a.startswith(("out=", "-"))]
-    if not folders or len(outs) > 1 or len(folders) + len(outs) < len(argv):
-        print(__doc__.strip())
-        return 0 if argv in (["-h"], ["--help"]) else 2
+    parser = argparse.ArgumentParser(prog="bench.py report", description="Pictures of runs, from their traces.")
+    parser.add_argument("LOGDIR", nargs="+", type=Path, help="the logging_dir of a run")
+    parser.add_argument("--out", type=Path, help="a folder for report.png and report.html; the first LOGDIR if absent")
+    parser.add_argument("--price", type=float, default=0.0, help="dollars that an hour of all machines together costs")
+    args = parser.parse_args([f"--{a}" if a.startswith(("out=", "price=")) else a for a in argv])
+    folders, out = args.LOGDIR, args.out or args.LOGDIR[0]
     try:
         runs = [read(folder) for folder in folders]
         label(runs)
@@ -243,17 +332,18 @@ def main(argv: list[str]) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    out = Path(outs[0]) if outs else folders[0]
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.png").write_bytes(png)
-        (out / "report.html").write_text(page(runs, png), encoding="utf-8")
+        (out / "report.html").write_text(page(runs, png, args.price), encoding="utf-8")
     except OSError as error:
         print(f"error: out={out} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     for run in runs:
         cut = f", {run.skipped} unreadable lines skipped" if run.skipped else ""
         print(f"{run.name}: {len(run.series['loss']):,} steps{cut}")
+        if run.seconds:
+            print(f"  {sentence(run.seconds, args.price)}")
     print(f"{out / 'report.png'} and {out / 'report.html'}")
     return 0
 

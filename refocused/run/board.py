@@ -22,8 +22,8 @@ class Board:
     def __init__(self, logs: Logs, step: int):
         """step: the last one that stands; what earlier files show beyond it is hidden."""
         # slow to import, and rank 0 alone needs it
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
         from torch.utils.tensorboard import summary
 
         self.Event, self.SessionLog, self.RecordWriter, self.summary = Event, SessionLog, RecordWriter, summary
