@@ -26,7 +26,8 @@ MEASURED = {"train", "data", "ckpt", "sample", "model"}  # what refocused/measur
 LATE = {
     "google": "a second, and only a run with a bucket needs it",
     "matplotlib": "a second, and only pictures need it; not in requirements.txt",
-    "torch.utils.tensorboard": "a second, and only rank 0 writes curves",
+    "tensorboard": "a second, and only rank 0 writes curves",
+    "torch.utils.tensorboard": "the same",
     "tiktoken": "data of the byte tokenizer needs none",
     "tokenizers": "only a Hugging Face folder needs it; not in requirements.txt",
     "pydoc_data": "0.7 MB of text that is read as text, for the demo",
