@@ -5,7 +5,7 @@ python bench.py step --size medium --contenders ours,ours-fsdp-2 gradient_accumu
 python bench.py plan configs/production.py --gpus 2 --memory 24
 python bench.py save                                          # what a checkpoint costs the training loop
 python bench.py sample out/demo                               # tokens/s of sampling, beside transformers.generate
-python bench.py report logs/demo                              # pictures of runs
+python bench.py report logs/demo --price 3.5                  # pictures of runs, and what their time went to
 python bench.py losses logs/demo/trace.jsonl other.jsonl      # the first step in which two runs differ
 """
 

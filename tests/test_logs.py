@@ -90,6 +90,14 @@ def test_a_folder_that_goes_ends_no_run(shards, tmp_path):
     assert [p.step for p in curves.Scalars("loss/train")][-1] == steps[-1]
 
 
+def test_a_screen_without_room_ends_no_run(shards, tmp_path):
+    """A stdout that says that its disk is full, from the first line to the flush at exit: exit 0 and a whole train.log."""
+    full = "import os\n_ = os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    run = Run([f"data_dir={shards}"], 1, tmp_path, config=full)
+    assert run.wait() == [0], run.text
+    assert "done: 10 steps" in (tmp_path / "logs" / "train.log").read_text() and "done" not in run.text
+
+
 def test_unreadable_lines_are_counted_and_skipped(shards, tmp_path):
     """Zeros, text, other JSON, no whole step, bytes that are no UTF-8, JSON too deep: the resume compares the others."""
     args = [f"data_dir={shards}", "save_steps=4", "max_steps=8", "deterministic=true"]

@@ -199,12 +199,15 @@ def test_deterministic_ends_a_run_that_is_another(shards, tmp_path):
 
 
 def test_profile(shards, tmp_path):
-    """profile=3-4 leaves a Chrome trace with the steps' matrix products, and the same losses."""
+    """profile=3-4 leaves a Chrome trace with the steps' matrix products; where it cannot be written, the run goes on."""
     run = train(tmp_path, f"data_dir={shards}", "max_steps=5", "profile=3-4")
     path = tmp_path / "logs" / "profile" / "steps-3-4.pt.trace.json"
     assert f"profile of steps 3-4 in {path}" in run.text
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("aten::_fused_adamw_") == 4  # two steps, two groups
+    (tmp_path / "b" / "logs").mkdir(parents=True)
+    (tmp_path / "b" / "logs" / "profile").write_text("in the way")
+    assert "no profile in" in train(tmp_path / "b", f"data_dir={shards}", "max_steps=5", "profile=3-4").text
 
 
 def test_out_of_memory_is_explained(shards, tmp_path):
