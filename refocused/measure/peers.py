@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +24,18 @@ import train
 from configs import Config
 from data import Dataset
 from refocused.run import processes, strategy
+from refocused.run.signals import StopSignal
 
 
-class Gate:
+class Gate(StopSignal):
     """Lets a loop run a round of steps when the parent asks for one, and reports the seconds that it took.
 
-    train.py's loop takes it for its stop signal: `since` is read once per optimizer step, so that what is measured
+    train.py's loop takes it for its stop signal: `pass_on` is called once per optimizer step, so that what is measured
     is the trainer itself and not a copy of its loop.
     """
 
-    def __init__(self):
+    def __init__(self):  # nobody asks a contender to stop: no handlers
+        self.since, self.begun = 0.0, False
         self.channel = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever else is printed goes to the log
 
@@ -43,13 +46,8 @@ class Gate:
             os._exit(0)
         self.left, self.begin = int(line), time.perf_counter()
 
-    @property
-    def since(self) -> float:
+    def pass_on(self, stopping: float) -> None:
         self.tick()
-        return 0.0
-
-    def pass_on(self, stopping: bool) -> None:
-        """A round never stops the run."""
 
     def tick(self) -> None:
         self.left -= 1
@@ -121,7 +119,7 @@ def seed(cfg: Config, gate: Gate) -> None:
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         cpu=device().type == "cpu",
     )
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
+    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
     model = torch.compile(model) if cfg.compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, cfg.warmup_steps, cfg.max_steps)

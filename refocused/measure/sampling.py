@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     @torch.inference_mode()
     def cached() -> list[int]:
         steps = sample.generate(model, prompt.tolist(), sample.Options(temperature=0, max_new_tokens=count))
-        return [row[0] for row in steps]
+        return [row[0] for row in steps if row[0] is not None]
 
     @torch.inference_mode()
     def generate() -> list[int]:

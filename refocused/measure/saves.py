@@ -42,10 +42,11 @@ def save_rows(cfg: Config, folder: Path, rounds: int) -> dict[str, float]:
             seconds, (saver.stall_seconds, copied - begin, saved - copied, saver.write_seconds), strict=True
         ):
             seconds[key].append(value)
+    assert saver.last
     written = sum(f.stat().st_size for f in (folder / saver.last).iterdir())
     saver.close()
     processes.stop()
-    row = {key: statistics.median(values[1:]) for key, values in seconds.items()}
+    row: dict[str, float] = {key: statistics.median(values[1:]) for key, values in seconds.items()}
     return row | {"parameters": neox.num_parameters(cfg)[0], "bytes": written}
 
 
