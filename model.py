@@ -157,6 +157,17 @@ def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss
 
 
+def padded(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
+    """A matrix (V, C) in dtype, with rows of zeros up to a multiple of rows."""
+    extra = -weight.size(0) % multiple
+    if not extra:
+        return weight.to(dtype)
+    w = weight.new_empty(weight.size(0) + extra, weight.size(1), dtype=dtype)
+    w[: weight.size(0)] = weight
+    w[weight.size(0) :] = 0.0
+    return w
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of x @ weight.T, a chunk of rows at a time: the (N, V) logits never exist at once.
 
@@ -165,21 +176,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk_rows, kernel):
-        w = weight.to(x.dtype)  # (V, C)
+    def forward(ctx, x, weight, targets, chunk_rows, kernel, multiple):
+        V = weight.size(0)
+        w = padded(weight, x.dtype, multiple)  # (V or more, C)
         loss = x.new_zeros((), dtype=torch.float32)
         dx, dw = torch.empty_like(x), None
         chunks = list(zip(x.split(chunk_rows), targets.split(chunk_rows), dx.split(chunk_rows), strict=True))
         for x_c, y_c, dx_c in chunks:
             dlogits = x_c @ w.T  # the logits still
-            loss += kernel(dlogits, y_c)
+            loss += kernel(dlogits[:, :V], y_c)  # what is beyond V is zero, as a logit and as its gradient
             torch.mm(dlogits, w, out=dx_c)
-            part = dlogits.T @ x_c  # (V, C)
+            part = dlogits.T @ x_c  # (V or more, C)
             if dw is None:
                 dw = part if len(chunks) == 1 else part.float()  # chunks add up in fp32
             else:
                 dw += part
-        ctx.save_for_backward(dx, dw)
+            del dlogits, part  # or the next chunk's would be made beside them
+        ctx.save_for_backward(dx, dw[:V])
         ctx.weight_dtype = weight.dtype
         return loss
 
@@ -187,14 +200,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw.to(ctx.weight_dtype).mul_(grad), None, None, None
+        return dx * grad.to(dx.dtype), dw.to(ctx.weight_dtype).mul_(grad), None, None, None, None
 
 
 class Head(nn.Linear):
     """The output matrix together with its loss, so that FSDP2 gathers the weight once for both."""
 
-    # logits per chunk: 2**26 in bf16 are 128 MiB, enough rows to keep the matrix products at full speed
+    # logits per chunk: 2**26 in bf16 are 128 MiB, enough rows to keep a CPU's matrix products at full speed
     max_logits = 1 << 26
+    multiple = 1  # of rows and columns of the products: a GPU's fast kernels refuse rows of 50,257 numbers
 
     def __init__(self, cfg):
         super().__init__(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -210,11 +224,12 @@ class Head(nn.Linear):
         N = x.size(0)
         chunks = -(-N * self.weight.size(0) // self.max_logits)
         rows = -(-N // chunks)
+        rows += -rows % self.multiple
         if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(x, self.weight, targets, rows, self.kernel)
-        w = self.weight.to(x.dtype)
+            return LinearCrossEntropy.apply(x, self.weight, targets, rows, self.kernel, self.multiple)
+        V, w = self.weight.size(0), padded(self.weight, x.dtype, self.multiple)
         return sum(
-            F.cross_entropy((x_c @ w.T).float(), y_c, reduction="sum", ignore_index=-100)
+            F.cross_entropy((x_c @ w.T)[:, :V].float(), y_c, reduction="sum", ignore_index=-100)
             for x_c, y_c in zip(x.split(rows), targets.split(rows), strict=True)
         )
 

@@ -40,7 +40,7 @@ def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 def test_value_and_gradients(dtype, limit, rows):
     """Chunked loss, input and weight gradient against the plain loss in fp64, with targets that do not count."""
     x, weight, targets = inputs(dtype)
-    loss = LinearCrossEntropy.apply(x, weight, targets, rows, softmax_loss)
+    loss = LinearCrossEntropy.apply(x, weight, targets, rows, softmax_loss, 1)
     gradients = torch.autograd.grad(loss, (x, weight))
     assert loss.dtype == torch.float32 and gradients[1].dtype == torch.float32
     wanted = exact(x, weight, targets)
@@ -66,9 +66,31 @@ def test_head_agrees_with_and_without_gradients():
 def test_upstream_gradient_scales():
     """The gradients were made in forward: scaled by what comes from above they equal those of the scaled loss."""
     x, weight, targets = inputs(torch.float32)
-    once = torch.autograd.grad(LinearCrossEntropy.apply(x, weight, targets, 40, softmax_loss), (x, weight))
-    half = torch.autograd.grad(LinearCrossEntropy.apply(x, weight, targets, 40, softmax_loss) * 0.5, (x, weight))
+    once = torch.autograd.grad(LinearCrossEntropy.apply(x, weight, targets, 40, softmax_loss, 1), (x, weight))
+    half = torch.autograd.grad(LinearCrossEntropy.apply(x, weight, targets, 40, softmax_loss, 1) * 0.5, (x, weight))
     assert error([2 * g for g in half], [g.double() for g in once]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocabulary, width", [(V, C), (50257, 64), (1009, 256)])
+def test_padding_changes_nothing(vocabulary, width, dtype):
+    """An odd vocabulary padded to a multiple of 128, as on a GPU: loss, both gradients and evaluation, bit for bit."""
+    found = []
+    for multiple in (1, 128):
+        torch.manual_seed(0)
+        head = Head(Config(hidden_size=width, vocab_size=vocabulary, num_attention_heads=4))
+        head.multiple, head.max_logits = multiple, vocabulary * 128  # three chunks of 128 rows
+        x = torch.randn(2, 192, width).to(dtype).requires_grad_()
+        targets = torch.randint(vocabulary, (2, 192))
+        targets[0, 5:20] = -100
+        with torch.no_grad():
+            evaluation = head(x, targets)
+        loss = head(x, targets)
+        assert head.weight.shape == (vocabulary, width)
+        found.append([loss.detach(), *torch.autograd.grad(loss, (x, head.weight)), evaluation])
+    assert found[0][2].shape == (vocabulary, width)
+    for plain, padded in zip(*found, strict=True):
+        assert torch.equal(plain, padded)
 
 
 PEAK = """
@@ -83,7 +105,7 @@ before = peak()
 if kind == "plain":
     loss = F.cross_entropy(x @ w.T, y, reduction="sum")
 else:
-    loss = LinearCrossEntropy.apply(x, w, y, 64, softmax_loss)
+    loss = LinearCrossEntropy.apply(x, w, y, 64, softmax_loss, 1)
 loss.backward()
 print((peak() - before) >> 10)
 """
