@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import google_crc32c
+from refocused.checkpoint.crc32c import Checksum
 
 log = logging.getLogger("gcs")
 
@@ -157,7 +157,7 @@ class Bucket:
         Raises Conflict when it is not, unless the object holds exactly these bytes: then it was us, and the answer
         was lost on its way.
         """
-        return self._send(name, io.BytesIO(data), len(data), _base64(google_crc32c.Checksum(data)), generation)
+        return self._send(name, io.BytesIO(data), len(data), _base64(Checksum(data)), generation)
 
     def upload(self, name: str, path: Path, size: int, crc32c: str, throttle: Throttle | None = None) -> None:
         """Create an object from a file; the server refuses bytes whose CRC-32C is not the one given (base64).
@@ -301,7 +301,7 @@ class _Sink:
 
     def __init__(self, file: BinaryIO, obj: Object, progress: Callable[[int], Any] | None):
         self.file, self.obj, self.progress = file, obj, progress or (lambda count: None)
-        self.size, self.crc = 0, google_crc32c.Checksum()
+        self.size, self.crc = 0, Checksum()
         file.seek(0)
         while data := file.read(READ_SIZE):
             self.crc.update(data)
@@ -322,7 +322,7 @@ class _Sink:
         self.file.seek(0)
         self.file.truncate()
         self.progress(-self.size)
-        self.size, self.crc = 0, google_crc32c.Checksum()
+        self.size, self.crc = 0, Checksum()
 
 
 def part_of(path: Path, obj: Object) -> Path:
@@ -367,7 +367,7 @@ def checksum_of(file: BinaryIO | Path) -> str:
     if isinstance(file, Path):
         with open(file, "rb") as opened:
             return checksum_of(opened)
-    crc = google_crc32c.Checksum()
+    crc = Checksum()
     file.seek(0)
     while data := file.read(READ_SIZE):
         crc.update(data)

@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
-
 from configs import ConfigError
+from refocused.checkpoint.crc32c import Checksum
 
 FORMAT = 1  # of the directory; raise it when an older version could not read what this one writes
 MANIFEST = "MANIFEST.json"
@@ -69,7 +68,7 @@ def names(output_dir: str | os.PathLike) -> list[str]:
 
 def digest(path: str | os.PathLike) -> dict[str, Any]:
     """{size, crc32c, sha256} of a file; CRC-32C in base64, as Cloud Storage shows it."""
-    size, crc, sha = 0, google_crc32c.Checksum(), hashlib.sha256()
+    size, crc, sha = 0, Checksum(), hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):  # stays in the cache; hashing releases the GIL
             size += len(chunk)
