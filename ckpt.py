@@ -77,10 +77,10 @@ class Checkpoints:
         elif cfg.init_from:
             said = init_from(cfg.init_from, cfg, tree)
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
-        self._saver = Saver(cfg.output_dir, async_save=cfg.async_save, save_total_limit=kept, keep_every=cfg.keep_every)
+        self._saver = Saver(cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every)
         need = sum(t.nbytes for t in tree.values())
         processes.on_rank_0(manifest.check_space, cfg.output_dir, need)  # a full disk is found now
-        self._saver.reserve(tree)
+        said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
         self._tree, self._saved_at = tree, time.monotonic()
         if self.bucket and self.env.local_rank == 0:
             self._syncer = sync.Syncer(cfg, self.choice.name, leader=self.env.main)
@@ -94,7 +94,7 @@ class Checkpoints:
     @property
     def cannot_wait(self) -> bool:
         """Whether no later step can settle the next save: it returns once complete, or the one before still waits."""
-        returns_complete = not self.cfg.async_save or (self.bucket and not self.cfg.background_upload)
+        returns_complete = not self.cfg.saves_behind or (self.bucket and not self.cfg.background_upload)
         return returns_complete or not self._saver.settled
 
     def save(self, name: str, state: dict[str, Any], proven: bool) -> float:

@@ -44,10 +44,14 @@ class Saver:
         self._proof.set_result(True)  # there is none yet
         self._error: str | None = None
 
-    def reserve(self, tree: dict[str, Tensor]) -> None:
-        """Before training: memory for the copies, so that the first save is as quick as the others."""
+    def reserve(self, tree: dict[str, Tensor]) -> str:
+        """Before training: memory for the copies, so that the first save is as quick as the others.
+
+        Returns what there is to say about that memory, or "".
+        """
         if self.async_save:
             self._host.copy(own_part(tree, self.rank, self.world))
+        return self._host.note
 
     def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any], proven: bool = True) -> None:
         """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once.
@@ -155,7 +159,8 @@ class _Host:
     """Host memory for the copies of a save, one block that is allocated once, and pinned if there is a GPU."""
 
     def __init__(self):
-        self.block, self.views = torch.empty(0, dtype=torch.uint8), {}
+        self.block, self.pinned, self.note = torch.empty(0, dtype=torch.uint8), False, ""
+        self.views: dict[str, Tensor] = {}
 
     def copy(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
         """The local parts of the tensors, copied: all that an asynchronous save costs the training loop."""
@@ -166,22 +171,29 @@ class _Host:
             self.allocate(local)
         for key, t in local.items():
             self.views[key].copy_(t, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return self.views
 
     def allocate(self, local: dict[str, Tensor]) -> None:
         spans = {key: -(-t.nbytes // 64) * 64 for key, t in local.items()}
         self.block = torch.empty(max(64, sum(spans.values())), dtype=torch.uint8)
         if torch.cuda.is_available():  # registered, as pin_memory=True would round up to a power of two
-            status = torch.cuda.cudart().cudaHostRegister(self.block.data_ptr(), self.block.nbytes, 0)
-            assert int(status) == 0, f"cudaHostRegister of {self.block.nbytes:,} bytes: error {status}"
+            status = int(torch.cuda.cudart().cudaHostRegister(self.block.data_ptr(), self.block.nbytes, 0))
+            self.pinned = status == 0
+            if not self.pinned:
+                self.note = (
+                    f"saves     copy through unpinned memory, several times slower: the system pins no "
+                    f"{self.block.nbytes / 2**30:.1f} GiB (CUDA error {status}); raise `ulimit -l`"
+                )
+                with contextlib.suppress(Exception):  # the failed call's error waits for the next kernel to find it
+                    torch.zeros(1, device="cuda")
         at = 0
         for key, t in local.items():
             self.views[key] = self.block[at : at + t.nbytes].view(t.dtype).view(t.shape)
             at += spans[key]
 
     def free(self) -> None:
-        if self.views and torch.cuda.is_available():
+        if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.block.data_ptr())
-        self.block, self.views = torch.empty(0, dtype=torch.uint8), {}
+        self.block, self.views, self.pinned = torch.empty(0, dtype=torch.uint8), {}, False
