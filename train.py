@@ -132,7 +132,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
                 x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
                 if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
                     torch.manual_seed(dropout_seed(cfg.seed, step, micro_step, env.rank))
-                strategy.sync_gradients(model, micro_step == accumulation - 1 or cfg.cpu_offload)
+                strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
                 with strategy.autocast(cfg, env):
                     loss = model(x, y)  # summed over this micro-step's tokens
                 # DDP and FSDP2 average over ranks; times world_size, that is the mean over the whole global batch

@@ -85,6 +85,7 @@ class Config:
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
     shard_size: int = 0  # with fsdp: processes that share one copy of the model, GPUs per node with several; 0 for all
     activation_checkpointing: str = "none"  # none, selective (MLPs computed twice) or full (blocks); for less memory
+    reduce_every_micro_step: bool = False  # with fsdp: gradients stay sharded between micro-steps; for memory, not network
     cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
@@ -106,7 +107,7 @@ class Config:
     save_seconds: float = 0.0  # also whenever so many seconds have passed; for machines that vanish
     save_total_limit: int = 3  # newest checkpoints kept on disk; 0 for all
     keep_every: int = 0  # checkpoints at multiples of so many steps are kept for ever
-    async_save: bool = True  # write behind training; false to wait for the disk
+    async_save: bool = True  # write behind training (not with cpu_offload); false to wait for the disk
     resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
     init_from: str | None = None  # checkpoint whose weights a fresh run starts from; to go on from another model
     allow_data_change: bool = False  # resume although the shards are not those of the checkpoint
@@ -126,6 +127,11 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def saves_behind(self) -> bool:
+        """async_save, but not where the tensors are in host memory already and their copy would need it twice."""
+        return self.async_save and not self.cpu_offload
 
     def batch(self, world_size: int) -> tuple[int, int]:
         """(gradient accumulation steps, sequences per optimizer step over all processes).
@@ -241,6 +247,15 @@ def _check(cfg: Config) -> None:
     require(
         not cfg.cpu_offload or cfg.mixed_precision != "fp16",
         "cpu_offload=true keeps gradients in host memory, where mixed_precision=fp16's scaler cannot follow; use bf16",
+    )
+    for key, other in (("optimizer", "muon"), ("shard_size", cfg.shard_size or None)):
+        require(
+            not cfg.cpu_offload or getattr(cfg, key) != other,
+            f"cpu_offload=true with {key}={other} has never been tried; leave one of them out",
+        )
+    require(
+        not cfg.reduce_every_micro_step or cfg.parallel == "fsdp",
+        f"reduce_every_micro_step=true needs parallel=fsdp, not {cfg.parallel}: ddp's gradients are whole in any case",
     )
     require(
         not cfg.shard_size or cfg.parallel == "fsdp",

@@ -3,6 +3,7 @@
 from configs.production import *  # noqa: F403
 
 num_processes = 8
+activation_checkpointing = "none"  # 80 GB hold everything
 
 output_dir = "checkpoints/production_8gpu"
 logging_dir = "logs/production_8gpu"

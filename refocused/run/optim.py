@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from configs import Config
 
@@ -37,10 +38,22 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
+    ]
     if muons:
-        scale = {"weight_decay": cfg.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(muons, lr=cfg.learning_rate, **scale))
+        decay = cfg.weight_decay
+        optimizers.append(
+            torch.optim.Muon(muons, lr=cfg.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    if isinstance(model, FSDPModule) and not cfg.cpu_offload:
+        streams = torch.get_device_module(next(model.parameters()).device)
+
+        def note(*_) -> None:  # for strategy.sync_gradients
+            model.updated = streams.current_stream().record_event()
+
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(note)
     return optimizers
 
 
@@ -60,6 +73,6 @@ def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
         # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host
         # memory: it must have arrived before the host reads it, which the optimizer's own copy does not wait for
         where = optimizer.param_groups[0]["params"][0].device
-        optimizer.grad_scale, optimizer.found_inf = None, (~apply).float().to(where)
+        vars(optimizer).update(grad_scale=None, found_inf=(~apply).float().to(where))  # as GradScaler hands them over
         optimizer.step()
     scaler.update()

@@ -87,14 +87,17 @@ def start(cfg: Config) -> Env:
     rank, world = int(os.environ.get("RANK", 0)), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when the allocator starts; blocks can grow, so less is lost
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = pick_device(local_rank, local_world)
     check_precision(cfg, device)
     # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
     threads = torch.get_num_threads()
-    if device.type == "cpu":
+    if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = cfg.cpu_threads or max(1, cores // local_world)
         torch.set_num_threads(threads)
+    if device.type == "cpu":
         # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not
         # compile with bf16 parameters (torch 2.13); without horizontal fusion there is nothing to merge
         inductor.cpp.max_horizontal_fusion_size = 1

@@ -1,6 +1,7 @@
 """One process, DDP or FSDP2: how the model is wrapped, filled, compiled and stepped through. Nothing else asks which."""
 
 import contextlib
+import functools
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -9,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config, ConfigError
-from model import GPTNeoX, initial_value, softmax_loss
+from model import GPTNeoX, Head, initial_value, softmax_loss
 from refocused.run.processes import DTYPES, Env
 
 
@@ -17,23 +18,36 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
     """The model, wrapped, initialised from (seed, parameter name) and compiled; its parameters are on the device."""
     with torch.device("meta"):
         model = GPTNeoX(cfg)
+    whole: torch.nn.Module = model
     if cfg.parallel == "fsdp":
         shard(model, cfg, env)
     model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
     model.tie_weights()  # to_empty makes a tensor per module, which unties them
     materialise(model)
+    tune_head(model.embed_out, env.device.type)
     if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
         ids = None if env.device.type == "cpu" else [env.local_rank]
         # init_sync: every rank has made the same weights already
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
+        whole = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
     if cfg.compile_model:
         # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
-        for block in raw(model).layers:
+        for block in model.layers:
             # shorter windows gain less than the longer compilation costs
             block.attention.in_pieces = env.device.type == "cpu" and cfg.sequence_length >= 512
             block.compile(dynamic=False)
-        raw(model).embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
-    return model
+        model.embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
+    return whole
+
+
+def tune_head(head: Head, device_type: str) -> None:
+    """What suits the head's products on this kind of device; the numbers stay the same.
+
+    CUDA's fast kernels want rows of a multiple of 16 bytes and tiles of 128. Few chunks, because each has its sum of
+    the weight's gradient in fp32: up to 2**29 logits (1 GiB in bf16), 10 windows of 1,024 tokens of GPT-2's vocabulary,
+    are one, and that takes less memory than four chunks and their sum.
+    """
+    if device_type == "cuda":
+        head.multiple, head.max_logits = 128, 1 << 29
 
 
 def device_mesh(cfg: Config, env: Env) -> DeviceMesh:
@@ -60,14 +74,15 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
     inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
     # pinned memory makes the copies run behind the computation; a CPU has nothing to pin for
     offload = CPUOffloadPolicy(pin_memory=env.device.type != "cpu") if cfg.cpu_offload else OffloadPolicy()
-    common = {"mesh": mesh, "offload_policy": offload}
+    share = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
     for block in model.layers:
-        fully_shard(block, mp_policy=inner, **common)
+        share(block, mp_policy=inner)
     if not cfg.tie_word_embeddings:  # tied: one parameter can be in one group only, which is then the root's
-        fully_shard(model.embed_in, mp_policy=policy, **common)
+        share(model.embed_in, mp_policy=policy)
+        model.embed_in.set_unshard_in_backward(False)  # a lookup's backward reads no weight: nothing to gather
         # backward starts here, so freeing the head after forward would only mean gathering it again
-        fully_shard([model.final_layer_norm, model.embed_out], mp_policy=inner, reshard_after_forward=False, **common)
-    fully_shard(model, mp_policy=policy, **common)
+        share([model.final_layer_norm, model.embed_out], mp_policy=inner, reshard_after_forward=False)
+    share(model, mp_policy=policy)
 
 
 def materialise(model: GPTNeoX) -> None:
@@ -84,15 +99,29 @@ def materialise(model: GPTNeoX) -> None:
 
 def raw(model: torch.nn.Module) -> GPTNeoX:
     """The GPTNeoX inside DDP, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(inner, GPTNeoX)
+    return inner
 
 
-def sync_gradients(model: torch.nn.Module, on: bool) -> None:
-    """Whether the next backward communicates gradients: only an optimizer step's last micro-step needs to."""
+def reduces(cfg: Config, last: bool) -> bool:
+    """Whether a backward communicates gradients: only an optimizer step's last needs to, others do to save memory."""
+    return last or cfg.reduce_every_micro_step or cfg.cpu_offload
+
+
+def sync_gradients(model: torch.nn.Module, cfg: Config, last: bool) -> None:
+    """Before a forward: whether the backward behind it is its optimizer step's last.
+
+    FSDP2's first gathers of a forward wait for all that was asked of the device before, with an event only for that:
+    the last update, so that a micro-step's can run beside the backward before it.
+    """
+    on = reduces(cfg, last)
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
+        if updated := getattr(model, "updated", None):
+            model.set_post_optim_event(updated)
 
 
 def autocast(cfg: Config, env: Env) -> contextlib.AbstractContextManager:
@@ -110,17 +139,24 @@ def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
     """
     zeros = torch.zeros(cfg.per_device_train_batch_size, cfg.sequence_length, dtype=torch.int64, device=env.device)
     for _ in range(2):  # the second forward applies the new order
-        sync_gradients(model, True)
+        sync_gradients(model, cfg, last=True)
         with autocast(cfg, env):
             loss = model(zeros, zeros)
         (loss * 0.0).backward()
         clear_gradients(model)
+    if env.device.type != "cpu":
+        torch.accelerator.empty_cache()  # or the optimizer's state would be cut out of blocks that a step wants whole
+
+
+def alloc_retries() -> int:
+    """How often torch's allocator has found no memory, given back what it had cached and tried again; it should not."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if torch.cuda.is_available() else 0
 
 
 def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """Global gradient norm (fp32 scalar on the device, same on every rank); gradients are clipped to max_norm > 0."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
