@@ -1,4 +1,4 @@
-# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]     make test [ARGS="-k resume"]
+# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]     make test [ARGS="-k resume"]     make gpu-check [ARGS="--part 3"]
 # NPROC: processes; without it 2, or 1 where there is a single GPU
 PYTHON ?= python3
 CONFIG ?= configs/demo.py
@@ -8,7 +8,7 @@ WRONG_PYTHON = $(PYTHON) is not Python 3.11 to 3.13; name one that is with PYTHO
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu-check clean
 
 train: .venv/runtime
 	@if [ "$(CONFIG)" = configs/demo.py ]; then python data.py demo; fi
@@ -16,6 +16,9 @@ train: .venv/runtime
 
 test: .venv/dev
 	python -m pytest $(ARGS)
+
+gpu-check: .venv/dev
+	python -m refocused.measure.acceptance $(ARGS)
 
 lint: .venv/dev
 	ruff check .

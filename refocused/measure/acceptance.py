@@ -1,0 +1,857 @@
+"""What a GPU does with this trainer, as facts: `make gpu-check`, `python -m refocused.measure.acceptance`.
+
+Five parts of at most ten minutes: correctness, resume and saves, memory, speed, two ranks on one GPU. Every check is
+one line, `PASS|FAIL|SKIP name: value (bound)`, and a row of the report at the end. A check that cannot run is SKIP and
+never PASS; without a GPU all are. `--device cpu --tiny` runs the code of every check that a CPU can run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import ckpt
+import configs
+import data
+import model as neox
+import train
+from refocused.checkpoint import folder as folders
+from refocused.checkpoint import manifest
+from refocused.checkpoint.saver import Saver
+from refocused.measure import gpus, planner
+from refocused.measure import sampling as sampler
+from refocused.measure.peers import Gate
+from refocused.run import processes
+from refocused.run.origin import hardware
+
+ROOT = Path(__file__).parents[2]
+PART_SECONDS = 570.0  # after so many a part begins no further check
+# children are forked from one process that has imported everything and not touched the GPU
+CONTEXT = multiprocessing.get_context("forkserver")
+
+TINY = (
+    "vocab_size=257 hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=64 sequence_length=32 "
+    "max_position_embeddings=64 tokenizer=byte per_device_train_batch_size=4 gradient_accumulation_steps=1 "
+    "learning_rate=1e-2 cpu_threads=1 compile_model=false mixed_precision=no"
+)
+SMALL = (
+    "vocab_size=50257 hidden_size=512 num_hidden_layers=4 num_attention_heads=8 intermediate_size=2048 "
+    "sequence_length=512 max_position_embeddings=512 per_device_train_batch_size=8 gradient_accumulation_steps=1 "
+    "learning_rate=1e-3 compile_model=false mixed_precision=no"
+)
+# runs of the 1.4 billion parameters: 17 GB at the end of each would be most of their time
+UNSAVED = "import ckpt; ckpt.Checkpoints.save = lambda *a, **k: 0.0\n"
+COMMON = (
+    "dataloader_num_workers=1 max_steps=10 warmup_steps=2 logging_steps=1 save_steps=0 eval_samples=8 sample_tokens=0"
+)
+
+
+class Skip(Exception):
+    """Why a check cannot run here."""
+
+
+@dataclasses.dataclass
+class Machine:
+    """Where the checks run and how large they are."""
+
+    device: str
+    tiny: bool
+    folder: Path
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    def needs_cuda(self, why: str = "needs a GPU") -> None:
+        if not self.cuda:
+            raise Skip(why)
+
+    @property
+    def base(self) -> list[str]:
+        return (TINY if self.tiny else SMALL).split()
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, function: Callable[[], Any], rounds: int = 10) -> float:
+        """Of one call, after a first one."""
+        function()
+        self.synchronize()
+        begin = time.perf_counter()
+        for _ in range(rounds):
+            function()
+        self.synchronize()
+        return (time.perf_counter() - begin) / rounds
+
+
+@dataclasses.dataclass
+class Run:
+    """A launch of train.py that has ended."""
+
+    codes: list[int]
+    text: str
+    folder: Path
+
+    @property
+    def trace(self) -> list[dict]:
+        path = self.folder / "logs/trace.jsonl"
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+        return [line for line in lines if "event" not in line]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.trace]
+
+    def expect(self, *codes: int) -> "Run":
+        assert self.codes == list(codes or [0] * len(self.codes)), f"exit codes {self.codes}\n{self.text[-3000:]}"
+        return self
+
+    def largest(self, key: str) -> float:
+        return max(float(line.get(key) or 0) for line in self.trace)
+
+
+def as_rank(args: list[str], environment: dict[str, str], log: str, patch: str) -> None:
+    """One process of a launch: train.py's main with its output in the log; `patch` is run before it."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    if patch:
+        exec(patch, {"rank": int(environment.get("RANK", 0))})
+    raise SystemExit(train.main(args))
+
+
+def launch(
+    m: Machine, name: str, *settings: str, nproc: int = 1, env: dict[str, str] | None = None, patch: str = "",
+    during: Callable[[Path, list], None] | None = None, config: str = "", timeout: float = 300,
+) -> Run:  # fmt: skip
+    """Train in processes of their own, several on one GPU where there is one; during(log, processes) runs beside it."""
+    folder = m.folder / name
+    folder.mkdir(exist_ok=True)
+    log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"
+    log.touch()
+    empty = m.folder / "empty.py"
+    empty.write_text("")
+    keys = [*([] if config else m.base), *COMMON.split(), f"output_dir={folder}/out", f"logging_dir={folder}/logs"]
+    args = [config or str(empty), *keys, *settings]
+    cfg, _ = configs.load(args)
+    args.append(f"data_dir={tokens(m, cfg.vocab_size)}")
+    ranks = []
+    for rank in range(nproc):
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(m.folder / "inductor"), **(env or {})}
+        if not m.cuda:
+            environment |= {"CUDA_VISIBLE_DEVICES": ""}
+        if nproc > 1:
+            port = 20000 + (os.getpid() * 7 + len(list(m.folder.glob("*/run-*.log")))) % 20000
+            environment |= {"RANK": str(rank), "WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc)}
+            if m.cuda:  # NCCL refuses one GPU twice, except to what it takes for two machines
+                environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NCCL_HOSTID": f"host{rank}"}
+                environment |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), "lo") | {
+                    "NCCL_NET": "Socket"
+                }
+        ranks.append(CONTEXT.Process(target=as_rank, args=(args, environment, str(log), patch)))
+    for process in ranks:
+        process.start()
+    try:
+        if during:
+            during(log, ranks)
+        end = time.monotonic() + timeout
+        for process in ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    text = log.read_text(errors="replace")
+    assert not late, f"ranks {late} still there after {timeout:.0f} s\n{text[-3000:]}"
+    if nproc > 1 and m.cuda and "Duplicate GPU detected" in text:
+        raise Skip("this NCCL refuses two ranks on one GPU")
+    return Run([int(process.exitcode or 0) for process in ranks], text, folder)
+
+
+def tokens(m: Machine, vocabulary: int) -> Path:
+    """A data_dir of random tokens, made once."""
+    folder = m.folder / f"tokens-{vocabulary}"
+    if not folder.exists():
+        folder.mkdir()
+        count = 20_000 if m.tiny else 2_000_000
+        for i in range(3):
+            stream = np.random.default_rng(i).integers(0, vocabulary, count, dtype=np.uint16)
+            np.savez(folder / f"tokenized_cleaned_{i}.npz", input_ids=stream)
+    return folder
+
+
+def wait_for(log: Path, pattern: str, timeout: float = 240) -> None:
+    end = time.monotonic() + timeout
+    while not re.search(pattern, log.read_text(errors="replace")):
+        assert time.monotonic() < end, (
+            f"no {pattern!r} within {timeout:.0f} s\n{log.read_text(errors='replace')[-3000:]}"
+        )
+        time.sleep(0.02)
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    """The largest relative difference of two runs' losses."""
+    assert len(a) == len(b) > 0, f"{len(a)} and {len(b)} losses"
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def within(value: float, limit: float, unit: str = "") -> tuple[bool, str, str]:
+    return value <= limit, f"{value:.3g}{unit}", f"at most {limit:g}{unit}"
+
+
+def fact(text: str) -> tuple[bool, str, str]:
+    return True, text, "a fact, no bound"
+
+
+Result = tuple[bool, str, str]  # passed, value, bound
+
+
+# --- 1. environment and correctness
+
+
+def environment(m: Machine) -> Result:
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    driver = ""
+    if m.cuda:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+        driver = f"; {found.stdout.strip()}" if found else "; no nvidia-smi"
+    header = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    tools = f"cc {'yes' if shutil.which('cc') or shutil.which('gcc') else 'NO'}, Python.h {'yes' if header else 'NO'}"
+    where = f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return (2, 11) <= version <= (2, 14), f"{where}, {tools}{driver}", "torch 2.11 to 2.14"
+
+
+def imports_without_google(m: Machine) -> Result:
+    code = "import sys; sys.modules['google'] = None; sys.modules['google_crc32c'] = None; import train, ckpt, data"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode == 0, (done.stderr.splitlines() or ["imports"])[-1], "import train without Google's packages"
+
+
+def ceiling(m: Machine) -> Result:
+    n = 256 if m.tiny else 8192
+    a, b = (torch.randn(n, n, device=m.device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    rate = 2 * n**3 / m.seconds(lambda: torch.mm(a, b, out=out), 50)
+    peak = gpus.peak_flops(torch.cuda.get_device_name()) if m.cuda else None
+    return fact(f"{rate / 1e12:.4g} TFLOP/s bf16 at {n}^3" + (f", {rate / peak:.0%} of the peak" if peak else ""))
+
+
+def transfers(m: Machine) -> Result:
+    m.needs_cuda()
+    size, rates = 1 << 30, []
+    there = torch.empty(size, dtype=torch.uint8, device=m.device)
+    for pinned in (True, False):
+        here = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        rates.append(size / m.seconds(functools.partial(here.copy_, there, non_blocking=True), 3) / 1e9)
+    return fact(f"device to host {rates[0]:.1f} GB/s pinned, {rates[1]:.1f} pageable")
+
+
+def cpu_suite(m: Machine) -> Result:
+    if m.tiny:
+        raise Skip("the suite is not run inside the suite")
+    files = [f"tests/test_{name}.py" for name in ("model", "loss", "config", "data", "train")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", *files]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if "No module named pytest" in done.stderr or "unrecognized arguments: -n" in done.stderr:
+        raise Skip("no pytest with xdist here")
+    return done.returncode == 0, (done.stdout.splitlines() or [done.stderr[-200:]])[-1], "all pass with the GPU hidden"
+
+
+def demo(m: Machine) -> Result:
+    demo_data = m.folder / "demo"
+    done = subprocess.run([sys.executable, "data.py", "demo", str(demo_data)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = 3 if m.tiny else 200
+    keys = [
+        f"max_steps={steps}",
+        "warmup_steps=2",
+        "eval_steps=0",
+        "compile_model=false" if m.tiny else "compile_model=true",
+    ]
+    env = {} if m.cuda else {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "train.py", "configs/demo.py", *keys, "logging_steps=1", f"data_dir={demo_data}"]
+    command += [f"output_dir={m.folder}/demo-out", f"logging_dir={m.folder}/demo-logs", "save_steps=0"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    last = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("Step ")), done.stderr[-300:])
+    named = not m.cuda or torch.cuda.get_device_name() in done.stdout
+    return done.returncode == 0 and named, last, "exit 0, the GPU named"
+
+
+def device_against_cpu(m: Machine) -> Result:
+    m.needs_cuda()
+    worst = []
+    for precision, limit in (("no", 1e-4), ("bf16", 1e-2)):
+        keys = [f"mixed_precision={precision}"]
+        exact = "import torch; torch.set_float32_matmul_precision = lambda kind: None"  # no TF32
+        here = launch(m, f"device-{precision}", *keys, patch=exact).expect().losses
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}
+        there = launch(m, f"cpu-{precision}", *keys, patch=exact, env=hidden).expect().losses
+        worst.append((apart(there, here), limit))
+    value = ", ".join(f"{name} {found:.2g}" for name, (found, _) in zip(("fp32", "bf16"), worst, strict=True))
+    return all(found <= limit for found, limit in worst), value, "1e-4 and 1e-2, relative, 10 losses"
+
+
+def compiled_against_eager(m: Machine) -> Result:
+    m.needs_cuda("compiling for a CPU has tests of its own")
+    eager = launch(m, "eager", "mixed_precision=bf16").expect().losses
+    compiled = launch(m, "compiled", "mixed_precision=bf16", "compile_model=true").expect().losses
+    return within(apart(eager, compiled), 1e-2)
+
+
+def no_recompilation(m: Machine) -> Result:
+    m.needs_cuda("compiling for a CPU has tests of its own")
+    again = []
+    for parallel in ("ddp", "fsdp"):
+        for level in ("none", "selective", "full"):
+            keys = [f"parallel={parallel}", f"activation_checkpointing={level}", "compile_model=true", "max_steps=50"]
+            keys += ["mixed_precision=bf16", "eval_steps=2", "gradient_accumulation_steps=2"]
+            logs = "import torch; torch._logging.set_logs(recompiles=True)"
+            run = launch(m, f"recompile-{parallel}-{level}", *keys, patch=logs).expect()
+            if "Recompiling" in run.text.partition("Step 2: eval_loss")[2]:
+                again.append(f"{parallel} {level}")
+    return not again, ", ".join(again) or "none", "no recompilation after the first evaluation, in 50 steps"
+
+
+def fused_loss(m: Machine) -> Result:
+    V, C, N = (1009, 32, 256) if m.tiny else (50257, 512, 4096)
+    torch.manual_seed(0)
+    errors: dict[str, float] = {}
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = torch.randn(N, C, device=m.device, dtype=dtype, requires_grad=True)
+        w = torch.randn(V, C, device=m.device).mul_(0.1).requires_grad_()
+        y = torch.randint(V, (N,), device=m.device)
+        with torch.autocast(m.device, enabled=False):
+            plain = F.cross_entropy(x.double() @ w.to(dtype).double().T, y, reduction="sum")
+        wanted = [plain.detach(), *torch.autograd.grad(plain, (x, w))]
+        for multiple in (1, 128):
+            for chunks in (1, 4):
+                loss = neox.LinearCrossEntropy.apply(x, w, y, N // chunks, neox.softmax_loss, multiple)
+                found = [loss.detach(), *torch.autograd.grad(loss, (x, w))]
+                for kind, a, b in zip(("loss", "dx", "dw"), found, wanted, strict=True):
+                    key = f"{str(dtype)[6:]} {kind}"
+                    error = ((a.double() - b.double()).norm() / b.double().norm()).item() / limit
+                    errors[key] = max(errors.get(key, 0.0), error)
+    worst = max(errors, key=lambda key: errors[key])
+    value = f"{errors[worst]:.2g} of the bound ({worst})"
+    return errors[worst] <= 1, value, "fp32 1e-5, bf16 1e-2; whole and in chunks, padded and not"
+
+
+def attention_kernel(m: Machine) -> Result:
+    dtype = torch.float32 if m.tiny else torch.bfloat16
+    shape = (1, 2, 32, 24) if m.tiny else (8, 16, 1024, 384)
+    q, k, v = torch.randn(*shape, device=m.device, dtype=dtype).chunk(3, dim=-1)
+    with torch.profiler.profile() as profile:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        m.synchronize()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        plain = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    names = [event.key for event in profile.key_averages() if re.search("flash|efficient|cudnn|attention", event.key)]
+    error = ((y.float() - plain).norm() / plain.norm()).item()
+    return error < 1e-2, f"{error:.2g}; {', '.join(names)[:160]}", "1e-2 of the plain products"
+
+
+# --- 2. resume and saves
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """The newest checkpoint of two folders, tensor by tensor."""
+    first, second = (folders.load(ckpt.find(str(path))).state_dict() for path in (a, b))
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def killed_and_resumed(m: Machine, name: str, *keys: str, cold: bool = False) -> tuple[str, bool]:
+    """A run, and the same one killed at a random step and resumed: (what its replay says, the same final weights)."""
+    keys = (*keys, "save_steps=4", "max_steps=12", "async_save=false")
+    whole = launch(m, f"{name}-whole", *keys).expect()
+    step = random.randint(5, 10)
+
+    def kill(log: Path, ranks: list) -> None:
+        wait_for(log, f"Step {step}: loss")
+        ranks[0].kill()
+
+    slow = "import time, train; loop = train.optim.learning_rate\n"
+    slow += "train.optim.learning_rate = lambda *a: (time.sleep(0.1), loop(*a))[1]"  # so that the kill meets a step
+    killed = launch(m, name, *keys, during=kill, patch=slow)
+    assert killed.codes == [-signal.SIGKILL], killed.codes
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(m.folder / "cold")} if cold else {}
+    resumed = launch(m, name, *keys, "resume=latest", env=env).expect()
+    said = next((line for line in resumed.text.splitlines() if "replayed" in line), "nothing was replayed")
+    return said, same_weights(whole.folder / "out", resumed.folder / "out")
+
+
+def bitwise_resume(m: Machine) -> Result:
+    cases = [
+        (parallel, precision, optimizer)
+        for parallel in ("ddp", "fsdp")
+        for precision in ("bf16", "fp16", "no")
+        for optimizer in ("adamw", "muon")
+        if (precision, optimizer) != ("fp16", "muon")
+    ]
+    bad = []
+    cases = [("fsdp", "no", "adamw")] if m.tiny else cases
+    for i, (parallel, precision, optimizer) in enumerate(cases):
+        keys = [f"parallel={parallel}", f"mixed_precision={precision}", f"optimizer={optimizer}", "deterministic=true"]
+        keys += [] if m.tiny else ["compile_model=true"]
+        said, same = killed_and_resumed(m, "-".join(("resume", parallel, precision, optimizer)), *keys, cold=i == 0)
+        if not same or "identical" not in said or "identically" in said:
+            bad.append(f"{parallel} {precision} {optimizer}: {said}")
+    return not bad, "; ".join(bad) or f"{len(cases)} of {len(cases)}", "replay and final weights, bit for bit"
+
+
+def loose_resume(m: Machine) -> Result:
+    said, same = killed_and_resumed(m, "loose", "mixed_precision=bf16", *([] if m.tiny else ["compile_model=true"]))
+    return fact(f"without deterministic: {said}; final weights {'the same' if same else 'others'}")
+
+
+def asynchronous_saves(m: Machine) -> Result:
+    """The bytes on disk are those at the call, while the tensors go on changing; for how long save() takes."""
+    cfg, _ = configs.load([str(ROOT / "configs/demo.py"), *m.base])
+    processes.start(cfg)
+    size = (1 << 16) if m.tiny else (1 << 32)  # numbers: 17 GB
+    tree = {f"model.{i}": torch.randn(size // 8, device=m.device) for i in range(8)}
+    target = m.folder / "saves"
+    processes.on_rank_0(manifest.lock, target)
+    saver = Saver(target)
+    note, stalls = saver.reserve(tree), []
+    for step in range(1, 4):
+        expected = {key: t.double().sum().item() for key, t in tree.items()}
+        saver.save(manifest.name(0, step, 0), tree, {"step": step})
+        stalls.append(saver.stall_seconds)
+        for t in tree.values():
+            t.add_(1.0)  # the steps that go on
+        assert (error := saver.wait()) is None, error
+        after = {key: torch.zeros(size // 8) for key in tree}
+        ckpt.tensors.load(target / manifest.name(0, step, 0), after)
+        found = {key: t.to(m.device).double().sum().item() for key, t in after.items()}
+        assert found == expected, f"save {step} holds other numbers"
+        shutil.rmtree(target / manifest.name(0, step, 0))
+    saver.close()
+    processes.stop()
+    rate = 4 * size / min(stalls) / 1e9
+    return (
+        True,
+        f"3 saves of {4 * size / 1e9:.2g} GB, stall {min(stalls):.3g} s, {rate:.3g} GB/s{note}",
+        "equal numbers",
+    )
+
+
+def other_devices(m: Machine) -> Result:
+    keys = ("save_steps=4", "parallel=fsdp")
+    launch(m, "travel", *keys, "max_steps=4").expect()
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    launch(m, "travel", *keys, "max_steps=6", "resume=latest", env=hidden).expect()
+    run = launch(m, "travel", *keys, "max_steps=8", "resume=latest", "parallel=ddp").expect()
+    return len(run.losses) == 8, f"{len(run.losses)} steps", "device, CPU, device; 8 steps"
+
+
+def exported(m: Machine) -> Result:
+    try:
+        import transformers  # slow to import, and not everywhere
+    except ImportError as error:
+        raise Skip("no transformers here") from error
+    launch(m, "export", "max_steps=3", "save_steps=3").expect()
+    source = ckpt.find(str(m.folder / "export/out"))
+    ours = folders.load(source).to(m.device).eval()
+    target = m.folder / "exported"
+    target.mkdir()
+    folders.write_configs(source, target, torch.float32)
+    folders.write_weights(ours, target, torch.float32)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(target)
+    theirs.to(m.device).eval()
+    idx = torch.randint(source.cfg.vocab_size, (2, source.cfg.sequence_length), device=m.device)
+    with torch.no_grad():
+        return within((ours(idx) - theirs(input_ids=idx).logits).abs().max().item(), 1e-3)
+
+
+def not_finite(m: Machine) -> Result:
+    bad = launch(m, "not-finite", "learning_rate=1e30", "max_bad_steps=2", "max_steps=40")
+    return bad.codes == [65], f"exit {bad.codes[0]}", "exit 65"
+
+
+# --- 3. memory
+
+
+def plan_against_memory(m: Machine) -> Result:
+    lines, worst = [], 0.0
+    for B, level in [(4, "none")] if m.tiny else [(8, "none"), (8, "selective"), (16, "full")]:
+        keys = [f"per_device_train_batch_size={B}", f"activation_checkpointing={level}", "parallel=ddp", "max_steps=3"]
+        keys += ["gradient_accumulation_steps=1", "async_save=false", "compile_model=false"]
+        config = "" if m.tiny else str(ROOT / "configs/production.py")
+        run = launch(m, f"plan-{B}-{level}", *keys, config=config, patch=UNSAVED).expect()
+        cfg, _ = configs.load(
+            [config or str(m.folder / "empty.py"), *([] if config else m.base), *COMMON.split(), *keys]
+        )
+        wanted = planner.estimate(cfg, 1).total
+        found, reserved = run.largest("memory_allocated"), run.largest("memory_reserved")
+        worst = max(worst, abs(found / wanted - 1))
+        gib = f"{wanted / 2**30:.2f} planned, {found / 2**30:.2f} allocated, {reserved / 2**30:.2f} reserved"
+        lines.append(f"{B} x {level}: {gib}")
+    m.needs_cuda("a CPU process's memory is not what the plan counts")
+    return worst <= 0.03, "; ".join(lines), "within 3 %"
+
+
+def two_ranks_of_24(m: Machine) -> Result:
+    """configs/production.py's two ranks on this GPU, each with what a 4090 leaves to torch's allocator."""
+    rows, good = [], True
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30 if m.cuda else 0.0
+    if m.cuda and total < 60:
+        raise Skip(f"{total:.0f} GiB do not hold two cards of 24 GB")
+    for level, segments in [("selective", True), ("none", True), ("none", False)][: 1 if m.tiny else 3]:
+        conf = f"expandable_segments:{segments}"
+        conf += f",per_process_memory_fraction:{22.9 / total:.4f}" if m.cuda else ""
+        keys = [f"activation_checkpointing={level}", "max_steps=4", "parallel=fsdp", "async_save=false"]
+        config = "" if m.tiny else str(ROOT / "configs/production.py")
+        tell = UNSAVED + "import train; line = train.Monitor.line\n"
+        tell += (
+            "train.Monitor.line = lambda self, *a: (line(self, *a), print('retries', train.strategy.alloc_retries()))"
+        )
+        env = {"PYTORCH_ALLOC_CONF": conf}
+        run = launch(m, f"24-{level}-{segments}", *keys, nproc=2, config=config, env=env, patch=tell)
+        retries = re.findall(r"retries (\d+)", run.text) or ["?"]
+        good &= level != "selective" or run.codes == [0, 0]
+        rows.append(f"{level}, {conf}: exit {run.codes}, {retries[-1]} retries, "
+                    f"{run.largest('memory_reserved') / 2**30:.2f} GiB reserved")  # fmt: skip
+    return good, "; ".join(rows), "as configured: exit 0"
+
+
+def offload(m: Machine) -> Result:
+    rows, config = [], "" if m.tiny else str(ROOT / "configs/production.py")
+    layouts = ((2, 2, "full"), (4, 1, "full")) if m.tiny else ((4, 8, "none"), (32, 1, "full"))
+    for B, accumulation, level in layouts:
+        keys = ["parallel=fsdp", "cpu_offload=true", "max_steps=3", f"activation_checkpointing={level}"]
+        keys += [f"per_device_train_batch_size={B}", f"gradient_accumulation_steps={accumulation}"]
+        run = launch(m, f"offload-{B}", *keys, config=config, patch=UNSAVED, timeout=400).expect()
+        seconds = 1 / run.largest("steps_per_second")
+        memory = run.largest("memory_allocated") / 2**30
+        rows.append(f"{B} x {accumulation} {level}: {seconds:.2f} s a step, {memory:.2f} GiB on the device")
+    return fact("; ".join(rows))
+
+
+def out_of_memory(m: Machine) -> Result:
+    m.needs_cuda("a CPU's memory is everyone's")
+    begin = time.monotonic()
+    run = launch(m, "oom", "per_device_train_batch_size=100000")
+    named = "per_device_train_batch_size=50000" in run.text
+    seconds = time.monotonic() - begin
+    return run.codes == [70] and named, f"exit {run.codes[0]} after {seconds:.0f} s", "exit 70 with the keys that help"
+
+
+def steady(m: Machine) -> Result:
+    steps = 20 if m.tiny else 300
+    trace = launch(m, "steady", f"max_steps={steps}", "mixed_precision=bf16").expect().trace
+    key = "memory_reserved" if m.cuda else "memory_allocated"
+    early, late = (trace[i].get(key) or 0 for i in (len(trace) // 4, -1))
+    return late <= 1.02 * early, f"{early / 2**20:.0f} MiB, at the end {late / 2**20:.0f}", "2 % more at most"
+
+
+# --- 4. speed
+
+
+class Watch(Gate):
+    """A stop signal that lets no host wait for the device pass unseen from the third to the last step but one."""
+
+    def __init__(self, m: Machine, steps: int):
+        self.since, self.begun, self.step, self.steps, self.m = 0.0, False, 0, steps, m
+
+    def pass_on(self, stopping: float) -> None:
+        self.step += 1
+        if self.m.cuda and self.step in (3, self.steps - 1):
+            torch.cuda.set_sync_debug_mode("error" if self.step == 3 else "default")
+
+
+def no_host_sync(m: Machine) -> Result:
+    steps = 6 if m.tiny else 53
+    args = [*m.base, *COMMON.split(), f"max_steps={steps}", "logging_steps=0", f"output_dir={m.folder}/sync/out"]
+    args += [f"logging_dir={m.folder}/sync/logs", f"data_dir={tokens(m, 257 if m.tiny else 50257)}"]
+    (m.folder / "empty.py").write_text("")
+    cfg, origins = configs.load([str(m.folder / "empty.py"), *args])
+    code = train.train(cfg, origins, data.open_dataset(cfg), Watch(m, steps))
+    m.needs_cuda("a CPU has nothing to wait for")
+    return code == 0, f"exit {code}", f"no synchronisation in {steps - 4} steps"
+
+
+def speed(m: Machine) -> Result:
+    """tokens/s and MFU of whole optimizer steps; of the last log line, when compilation and warm-up are over."""
+    rows, config = [], "" if m.tiny else str(ROOT / "configs/production.py")
+    layouts = [(8, 4, "none"), (16, 2, "none"), (32, 1, "selective")]
+    for B, accumulation, level in [(2, 2, "none")] if m.tiny else layouts:
+        keys = [
+            "parallel=ddp",
+            f"per_device_train_batch_size={B}",
+            f"gradient_accumulation_steps={accumulation}",
+            "max_steps=12",
+        ]
+        keys += [f"activation_checkpointing={level}", "logging_steps=4", "async_save=false"]
+        keys += ["profile=6-7"] if B == 8 or m.tiny else []
+        line = launch(m, f"speed-{B}", *keys, config=config, patch=UNSAVED, timeout=400).expect().trace[-1]
+        mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
+        wait = f"data wait {line['data_wait_share']:.2%}"
+        rows.append(f"{B} x {accumulation} {level}: {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, {wait}")
+    return fact("; ".join(rows))
+
+
+def split(m: Machine) -> Result:
+    """Where the device's time went in the profiled steps of the run before, by the kernels' names."""
+    folder = m.folder / ("speed-2" if m.tiny else "speed-8") / "logs/profile"
+    if not (found := list(folder.glob("*.json"))):
+        raise Skip("no profile: the run before it failed")
+    events = json.loads(found[0].read_text())["traceEvents"]
+    wanted = "kernel" if m.cuda else "cpu_op"
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == wanted and "dur" in event:
+            name = event["name"].lower()
+            kind = next((k for k, p in KERNELS.items() if re.search(p, name)), "element-wise")
+            spent[kind] += event["dur"]
+    whole = sum(spent.values())
+    return fact(", ".join(f"{kind} {time / whole:.0%}" for kind, time in spent.most_common()))
+
+
+KERNELS = {
+    "attention": "flash|fmha|attention|sdpa",
+    "products": "gemm|cutlass|nvjet|xmma|addmm|::mm|matmul",
+    "optimizer": "adam|multi_tensor|foreach",
+    "communication": "nccl|c10d|gloo",
+}
+
+
+def head(m: Machine) -> Result:
+    """Forward and both gradients of the head and its loss, padded or not, in one chunk and in several."""
+    V, C, N = (1009, 32, 256) if m.tiny else (50257, 2048, 8192)
+    x = torch.randn(N, C, device=m.device, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(V, C, device=m.device, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
+    y = torch.randint(V, (N,), device=m.device)
+    kernel = neox.softmax_loss if m.tiny else torch.compile(neox.softmax_loss, dynamic=False)
+    rows = []
+    for multiple in (1, 128):
+        for chunks in (1, 4):
+
+            def step(multiple=multiple, chunks=chunks):
+                neox.LinearCrossEntropy.apply(x, w, y, N // chunks, kernel, multiple)
+
+            rate = 6 * N * V * C / m.seconds(step, 5)
+            rows.append(f"multiple of {multiple}, {chunks} chunks {rate / 1e12:.3g}")
+    try:  # the sum of chunks inside the product: where this works it can replace the fp32 additions
+        half = torch.zeros(8, 8, device=m.device, dtype=torch.bfloat16)
+        torch.addmm(half.float(), half, half, out_dtype=torch.float32)
+        rows.append("addmm adds bf16 products in fp32")
+    except (RuntimeError, NotImplementedError):
+        rows.append("addmm does not add bf16 products in fp32")
+    return fact(", ".join(rows) + " (TFLOP/s)")
+
+
+def peers(m: Machine) -> Result:
+    toy = "hidden_size=64 num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64"
+    names = "ours,floor" if m.tiny else "ours,seed,nanogpt,floor"
+    command = ["step", "--size", "small" if m.tiny else "large", "--rounds", "1" if m.tiny else "3"]
+    command += ["--contenders", names, *(f"{toy} vocab_size=512 compile_model=false".split() if m.tiny else [])]
+    env = {**os.environ} if m.cuda else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "bench.py", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    rows = [
+        line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line
+    ]
+    value = "; ".join(f"{row[0].strip()} {row[1].strip()}" for row in rows)
+    return (
+        done.returncode == 0 and len(rows) == len(names.split(",")),
+        value or done.stderr[-300:],
+        "a row each, tokens/s",
+    )
+
+
+def sampling(m: Machine) -> Result:
+    if not (m.folder / "export/out").exists():
+        raise Skip("no checkpoint: part 2 makes it")
+    try:
+        code = sampler.main([str(m.folder / "export/out"), "--tokens", "32", "--rounds", "1"])
+    except ImportError as error:
+        raise Skip(str(error)) from error
+    return code == 0, f"exit {code}, the table is above", "exit 0"
+
+
+# --- 5. two ranks, on one GPU where there is one
+
+
+def layouts_agree(m: Machine) -> Result:
+    common = ["global_batch_size=8", "max_steps=6"]
+    one = launch(m, "one", *common, "per_device_train_batch_size=8").expect().losses
+    worst = 0.0
+    for name, *keys in (("ddp",), ("fsdp", "parallel=fsdp"), ("hsdp", "parallel=fsdp", "shard_size=1")):
+        run = launch(m, f"two-{name}", *common, "per_device_train_batch_size=4", *keys, nproc=2).expect()
+        worst = max(worst, apart(one, run.losses))
+    return within(worst, 1e-5)
+
+
+RAISE = """
+import data, train
+if rank == 1:
+    iterate = data.Loader.__iter__
+    def broken(loader):
+        for i, batch in enumerate(iterate(loader)):
+            if i == 3:
+                raise ERROR
+            yield batch
+    data.Loader.__iter__ = broken
+"""
+
+
+def one_rank_fails(m: Machine) -> Result:
+    rows, good = [], True
+    errors = {"data": "data.DataError('made up')", "memory": "train.torch.OutOfMemoryError('made up')"}
+    for name, error in list(errors.items())[: 1 if m.tiny else 2]:
+        ended: list[float] = []
+
+        def watch(log: Path, ranks: list, ended: list[float] = ended) -> None:
+            wait_for(log, "Step 2: loss")
+            begin = time.monotonic()
+            for process in ranks:
+                process.join(90)
+            ended.append(time.monotonic() - begin)
+
+        patch = RAISE.replace("ERROR", error)
+        run = launch(m, f"fails-{name}", "max_steps=100000", nproc=2, patch=patch, during=watch, timeout=1)
+        good &= ended[0] < 60 and all(run.codes)
+        rows.append(f"{name}: exit {run.codes} after {ended[0]:.0f} s")
+    return good, "; ".join(rows), "both gone within 60 s, none with 0"
+
+
+def one_rank_is_told(m: Machine) -> Result:
+    def tell(log: Path, ranks: list) -> None:
+        wait_for(log, "Step 2: loss")
+        os.kill(ranks[1].pid, signal.SIGTERM)
+
+    run = launch(m, "told", "max_steps=100000", nproc=2, during=tell)
+    again = launch(m, "told", f"max_steps={len(run.losses) + 2}", "resume=latest", nproc=2)
+    return run.codes == [75, 75] and again.codes == [0, 0], f"exit {run.codes}, then {again.codes}", "75, resumable"
+
+
+def clean_exits(m: Machine) -> Result:
+    times = 1 if m.tiny else 20
+    bad = 0
+    for i in range(times):
+        run = launch(m, f"exit-{i}", "max_steps=2", nproc=2)
+        bad += run.codes != [0, 0] or "destroy_process_group" in run.text
+    return bad == 0, f"{times - bad} of {times}", "exit 0, nothing said of the process group"
+
+
+PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
+    1: ("environment and correctness", [environment, imports_without_google, ceiling, transfers, fused_loss,
+        attention_kernel, demo, device_against_cpu, compiled_against_eager, no_recompilation, cpu_suite]),
+    2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, loose_resume, bitwise_resume]),
+    3: ("memory", [out_of_memory, steady, plan_against_memory, two_ranks_of_24, offload]),
+    4: ("speed", [no_host_sync, head, speed, split, sampling, peers]),
+    5: ("two ranks", [layouts_agree, one_rank_fails, one_rank_is_told, clean_exits]),
+}  # fmt: skip
+
+
+def in_child(check: Callable[[Machine], Result], m: Machine, answers) -> None:
+    """One check, in a process that its errors and the GPU memory it took end with."""
+    os.chdir(m.folder)
+    if not m.cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        passed, value, bound = check(m)
+        answers.put(("PASS" if passed else "FAIL", value, bound))
+    except Skip as why:
+        answers.put(("SKIP", str(why), ""))
+    except BaseException as error:
+        traceback.print_exc()
+        answers.put(("FAIL", (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300], "no error"))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)
+
+
+def judge(check: Callable[[Machine], Result], m: Machine, end: float) -> tuple[str, str, str]:
+    """PASS, FAIL or SKIP with value and bound; a check that is not over a while after its part's time is ended."""
+    if time.monotonic() > end:
+        return "SKIP", "the part's ten minutes were over", ""
+    answers = CONTEXT.Queue()
+    child = CONTEXT.Process(target=in_child, args=(check, m, answers))
+    child.start()
+    while True:
+        try:
+            answer = answers.get(timeout=1)
+            break
+        except Exception:  # nothing yet
+            if not child.is_alive():
+                answer = ("FAIL", f"the process of the check ended with {child.exitcode}", "an answer")
+                break
+            if time.monotonic() > end + 600:
+                answer = ("FAIL", "still running ten minutes after the part's end", "an end")
+                break
+    child.join(30)
+    if child.is_alive():
+        child.kill()
+    return answer
+
+
+def report(rows: list[tuple[int, str, str, str, str]], where: str) -> str:
+    lines = [f"{where}", "", "| part | check | | value | bound |", "|---:|---|---|---|---|"]
+    for part, name, verdict, value, bound in rows:
+        cells = (str(part), name, verdict, value, bound)
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+    counts = Counter(row[2] for row in rows)
+    return "\n".join([*lines, "", ", ".join(f"{counts[kind]} {kind}" for kind in ("PASS", "FAIL", "SKIP"))])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="acceptance", description="What a GPU does with this trainer, as facts.")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes of seconds, to try the checks themselves")
+    parser.add_argument("--part", type=int, choices=PARTS, action="append", help="only this part; may come again")
+    parser.add_argument("--folder", help="where runs and their logs go, and stay; else a temporary folder")
+    parser.add_argument("--report", help="a file for the markdown report, beside the one that is printed")
+    options = parser.parse_args(argv)
+    CONTEXT.set_forkserver_preload(["train", "refocused.measure.sampling", "torch.utils.tensorboard"])
+    here = options.device == "cpu" or torch.cuda.is_available()
+    if not here:
+        print("no GPU that torch can use: nothing is checked (--device cpu --tiny tries the checks themselves)")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="acceptance-") as temporary:
+        folder = Path(options.folder or temporary).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        m = Machine(options.device, options.tiny, folder)
+        for part in sorted(set(options.part or PARTS)):
+            end = time.monotonic() + PART_SECONDS
+            for check in PARTS[part][1]:
+                name = check.__name__.replace("_", " ")
+                verdict, value, bound = judge(check, m, end) if here else ("SKIP", "no GPU", "")
+                print(f"{verdict} {name}: {value}{f' ({bound})' if bound else ''}", flush=True)
+                rows.append((part, name, verdict, value, bound))
+    text = report(rows, f"{hardware()}; {options.device}{', tiny' * options.tiny}")
+    print(f"\n{text}")
+    if options.report:
+        Path(options.report).write_text(text + "\n")
+    return 1 if any(row[2] == "FAIL" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
