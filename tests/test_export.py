@@ -97,7 +97,7 @@ def test_transformers_loads_it(tmp_path, capsys, keys):
 
 def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     """With a limit of 100 kB a file: an index, files below the limit, and Transformers finds the rounded weights."""
-    monkeypatch.setattr(export, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(folders, "FILE_BYTES", 100_000)
     assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")], ckpt.find) == 0
     files = sorted(tmp_path.glob("hf/model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_bytes())
