@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs import Config
+from configs import KEYS, Config
 from refocused import entry
 from refocused.bucket import download
 from refocused.shards import demo, prepare, text, verify
@@ -88,17 +88,36 @@ def permutation(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndar
     return x.astype(np.int64)
 
 
+def window_shift(seed: int, epoch: int, sequence_length: int) -> int:
+    """By how many tokens, in [0, sequence_length), the windows of an epoch lie further on; runs resume by it.
+
+    Steps of the golden ratio: however many epochs there are, their cuts lie far from each other.
+    """
+    start = int.from_bytes(hashlib.blake2b(f"shift {seed}".encode(), digest_size=8).digest(), "little")
+    return (start + epoch * (sequence_length * 618 // 1000)) % sequence_length
+
+
 # ---- the set
 
 
 class Dataset:
     """The shards of a folder as windows of sequence_length + 1 tokens at stride sequence_length, in a fixed order.
 
-    Window ids: [0, num_samples) are trained on, [num_samples, num_samples + num_eval_samples) are held out.
+    Window ids: [0, num_samples) are trained on, [num_samples, num_samples + num_eval_samples) are held out. With
+    shift_windows an id is that of a window plus the number of all windows times the shift of its epoch, in tokens. A
+    shard gives as many windows as without; where its last one would reach beyond its end, it lies at the end.
     """
 
-    def __init__(self, shards: list[Shard], sequence_length: int, vocab_size: int, seed: int, eval_files: int):
-        self.T, self.vocab_size, self.seed = sequence_length, vocab_size, seed
+    def __init__(
+        self,
+        shards: list[Shard],
+        sequence_length: int,
+        vocab_size: int,
+        seed: int,
+        eval_files: int,
+        shift_windows: bool = False,
+    ):
+        self.T, self.vocab_size, self.seed, self.shift_windows = sequence_length, vocab_size, seed, shift_windows
         windows = [max(0, shard.num_tokens - 1) // self.T for shard in shards]
         held = min(eval_files, len(shards)) if len(shards) > 1 else 0
         if held and held == len(shards):
@@ -112,6 +131,9 @@ class Dataset:
             spans = [(shards[0], 0, max(0, windows[0] - tail)), (shards[0], (windows[0] - tail) * self.T, tail)]
 
         self._shards, self._begins, counts = zip(*spans, strict=True)
+        # where a span's last window may begin at most: what is held out of a single shard stays held out
+        tails = [0 if len(spans) > len(shards) else (shard.num_tokens - 1) % self.T for shard in self._shards]
+        self._lasts = [b + (n - 1) * self.T + t for b, n, t in zip(self._begins, counts, tails, strict=True)]
         self._first_ids = np.cumsum((0, *counts))
         self.num_samples = int(self._first_ids[cut])
         self.num_eval_samples = int(self._first_ids[-1]) - self.num_samples
@@ -133,7 +155,7 @@ class Dataset:
         paths = chosen_shards(cfg)
         allow_open_files(len(paths))
         shards = [Shard.open(folder or cfg.data_dir, path) for path in paths]
-        return cls(shards, cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files)
+        return cls(shards, cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files, cfg.shift_windows)
 
     @cached_property
     def manifest(self) -> list[dict[str, Any]]:
@@ -149,9 +171,10 @@ class Dataset:
     def check_same(self, state: dict[str, Any], cfg: Config) -> None:
         """Raise DataError unless the run of a checkpoint's state read these shards in this order, or it is allowed."""
         changes = explain_change(state["data"]["manifest"], self.manifest)
-        for key in ("seed", "sequence_length", "eval_files"):
-            if state["config"][key] != getattr(cfg, key):
-                changes += f"\n{key} {state['config'][key]} -> {getattr(cfg, key)}"
+        for key in ("seed", "sequence_length", "eval_files", "shift_windows"):
+            was = state["config"].get(key, KEYS[key].default)
+            if was != getattr(cfg, key):
+                changes += f"\n{key} {was} -> {getattr(cfg, key)}"
         if changes and not cfg.allow_data_change:
             raise DataError(
                 f"the checkpoint was trained on other data or in another order:\n{changes}\n"
@@ -162,12 +185,12 @@ class Dataset:
         """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
         position = first + np.arange(count)
         epochs, positions = np.divmod(position, self.num_samples)
-        return np.concatenate(
-            [
-                permutation(self.seed, int(epoch), self.num_samples, positions[epochs == epoch])
-                for epoch in np.unique(epochs)
-            ]
-        )
+        ids = []
+        for epoch in np.unique(epochs).tolist():
+            shift = window_shift(self.seed, epoch, self.T) if self.shift_windows else 0
+            order = permutation(self.seed, epoch, self.num_samples, positions[epochs == epoch])
+            ids.append(order + shift * self._first_ids[-1])
+        return np.concatenate(ids)
 
     def eval_ids(self, count: int) -> np.ndarray:
         """Up to `count` held-out window ids, evenly spaced and always the same; int64 [min(count, held out)]."""
@@ -192,12 +215,12 @@ class Dataset:
         return [(shard.path, start) for shard, start in self._places(ids)]
 
     def _places(self, ids: np.ndarray) -> list[tuple[Shard, int]]:
-        ids = np.asarray(ids, np.int64)
-        assert not len(ids) or (0 <= ids.min() and ids.max() < self._first_ids[-1]), "window id out of range"
+        shifts, ids = np.divmod(np.asarray(ids, np.int64), self._first_ids[-1])
+        assert not len(ids) or (0 <= shifts.min() and shifts.max() < self.T), "window id out of range"
         spans = np.searchsorted(self._first_ids, ids, "right") - 1
-        starts = (ids - self._first_ids[spans]) * self.T
+        starts = (ids - self._first_ids[spans]) * self.T + shifts
         places = zip(spans.tolist(), starts.tolist(), strict=True)
-        return [(self._shards[span], self._begins[span] + start) for span, start in places]
+        return [(self._shards[span], min(self._begins[span] + start, self._lasts[span])) for span, start in places]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """The windows with these ids, int64 [len(ids), T + 1]. Raises DataError, also for a token >= vocab_size."""
@@ -223,8 +246,7 @@ class Dataset:
     def position(self, samples_seen: int) -> dict[str, Any]:
         """Where a run stands after so many samples: epoch, share of it done, files' worth read, the next sample."""
         epoch, done = divmod(samples_seen, self.num_samples)
-        window = permutation(self.seed, epoch, self.num_samples, np.array([done]))
-        [(path, offset)] = self.locate(window)
+        [(path, offset)] = self.locate(self.sample_ids(samples_seen, 1))
         return {
             "epoch": epoch,
             "epoch_fraction": done / self.num_samples,
