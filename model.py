@@ -5,10 +5,12 @@ dict is an export after a rename. Nothing here knows about devices, processes or
 """
 
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {
@@ -37,14 +39,51 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat(((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest), dim=-1)
 
 
+# CUDA's kernel gets room for a document per so many tokens of a window: a fixed number compiles once, and room for any
+# number would cost more in empty documents than in full ones. What comes behind the last that has room is one document.
+SHORTEST = 16
+
+
+class Documents(NamedTuple):
+    """Where the documents of a batch begin: each with its end-of-text, which comes to stand for "a text starts here".
+
+    So the first word of a text is predicted from that token alone, as it is when a model is asked for a text out of
+    nothing; were it the last of its document, that word would be predicted from strangers' text. Rotary positions go
+    on through a window: scores depend on differences of positions, and these are the same wherever a document lies.
+    """
+
+    first: torch.Tensor  # int32 (B, T): the position of the first token that this one may look at
+    edges: torch.Tensor  # int32 (B * n + 1): the same as offsets into B * T tokens, for CUDA's kernel
+
+    @classmethod
+    def of(cls, idx: torch.Tensor, end: int) -> "Documents":
+        """Those of idx (B, T), by the id of end-of-text; fixed shapes and no wait for the device."""
+        B, T = idx.shape
+        positions = torch.arange(T, device=idx.device, dtype=torch.int32)
+        first = torch.where(idx == end, positions, 0).cummax(dim=1).values
+        begins = torch.where(first == positions, positions, T).sort(dim=1).values[:, : -(-T // SHORTEST)]  # (B, n)
+        edges = begins + T * torch.arange(B, device=idx.device, dtype=torch.int32)[:, None]  # the rest: length 0
+        return cls(first, F.pad(edges.flatten(), (0, 1), value=B * T))
+
+    def visible(self) -> torch.Tensor:
+        """bool (B, 1, T, T): which key each query sees."""
+        keys = torch.arange(self.first.size(1), device=self.first.device)
+        return ((keys >= self.first[..., None]) & (keys <= keys[:, None]))[:, None]
+
+
 class CausalSoftmax(torch.autograd.Function):
-    """Attention weights of scores (B, H, rows, T) of the last `rows` queries, in fp32, kept in the scores' dtype."""
+    """Attention weights of scores (B, H, rows, T) of the last `rows` queries, in fp32, kept in the scores' dtype.
+
+    first (B, rows), or None: a query sees no key before it.
+    """
 
     @staticmethod
-    def forward(ctx, scores, scale):
+    def forward(ctx, scores, scale, first=None):
         rows, T = scores.shape[-2:]
-        future = torch.ones(rows, T, dtype=torch.bool, device=scores.device).triu(T - rows + 1)
-        weights = torch.softmax((scores.float() * scale).masked_fill(future, float("-inf")), dim=-1).to(scores.dtype)
+        hidden = torch.ones(rows, T, dtype=torch.bool, device=scores.device).triu(T - rows + 1)
+        if first is not None:  # an index compared with a number per row: no (T, T) mask is ever read
+            hidden = hidden | (torch.arange(T, device=scores.device, dtype=first.dtype) < first[:, None, :, None])
+        weights = torch.softmax((scores.float() * scale).masked_fill(hidden, float("-inf")), dim=-1).to(scores.dtype)
         ctx.save_for_backward(weights)
         ctx.scale = scale
         return weights
@@ -54,11 +93,15 @@ class CausalSoftmax(torch.autograd.Function):
     def backward(ctx, grad):
         (weights,) = ctx.saved_tensors
         p, d = weights.float(), grad.float()
-        return ((d - (d * p).sum(dim=-1, keepdim=True)) * p * ctx.scale).to(weights.dtype), None
+        return ((d - (d * p).sum(dim=-1, keepdim=True)) * p * ctx.scale).to(weights.dtype), None, None
 
 
-def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: int = 4) -> torch.Tensor:
+def attend_in_pieces(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None = None, pieces: int = 4
+) -> torch.Tensor:
     """Causal attention of q, k, v (B, H, T, D) as plain products: a piece of the queries with the keys that it sees.
+
+    first: (B, T), the first key that each query sees; None for all before it.
 
     Compiled for a CPU it is faster than scaled_dot_product_attention's kernel there (LOG.md), and keeps more for
     backward: 5/8 of the (T, T) weights.
@@ -67,7 +110,8 @@ def attend_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: 
     rows = -(-T // pieces)
     for start in range(0, T, rows):
         end = min(start + rows, T)
-        weights = CausalSoftmax.apply(q[:, :, start:end] @ k[:, :, :end].mT, q.size(3) ** -0.5)
+        begin = None if first is None else first[:, start:end]
+        weights = CausalSoftmax.apply(q[:, :, start:end] @ k[:, :, :end].mT, q.size(3) ** -0.5, begin)
         y.append(weights @ v[:, :, :end])
     return torch.cat(y, dim=2)
 
@@ -80,7 +124,7 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
         self.dense = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, documents=None):
         B, T, C = x.shape
         # GPT-NeoX interleaves per head: q, k and v of head 0, then of head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, 3 * D)
@@ -90,9 +134,16 @@ class Attention(nn.Module):
         if cache is not None:  # generation: sample.py keeps this layer's keys and values of earlier tokens
             y = cache.attend(q, k, v)
         elif self.in_pieces and p == 0.0:
-            y = attend_in_pieces(q, k, v)
-        else:
+            y = attend_in_pieces(q, k, v, None if documents is None else documents.first)
+        elif documents is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        elif x.is_cuda and p == 0.0 and q.dtype != torch.float32:  # what that kernel can do
+            q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T, H, D)
+            edges = documents.edges
+            y = varlen_attn(q, k, v, edges, edges, T, T, window_size=(-1, 0))  # to the left: causal
+            y = y.unflatten(0, (B, T)).transpose(1, 2)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.visible(), dropout_p=p)
         return self.dense(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -124,13 +175,13 @@ class Block(nn.Module):
         """function(*args), computed a second time in backward instead of kept."""
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.random)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, documents=None):
         if self.training and self.checkpointing == "full":
-            return self.again(self.body, x, cos, sin)
-        return self.body(x, cos, sin, cache)
+            return self.again(self.body, x, cos, sin, None, documents)
+        return self.body(x, cos, sin, cache, documents)
 
-    def body(self, x, cos, sin, cache=None):
-        a = F.dropout(self.attention(self.input_layernorm(x), cos, sin, cache), self.p, self.training)
+    def body(self, x, cos, sin, cache, documents):
+        a = F.dropout(self.attention(self.input_layernorm(x), cos, sin, cache, documents), self.p, self.training)
         if self.parallel:  # both read x, so their matrix products do not wait for each other
             return x + a + self.wide(x)
         x = x + a
@@ -235,9 +286,10 @@ class Head(nn.Linear):
 
 
 class GPTNeoX(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, cfg, end=None):
+        """end: the id of end-of-text where documents are kept apart: a token attends within its own."""
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.end = cfg, end
         self.embed_in = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
@@ -257,8 +309,9 @@ class GPTNeoX(nn.Module):
         positions = torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_tables(positions, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
         x = F.dropout(self.embed_in(idx), cfg.hidden_dropout, self.training)  # (B, T, C)
+        documents = None if self.end is None else Documents.of(idx, self.end)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, documents=documents)
         return self.embed_out(self.final_layer_norm(x), targets)
 
 

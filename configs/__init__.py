@@ -54,6 +54,7 @@ class Config:
     cache_dir: str = "data/cache"  # where compressed shards are unpacked to, once per machine; a large, fast disk
     sequence_length: int = 1024  # tokens per sample, T; at most max_position_embeddings
     tokenizer: str = "gpt2"  # what the shards were made with: gpt2 or byte; for text samples
+    mask_documents: bool = False  # a token sees its own document only; true where they are shorter than a window
     shift_windows: bool = False  # cut windows elsewhere in every epoch; true where epochs repeat
     eval_files: int = 1  # last shards that are never trained on; with a single shard, its tail
     eval_samples: int = 256  # fixed held-out windows per evaluation; fewer for speed

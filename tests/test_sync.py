@@ -23,8 +23,6 @@ from refocused.bucket import gcs, remote, sync
 from refocused.bucket.transfer import exclusive
 from refocused.checkpoint import manifest
 
-ROOT = Path(ckpt.__file__).parent
-
 
 class WatchedGCS(FakeGCS):
     """Notes every moment in which a manifest speaks for objects that are not there, or not with its checksums."""
