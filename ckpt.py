@@ -11,7 +11,7 @@ checkpoints.load(tree)                  # into any strategy and world size
 checkpoints.save(name, state)           # behind training, and behind that to the bucket
 checkpoints.close(say)
 
-python ckpt.py list | verify | pull | push | prune | export | import
+python ckpt.py list | verify | pull | push | prune | export | import | eval
 """
 
 import os
@@ -31,6 +31,7 @@ from refocused.checkpoint.choice import Choice
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
+from refocused.measure import evaluation
 from refocused.run import processes
 from refocused.run.processes import Env
 
@@ -182,6 +183,7 @@ COMMANDS = {
     "prune": ("delete old checkpoints of a bucket, damaged ones, and uploads broken off", commands.prune_command),
     "export": ("a checkpoint -> a folder that Transformers loads", lambda argv: export.main_export(argv, find)),
     "import": ("a GPT-NeoX folder -> a checkpoint to start from", export.main_import),
+    "eval": ("loss, perplexity and bits per byte on held-out windows", lambda argv: evaluation.main(argv, find)),
 }
 
 

@@ -197,12 +197,13 @@ class Dataset:
         count = min(count, self.num_eval_samples)
         return self.num_samples + np.arange(count) * self.num_eval_samples // max(count, 1)
 
-    def held_out(self, cfg: Config, rank: int, world_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's blocks of the fixed held-out windows: x, y, int64 [B, T]; the same number on every rank.
+    def blocks(
+        self, ids: np.ndarray, B: int, rank: int, world_size: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of the windows with these ids: x, y, int64 [B, T]; the same number on every rank.
 
         What fills a block up is zeros whose targets, -100, do not count: a compiled model meets one shape.
         """
-        B, ids = cfg.per_device_train_batch_size, self.eval_ids(cfg.eval_samples)
         for first in range(rank * B, rank * B + len(ids), B * world_size):
             rows = ids[first : first + B]
             x, y = torch.zeros(B, self.T, dtype=torch.int64), torch.full((B, self.T), -100)

@@ -265,12 +265,16 @@ class Head(nn.Linear):
         super().__init__(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.kernel = softmax_loss  # replaced by its compiled form
 
-    def forward(self, x, targets=None):
-        """Logits (B, T, V), or with targets (B, T) the sum of their token losses (fp32 scalar); -100 is not counted."""
+    def forward(self, x, targets=None, each=False):
+        """Logits (B, T, V), or with targets (B, T) the sum of their token losses (fp32 scalar); -100 is not counted.
+
+        each, without gradients: the losses (B, T) themselves, 0 where a target is not counted.
+        """
         if targets is None:
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        shape = targets.shape
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         N = x.size(0)
         chunks = -(-N * self.weight.size(0) // self.max_logits)
@@ -279,10 +283,11 @@ class Head(nn.Linear):
         if torch.is_grad_enabled():
             return LinearCrossEntropy.apply(x, self.weight, targets, rows, self.kernel, self.multiple)
         V, w = self.weight.size(0), padded(self.weight, x.dtype, self.multiple)
-        return sum(
-            F.cross_entropy((x_c @ w.T)[:, :V].float(), y_c, reduction="sum", ignore_index=-100)
+        losses = [
+            F.cross_entropy((x_c @ w.T)[:, :V].float(), y_c, reduction="none" if each else "sum", ignore_index=-100)
             for x_c, y_c in zip(x.split(rows), targets.split(rows), strict=True)
-        )
+        ]
+        return torch.cat(losses).view(shape) if each else sum(losses)
 
 
 class GPTNeoX(nn.Module):
@@ -300,10 +305,11 @@ class GPTNeoX(nn.Module):
         if self.cfg.tie_word_embeddings:
             self.embed_out.weight = self.embed_in.weight
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, each=False):
         """Logits (B, T, V) for int64 idx (B, T); with targets (B, T) the sum of token losses, an fp32 scalar.
 
         Targets are the next tokens already: nothing is shifted here. -100 marks a target that does not count.
+        each: the token losses (B, T) instead of their sum, without gradients.
         """
         cfg = self.cfg
         positions = torch.arange(idx.size(1), device=idx.device)
@@ -312,7 +318,7 @@ class GPTNeoX(nn.Module):
         documents = None if self.end is None else Documents.of(idx, self.end)
         for layer in self.layers:
             x = layer(x, cos, sin, documents=documents)
-        return self.embed_out(self.final_layer_norm(x), targets)
+        return self.embed_out(self.final_layer_norm(x), targets, each)
 
 
 def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:

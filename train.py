@@ -174,7 +174,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         if evals:
             begin = time.perf_counter()
             if (held_out := evaluate(model, dataset, cfg, env, stop)) is not None:
-                monitor.evaluated(step, held_out, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
+                mean, bits = held_out.mean, held_out.bits_per_byte
+                monitor.evaluated(step, mean, begin, lambda: sample.open_ended(strategy.raw(model), cfg), bits)
         if saves or overdue:
             proven = last or checkpoints.cannot_wait  # no step comes that would show whether these weights are good
             if proven:

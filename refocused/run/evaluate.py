@@ -1,27 +1,90 @@
 """The model asked without being trained: the held-out loss, and whether it gives one at all."""
 
+import functools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from configs import Config
 from refocused.run import processes, strategy
 from refocused.run.signals import StopSignal
+from refocused.shards.shard import DataError
+from refocused.shards.tokenizers import file_bytes, token_bytes
+
+
+class Score(NamedTuple):
+    """What a model makes of a text: sums over targets of all ranks, the losses in nats."""
+
+    loss: float
+    tokens: float
+    text_loss: float  # of the targets that stand for bytes: without end-of-text and what else is no text
+    bytes: float  # 0 where no tokenizer says
+
+    @property
+    def mean(self) -> float:
+        return self.loss / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits for each byte of text, by which models with different tokenizers can be compared."""
+        return self.text_loss / math.log(2) / self.bytes if self.bytes else None
+
+
+@functools.cache
+def byte_table(tokenizer: str | Path, vocab_size: int) -> Tensor | None:
+    """int64 (vocab_size or more): bytes per id; None where no tokenizer can be had. Collective, once.
+
+    tokenizer: a name, or the tokenizer.json of a Hugging Face folder.
+    """
+    try:
+        known = processes.on_rank_0(token_bytes if isinstance(tokenizer, str) else file_bytes, tokenizer)
+    except DataError:
+        return None
+    return torch.tensor(known + [0] * (vocab_size - len(known)))
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal) -> float | None:
-    """Token-weighted mean loss over the data.Dataset's fixed held-out windows; None when a stop was asked for meanwhile."""
-    loss = torch.zeros((), device=env.device)
-    model.eval()
-    stopped = False
-    for x, y in dataset.held_out(cfg, env.rank, env.world_size):
+def score(
+    model: torch.nn.Module,
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    lengths: Tensor | None,
+    cfg: Config,
+    env: processes.Env,
+    stop: StopSignal | None = None,
+) -> Score | None:
+    """The score of a model that is in eval mode on blocks x, y (B, T), as many on every rank; lengths: byte_table.
+
+    None when a stop was asked for meanwhile. Collective.
+    """
+    # MPS has no fp64
+    loss = torch.zeros(2, device=env.device, dtype=torch.float32 if env.device.type == "mps" else torch.float64)
+    tokens = size = 0
+    for x, y in blocks:
         with strategy.autocast(cfg, env):
-            loss += model(x.to(env.device), y.to(env.device))
-        if stopped := any(processes.agree(stop.since > 0)):
-            break
+            losses = model(x.to(env.device), y.to(env.device), each=True)  # (B, T)
+        of_text = torch.zeros_like(y) if lengths is None else lengths[y.clamp(min=0)] * (y >= 0)
+        loss += torch.stack((losses.sum(), losses[(of_text > 0).to(env.device)].sum()))
+        tokens, size = tokens + int((y >= 0).sum()), size + int(of_text.sum())
+        if stop is not None and any(processes.agree(stop.since > 0)):
+            return None
+    counts = torch.tensor([tokens, size], device=env.device, dtype=loss.dtype)
+    both, text, tokens, size = processes.total(torch.cat((loss, counts))).tolist()
+    return Score(both, tokens, text, size)
+
+
+def evaluate(model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal) -> Score | None:
+    """The score of a model in training on the data.Dataset's fixed held-out windows; None when a stop was asked for."""
+    model.eval()
+    ids, lengths = dataset.eval_ids(cfg.eval_samples), byte_table(cfg.tokenizer, cfg.vocab_size)
+    blocks = dataset.blocks(ids, cfg.per_device_train_batch_size, env.rank, env.world_size)
+    found = score(model, blocks, lengths, cfg, env, stop)
     model.train()
     strategy.reshard(model)
-    tokens = len(dataset.eval_ids(cfg.eval_samples)) * cfg.sequence_length
-    return None if stopped else processes.total(loss).item() / tokens
+    return found
 
 
 @torch.no_grad()

@@ -283,14 +283,23 @@ class Monitor:
         if now - self.clocked > CLOCK_SECONDS:
             self.clock()
 
-    def evaluated(self, step: int, loss: float, begin: float, write: Callable[[], str]) -> None:
+    def evaluated(
+        self, step: int, loss: float, begin: float, write: Callable[[], str], bits_per_byte: float | None = None
+    ) -> None:
         """Note a held-out loss and the text that write() makes; the time since `begin` does not count as training."""
         self.eval_loss = loss
         spent = time.perf_counter() - begin
         perplexity = math.exp(min(loss, 700))
-        self.say(f"Step {step}: eval_loss={loss:.4f}, perplexity={perplexity:.2f} | {spent:.1f} s")
+        parts = [
+            f"Step {step}: eval_loss={loss:.4f}, perplexity={perplexity:.2f}",
+            f"{bits_per_byte:.4f} bits per byte" if bits_per_byte is not None else "",
+            "documents apart" if self.cfg.mask_documents else "",
+            f"{spent:.1f} s",
+        ]
+        self.say(" | ".join(part for part in parts if part))
         if self.board:
             self.board.scalars(step, {"loss/validation": loss, "loss/validation_perplexity": perplexity})
+            self.board.scalars(step, {"loss/validation_bits_per_byte": bits_per_byte})
             # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
             new = not self.trace or self.trace.event("eval", step, loss=loss, eval_seconds=spent)
             if new and self.samples:

@@ -1,5 +1,7 @@
 """The tokenizers: tiktoken's, and the files by which Transformers knows them."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from refocused.shards.shard import DataError
@@ -28,6 +30,28 @@ def get_tokenizer(name: str) -> Any:
             "tiktoken cannot fetch the gpt2 vocabulary; connect once, point TIKTOKEN_CACHE_DIR at a folder that holds it, "
             f"or use the byte tokenizer, which needs none: {type(error).__name__}: {error}"
         ) from error
+
+
+def token_bytes(name: str) -> list[int]:
+    """Of each id of "byte" or "gpt2", how many bytes of text it stands for; 0 for end-of-text. Raises DataError."""
+    lengths = [0] * (END_OF_TEXT[name] + 1)
+    for token, rank in get_tokenizer(name)._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+def file_bytes(file: Path) -> list[int]:
+    """token_bytes of a byte-level tokenizer.json, in which each letter of a token is a byte. Raises DataError."""
+    try:
+        content = json.loads(file.read_bytes())
+        if content["model"]["type"] != "BPE" or content["decoder"]["type"] != "ByteLevel":
+            raise DataError(f"{file} is no byte-level BPE")
+        sizes = {rank: len(token) for token, rank in content["model"]["vocab"].items()}
+        for token in content["added_tokens"]:
+            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is no tokenizer.json: {error}") from error
+    return [sizes.get(rank, 0) for rank in range(max(sizes) + 1)]
 
 
 def byte_letters() -> list[str]:

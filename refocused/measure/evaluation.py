@@ -1,0 +1,113 @@
+"""A checkpoint's or a Hugging Face folder's loss on held-out windows: `python ckpt.py eval`.
+
+python ckpt.py eval CHECKPOINT [key=value ...] [--per_shard] [--json]
+torchrun --standalone --nproc_per_node=2 ckpt.py eval CHECKPOINT
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import configs
+import data
+from configs import Config, ConfigError
+from refocused.checkpoint import folder
+from refocused.checkpoint.folder import MODEL_KEYS, Source
+from refocused.entry import parse_with_settings
+from refocused.run import processes
+from refocused.run.evaluate import Score, byte_table, score
+from refocused.shards.shard import DataError
+from refocused.shards.tokenizers import END_OF_TEXT
+
+
+def figures(found: Score) -> dict[str, Any]:
+    return {
+        "loss": found.mean,
+        "perplexity": math.exp(min(found.mean, 700)),
+        "bits_per_byte": found.bits_per_byte,
+        "tokens": int(found.tokens),
+        "bytes": int(found.bytes),
+    }
+
+
+def line(found: Score) -> str:
+    bits = "n/a, tokenizer= is not known" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+    return (
+        f"loss {found.mean:.4f} | perplexity {math.exp(min(found.mean, 700)):.2f} | bits per byte {bits} | "
+        f"{int(found.tokens):,} tokens, {int(found.bytes):,} bytes"
+    )
+
+
+def evaluate(
+    source: Source, cfg: Config, tokenizer: str | None, env: processes.Env
+) -> tuple[data.Dataset, dict[str, Score]]:
+    """The data, and for each of its held-out shards the score of the model at `source` on that one's fixed windows.
+
+    tokenizer: the name of the one that made the shards, None for that of the source's folder. Collective.
+    Raises CheckpointError, DataError.
+    """
+    dataset = data.open_dataset(cfg)
+    if not dataset.num_eval_samples:
+        raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")
+    model = folder.load(source).to(env.device)
+    model.end = END_OF_TEXT[cfg.tokenizer] if cfg.mask_documents else None
+    lengths = byte_table(tokenizer or source.path / "tokenizer.json", cfg.vocab_size)
+    ids = dataset.eval_ids(cfg.eval_samples)
+    shards = np.array([path for path, _ in dataset.locate(ids)])
+    scores = {}
+    for shard in dict.fromkeys(shards.tolist()):
+        blocks = dataset.blocks(ids[shards == shard], cfg.per_device_train_batch_size, env.rank, env.world_size)
+        found = score(model, blocks, lengths, cfg, env)
+        assert found is not None  # nothing asked for a stop
+        scores[shard] = found
+    return dataset, scores
+
+
+def main(argv: list[str], find: Callable[[str], Source]) -> int:
+    """ckpt.py eval; find() knows what is at a place. Raises ConfigError, CheckpointError, DataError, BucketError."""
+    parser = argparse.ArgumentParser(prog="ckpt.py eval", description="The loss on the windows that are held out.")
+    place = "one, a folder of them (the last), a Hugging Face folder, or gs://..."
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=place)
+    parser.add_argument("--per_shard", action="store_true", help="also for each held-out shard")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    options = parse_with_settings(parser, argv)
+    values = {key: configs.parse(key, text) for key, text in (word.split("=", 1) for word in options.settings)}
+    if fixed := [key for key in values if key in MODEL_KEYS]:
+        raise ConfigError(f"{fixed[0]}={values[fixed[0]]}: the model is the checkpoint's; leave {', '.join(fixed)} out")
+    machine = {key: values[key] for key in ("cpu_threads", "deterministic") if key in values}
+    env = processes.start(Config(**machine))
+    try:
+        source = processes.on_rank_0(find, options.checkpoint)
+        cfg = dataclasses.replace(source.cfg, **values)
+        processes.check_precision(cfg, env.device)
+        dataset, scores = evaluate(source, cfg, values.get("tokenizer", source.tokenizer), env)
+    except BaseException:
+        processes.leave()
+        raise
+    processes.stop()
+    if not env.main:
+        return 0
+    whole = Score(*(sum(values) for values in zip(*scores.values(), strict=True)))
+    trained_on = source.state.get("data", {}).get("fingerprint", dataset.fingerprint)
+    if trained_on != dataset.fingerprint:
+        print("note: not the run's data; what is held out here may have been trained on", file=sys.stderr)
+    if options.json:
+        report = {"checkpoint": str(source.path), "step": source.state.get("step"), "data_dir": cfg.data_dir}
+        report |= {"windows": len(dataset.eval_ids(cfg.eval_samples)), "sequence_length": cfg.sequence_length}
+        report |= {"mask_documents": cfg.mask_documents, **figures(whole)}
+        if options.per_shard:
+            report["shards"] = {shard: figures(found) for shard, found in scores.items()}
+        print(json.dumps(report))
+        return 0
+    apart = ", documents apart" if cfg.mask_documents else ""
+    windows = f"{len(dataset.eval_ids(cfg.eval_samples)):,} windows of {cfg.sequence_length:,}"
+    print(f"{source}\n{cfg.data_dir}: {windows}{apart}\n{line(whole)}")
+    if options.per_shard:
+        print("\n".join(f"{shard}: {line(found)}" for shard, found in scores.items()))
+    return 0

@@ -1,0 +1,116 @@
+"""ckpt.py eval: the loss that Transformers and the run itself find on the same windows, in nats, in bits per byte."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_shards
+from launch import GUARD, train
+from transformers import AutoModelForCausalLM
+
+import ckpt
+import configs
+from data import Dataset
+from refocused.checkpoint import export
+from refocused.shards import tokenizers
+
+
+def evaluate(*args, nproc: int = 1, code: int = 0) -> str:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    command = [sys.executable, *torchrun, "ckpt.py", "eval", *map(str, args), "cpu_threads=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Four shards, the last two for holding out, with ids of end-of-text and a vocabulary that is wider than the text's."""
+    return write_shards(tmp_path_factory.mktemp("two"), tokens=1500)
+
+
+@pytest.fixture(scope="module")
+def run(two, tmp_path_factory):
+    """A run of 6 steps that held two shards out and evaluated at its end, with its export."""
+    folder = tmp_path_factory.mktemp("run")
+    args = [f"data_dir={two}", "vocab_size=260", "eval_files=2", "eval_samples=21", "eval_steps=6", "max_steps=6"]
+    done = train(folder, *args, "mask_documents=true")
+    assert export.main_export([str(folder / "out"), str(folder / "hf"), "--dtype", "fp32"], ckpt.find) == 0
+    return folder, done
+
+
+def expected(folder: Path, two: Path) -> dict[str, float]:
+    """Transformers' own mean loss over the windows; bits per byte counted by hand, without the targets that are no byte."""
+    settings = ["vocab_size=260", "sequence_length=32", "tokenizer=byte", "eval_files=2", f"data_dir={two}"]
+    dataset = Dataset.open(configs.load(settings)[0])
+    windows = torch.from_numpy(dataset.gather(dataset.eval_ids(21)))
+    hf = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        logits = hf(input_ids=windows[:, :-1]).logits
+        loss = hf(input_ids=windows, labels=windows).loss.item()
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    text = windows[:, 1:] < 256
+    assert not text.all() and math.isclose(each.mean().item(), loss, rel_tol=1e-6)
+    bits = each[text].sum().item() / math.log(2) / text.sum().item()
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": bits,
+        "tokens": 21 * 32,
+        "bytes": int(text.sum()),
+    }
+
+
+def test_equals_transformers(run, two):
+    """The checkpoint on two processes and its export on one against Transformers on the same windows, to 1e-5.
+
+    Shards add up to the whole; the text report has the same numbers; windows by shard do not change the sum.
+    """
+    folder, _ = run
+    wanted = expected(folder, two)
+    given = ["mask_documents=false", "per_device_train_batch_size=4", "eval_files=2", "eval_samples=21"]
+    given += [f"data_dir={two}", "mixed_precision=no", "sequence_length=32"]
+    ours = json.loads(evaluate(folder / "out", *given, "--json", "--per_shard", nproc=2))
+    theirs = json.loads(evaluate(folder / "hf", *given, "--json"))  # its tokenizer.json says what a byte is
+    assert "shards" not in theirs and theirs["step"] is None and ours["step"] == 6
+    for key, value in wanted.items():
+        assert [ours[key], theirs[key]] == pytest.approx([value, value], rel=1e-6, abs=1e-5), key
+    shards = ours["shards"].values()
+    assert len(shards) == 2 and sum(s["tokens"] for s in shards) == ours["tokens"] and ours["windows"] == 21
+    assert sum(s["loss"] * s["tokens"] for s in shards) == pytest.approx(ours["loss"] * ours["tokens"])
+
+
+def test_equals_the_run(run):
+    """With the run's own keys: the eval_loss and bits per byte of its log, documents apart as there."""
+    folder, done = run
+    [(loss, bits)] = re.findall(r"eval_loss=([\d.]+), .* \| ([\d.]+) bits per byte \| documents apart", done.text)
+    out = evaluate(folder / "out", "--per_shard")
+    assert f"loss {loss} |" in out and f"bits per byte {bits} |" in out and "documents apart" in out
+    assert out.count("bits per byte") == 3
+    keys = ("mask_documents=true", "mask_documents=false")
+    apart, together = (json.loads(evaluate(folder / "out", key, "--json")) for key in keys)
+    assert apart["mask_documents"] and not together["mask_documents"] and apart["loss"] != together["loss"]
+
+
+def test_bytes_of_tokens(run, tmp_path):
+    """Bytes per id: by name, and by the tokenizer.json of an export; special tokens count for none."""
+    byte = tokenizers.token_bytes("byte")
+    assert byte == [1] * 256 + [0] == tokenizers.file_bytes(run[0] / "hf/tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram"}, "decoder": {"type": "ByteLevel"}}')
+    for file in (tmp_path / "tokenizer.json", tmp_path / "none.json"):
+        with pytest.raises(tokenizers.DataError, match=file.name):
+            tokenizers.file_bytes(file)
+
+
+def test_refused(run, two):
+    """Another model's keys, nothing held out, no such place: one sentence each."""
+    folder, _ = run
+    assert "the model is the checkpoint's" in evaluate(folder / "out", "hidden_size=64", code=2)
+    assert "eval_files=0 holds nothing out" in evaluate(folder / "out", "eval_files=0", code=66)
+    assert np.isfinite(json.loads(evaluate(folder / "out", "eval_samples=1", "--json"))["loss"])
