@@ -11,7 +11,7 @@ checkpoints.load(tree)                  # into any strategy and world size
 checkpoints.save(name, state)           # behind training, and behind that to the bucket
 checkpoints.close(say)
 
-python ckpt.py list | verify | pull | push | prune | export | import | eval
+python ckpt.py list | verify | pull | push | prune | export | import | average | eval
 """
 
 import os
@@ -26,7 +26,7 @@ from torch import Tensor
 from configs import Config, ConfigError
 from refocused import entry
 from refocused.bucket import commands, sync
-from refocused.checkpoint import choice, export, folder, manifest, tensors
+from refocused.checkpoint import average, choice, export, folder, manifest, tensors
 from refocused.checkpoint.choice import Choice
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
@@ -183,6 +183,7 @@ COMMANDS = {
     "prune": ("delete old checkpoints of a bucket, damaged ones, and uploads broken off", commands.prune_command),
     "export": ("a checkpoint -> a folder that Transformers loads", lambda argv: export.main_export(argv, find)),
     "import": ("a GPT-NeoX folder -> a checkpoint to start from", export.main_import),
+    "average": ("the mean of several checkpoints' weights", lambda argv: average.main(argv, find)),
     "eval": ("loss, perplexity and bits per byte on held-out windows", lambda argv: evaluation.main(argv, find)),
 }
 

@@ -9,7 +9,7 @@ import os
 import secrets
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -82,10 +82,16 @@ def own_part(tree: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor
     return part
 
 
+class Source(Protocol):
+    """Tensors by name."""
+
+    def __getitem__(self, key: str, /) -> Tensor: ...
+
+
 class CopyPlanner(DefaultSavePlanner):
     """Plans with the live tensors' layout, hands out the bytes of their copies."""
 
-    def __init__(self, source: dict[str, Tensor]):
+    def __init__(self, source: Source):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.source = source
 
@@ -142,13 +148,16 @@ class Writer(dcp.HuggingFaceStorageWriter):
         manifest.commit(self.folder, self.final, self.id, self.files, self.state)
 
 
-def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """One blocking save by one process, which needs no process group. Raises CheckpointError."""
+def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any], source: Source | None = None) -> None:
+    """One blocking save by one process, which needs no process group. Raises CheckpointError.
+
+    source: where the values are, if the tree is only their shapes; each is asked for once, when it is written.
+    """
     writer = Writer(final, secrets.token_hex(8), json.dumps(state).encode(), sum(t.nbytes for t in tree.values()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
         try:
-            dcp.save(tree, storage_writer=writer, planner=CopyPlanner(tree), no_dist=True)
+            dcp.save(tree, storage_writer=writer, planner=CopyPlanner(source or tree), no_dist=True)
             writer.commit()
         except (CheckpointException, OSError) as error:
             raise CheckpointError(f"{final} was not saved: {cause(error)}") from error
@@ -171,7 +180,7 @@ def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
     }
     here = {key: (tuple(t.shape), t.dtype) for key, t in tree.items()}
     if there != here:
-        raise CheckpointError(f"{path} is of another model or optimizer: {_differences(there, here)}")
+        raise CheckpointError(f"{path} is of another model or optimizer: {differences(there, here)}")
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with torch.no_grad():
@@ -180,7 +189,7 @@ def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{path} could not be loaded: {cause(error)}") from error
 
 
-def _differences(there: dict[str, tuple], here: dict[str, tuple], show: int = 4) -> str:
+def differences(there: dict[str, tuple], here: dict[str, tuple], show: int = 4) -> str:
     def what(side: dict[str, tuple], key: str) -> str:
         return f"{list(side[key][0])} {str(side[key][1]).removeprefix('torch.')}" if key in side else "absent"
 

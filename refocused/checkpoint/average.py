@@ -1,0 +1,119 @@
+"""The mean of several checkpoints' weights, without their optimizers.
+
+python ckpt.py average CHECKPOINT CHECKPOINT ... OUT [--weights 1,2,3]
+
+Averaging the last checkpoints of a run stands in for part of its decay (Izmailov et al. 2018, arXiv:1803.05407).
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from configs import ConfigError
+from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint.export import check_empty
+from refocused.checkpoint.folder import MODEL_KEYS, Source
+from refocused.checkpoint.manifest import CheckpointError
+
+
+class Weights:
+    """A verified checkpoint's parameters, one at a time, whichever layout wrote them."""
+
+    def __init__(self, path: Path):
+        metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
+        self.path = path
+        self.there = {
+            key: (tuple(saved.size), saved.properties.dtype)
+            for key, saved in metadata.state_dict_metadata.items()
+            if key.startswith("model.") and isinstance(saved, TensorStorageMetadata)
+        }
+        self.parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {key: [] for key in self.there}
+        for index, place in metadata.storage_data.items():
+            if index.fqn in self.parts:
+                self.parts[index.fqn].append((place.relative_path, tuple(index.offset)))
+
+    def read(self, key: str) -> Tensor:
+        size, dtype = self.there[key]
+        whole = torch.empty(size, dtype=dtype)
+        for file, offset in self.parts[key]:
+            with safe_open(self.path / file, "pt") as opened:
+                part = opened.get_tensor(key)
+            whole[tuple(slice(at, at + n) for at, n in zip(offset, part.shape, strict=True))] = part
+        return whole
+
+
+class Mean:
+    """{key: the weighted mean of a parameter}, made when it is asked for: one tensor of one checkpoint at a time."""
+
+    def __init__(self, members: list[Weights], weights: list[float]):
+        self.members, self.weights = members, weights
+
+    def __getitem__(self, key: str) -> Tensor:
+        total = torch.zeros(self.members[0].there[key][0], dtype=torch.float64)  # the mean of equals is what they are
+        for member, weight in zip(self.members, self.weights, strict=True):
+            total.add_(member.read(key), alpha=weight)
+        return total.div_(math.fsum(self.weights)).to(self.members[0].there[key][1])
+
+
+def average(sources: list[Source], weights: list[float], out: Path) -> Path:
+    """Write the weighted mean into a checkpoint below `out`, as of the highest step among them; its path.
+
+    Holds one file's worth of the result and one tensor of one checkpoint. Raises ConfigError, CheckpointError.
+    """
+    newest = max(sources, key=lambda source: source.state["step"])
+    members = [Weights(source.path) for source in sources]
+    for source, member in zip(sources, members, strict=True):
+        for key in MODEL_KEYS:
+            if (a := getattr(source.cfg, key)) != (b := getattr(newest.cfg, key)):
+                raise ConfigError(f"{source.path} has {key}={a}, {newest.path} {key}={b}: no mean of different models")
+        if member.there != members[0].there:
+            difference = tensors.differences(members[0].there, member.there)
+            raise CheckpointError(f"{source.path} (here) and {sources[0].path} (there) differ: {difference}")
+    known = manifest.parse(newest.path.name)
+    final = out.absolute() / (newest.path.name if known else manifest.name(0, newest.state["step"], 0))
+    state = {
+        "step": newest.state["step"],
+        **{str(key): newest.state[key] for key in ("tokens", "imported_from") if key in newest.state},
+        "averaged": [[str(source.path), weight] for source, weight in zip(sources, weights, strict=True)],
+        "config": dataclasses.asdict(newest.cfg),
+        "run": {"torch": torch.__version__},
+    }
+    shapes = {key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in members[0].there.items()}
+    tensors.save_alone(final, shapes, state, Mean(members, weights))
+    return final
+
+
+def main(argv: list[str], find: Callable[[str], Source]) -> int:
+    """ckpt.py average; find() knows what is at a place. Raises ConfigError, CheckpointError, BucketError."""
+    parser = argparse.ArgumentParser(prog="ckpt.py average", description="The mean of checkpoints' weights.")
+    place = "at least two: a checkpoint, a folder of them (the last), or gs://..."
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=place)
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT, export and eval")
+    parser.add_argument("--weights", help="one number for each, as 1,2,3; all alike unless given")
+    args = parser.parse_args(argv)
+    check_empty(args.out)
+    try:
+        weights = [float(word) for word in args.weights.split(",")] if args.weights else [1.0] * len(args.checkpoints)
+    except ValueError:
+        weights = []
+    if len(weights) != len(args.checkpoints) or not 0 < math.fsum(weights) < math.inf or min(weights) < 0:
+        raise ConfigError(
+            f"--weights={args.weights}: {len(args.checkpoints)} checkpoints need as many numbers, none negative, not all 0"
+        )
+    if len(weights) < 2:
+        raise ConfigError("the mean of one checkpoint is that checkpoint; name at least two, and OUT behind them")
+    sources = [find(checkpoint) for checkpoint in args.checkpoints]
+    for source in sources:
+        if source.is_hf:
+            raise ConfigError(f"{source.path} is a Hugging Face folder; first: python ckpt.py import {source.path} OUT")
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(sources)} checkpoints -> {average(sources, weights, args.out)}")
+    return 0
