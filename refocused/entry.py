@@ -17,7 +17,11 @@ def run(command: Command, argv: list[str]) -> int:
     """
     open_streams()
     try:
-        code = command(argv)
+        try:
+            code = command(argv)
+        except SystemExit:  # argparse's, behind a --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # a closed pipe is found here and not by the interpreter on its way out
         return code
     except BrokenPipeError:  # `... | head`: who read has enough
@@ -52,13 +56,17 @@ def dispatch(program: str, commands: Mapping[str, tuple[str, Command]], argv: li
     lines = [f"usage: python {program} COMMAND ...", ""]
     lines += [f"  {name:<10} {meaning}" for name, (meaning, _) in commands.items()]
     lines += ["", f"python {program} COMMAND --help says more."]
-    if argv[:1] in ([], ["-h"], ["--help"]):
-        print("\n".join(lines))
-        return 0 if argv else 2
-    if argv[0] not in commands:
-        print("\n".join(lines), f"\nerror: {argv[0]!r} is no command", file=sys.stderr)
-        return 2
-    return run(commands[argv[0]][1], argv[1:])
+
+    def command(argv: list[str]) -> int:
+        if argv[:1] in ([], ["-h"], ["--help"]):
+            print("\n".join(lines))
+            return 0 if argv else 2
+        if argv[0] not in commands:
+            print("\n".join(lines), f"\nerror: {argv[0]!r} is no command", file=sys.stderr)
+            return 2
+        return commands[argv[0]][1](argv[1:])
+
+    return run(command, argv)
 
 
 def positive(text: str) -> int:

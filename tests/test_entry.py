@@ -48,6 +48,17 @@ def test_closed_pipe(reader, lines):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("program", ["bench.py --help", "bench.py losses --help", "bench.py losses A B"])
+def test_a_program_into_a_closed_pipe(program):
+    """A program's list of commands and a command's help end like any output; a mistake keeps its code and its words."""
+    line = f'exec 3>&1; {{ "$0" {program}; echo $? >&3; }} | true'
+    done = subprocess.run(["bash", "-c", line, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
+    if program.endswith("A B"):
+        assert done.stdout == "2\n" and done.stderr.startswith("error: git worktree A: ")
+    else:
+        assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def test_mistake_or_bug():
     """A user's mistake is one sentence and its own exit code; anything else a traceback that says what it is, and 70."""
     mistake = run("from configs import ConfigError; raise ConfigError('max_steps=x is wrong')")
