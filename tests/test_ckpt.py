@@ -540,7 +540,8 @@ def test_permission_denied(alone):
 
 def test_lock(tmp_path):
     """A second run on an output_dir is refused with the first one's host and pid; a killed run's lock is gone."""
-    code = "import sys; from refocused.checkpoint import manifest; manifest.lock(sys.argv[1]); print('locked', flush=True); sys.stdin.read()"
+    code = "import sys; from refocused.checkpoint import manifest; manifest.lock(sys.argv[1]); "
+    code += "print('locked', flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -246,7 +246,8 @@ def test_throttle_is_shared(server, bucket, tmp_path):
 
 def test_not_imported_without_a_bucket():
     """Importing gcs (and what imports it) loads nothing of google.cloud; only Bucket does."""
-    code = "import sys, train, data, ckpt; from refocused.bucket import gcs, download; assert not [m for m in sys.modules if m.startswith('google.cloud')]"
+    code = "import sys, train, data, ckpt; from refocused.bucket import gcs, download; "
+    code += "assert not [m for m in sys.modules if m.startswith('google.cloud')]"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -4,6 +4,7 @@ The arrows inside the package are import-linter's (pyproject.toml); it takes the
 """
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def is_in(module: str, package: str) -> bool:
     return f"{module}.".startswith(f"{package}.")
+
+
+def test_the_suite_hides_the_gpu():
+    """From this process and its children: what runs here runs on any machine."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_six_stories():

@@ -266,7 +266,8 @@ def test_killed_while_pulling(server, place, tmp_path):
     here = save(tmp_path / "a", 10, size=3_000_000)
     remote.publish(place, here)
     server.fault("GET", "alt=media.*shard|shard.*alt=media", rate=2_000_000, times=1000)
-    code = "import sys, configs; from refocused.bucket import sync; from tests.saves import config; c = config(sys.argv[1], resume='latest'); "
+    code = "import sys; from refocused.bucket import sync; from tests.saves import config; "
+    code += "c = config(sys.argv[1], resume='latest'); "
     command = [sys.executable, "-c", code + "sync.pull(c, sync.find(c))", str(tmp_path / "b")]
     for kill in (2, 2, 1):
         goal = server.count("GET", "shard.*alt=media") + kill
@@ -285,7 +286,8 @@ def test_no_room_for_a_pull(server, place, tmp_path):
     """A disk that takes no more in the middle of a pull: one line, no checkpoint, and the next pull goes on from there."""
     here = save(tmp_path / "a", 10, size=3_000_000)
     remote.publish(place, here)
-    code = "import resource, sys; from refocused.bucket import sync; from tests.saves import config; c = config(sys.argv[1], resume='latest'); "
+    code = "import resource, sys; from refocused.bucket import sync; from tests.saves import config; "
+    code += "c = config(sys.argv[1], resume='latest'); "
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2); "
     command = [sys.executable, "-c", code + limit + "sync.pull(c, sync.find(c))", str(tmp_path / "b")]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -71,7 +71,7 @@ def of_commit(commit: str, steps: int, nproc: int, settings: list[str]) -> Steps
             finally:
                 run.terminate()
                 run.wait()
-            if not trace.exists():
+            if not trace.exists() or trace.read_bytes().count(b"\n") < 2:  # the first line is the start's
                 raise ConfigError(f"the demo does not run at {commit}: {log.read_text(errors='replace')[-1000:]}")
             return {step: line for step, line in read(trace).items() if step <= steps}
         finally:
