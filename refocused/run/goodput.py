@@ -11,7 +11,7 @@ from refocused.run.words import duration
 CAUSES = {
     "gap_seconds": "between runs",
     "startup_seconds": "start-up",
-    "compile_seconds": "compilation",
+    "compile_seconds": "compilation and warm-up",
     "replay_seconds": "steps run again",
     "data_seconds": "data wait",
     "save_seconds": "save stall",
