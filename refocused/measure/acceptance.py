@@ -206,12 +206,12 @@ def tokens(m: Machine, vocabulary: int) -> Path:
     return folder
 
 
-def wait_for(log: Path, pattern: str, timeout: float = 240) -> None:
+def wait_for(log: Path, pattern: str, ranks: list, timeout: float = 240) -> None:
+    """Until the log has the pattern, which the ranks write or end without."""
     end = time.monotonic() + timeout
-    while not re.search(pattern, log.read_text(errors="replace")):
-        assert time.monotonic() < end, (
-            f"no {pattern!r} within {timeout:.0f} s\n{log.read_text(errors='replace')[-3000:]}"
-        )
+    while not re.search(pattern, text := log.read_text(errors="replace")):
+        over = time.monotonic() > end or not any(process.is_alive() for process in ranks)
+        assert not over, f"no {pattern!r} within {timeout:.0f} s, or before the end\n{text[-3000:]}"
         time.sleep(0.02)
 
 
@@ -394,7 +394,7 @@ def killed_and_resumed(m: Machine, name: str, *keys: str, cold: bool = False) ->
     step = random.randint(5, 10)
 
     def kill(log: Path, ranks: list) -> None:
-        wait_for(log, f"Step {step}: loss")
+        wait_for(log, f"Step {step}: loss", ranks)
         ranks[0].kill()
 
     slow = "import time, train; loop = train.optim.learning_rate\n"
@@ -712,13 +712,13 @@ def layouts_agree(m: Machine) -> Result:
 RAISE = """
 import data, train
 if rank == 1:
-    iterate = data.Loader.__iter__
+    following, seen = data.Loader.__next__, []
     def broken(loader):
-        for i, batch in enumerate(iterate(loader)):
-            if i == 3:
-                raise ERROR
-            yield batch
-    data.Loader.__iter__ = broken
+        seen.append(loader)
+        if len(seen) == 5:
+            raise ERROR
+        return following(loader)
+    data.Loader.__next__ = broken
 """
 
 
@@ -729,7 +729,7 @@ def one_rank_fails(m: Machine) -> Result:
         ended: list[float] = []
 
         def watch(log: Path, ranks: list, ended: list[float] = ended) -> None:
-            wait_for(log, "Step 2: loss")
+            wait_for(log, "Step 2: loss", ranks)
             begin = time.monotonic()
             for process in ranks:
                 process.join(90)
@@ -744,7 +744,7 @@ def one_rank_fails(m: Machine) -> Result:
 
 def one_rank_is_told(m: Machine) -> Result:
     def tell(log: Path, ranks: list) -> None:
-        wait_for(log, "Step 2: loss")
+        wait_for(log, "Step 2: loss", ranks)
         os.kill(ranks[1].pid, signal.SIGTERM)
 
     run = launch(m, "told", "max_steps=100000", nproc=2, during=tell)
