@@ -32,7 +32,7 @@ from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
 from refocused.measure import evaluation
-from refocused.run import processes
+from refocused.run import exits, processes
 from refocused.run.processes import Env
 
 
@@ -78,7 +78,11 @@ class Checkpoints:
         elif cfg.init_from:
             said = init_from(cfg.init_from, cfg, tree)
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
-        self._saver = Saver(cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every)
+        self._saver = Saver(
+            cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every
+        )
+        saver = self._saver
+        exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         need = sum(t.nbytes for t in tree.values())
         processes.on_rank_0(manifest.check_space, cfg.output_dir, need)  # a full disk is found now
         said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
@@ -98,6 +102,7 @@ class Checkpoints:
         returns_complete = not self.cfg.saves_behind or (self.bucket and not self.cfg.background_upload)
         return returns_complete or not self._saver.settled
 
+    @processes.patiently()
     def save(self, name: str, state: dict[str, Any], proven: bool) -> float:
         """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still.
 
@@ -107,9 +112,12 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         if self.bucket and not self.cfg.background_upload:
             self._saver.join()
-            if self._syncer:
-                self._syncer.flush(self.cfg.upload_deadline_seconds)  # status says what it came to
+            processes.on_each_node(self.env, self._flush)
         return self._saver.stall_seconds
+
+    def _flush(self) -> None:
+        assert self._syncer is not None
+        self._syncer.flush(self.cfg.upload_deadline_seconds)  # status says what it came to
 
     def settle(self, good: bool) -> None:
         """Say whether the last save counts, the same on all ranks: a finite step came after it, or none will."""
@@ -135,7 +143,7 @@ class Checkpoints:
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
             say(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
-        (missing,) = processes.agree(syncer is not None and not syncer.close(deadline))
+        (missing,) = processes.agree(syncer is not None and not syncer.close(deadline), group=processes.patient)
         return failure, (syncer and syncer.failure or "another node's part is missing") if missing else None
 
 

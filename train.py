@@ -22,13 +22,15 @@ from configs import Config
 from refocused import entry
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
-from refocused.measure import gpus, planner
-from refocused.run import guard, optim, origin, processes, profiler, strategy, words
+from refocused.measure import gpus, hardware, planner
+from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, strategy, words
 from refocused.run.evaluate import evaluate, sound
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
-from refocused.run.logs import check_folder, complain
+from refocused.run.logs import check_folder, complain, tell
 from refocused.run.monitor import Monitor
 from refocused.run.signals import StopSignal
+from refocused.run.starts import Starts
+from refocused.run.watchdog import Watchdog
 
 
 def dropout_seed(*numbers: int) -> int:
@@ -48,11 +50,14 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     checkpoints = ckpt.Checkpoints(cfg, env)
+    starts = processes.on_rank_0(Starts, cfg)
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     monitor = Monitor(cfg, env, gpus.peak_flops(env.device_name))
     monitor.plan(
         words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg)), configs.show_changes(cfg, origins)
     )
+    if cfg.check_hardware and env.device.type == "cuda":
+        monitor.say(hardware.sniff(cfg, env))
     choice = checkpoints.choose()
     state = choice.state
     if choice.path:
@@ -74,8 +79,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         # a signal to the whole process group ends the compiler too; nothing is trained yet that could be lost
         cause = type(error).__name__
         monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
-        processes.leave()
-        return STOPPED
+        return exits.leave(STOPPED)
     monitor.ready(time.perf_counter() - begin)
     if said := checkpoints.load(state_tree(model, *optimizers)):
         monitor.say(said)
@@ -98,6 +102,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
 
     def save(proven: bool) -> None:
         nonlocal saved_at
+        guard.check_replicas(model, cfg, step)
         if proven:  # and with it what an earlier save holds
             checkpoints.settle(True)
         at = dataset.position(samples_seen)
@@ -118,6 +123,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
     stop.begun = True
+    watch = Watchdog(cfg, env, step, starts)
     model.train()
     for batch in loader:
         lr = optim.learning_rate(step, cfg)
@@ -140,7 +146,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
                 loss_sum += loss.detach()
             scaler.unscale_(optimizers[0])
             norm = strategy.clip_gradients(model, cfg.max_grad_norm).to(env.device)
-            figures, apply = judge.judge(step, torch.stack((processes.total(loss_sum) / tokens_per_step, norm)))
+            figures, apply = judge.judge(step, loss_sum, norm, tokens_per_step)
             optim.update(optimizers, scaler, apply)
             if every(cfg.histogram_steps, step + 1):
                 monitor.histograms(step + 1, model)
@@ -149,6 +155,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         step += 1
         samples_seen += global_batch
         tokens_seen += tokens_per_step
+        watch.step(step)
 
         # --- the same decisions on every rank
         flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.overdue())
@@ -183,10 +190,13 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             overdue = judge.bad_in_a_row > 0  # nothing is saved in a streak that is not finite, but right after it
             if not overdue:
                 save(proven)
+        if every(cfg.check_replicas_steps, step):
+            guard.check_replicas(model, cfg, step)
         if stopping or unreadable:
             break
 
     # --- the end
+    watch.stop()
     bad = judge.bad_in_a_row > 0
     trouble = loader.error() if unreadable else None
     if trouble and not env.main:
@@ -200,9 +210,10 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     code = INTERNAL if failure and not bad else NOT_IN_BUCKET if missing else code
     ended = words.Ended(code, step, checkpoints.newest, failure, missing, trouble, time.monotonic() - stop.since)
     monitor.say(monitor.goodput())
-    monitor.say(words.farewell(ended, choice, cfg), file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
+    text = words.farewell(ended, choice, cfg)
+    monitor.say(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
-    return code
+    return exits.leave(code, text)
 
 
 def show(cfg: Config, origins: dict[str, str]) -> int:
@@ -221,9 +232,9 @@ def show(cfg: Config, origins: dict[str, str]) -> int:
 def main(argv: list[str]) -> int:
     """Parse, check what can be checked without a GPU, run; returns the exit code of DESIGN."""
     entry.open_streams()
-    leader = os.environ.get("RANK", "0") == "0"
     if {"--show", "--help", "-h"} & set(argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
+    cfg = None
     try:
         if "--help" in argv or "-h" in argv:
             print(configs.help_text())
@@ -233,26 +244,19 @@ def main(argv: list[str]) -> int:
             return show(cfg, origins)
         cfg.batch(processes.world_size())
         dataset = data.open_dataset(cfg)
-    except ValueError as error:  # the same on every rank, so one of them says it
-        if leader:
-            print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", INTERNAL)
-    try:
-        return train(cfg, origins, dataset, StopSignal())
-    except ValueError as error:
-        processes.leave()
-        if not hasattr(error, "exit_code"):
-            raise
-        if leader or not getattr(error, "same_on_all_ranks", False):
-            complain(cfg, f"error: {error}")
-        return error.exit_code
-    except RuntimeError as error:
-        if not profiler.is_out_of_memory(error):
-            raise
-        world = processes.world_size()
-        why = planner.explain_out_of_memory(error, cfg, world) if leader else f"out of memory: {error}"
-        complain(cfg, f"error: {why}")
-        return INTERNAL
+        stop = StopSignal(cfg.stop_after_minutes)
+        preemption.watch(stop.ask)
+        return train(cfg, origins, dataset, stop)
+    except SystemExit:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        code, text = failures.explain(error)
+        if cfg and profiler.is_out_of_memory(error):
+            text = f"error: out of memory: {error}"
+            if failures.first("explain"):  # it takes seconds and a process
+                text = f"error: {planner.explain_out_of_memory(error, cfg, processes.world_size())}"
+        failures.say(error, lambda: complain(cfg, text) if cfg else tell(text))
+        return exits.leave(code, text)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class Config:
     max_bad_steps: int = 10  # stop (exit 65) after so many non-finite steps in a row
     spike_sigma: float = 0.0  # a loss or norm so many deviations above its recent past is a spike; say 6; 0 for off
     spike_action: str = "report"  # report spikes with their shards, or skip: also do not apply them
+    stop_after_minutes: float = 0.0  # stop then, saved, exit 75; where machines are rented by the hour, 0 for never
     skip_steps: str = ""  # steps to walk past without an update, as 1200-1210,1300; for batches known to be bad
     seed: int = 42  # weights, sample order and dropout are functions of it
 
@@ -92,6 +93,11 @@ class Config:
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
     cpu_threads: int = 0  # threads per process on a CPU; 0 for cores / processes
+    check_hardware: bool = True  # on GPUs, seconds at the start that name a slow one; off for a machine that is known
+    collective_timeout_seconds: float = 600.0  # a step's exchange that takes longer is an error; more on slow networks
+    watchdog_seconds: float = 600.0  # without a step for so long (and 20 median steps) is a hang, exit 70; 0 to debug
+    check_replicas_steps: int = 0  # compare the model's copies so often besides at each save; where memory is doubted
+    max_failed_starts: int = 3  # starts in a row without a new step, then exit 78; 0 where machines vanish in minutes
     deterministic: bool = False  # bit-equal GPU kernels at some speed; on a CPU results always are
 
     # output: 0 means never for every *_steps key
@@ -174,7 +180,8 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
     "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps logging_seconds "
-    "eval_steps seed spike_sigma sample_tokens histogram_steps "
+    "eval_steps seed spike_sigma sample_tokens histogram_steps stop_after_minutes watchdog_seconds "
+    "check_replicas_steps max_failed_starts "
     "shard_size save_steps save_seconds save_total_limit keep_every "
     "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
     "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
@@ -245,6 +252,10 @@ def _check(cfg: Config) -> None:
     require(
         cfg.upload_deadline_seconds <= 1e6,
         f"upload_deadline_seconds={cfg.upload_deadline_seconds:g} is longer than eleven days; lower it to 1e6 or less",
+    )
+    require(
+        1 <= cfg.collective_timeout_seconds <= 1e6,
+        f"collective_timeout_seconds={cfg.collective_timeout_seconds:g} must be between 1 and 1e6",
     )
     require(
         not cfg.cpu_offload or cfg.mixed_precision != "fp16",

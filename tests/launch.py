@@ -31,7 +31,7 @@ TINY = (
     "max_position_embeddings=64 sequence_length=32 tokenizer=byte per_device_train_batch_size=4 "
     "gradient_accumulation_steps=1 dataloader_num_workers=1 learning_rate=1e-2 max_steps=10 warmup_steps=2 "
     "logging_steps=1 save_steps=0 mixed_precision=no compile_model=false cpu_threads=1 eval_samples=8 "
-    "sample_tokens=0"
+    "sample_tokens=0 max_failed_starts=0"
 ).split()
 
 

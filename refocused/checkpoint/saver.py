@@ -92,6 +92,11 @@ class Saver:
         error, self._error = self._error, None
         return error
 
+    def give_time(self, seconds: float) -> None:
+        """Before this process ends after an error: a save in flight that counts may still become complete."""
+        if self._saving and self._proof.done():
+            concurrent.futures.wait([self._saving], seconds)
+
     def close(self) -> str | None:
         """wait(), then give back the process group and the host memory."""
         error = self.wait()

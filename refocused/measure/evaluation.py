@@ -20,7 +20,7 @@ from configs import Config, ConfigError
 from refocused.checkpoint import folder
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.entry import parse_with_settings
-from refocused.run import processes
+from refocused.run import exits, failures, processes
 from refocused.run.evaluate import Score, byte_table, score
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import END_OF_TEXT
@@ -87,9 +87,10 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
         cfg = dataclasses.replace(source.cfg, **values)
         processes.check_precision(cfg, env.device)
         dataset, scores = evaluate(source, cfg, values.get("tokenizer", source.tokenizer), env)
-    except BaseException:
-        processes.leave()
-        raise
+    except Exception as error:
+        code, text = failures.explain(error)
+        failures.say(error, lambda: print(text, file=sys.stderr, flush=True))
+        return exits.leave(code, text)
     processes.stop()
     if not env.main:
         return 0

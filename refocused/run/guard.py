@@ -1,24 +1,50 @@
 """What a run refuses: ranks that disagree, and steps whose figures cannot be right."""
 
 import dataclasses
+import functools
+import hashlib
 import math
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from configs import KEYS, Config, ConfigError
 from refocused.run import processes
+from refocused.run.exits import INTERNAL
 
 PLACES = ("data_dir", "cache_dir", "output_dir", "logging_dir")  # nodes may keep things in different places
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 
 
+class ReplicasDiffer(ValueError):
+    """Ranks that should hold the same parameters do not."""
+
+    exit_code = INTERNAL
+    same_on_all_ranks = True
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code that trains."""
+    root = Path(__file__).resolve().parents[2]
+    files = [*(root / name for name in ("train.py", "model.py", "data.py", "ckpt.py")), *root.glob("refocused/**/*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(file for file in files if file.exists()):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def check_ranks(cfg: Config, fingerprint: str) -> None:
-    """Raise ConfigError, on every rank alike, unless all have the same config and shards of the same fingerprint."""
+    """Raise ConfigError, on every rank alike, unless all have the same config, shards (by fingerprint), torch and code."""
     mine = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in PLACES}
     mine["the shards in data_dir"] = fingerprint
-    everyone = [None] * dist.get_world_size()
+    mine["the version of torch"] = torch.__version__
+    mine["the code (a hash of train.py, model.py and the like)"] = sources()
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for rank, theirs in enumerate(everyone):
         if differing := [key for key in mine if theirs[key] != everyone[0][key]]:
@@ -39,6 +65,39 @@ def check_same_batch(state: dict[str, Any], cfg: Config, global_batch: int) -> N
         raise ConfigError(
             f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
             f"global_batch_size={before}, or set allow_batch_change=true to go on with {global_batch}"
+        )
+
+
+@torch.no_grad()
+def check_replicas(model: torch.nn.Module, cfg: Config, step: int) -> None:
+    """Raise ReplicasDiffer, on every rank alike, unless all copies of the model have the same bits. Collective.
+
+    Under DDP each rank has a copy, under HSDP each shard_size of them; one copy needs no comparison. A sum of the
+    bits as integers sees any single change, and two that cancel out are no accident.
+    """
+    world = dist.get_world_size()
+    size = 1 if cfg.parallel == "ddp" else cfg.shard_size or world  # ranks that share one copy
+    if size == world:
+        return
+    sums = []
+    for p in model.parameters():
+        bits = (p.to_local() if isinstance(p, DTensor) else p).detach().flatten().view(torch.uint8)
+        whole = len(bits) // 4 * 4
+        sums += [bits[:whole].view(torch.int32).sum(dtype=torch.int64), bits[whole:].sum(dtype=torch.int64)]
+    digest = hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()
+    everyone: list[str] = [""] * world
+    dist.all_gather_object(everyone, digest, group=processes.patient)
+    odd = []
+    for part in range(size):
+        ranks = range(part, world, size)
+        [(most, _)] = Counter(everyone[rank] for rank in ranks).most_common(1)
+        odd += [rank for rank in ranks if everyone[rank] != most]
+    if odd:
+        who = f"rank {odd[0]} has" if len(odd) == 1 else f"ranks {', '.join(map(str, sorted(odd)))} have"
+        raise ReplicasDiffer(
+            f"at step {step:,} {who} other parameters than the rest{' (or rank 0 has)' * (world == 2 * size)}: memory or a "
+            "GPU is faulty, or an update was not the same on all; nothing was saved, the last checkpoint stands: "
+            "resume=latest, on other hardware if it happens again"
         )
 
 
@@ -86,8 +145,18 @@ class Guard:
         self.spikes = Spikes(cfg, device, state.get("spike_window")) if cfg.spike_sigma else None
         self.bad_in_a_row = 0  # up to the last step that the host knows of
 
-    def judge(self, step: int, figures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Figures (loss, norm) with what else a verdict needs, and whether to apply the step; both on the device."""
+    def judge(
+        self, step: int, loss_sum: torch.Tensor, norm: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of this rank's sum of losses and norm, scalars: figures (loss, norm) with what else a verdict needs, and
+        whether to apply the step; both on the device and equal on all ranks. Collective.
+
+        A norm that is finite here and not elsewhere (a flipped bit after the reduction) is not finite anywhere: the
+        ranks' verdicts travel with their losses.
+        """
+        loss, broken = processes.total(torch.stack((loss_sum, (~norm.isfinite()).to(loss_sum.dtype))))
+        norm = torch.where((broken > 0) & norm.isfinite(), math.inf, norm)
+        figures = torch.stack((loss / tokens, norm))
         apply = figures.isfinite().all()
         if self.spikes:
             deviations, calm = self.spikes.judge(step, figures)

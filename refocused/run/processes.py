@@ -10,10 +10,14 @@ import datetime
 import gc
 import os
 import resource
+import socket
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +25,32 @@ import torch._inductor.config as inductor
 import torch.distributed as dist
 
 from configs import Config, ConfigError
+from refocused.run.exits import INTERNAL, leave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+FIRST_SECONDS = 60.0  # in which the first collective must be over
+DEVICE, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
+
+
+class PeersError(ValueError):
+    """The processes of a launch do not reach each other."""
+
+    exit_code = INTERNAL
+
+
+@dataclass
+class Progress:
+    """Where this process is, for who watches over it."""
+
+    step: int | None = None  # the last one that is finished, None before the loop
+    ticks: int = 0  # meetings of all ranks so far
+    at: float = 0.0  # time.monotonic() of the last one
+    patient: int = 0  # above 0 in what may rightly take long
+
+
+progress = Progress()
+store: Any = None  # of this launch, what one rank notes there the others read; Any: the stubs do not know clone()
+patient: dist.ProcessGroup | None = None  # the processes again, with time for what may be long; None until start()
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,7 @@ class Env:
     local_world_size: int
     device: torch.device
     threads: int  # intra-op threads on a CPU
+    bandwidth: float | None = None  # GB/s of an all-reduce, as a bus carries them; None where not measured
 
     @property
     def main(self) -> bool:
@@ -54,6 +83,7 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
     """This process's accelerator, or the CPU. Raises ConfigError for more processes than accelerators."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
+        refuse_idle_gpu()
         return torch.device("cpu")
     count = torch.accelerator.device_count()
     if local_world_size > count:
@@ -63,6 +93,21 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
             f"use --nproc_per_node={count}{hide}"
         )
     return torch.device(accelerator.type, local_rank)
+
+
+def refuse_idle_gpu() -> None:
+    """Raise ConfigError where there is a GPU that torch was built for and cannot use, rather than train without it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
+    if not torch.version.cuda or not DEVICE.exists() or hidden:
+        return
+    driver = "unknown"
+    with contextlib.suppress(OSError):  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat ..."
+        driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), driver)
+    raise ConfigError(
+        f"{DEVICE} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
+        f"(driver {driver}; CUDA 13 needs 580, CUDA 12 needs 525): update the driver, or install torch for the CUDA "
+        "that nvidia-smi shows; CUDA_VISIBLE_DEVICES= trains on the CPU"
+    )
 
 
 def check_precision(cfg: Config, device: torch.device) -> None:
@@ -94,7 +139,7 @@ def start(cfg: Config) -> Env:
     # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
     threads = torch.get_num_threads()
     if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = cfg.cpu_threads or max(1, cores // local_world)
         torch.set_num_threads(threads)
     if device.type == "cpu":
@@ -107,17 +152,82 @@ def start(cfg: Config) -> Env:
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU; no effect on a CPU
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # trees of other shapes sum in other orders
         torch.use_deterministic_algorithms(True)
+        deterministic: Any = torch.utils.deterministic  # a module whose attribute the stubs do not know
+        deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads what it did not write
         torch.backends.cudnn.benchmark = False
 
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
-    timeout = datetime.timedelta(minutes=30, seconds=cfg.upload_deadline_seconds)  # others wait for the upload too
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    timeout = datetime.timedelta(seconds=cfg.collective_timeout_seconds)
+    join(backend, rank, world, timeout)
+    global patient
+    # a checkpoint is hashed and pulled, and the last upload waited for
+    longer = datetime.timedelta(hours=2, seconds=cfg.upload_deadline_seconds)
+    patient = dist.new_group(backend="gloo", timeout=timeout + longer)
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    atexit.register(outlive, world_group)
+    return Env(rank, world, local_rank, local_world, device, threads, first_collective(device))
+
+
+def join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> None:
+    """Make the process group. Raises ConfigError, PeersError."""
+    global store
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    atexit.register(outlive, dist.group.WORLD)
-    return Env(rank, world, local_rank, local_world, device, threads)
+        return
+    restarts, nodes = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    if restarts != "0" and nodes != "1":
+        raise ConfigError(
+            f"--max-restarts={restarts} on {nodes} nodes: they count restarts apart and would not find each other again; "
+            "leave it out, and start the command again on all nodes with resume=latest"
+        )
+    try:
+        shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives its ranks: after a restart the addresses of those before would be found in it
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:
+        raise PeersError(f"rank {rank} does not reach the others: {str(error).splitlines()[0]}; {advice()}") from error
+
+
+def advice() -> str:
+    return (
+        "try NCCL_P2P_DISABLE=1, in a container --ipc host, and on several nodes NCCL_SOCKET_IFNAME and "
+        "GLOO_SOCKET_IFNAME set to the network between them (`ip address` lists them)"
+    )
+
+
+def first_collective(device: torch.device) -> float | None:
+    """One all-reduce, before memory is full and minutes are spent; its GB/s on GPUs. Ends the process if it hangs."""
+    world = dist.get_world_size()
+    if world == 1:
+        return None
+
+    def give_up() -> None:
+        where = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        words = f"error: {where}: the first all-reduce was not over in {FIRST_SECONDS:g} s; {advice()}"
+        print(words, file=sys.stderr, flush=True)
+        leave(INTERNAL, words, at_once=True)
+
+    watch = threading.Timer(FIRST_SECONDS, give_up)
+    watch.daemon = True
+    watch.start()
+    block = torch.ones((64 if device.type == "cuda" else 1) << 18, device=device)  # of 4 bytes
+    try:
+        agree(0.0)
+        for _ in range(3):  # the first one makes the connections
+            begin = time.perf_counter()
+            dist.all_reduce(block)
+            block[-1].item()  # wait for it
+            seconds = time.perf_counter() - begin
+    except RuntimeError as error:
+        raise PeersError(
+            f"rank {dist.get_rank()}: the first all-reduce failed: {str(error).splitlines()[0]}; {advice()}"
+        ) from error
+    watch.cancel()
+    return 2 * (world - 1) / world * block.nbytes / seconds / 1e9 if device.type == "cuda" else None
 
 
 def outlive(group: dist.ProcessGroup) -> None:
@@ -133,13 +243,6 @@ def stop() -> None:
     """Leave the process group, all ranks together; the barrier and the collection keep gloo from aborting at exit."""
     dist.barrier()
     dist.destroy_process_group()
-    gc.collect()
-
-
-def leave() -> None:
-    """Leave the process group after an error, when nobody knows where the other ranks are."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
     gc.collect()
 
 
@@ -163,9 +266,10 @@ class Readback:
     """Carries figures from the device to the host a step late, so that the host never waits for the step in flight."""
 
     def __init__(self, device: torch.device):
-        self.device, self.pending = device, deque()
+        self.device = device
+        self.pending: deque[tuple[Any, torch.Tensor, torch.Event | None]] = deque()
 
-    def put(self, tag, figures: torch.Tensor) -> None:
+    def put(self, tag: Any, figures: torch.Tensor) -> None:
         """Start copying a small 1-D tensor; `tag` comes back with it."""
         if self.device.type == "cpu":
             self.pending.append((tag, figures, None))
@@ -185,41 +289,55 @@ class Readback:
             yield tag, host.tolist()
 
 
+@contextlib.contextmanager
+def patiently() -> Iterator[None]:
+    """What may rightly take long: nobody calls it a hang."""
+    progress.patient += 1
+    try:
+        yield
+    finally:
+        progress.patient -= 1
+        progress.at = time.monotonic()
+
+
 def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = False) -> None:
-    """Run function(*args) on the first process of every node; a failure on one is raised on all ranks. Collective."""
+    """Run function(*args), however long, on the first process of every node; a failure is raised on all. Collective."""
     error = None
-    if env.local_rank == 0 and not (env.main and but_rank_0):
-        try:
-            function(*args)
-        except Exception as caught:
-            error = caught
-    errors: list[Exception | None] = [None] * env.world_size
-    dist.all_gather_object(errors, error)
+    with patiently():
+        if env.local_rank == 0 and not (env.main and but_rank_0):
+            try:
+                function(*args)
+            except Exception as caught:
+                error = caught
+        errors: list[Exception | None] = [None] * env.world_size
+        dist.all_gather_object(errors, error, group=patient)
     for error in errors:
         if error is not None:
             raise error
 
 
 def on_rank_0(function: Callable, *args: Any) -> Any:
-    """Run function(*args) on rank 0; every rank returns its result or raises its exception. Collective."""
+    """Run function(*args), however long, on rank 0; every rank returns its result or raises its error. Collective."""
     if not dist.is_initialized():
         return function(*args)
     box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function(*args)
-        except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
+    with patiently():
+        if dist.get_rank() == 0:
+            try:
+                box[0] = function(*args)
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=patient)
     if box[1] is not None:
         raise box[1]
     return box[0]
 
 
-def agree(*flags: float) -> list[float]:
+def agree(*flags: float, group: dist.ProcessGroup | None = None) -> list[float]:
     """The largest of each flag over all ranks: a host-side collective that does not wait for the device."""
     values = torch.tensor(flags, dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    progress.ticks, progress.at = progress.ticks + 1, time.monotonic()
     return values.tolist()
 
 
@@ -243,4 +361,5 @@ def describe(env: Env, cfg: Config) -> str:
     if cfg.shard_size not in (0, env.world_size):
         strategy += f" {env.world_size // cfg.shard_size} copies x {cfg.shard_size} shards"
     compiled = "compiled" if cfg.compile_model else "not compiled"
-    return f"{env.world_size} x {device}; {strategy}, {cfg.mixed_precision.replace('no', 'fp32')}, {compiled}"
+    bus = f", all-reduce {env.bandwidth:.3g} GB/s" if env.bandwidth else ""
+    return f"{env.world_size} x {device}{bus}; {strategy}, {cfg.mixed_precision.replace('no', 'fp32')}, {compiled}"

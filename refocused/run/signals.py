@@ -1,4 +1,4 @@
-"""Signals: how a run is asked to stop."""
+"""Signals, and what else asks a run to stop: its time is up, its torchrun is gone, its machine is taken away."""
 
 import contextlib
 import os
@@ -8,21 +8,25 @@ import socket
 import threading
 import time
 
-from refocused.run.exits import STOPPED
+from refocused.run.exits import STOPPED, leave
 
 
 class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once.
 
-    Until the loop has begun the next boundary can be minutes away (other nodes are waited for, blocks compiled) and
-    nothing is trained that could be lost, so the process waits PATIENCE seconds for it and leaves.
+    So do the end of `minutes`, and the death of the torchrun that started this process: nobody would restart it, and
+    it would hold its GPU and its run's lock. Until the loop has begun the next boundary can be minutes away (other
+    nodes are waited for, blocks compiled) and nothing is trained that could be lost, so the process waits PATIENCE
+    seconds for it and leaves.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     PATIENCE = 15.0  # torchrun kills its processes 30 s after it was told to stop
 
-    def __init__(self):
+    def __init__(self, minutes: float = 0.0):
         self.since, self.begun = 0.0, False
+        self.minutes, self.end = minutes, time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # a thread is told of signals also while the main one sits in a collective, where no handler would run
         signals, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
@@ -34,6 +38,14 @@ class StopSignal:
                 signal.signal(number, lambda *_: None)
         threading.Thread(target=self.listen, args=(signals,), daemon=True, name="signals").start()
 
+    def ask(self, why: str = "", speak: bool = True) -> None:
+        """Stop at the next step boundary; why: what to say, where it was no signal."""
+        if not self.since:
+            self.since = time.monotonic()
+            if speak:
+                what = "after this step" if self.begun else "before the first step"
+                self.write(f"\n{why}{': ' * bool(why)}stopping {what}; again to quit now\n")
+
     def pass_on(self, stopping: float) -> None:
         """Note that another rank was told to stop, if so."""
         if stopping and not self.since:
@@ -41,26 +53,24 @@ class StopSignal:
 
     def listen(self, signals: socket.socket) -> None:
         while True:
-            impatient = self.since and not self.begun
-            left = max(0.0, self.since + self.PATIENCE - time.monotonic()) if impatient else None
-            if not select.select([signals], [], [], left)[0]:
-                if not self.begun:
-                    with contextlib.suppress(OSError):  # a closed terminal
-                        os.write(2, b"stopped by a signal before the first step: what was saved before stands\n")
-                    os._exit(STOPPED)
-                continue
-            if (number := signals.recv(1)[0]) not in self.NUMBERS:
-                continue
-            if not self.since:
-                self.since = time.monotonic()
-                self.announce()
-            elif time.monotonic() - self.since > 1.0:  # sooner, it is the same Ctrl-C passed on by torchrun
-                os._exit(128 + number)
+            if select.select([signals], [], [], 1.0)[0] and (number := signals.recv(1)[0]) in self.NUMBERS:
+                if not self.since:
+                    # torchrun passes a signal to all its ranks, so one says it
+                    self.ask(speak=os.environ.get("RANK", "0") == "0")
+                elif time.monotonic() - self.since > 1.0:  # sooner, it is the same Ctrl-C passed on by torchrun
+                    leave(128 + number, "stopped at once by a second signal", at_once=True)
+            if self.parent and os.getppid() != self.parent:
+                self.ask("the torchrun of this process is gone")
+            if time.monotonic() > self.end:
+                self.ask(f"stop_after_minutes={self.minutes:g} have passed")
+            if self.since and not self.begun and time.monotonic() > self.since + self.PATIENCE:
+                words = "stopped by a signal before the first step: what was saved before stands"
+                self.write(words + "\n")
+                leave(STOPPED, words, at_once=True)
 
-    def announce(self) -> None:
-        """Say at once that the first signal was heard; one rank does, and never waits for a terminal that is held."""
-        if os.environ.get("RANK", "0") == "0":
-            what = "after this step" if self.begun else "before the first step"
-            with contextlib.suppress(OSError):
-                if select.select([], [2], [], 0)[1]:
-                    os.write(2, f"\nstopping {what}; again to quit now\n".encode())
+    @staticmethod
+    def write(text: str) -> None:
+        """To stderr, where that can be written at once: a terminal that is held is not waited for."""
+        with contextlib.suppress(OSError):  # a closed one
+            if select.select([], [2], [], 0)[1]:
+                os.write(2, text.encode())

@@ -1,0 +1,71 @@
+"""What an exception means to who watches the terminal: the exit code, the words, and which rank says them."""
+
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from refocused.run import processes
+from refocused.run.exits import INTERNAL
+
+GRACE = 5.0  # seconds that another rank is given to speak first
+# gloo's errors have no class of their own; NCCL's and the store's do
+GLOO = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "connectFullMesh",
+        "Socket Timeout", "Connection refused", "gloo/transport")  # fmt: skip
+
+
+def lost_peers(error: BaseException) -> bool:
+    """Whether this is a rank that others left alone, or that cannot reach them."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return type(error) is RuntimeError and any(sign in str(error) for sign in GLOO)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and words: a sentence for what a user can cause and for lost peers, a traceback for a bug."""
+    if isinstance(error, ValueError) and hasattr(error, "exit_code"):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):  # before there was a StopSignal
+        return 128 + signal.SIGINT, "interrupted"
+    if lost_peers(error):
+        rank, step = os.environ.get("RANK", "0"), processes.progress.step
+        when = f"at step {step:,}" if step is not None else "before the first step"
+        cause = str(error).strip().splitlines()[0]
+        return INTERNAL, f"error: rank {rank} on {socket.gethostname()} lost its peers {when}: {cause}"
+    lines = "".join(traceback.format_exception(error))
+    return INTERNAL, f"{lines}this is a bug, please report it with the lines above"
+
+
+def first(what: str) -> bool:
+    """Whether this rank is the first of the launch that asks for `what`, so that one does what takes long."""
+    try:
+        return processes.store is None or processes.store.add(what, 1) == 1
+    except RuntimeError:  # its host has gone
+        return True
+
+
+def say(error: BaseException, speak: Callable[[], None]) -> None:
+    """Call speak, once per launch for what is the same on all ranks: on rank 0, or on others where that fell silent.
+
+    A rank that merely lost its peers then waits, so that torchrun hears first of the one that knows why.
+    """
+    rank, store = int(os.environ.get("RANK", 0)), processes.store
+    if getattr(error, "same_on_all_ranks", False) and rank:
+        with contextlib.suppress(RuntimeError):  # its host has gone, so nobody knows
+            if store is not None:
+                store.wait(["said"], datetime.timedelta(seconds=GRACE))
+                return
+            time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
+    speak()
+    if store is not None and not rank:
+        with contextlib.suppress(RuntimeError):
+            store.set("said", "1")
+            store.get("said")  # it has arrived
+    if lost_peers(error):
+        time.sleep(GRACE / 2)

@@ -1,0 +1,123 @@
+"""The watchdog: a run that has stopped getting anywhere says where it hangs, and ends, so that it can be restarted."""
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+
+from configs import Config
+from refocused.run import processes
+from refocused.run.exits import INTERNAL, leave
+from refocused.run.logs import complain
+from refocused.run.processes import Env, progress
+from refocused.run.starts import Starts
+
+
+class Watchdog:
+    """From the first step to the last, threads that see whether the ranks still meet.
+
+    What counts as life is a meeting of all ranks (processes.agree), of which every step and every batch of an
+    evaluation has one. None for max(watchdog_seconds, 20 median steps): the stacks of all threads go to stderr, then a
+    line with who is missing, by the beats that each rank leaves in the store; then the process leaves.
+    """
+
+    LONGEST = 7200.0  # seconds that a save, or a wait for the bucket, may take
+
+    def __init__(self, cfg: Config, env: Env, step: int, starts: Starts | None):
+        self.cfg, self.env, self.starts = cfg, env, starts if env.main else None
+        self.period = min(10.0, max(0.1, cfg.watchdog_seconds / 10)) if cfg.watchdog_seconds else 10.0
+        self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
+        self.over = threading.Event()
+        progress.step, progress.at = step, time.monotonic()
+        self.last = progress.at
+        if cfg.watchdog_seconds:
+            threading.Thread(target=self.watch, daemon=True, name="watchdog").start()
+        self.beats = processes.store.clone() if processes.store is not None else None  # a client per thread: one waits
+        threading.Thread(target=self.beat, daemon=True, name="heartbeat").start()
+
+    def step(self, step: int) -> None:
+        """A step is finished."""
+        now = time.monotonic()
+        self.seconds.append(now - self.last)
+        self.last, progress.step = now, step
+
+    def stop(self) -> None:
+        """The loop is over; what follows may take long."""
+        self.over.set()
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a meeting that are a hang."""
+        usual = max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
+        return max(usual, self.LONGEST) if progress.patient else usual
+
+    def beat(self) -> None:
+        count = 0
+        while True:
+            if self.starts:
+                self.starts.note()
+            if self.beats is not None:
+                beat = [count := count + 1, progress.ticks, progress.step, socket.gethostname()]
+                with contextlib.suppress(RuntimeError):  # its host is gone; the meetings will tell
+                    self.beats.set(f"beat {self.env.rank}", json.dumps(beat))
+            if self.over.wait(self.period):
+                return
+
+    def watch(self) -> None:
+        while True:
+            asleep = time.monotonic()
+            if self.over.wait(self.period):
+                return
+            now = time.monotonic()
+            if now - asleep > 2 * self.period + 1:  # the whole process was stopped, perhaps the machine
+                progress.at = now
+            elif now - progress.at > self.limit:
+                self.bark(now - progress.at)
+
+    def bark(self, idle: float) -> None:
+        with contextlib.suppress(Exception):  # a closed stderr
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        found = ["the store does not answer, so who is missing is not known"]
+        look = threading.Thread(target=lambda: found.__setitem__(0, self.missing()), daemon=True)
+        look.start()
+        look.join(4 * self.period + 5)
+        where = f"rank {self.env.rank} on {socket.gethostname()}"
+        words = f"error: {where} hangs: nothing for {idle:.0f} s after step {progress.step:,}; {found[0]}"
+        complain(self.cfg, words)
+        leave(INTERNAL, words, at_once=True)
+
+    def missing(self) -> str:
+        """Who does not answer, or is behind, by two looks at the beats of all ranks."""
+        if self.beats is None:
+            return "the stacks above say where"
+        before = self.look()
+        time.sleep(2.5 * self.period)
+        after = self.look()
+        silent = [rank for rank in after if before[rank] == after[rank]]
+        if silent:
+            return "; ".join(self.name(rank, after[rank]) + " does not answer" for rank in silent)
+        most = max(beat[1] for beat in after.values() if beat)
+        if behind := [rank for rank, beat in after.items() if beat and beat[1] < most]:
+            return "; ".join(self.name(rank, after[rank]) + " is behind" for rank in behind)
+        return "every rank answers and waits; the stacks above say for what"
+
+    def look(self) -> dict[int, list | None]:
+        found: dict[int, list | None] = {}
+        store = processes.store.clone()
+        store.set_timeout(datetime.timedelta(seconds=2))
+        for rank in range(self.env.world_size):
+            found[rank] = None
+            with contextlib.suppress(RuntimeError):
+                if store.check([f"beat {rank}"]):
+                    found[rank] = json.loads(store.get(f"beat {rank}"))
+        return found
+
+    @staticmethod
+    def name(rank: int, beat: list | None) -> str:
+        return f"rank {rank} (on {beat[3]}, step {beat[2]:,})" if beat else f"rank {rank}"

@@ -1,0 +1,348 @@
+"""How a run ends when something goes wrong: each process leaves in time, with the right code, and the reason is seen.
+
+Faults are made inside the ranks, by FAULTS in the child before train.main; what leaves, speaks and decides is real.
+"""
+
+import http.server
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import launch
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from launch import GUARD, TINY, Run, train, until
+
+from configs import ConfigError
+from refocused.checkpoint import manifest
+from refocused.measure import hardware
+from refocused.run import guard, optim, processes, strategy
+from refocused.shards.shard import DataError
+
+
+def raise_at(step: int | None, error: BaseException) -> None:
+    """Raise the error in this rank's step, counted from 0; None for any."""
+    before = optim.learning_rate
+
+    def rate(at, cfg):
+        if step in (at, None):
+            raise error
+        return before(at, cfg)
+
+    optim.learning_rate = rate
+
+
+def destroy_that_blocks() -> None:
+    """NCCL's way: a group is taken down once all ranks ask for it. gloo, all that a CPU has, does not wait."""
+    dist.destroy_process_group = lambda *_: time.sleep(3600)
+
+
+def at_call(module, name: str, number: int, change) -> None:
+    """The number-th result of module.name goes through change(result, *args)."""
+    before, calls = getattr(module, name), []
+
+    def function(*args):
+        calls.append(1)
+        result = before(*args)
+        return change(result, *args) if len(calls) == number else result
+
+    setattr(module, name, function)
+
+
+@torch.no_grad()
+def flip_a_bit(_, model, *args) -> None:
+    p = next(p for p in model.parameters() if p.numel() > 64)
+    local = p.to_local() if hasattr(p, "to_local") else p
+    local.view(-1)[5:6].view(torch.int32).bitwise_xor_(1 << 20)
+
+
+FAULTS = {
+    "data": lambda: raise_at(4, DataError("shard gone.npz: it went")),
+    "now": lambda: raise_at(None, KeyError("no such thing")),
+    "bug": lambda: raise_at(4, KeyError("no such thing")),
+    "flip": lambda: at_call(strategy, "clear_gradients", 6, flip_a_bit),
+    "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda norm, *_: norm * torch.inf),
+    "torch": lambda: setattr(guard, "sources", lambda: "other sources"),
+    "absent": lambda: (
+        setattr(processes, "FIRST_SECONDS", 3600),
+        setattr(processes, "agree", lambda *_: time.sleep(3600)),
+    ),
+    "impatient": lambda: setattr(processes, "FIRST_SECONDS", 2),
+}
+START = launch._rank
+
+
+def _faulty(args: list[str], environment: dict[str, str], log: str, cwd: str) -> None:
+    rank = environment.get("RANK", "0")
+    if environment.get("BLOCKS"):
+        destroy_that_blocks()
+    for fault in environment.get(f"FAULT{rank}", "").split():
+        FAULTS[fault]()
+    START(args, environment, log, cwd)
+
+
+@pytest.fixture
+def faulty(monkeypatch, shards, tmp_path):
+    """start(*args, nproc, **environment): a run whose rank R has the faults that FAULTR names."""
+
+    def start(*args: str, nproc: int = 2, **environment: str) -> Run:
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_rank", _faulty)
+            return Run([f"data_dir={shards}", *args], nproc, tmp_path, environment)
+
+    return start
+
+
+@pytest.mark.parametrize("fault, code, words", [("data", 66, "gone.npz"), ("bug", 70, "this is a bug")])
+def test_a_rank_that_fails_alone_leaves_nobody_behind(faulty, fault, code, words):
+    """Rank 1 raises in step 5 while taking the group down would block: both leave, and say why in the log's file too."""
+    run = faulty("max_steps=100000", BLOCKS="1", FAULT1=fault)
+    assert run.wait() == [70, code]
+    assert words in run.text and re.search(r"error: rank 0 on .* lost its peers at step 4: ", run.text), run.text
+    log = (run.log.parent / "logs" / "train.log").read_text()
+    assert words in log and "lost its peers" in log
+
+
+def test_what_all_ranks_know_is_said_once(faulty):
+    """An error that every rank raises in a group: rank 0 says it, and both leave with its code."""
+    run = faulty("resume=nothing", BLOCKS="1")
+    assert run.wait() == [66, 66] and run.text.count("error: ") == 1, run.text
+
+
+def test_a_first_collective_that_hangs_names_what_to_try(faulty):
+    """Rank 1 has joined and takes no part: rank 0 leaves with 70 and the variables to set."""
+    run = faulty(FAULT0="impatient", FAULT1="absent")
+    run.ranks[0].join(GUARD)
+    assert run.ranks[0].exitcode == 70 and "NCCL_P2P_DISABLE=1" in run.text and "GLOO_SOCKET_IFNAME" in run.text
+    run.kill()
+
+
+@pytest.mark.parametrize(
+    "limit, words",
+    [
+        ("watchdog_seconds=3", r"hangs: nothing for .* after step [\d,]+; rank 1 .* does not answer"),
+        ("collective_timeout_seconds=3", r"lost its peers at step [\d,]+: .*[Tt]imed out"),
+    ],
+)
+def test_a_hang_is_found(faulty, limit, words):
+    """Rank 1 is stopped in mid-run: rank 0 names it, after stacks, or the exchange that failed; both leave with 70."""
+    run = faulty("max_steps=1000000", "logging_steps=50", limit)
+    run.wait_for("Step 50: ")
+    run.signal(signal.SIGSTOP, rank=1)
+    run.ranks[0].join(GUARD)
+    run.signal(signal.SIGCONT, rank=1)
+    assert run.wait() == [70, 70] and re.search(f"error: rank 0 on .* {words}", run.text), run.text
+    assert ("most recent call first" in run.text) == ("watchdog" in limit)
+
+
+def test_a_second_signal_ends_a_hang(faulty):
+    """Rank 1 is stopped: rank 0 says that it stops after this step, and leaves at the second signal."""
+    run = faulty("max_steps=1000000", "logging_steps=50")
+    run.wait_for("Step 50: ")
+    run.signal(signal.SIGSTOP, rank=1)
+    run.signal(signal.SIGTERM, rank=0)
+    run.wait_for("stopping after this step")
+    time.sleep(1.5)  # sooner, it would be the same signal passed on
+    run.signal(signal.SIGTERM, rank=0)
+    run.ranks[0].join(GUARD)
+    assert run.ranks[0].exitcode == 128 + signal.SIGTERM
+    run.kill()
+
+
+@pytest.mark.parametrize("nproc, layout", [(2, ["parallel=ddp"]), (4, ["parallel=fsdp", "shard_size=2"])])
+def test_copies_of_the_model_that_differ_are_not_saved(faulty, tmp_path, nproc, layout):
+    """One bit of a weight of the last rank flips at step 4 (two calls are the warm-up's): 70 at the save of step 6."""
+    run = faulty("save_steps=3", *layout, nproc=nproc, **{f"FAULT{nproc - 1}": "flip"})
+    assert run.wait() == [70] * nproc
+    who = r"rank 1 has .*\(or rank 0 has\)" if nproc == 2 else r"ranks? [13]"
+    assert re.search(rf"error: at step 6 {who}", run.text), run.text
+    assert [manifest.parse(name).step for name in manifest.names(tmp_path / "out")] == [3]
+
+
+def test_a_norm_that_is_infinite_on_one_rank_is_refused_on_all(faulty):
+    """Rank 1 alone sees an infinite norm in step 4: no rank applies it, and the copies are equal at the end."""
+    run = faulty("check_replicas_steps=1", FAULT1="infinite")
+    assert run.wait() == [0, 0] and re.search(r"Step 4: .*grad norm=inf: not applied", run.text), run.text
+
+
+def test_ranks_of_other_code_are_refused(faulty):
+    """Rank 1's sources differ: both leave with 2 and the sentence."""
+    run = faulty(FAULT1="torch")
+    assert run.wait() == [2, 2] and re.search("ranks 1 and 0 differ in the code", run.text), run.text
+
+
+def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):
+    """Two runs killed before their first step and one with a bug in it: the next is refused with 78. With a change in
+    the config another one runs, and its steps clear the count."""
+    args = ["max_failed_starts=3", "max_steps=100000"]
+    for _ in range(2):
+        run = Run([f"data_dir={shards}", *args], 1, tmp_path)
+        run.wait_for("^model ")
+        run.kill()
+    for expected, words in ((70, "this is a bug"), (78, "3 starts in a row ended without a new step, the last with")):
+        run = faulty(*args, nproc=1, FAULT0="now")
+        assert run.wait() == [expected] and words in run.text, run.text
+    train(tmp_path, f"data_dir={shards}", "max_failed_starts=3")
+    assert json.loads((tmp_path / "out" / ".starts").read_text())["failed"] == 0
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(monkeypatch, tmp_path):
+    """torch built for CUDA and a device file, but no accelerator: refused with both versions, unless it is hidden."""
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
+    monkeypatch.setattr(processes, "DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(processes, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ConfigError, match=r"built for CUDA 13.0, finds no usable GPU \(driver 535.104.05"):
+        processes.pick_device(0, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert processes.pick_device(0, 1).type == "cpu"
+
+
+def test_restarts_on_several_nodes_are_refused(monkeypatch):
+    """--max-restarts with two nodes: a sentence before anything is waited for."""
+    for key, value in {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="--max-restarts=3 on 2 nodes"):
+        processes.join("gloo", 0, 2, None)
+
+
+def test_time_that_is_up_stops_a_run(faulty, tmp_path):
+    """stop_after_minutes: saved, 75, and the reason is said."""
+    run = faulty("stop_after_minutes=0.1", "max_steps=1000000", "logging_steps=0")
+    assert run.wait() == [75, 75] and "stop_after_minutes=0.1 have passed" in run.text, run.text
+    stopped = int(re.search(r"stopped at step ([\d,]+)", run.text)[1].replace(",", ""))
+    assert manifest.parse(manifest.names(tmp_path / "out")[0]).step == stopped
+
+
+def test_a_notice_of_preemption_stops_a_run(faulty, tmp_path):
+    """A metadata server that answers FALSE, and TRUE once the run is under way: saved, 75."""
+    asked, gone = [], threading.Event()
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            if len(asked) > 1:
+                gone.wait(GUARD)
+            body = b"TRUE" if gone.is_set() else b"FALSE"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", "e1")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run = faulty("max_steps=1000000", nproc=2, GCE_METADATA_HOST=f"127.0.0.1:{server.server_address[1]}")
+        run.wait_for("Step 3: ")
+        gone.set()
+        assert run.wait() == [75, 75], run.text
+        server.shutdown()
+    assert "being taken away" in run.text and manifest.names(tmp_path / "out")
+    assert {flavor for _, flavor in asked} == {"Google"} and "wait_for_change=true" in asked[0][0]
+    assert asked[1][0].endswith("last_etag=e1")
+
+
+def test_the_slow_one_is_named(tmp_path):
+    """Rates of three GPUs, worked out by hand: one below its like, one pair below the ceiling; and a tiny measurement."""
+    rows = [{"product": 700.0, "to GPU": 50.0}, {"product": 690.0, "to GPU": 20.0}, {"product": 500.0, "to GPU": 51.0}]
+    names = ["rank 0", "rank 1", "rank 2"]
+    assert hardware.slow(rows, names, None) == [
+        "rank 2 is slow: product 500 TFLOP/s, the others 700",
+        "rank 1 is slow: to GPU 20 GB/s, the others 51",
+    ]
+    _, first, *_ = hardware.words(rows[:2], names[:2], "NVIDIA H100 80GB HBM3")
+    assert first == "rank 0 is slow: product 700 TFLOP/s, such a GPU in good health 794"
+    assert hardware.gpu(torch.device("cpu"), n=64)["product"] > 0 and min(hardware.disk(tmp_path, 1 << 20)) > 0
+
+
+# --- under torchrun's engine
+
+
+class Launch:
+    """`python -m MODULE` with two ranks of a script that runs `before` and then train.main."""
+
+    def __init__(
+        self, folder, *args: str, before: str = "", flags: tuple[str, ...] = (), module="refocused.run.launch"
+    ):
+        script = folder / "script.py"
+        script.write_text(
+            f"import os, signal, sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{before}\n"
+            "import train\nsys.exit(train.main(sys.argv[1:]))\n"
+        )
+        (folder / "config.py").write_text("")
+        command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node=2", *flags, str(script)]
+        command += [str(folder / "config.py"), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        self.log = folder / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, pattern: str) -> None:
+        until(lambda: re.search(pattern, self.text, re.M))
+
+
+def test_the_reason_arrives_though_rank_0_has_not_spoken(tmp_path):
+    """Rank 1 finds a mistake in the config while rank 0 still starts: its sentence is there and last, its code is ours."""
+    run = Launch(tmp_path, "max_steps=-1", before="if os.environ['RANK'] == '0': time.sleep(3600)")
+    assert run.process.wait(GUARD) == 2, run.text
+    assert run.text.splitlines()[-1] == "launch: rank 1 ended with 2: error: max_steps=-1 must not be negative"
+    assert "Traceback" not in run.text
+
+
+def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):
+    """SIGTERM to the launcher: 75, not torchrun's 1, and our line is the last."""
+    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=1000000")
+    run.wait_for("^Step 9: ")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(GUARD) == 75, run.text
+    last = run.text.splitlines()[-1]
+    assert re.search(r"launch: rank \d of this node ended with 75: stopped at step", last), run.text
+    step = int(re.search(r"stopped at step ([\d,]+)", last)[1].replace(",", ""))
+    assert manifest.parse(manifest.names(tmp_path / "out")[0]).step == step
+
+
+def test_orphans_leave_saved(shards, tmp_path):
+    """torchrun is killed: its ranks save and leave, and the lock is free for the next run."""
+    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=1000000", module="torch.distributed.run")
+    run.wait_for("^Step 5: ")
+    run.process.kill()
+    run.process.wait()
+    run.wait_for("stopped at step")
+    assert "the torchrun of this process is gone" in run.text
+    end = time.monotonic() + GUARD
+    while True:  # the lock goes with the processes
+        try:
+            train(tmp_path, f"data_dir={shards}", "resume=latest", "max_steps=10", "global_batch_size=8")
+            break
+        except AssertionError as error:
+            assert "exit codes [2]" in str(error) and time.monotonic() < end
+
+
+def test_max_restarts(shards, tmp_path):
+    """A rank is killed in step 3: the engine's second attempt goes to the end, on the store that outlived the first."""
+    before = (
+        "from test_exits import optim\nrate = optim.learning_rate\n"
+        "def killed(at, cfg):\n"
+        "    if at == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return rate(at, cfg)\n"
+        "optim.learning_rate = killed"
+    )
+    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=6", before=before, flags=("--max-restarts=1",))
+    assert run.process.wait(GUARD) == 0 and run.text.count("lost its peers at step") == 1, run.text
+    assert "done: 6 steps" in run.text
