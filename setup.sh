@@ -138,6 +138,19 @@ print(f"PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPU(s), bf1
     fi
 }
 
+check_speed() {
+    local found
+    if [ ! -x .venv/bin/python ] || [ ! -f refocused/measure/hardware.py ]; then
+        return
+    fi
+    if found=$(.venv/bin/python -W ignore -m refocused.measure.hardware 2>&1); then
+        ok "$(head -n 1 <<<"$found")"
+        tail -n +2 <<<"$found" | while read -r line; do [ -z "$line" ] || note "$line"; done
+    else
+        note "the speed of this machine could not be measured: $(tail -n 1 <<<"$found")"
+    fi
+}
+
 check_bucket() {
     if [ ${#settings[@]} -eq 0 ]; then
         return
@@ -150,7 +163,8 @@ check_bucket() {
     if found=$(.venv/bin/python - "${settings[@]}" 2>&1 <<'PYTHON'
 import sys
 sys.path.insert(0, "")
-import configs, gcs
+import configs
+from refocused.bucket import gcs
 try:
     cfg, _ = configs.load(sys.argv[1:])
     if not cfg.bucket_name:
@@ -184,6 +198,7 @@ if ! $only_check; then
     touch .venv/runtime # what the Makefile looks at
 fi
 check_environment
+check_speed
 check_bucket
 if [ "$missing" -gt 0 ]; then
     echo "$missing thing(s) missing, see above." >&2

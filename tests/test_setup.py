@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,22 @@ def test_unknown_option(copy):
     """Exit 2, and the option that there is."""
     done = setup(copy, "--chek")
     assert done.returncode == 2 and "--check" in done.stderr
+
+
+def test_measures_and_lists_the_bucket(copy, server):
+    """With code and an interpreter beside it: the speed of this machine in one line, and whether the bucket is there."""
+    for name in ("configs", "refocused"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("model.py", "data.py"):
+        shutil.copy(ROOT / name, copy)
+    python = copy / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    for bucket, code, words in (
+        ("bucket", 0, "gs://bucket/ can be listed, 0 objects"),
+        ("other", 1, "MISSING  bucket"),
+    ):
+        done = setup(copy, "--check", "configs/demo.py", f"bucket_name={bucket}", STORAGE_EMULATOR_HOST=server.url)
+        assert done.returncode == code and words in done.stdout, done
+        assert "TFLOP/s" in done.stdout and "MB/s written" in done.stdout, done
