@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 train: .venv/runtime
 	@if [ "$(CONFIG)" = configs/demo.py ]; then python data.py demo; fi
-	torchrun --standalone --nproc_per_node=$(NPROC) train.py $(CONFIG) $(ARGS)
+	python -m refocused.run.launch --standalone --nproc_per_node=$(NPROC) train.py $(CONFIG) $(ARGS)
 
 test: .venv/dev
 	python -m pytest $(ARGS)
