@@ -427,7 +427,9 @@ def bitwise_resume(m: Machine) -> Result:
 
 
 def loose_resume(m: Machine) -> Result:
-    said, same = killed_and_resumed(m, "loose", "mixed_precision=bf16", *([] if m.tiny else ["compile_model=true"]))
+    if m.tiny:
+        raise Skip("on a CPU the same as with deterministic=true")
+    said, same = killed_and_resumed(m, "loose", "mixed_precision=bf16", "compile_model=true")
     return fact(f"without deterministic: {said}; final weights {'the same' if same else 'others'}")
 
 
@@ -670,7 +672,7 @@ def head(m: Machine) -> Result:
 
 def peers(m: Machine) -> Result:
     toy = "hidden_size=64 num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64"
-    names = "ours,floor" if m.tiny else "ours,seed,nanogpt,floor"
+    names = "floor" if m.tiny else "ours,seed,nanogpt,floor"
     command = ["step", "--size", "small" if m.tiny else "large", "--rounds", "1" if m.tiny else "3"]
     command += ["--contenders", names, *(f"{toy} vocab_size=512 compile_model=false".split() if m.tiny else [])]
     env = {**os.environ} if m.cuda else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
