@@ -26,7 +26,7 @@ from torch import Tensor
 from configs import Config, ConfigError
 from refocused import entry
 from refocused.bucket import commands, sync
-from refocused.checkpoint import average, choice, export, folder, manifest, tensors
+from refocused.checkpoint import average, choice, disk, export, folder, manifest, tensors
 from refocused.checkpoint.choice import Choice
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
@@ -47,8 +47,8 @@ class Checkpoints:
         self.bucket = bool(cfg.bucket_name and cfg.checkpoint_bucket_path)
         self.choice = Choice(None, {}, [])
         self._syncer: sync.Syncer | None = None
-        owner = processes.on_rank_0(manifest.lock, cfg.output_dir)
-        processes.on_each_node(env, manifest.lock, cfg.output_dir, owner, but_rank_0=True)
+        owner = processes.on_rank_0(disk.lock, cfg.output_dir)
+        processes.on_each_node(env, disk.lock, cfg.output_dir, owner, but_rank_0=True)
 
     def choose(self) -> Choice:
         """The checkpoint that cfg.resume means, the same on all ranks, every byte of it verified on every node.
@@ -75,16 +75,18 @@ class Checkpoints:
         cfg, said = self.cfg, ""
         if self.choice.path:
             tensors.load(self.choice.path, tree)
+            processes.on_each_node(self.env, manifest.check_unchanged, self.choice.path)
         elif cfg.init_from:
             said = init_from(cfg.init_from, cfg, tree)
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
         self._saver = Saver(
-            cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every
-        )
+            cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
+            generation=processes.on_rank_0(self._generation),
+        )  # fmt: skip
         saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         need = sum(t.nbytes for t in tree.values())
-        processes.on_rank_0(manifest.check_space, cfg.output_dir, need)  # a full disk is found now
+        processes.on_rank_0(disk.check_space, cfg.output_dir, need)  # a full disk is found now
         said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
         self._tree, self._saved_at = tree, time.monotonic()
         if self.bucket and self.env.local_rank == 0:
@@ -102,12 +104,18 @@ class Checkpoints:
         returns_complete = not self.cfg.saves_behind or (self.bucket and not self.cfg.background_upload)
         return returns_complete or not self._saver.settled
 
+    def _generation(self) -> int:
+        """The highest of any save that can be seen: what this run saves is later than all of these."""
+        return max(manifest.generation(self.cfg.output_dir), sync.generation(self.cfg) if self.bucket else 0)
+
     @processes.patiently()
     def save(self, name: str, state: dict[str, Any], proven: bool) -> float:
         """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still.
 
-        Not proven, it becomes a checkpoint once settle(True) says that a step with these weights was finite.
+        Not proven, it becomes a checkpoint once settle(True) says that a step with these weights was finite. Raises
+        ConfigError, and saves nothing, where output_dir is no longer this run's own.
         """
+        processes.on_each_node(self.env, disk.check_lock, self.cfg.output_dir)
         self._saver.save(name, self._tree, state, proven)
         self._saved_at = time.monotonic()
         if self.bucket and not self.cfg.background_upload:
@@ -144,6 +152,8 @@ class Checkpoints:
         if syncer and syncer.backlog:
             say(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
         (missing,) = processes.agree(syncer is not None and not syncer.close(deadline), group=processes.patient)
+        if syncer and not missing and (notice := syncer.status):
+            say(notice)
         return failure, (syncer and syncer.failure or "another node's part is missing") if missing else None
 
 
@@ -162,6 +172,7 @@ def init_from(place: str, cfg: Config, tree: dict[str, Tensor]) -> str:
         ours = " ".join(f"{k}={getattr(cfg, k)}" for k in different)
         raise ConfigError(f"init_from={place} is another model: set {needed} (now {ours})")
     tensors.load(source.path, {key: t for key, t in tree.items() if key.startswith("model.")})
+    processes.on_rank_0(manifest.check_unchanged, source.path)
     return f"init      {source}: weights only, the optimizer starts fresh at step 0"
 
 
@@ -185,7 +196,7 @@ def find(place: str) -> Source:
 
 COMMANDS = {
     "list": ("the checkpoints of folders and buckets", commands.list_command),
-    "verify": ("the same, and every byte on disk is compared with its manifest", commands.verify_command),
+    "verify": ("the same, and every byte is read and compared with its manifest", commands.verify_command),
     "pull": ("bring a checkpoint from the bucket", commands.pull_command),
     "push": ("publish a checkpoint", commands.push_command),
     "prune": ("delete old checkpoints of a bucket, damaged ones, and uploads broken off", commands.prune_command),

@@ -17,20 +17,36 @@ from configs import Config
 from refocused.checkpoint import manifest
 
 
-def save(output_dir: Path, step: int, size: int = 300_000, files: int = 3, at: float | None = None) -> Path:
+def shard(size: int) -> bytes:
+    """A safetensors file of exactly so many bytes, of one tensor of random ones."""
+    note = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps({"x": {"saved_offsets": [0]}})}}
+    rest = size - 8 - 200
+    header = json.dumps(note | {"x": {"dtype": "U8", "shape": [rest], "data_offsets": [0, rest]}}).ljust(200).encode()
+    return len(header).to_bytes(8, "little") + header + os.urandom(rest)
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    size: int = 300_000,
+    files: int = 3,
+    at: float | None = None,
+    generation: int | None = None,
+) -> Path:
     """A complete checkpoint of `files` data files; replaces one of the same name."""
     final = Path(output_dir, manifest.name(0, step, 1))
     save_id = secrets.token_hex(8)
     building = final.with_name(f".tmp-{save_id}-{final.name}")
     building.mkdir(parents=True)
     for i in range(files):
-        manifest.write_file(building / f"shard-00000-{i:05d}.safetensors", os.urandom(size))
+        manifest.write_file(building / f"shard-00000-{i:05d}.safetensors", shard(size))
     manifest.write_file(
         building / manifest.STATE, json.dumps({"step": step, "tokens": step * 512, "loss": 1.5}).encode()
     )
     entries = {path.name: manifest.digest(path) for path in building.iterdir()}
     content = {
         "format": manifest.FORMAT, "name": final.name, "save_id": save_id, "step": step,
+        "generation": manifest.generation(output_dir) + 1 if generation is None else generation,
         "time": int(time.time() if at is None else at), "files": entries,
     }  # fmt: skip
     manifest.write_file(building / manifest.MANIFEST, manifest.encode_manifest(content))

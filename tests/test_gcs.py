@@ -193,7 +193,7 @@ def test_final_errors_are_one_line(server, bucket, tmp_path, monkeypatch):
     server.fault("POST", "upload", status=403)
     with pytest.raises(gcs.BucketError, match="cannot write gs://bucket/m: 403.*storage.objectUser"):
         bucket.create("m", b"x")
-    with pytest.raises(gcs.BucketError, match="404, no such bucket"):
+    with pytest.raises(gcs.BucketError, match="there is no bucket gs://nowhere: create it"):
         gcs.Bucket("nowhere", patience=3).list()
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("NO_GCE_CHECK", "true")

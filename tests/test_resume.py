@@ -334,11 +334,12 @@ def test_resume_is_explained_and_refused_where_it_must_be(shards, tmp_path):
     logs = train(tmp_path / "b", *args, f"logging_dir={tmp_path}/logs", code=2).text
     assert f"has the logs of the run in {tmp_path}/out; give this run a folder of its own" in logs
     back = train(tmp_path, *args, f"resume={five}", "max_steps=6").text
-    assert re.search(r"checkpoint-epoch\d-step12-files\d is ahead of it and stays: remove what is ahead", back)
+    assert re.search(r"checkpoint-epoch\d-step12-files\d is ahead of it: abandoned, once this run has saved", back)
     flipped = newest(tmp_path) / "state.json"
-    flipped.write_bytes(flipped.read_bytes().replace(b'"step": 12', b'"step": 13'))
+    assert "step6" in str(flipped), "what was saved last"
+    flipped.write_bytes(flipped.read_bytes().replace(b'"step": 6', b'"step": 7'))
     passed = train(tmp_path, *args, "resume=latest", "max_steps=12").text
-    assert re.search(r"passed over checkpoint-epoch\d-step12-files\d: .*state.json", passed)
+    assert re.search(r"passed over checkpoint-epoch\d-step6-files\d: .*state.json", passed)
 
 
 def test_second_run_on_one_output_dir_is_refused(shards, tmp_path):

@@ -139,6 +139,110 @@ def test_the_last_scan_starts_after_close(server, place, tmp_path):
         assert steps(place) == [step]
 
 
+DAY = 86400
+
+
+def test_clocks_do_not_order_saves(server, place, tmp_path):
+    """A machine a day ahead, then one with the right time: after each save both limits hold and the last one is there."""
+    first = sync.Syncer(config(tmp_path / "a", bucket_total_limit=3, save_total_limit=2))
+    for step in (10, 20, 30):
+        save(tmp_path / "a", step, at=time.time() + DAY)
+    assert first.close(30)
+    cfg = config(tmp_path / "b", resume="latest", bucket_total_limit=3, save_total_limit=2)
+    found = sync.find(cfg)
+    second = sync.Syncer(cfg, sync.pull(cfg, found).name)
+    for step in (40, 50, 60):
+        save(tmp_path / "b", step)
+        assert second.flush(30), second.failure
+        assert local_steps(tmp_path / "b") == [step, step - 10] and sync.find(cfg) is None
+    assert second.close(30) and steps(place) == [60, 50, 40, 30], "30 is what it was resumed from"
+    assert sync.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 60, 1)
+
+
+def test_going_back_with_a_bucket(server, place, tmp_path):
+    """From 80 back to 30 on a machine whose clock was put right: all that is saved then reaches the bucket, counts as the
+    newest in both places, survives the next start, and pushes out what was abandoned."""
+    for step in range(10, 90, 10):
+        save(tmp_path, step, at=time.time() + DAY)
+    before = sync.Syncer(config(tmp_path, save_total_limit=0, bucket_total_limit=0))
+    assert before.close(30) and steps(place)[0] == 80
+    limits = {"save_total_limit": 3, "bucket_total_limit": 4, "resume": "latest"}
+    syncer = sync.Syncer(config(tmp_path, **limits), manifest.name(0, 30, 1))
+    for step in (40, 50, 55):
+        save(tmp_path, step)
+        assert syncer.flush(30), syncer.failure
+        assert steps(place)[0] == local_steps(tmp_path)[0] == step
+    assert syncer.close(30)
+    assert local_steps(tmp_path) == [55, 50, 40] and steps(place) == [55, 50, 40, 30]
+    again = sync.Syncer(config(tmp_path, **limits), manifest.name(0, 55, 1))
+    assert again.close(30) and local_steps(tmp_path) == [55, 50, 40]
+    assert sync.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 55, 1)
+
+
+def test_what_waits_for_the_bucket_stays_on_the_disk(server, place, tmp_path):
+    """While uploads of all but the newest fail, save_total_limit=1 deletes none of those that the bucket is to keep."""
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    # what comes through is OWNER.json, the newest one's four files and its manifest
+    fault = server.fault("POST|PUT", "upload", skip=6, status=503, times=10**6)
+    syncer = sync.Syncer(config(tmp_path, save_total_limit=1, bucket_total_limit=2))
+    server.wait_until(lambda: fault.hits > 1)
+    assert steps(place) == [30] and set(local_steps(tmp_path)) >= {30, 20}
+    server.faults.clear()
+    assert syncer.close(60) and steps(place) == [30, 20] and local_steps(tmp_path) == [30]
+
+
+def test_delete_forbidden(server, place, tmp_path):
+    """403 on every DELETE: each save counts as uploaded, the disk is pruned, and the status says why, once."""
+    server.fault("DELETE", "", status=403, times=10**6)
+    syncer = sync.Syncer(config(tmp_path, save_total_limit=1, bucket_total_limit=1))
+    said = []
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+        assert syncer.flush(30), syncer.failure
+        assert local_steps(tmp_path) == [step]
+        said.append(syncer.status)
+    replaced = save(tmp_path, 30)
+    assert syncer.close(30) and steps(place) == [30, 20, 10] and not syncer.status
+    assert content(remote.fetch(place, replaced.name, tmp_path / "c")) == content(replaced)
+    assert (
+        said[0] == said[2] == "" and "old checkpoints stay in the bucket: cannot delete" in said[1] and "403" in said[1]
+    )
+
+
+def test_verify_reads_the_bucket(server, place, tmp_path, capsys):
+    """verify of a bucket finds a byte that is wrong there although size and CRC-32C are as listed; list does not read."""
+    for step in (10, 20):
+        remote.publish(place, save(tmp_path, step))
+    assert ckpt.main(["verify", "gs://bucket/run"]) == 0 and capsys.readouterr().out.count("verified") == 2
+    name = next(n for n in server.names() if "step20" in n and "shard" in n)
+    stored = server.buckets["bucket"][name]
+    sha = checksum(stored.data)
+    told = manifest.read_manifest(tmp_path / manifest.name(0, 20, 1))
+    told["files"][Path(name).name]["sha256"] = "0" * 64
+    server.put(f"run/{told['name']}/{manifest.MANIFEST}", manifest.encode_manifest(told))
+    assert ckpt.main(["list", "gs://bucket/run"]) == 0 and checksum(stored.data) == sha
+    capsys.readouterr()
+    assert ckpt.main(["verify", f"gs://bucket/run/{told['name']}"]) == 66
+    assert f"{name} is damaged: its SHA-256 differs" in capsys.readouterr().out
+
+
+def test_prune_damaged(server, place, tmp_path, capsys):
+    """A damaged checkpoint that is newer than the newest complete one goes only if asked for; an older one at once."""
+    for step in (10, 20, 30):
+        remote.publish(place, save(tmp_path, step))
+    for step in (10, 30):
+        server.remove("bucket", next(n for n in server.names() if f"step{step}-" in n and "shard" in n))
+    server.put(f"run/{manifest.name(0, 40, 1)}/{manifest.MANIFEST}", b"{")
+    left = lambda: [r.step for r in place.checkpoints(place.objects())]  # noqa: E731
+    assert ckpt.main(["prune", "gs://bucket/run"]) == 0 and left() == [40, 30, 20]
+    assert ckpt.main(["prune", "gs://bucket/run", "--damaged"]) == 0 and left() == [20]
+    assert capsys.readouterr().out.count("deleted") == 3
+    assert ckpt.main(["list", "gs://nowhere/run"]) == 66
+    assert "there is no bucket gs://nowhere" in capsys.readouterr().err
+    server.violations.clear()
+
+
 def test_write_forbidden(server, tmp_path):
     """403 on writes only: no exception, the reason in the status, close() returns False before its deadline."""
     server.fault("POST|PUT", "upload", status=403, times=10**6)
@@ -191,7 +295,7 @@ def test_stale_disk_does_not_replace_newer(server, place, tmp_path):
     """A machine whose disk holds an older save of a step leaves the newer one in the bucket alone, and publishes 30."""
     newer = save(tmp_path / "b", 20)
     remote.publish(place, newer)
-    save(tmp_path / "a", 20, at=time.time() - 1000)
+    save(tmp_path / "a", 20, generation=1)
     syncer = sync.Syncer(config(tmp_path / "a"))
     save(tmp_path / "a", 30)
     assert syncer.close(GUARD) and steps(place) == [30, 20]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refocused.bucket import gcs
-from refocused.bucket.remote import Place, fetch, prune, publish
+from refocused.bucket.remote import Place, compare_bytes, fetch, prune, publish
 from refocused.checkpoint import manifest as local
+from refocused.checkpoint import order
 from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
 
 
@@ -25,7 +26,7 @@ def verify_command(argv: list[str]) -> int:
 
 def pull_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ckpt.py pull")
-    parser.add_argument("url", metavar="gs://BUCKET/PREFIX[/CHECKPOINT]", help="the highest step if none is named")
+    parser.add_argument("url", metavar="gs://BUCKET/PREFIX[/CHECKPOINT]", help="what was saved last if none is named")
     parser.add_argument("folder", metavar="DIR", type=Path)
     args = parser.parse_args(argv)
     print(pull(args.url, args.folder))
@@ -33,7 +34,7 @@ def pull_command(argv: list[str]) -> int:
 
 
 def pull(url: str, folder: Path | None) -> Path:
-    """A checkpoint of a bucket, the highest complete step if none is named, into folder (None: below out/pulled)."""
+    """A checkpoint of a bucket, what was saved last and is complete if none is named, into folder (None: below out/pulled)."""
     place, name = open_place(url)
     if not name:
         good = [remote.name for remote in place.checkpoints(place.objects()) if not remote.problem]
@@ -62,8 +63,9 @@ def prune_command(argv: list[str]) -> int:
     parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
     parser.add_argument("--keep", type=int, default=0, help="newest complete ones to keep; 0, the default, for all")
     parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
+    parser.add_argument("--damaged", action="store_true", help="damaged ones too that may be newer than those kept")
     args = parser.parse_args(argv)
-    for line in prune(open_place(args.url)[0], args.keep, args.keep_every):
+    for line in prune(open_place(args.url)[0], args.keep, args.keep_every, args.damaged):
         print(line)
     return 0
 
@@ -98,7 +100,7 @@ def show(places: list[str], hashes: bool) -> int:
         table.append(
             (
                 name,
-                f"{local.parse(name).step:,}" if local.parse(name) else "-",
+                f"{local.step_of(name):,}" if local.parse(name) else "-",
                 f"{state['tokens']:,}" if state.get("tokens") is not None else "-",
                 f"{state['loss']:.4f}" if state.get("loss") is not None else "-",
                 f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:,.1f} MB" if manifest else "-",
@@ -116,29 +118,40 @@ def show(places: list[str], hashes: bool) -> int:
 
 
 def rows(where: str, hashes: bool) -> Iterable[Row]:
-    """The checkpoints of a folder or bucket, the highest step first, or the one that `where` names."""
+    """The checkpoints of a folder or bucket, what was saved last first, or the one that `where` names."""
     if where.startswith("gs://"):
         place, only = open_place(where)
-        for remote in place.checkpoints(place.objects()):
+        objects = place.objects()
+        remotes = place.checkpoints(objects)
+        gone = order.abandoned(remote.manifest for remote in remotes if remote.manifest)
+        for remote in remotes:
             if only not in ("", remote.name):
                 continue
-            if remote.problem:
-                yield Row(remote.name, {}, {}, remote.problem, damaged=True)
-                continue
-            name = place.name(remote.name, remote.manifest["save_id"], STATE)
-            content, _ = place.bucket.read(name) or (b"{}", 0)
-            yield Row(remote.name, remote.manifest, local.decode_state(content, place.bucket.url(name)), "complete")
+            try:
+                if problem := remote.problem or (hashes and compare_bytes(place, remote, objects)):
+                    raise CheckpointError(problem)
+                name = place.name(remote.name, remote.manifest["save_id"], STATE)
+                content, _ = place.bucket.read(name) or (b"{}", 0)
+                state = local.decode_state(content, place.bucket.url(name))
+                yield Row(remote.name, remote.manifest, state, _note(hashes, remote.name in gone))
+            except CheckpointError as error:
+                yield Row(remote.name, {}, {}, str(error), damaged=True)
         return
     folder = Path(where)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a directory")
     alone = [folder] if hashes or (folder / MANIFEST).exists() else []
+    gone = order.abandoned(local.read_manifests(folder)[0])
     for path in [folder / name for name in local.names(folder)] or alone:
         try:
             state = local.read_state(path, hashes)
-            yield Row(path.name, local.read_manifest(path), state, "verified" if hashes else "complete")
+            yield Row(path.name, local.read_manifest(path), state, _note(hashes, path.name in gone))
         except CheckpointError as error:
             yield Row(path.name, {}, {}, str(error), damaged=True)
+
+
+def _note(hashes: bool, gone: bool) -> str:
+    return ("verified" if hashes else "complete") + ", abandoned: a later save went on from before it" * gone
 
 
 def _age(seconds: float) -> str:

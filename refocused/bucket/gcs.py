@@ -11,6 +11,7 @@ BucketError: one line that names the object, the reason and the fix, and holds n
 
 import base64
 import errno
+import hashlib
 import io
 import itertools
 import logging
@@ -109,13 +110,18 @@ class Bucket:
 
     def list(self, prefix: str = "") -> list[Object]:
         """Every object whose name starts with prefix, sorted by name."""
+        from google.api_core.exceptions import NotFound
+
         fields = "items(name,size,crc32c,generation,updated,contentEncoding),nextPageToken"
 
         def call(attempt: int) -> list[Object]:
             blobs = self.bucket.client.list_blobs(
                 self.bucket, prefix=prefix, fields=fields, timeout=self.timeout, retry=self.retry
             )
-            return sorted((_object(blob) for blob in blobs), key=lambda o: o.name)
+            try:
+                return sorted((_object(blob) for blob in blobs), key=lambda o: o.name)
+            except NotFound:
+                raise Refused(f"there is no bucket gs://{self.name}: create it, or mend the name") from None
 
         return self._persist(f"list {self.url(prefix)}", call)
 
@@ -171,7 +177,7 @@ class Bucket:
                 raise BucketError(f"{path} is not the file that its manifest describes; it stays out of the bucket")
             self._send(name, _Paced(file, throttle) if throttle else file, size, crc32c, 0)
 
-    def _send(self, name: str, stream: BinaryIO, size: int, crc32c: str, generation: int) -> int:
+    def _send(self, name: str, stream: "BinaryIO | _Paced", size: int, crc32c: str, generation: int) -> int:
         from google.api_core.exceptions import PreconditionFailed
 
         def call(attempt: int) -> int:
@@ -223,6 +229,12 @@ class Bucket:
             raise BucketError(f"{part}: {error.strerror or error}{hint}") from None
         os.replace(part, path)
         sync_folder(path.parent)
+
+    def sha256(self, obj: Object, progress: Callable[[int], Any] | None = None) -> str:
+        """The SHA-256 of an object's bytes, which are all read and not kept."""
+        sink = _Hash()
+        self._receive(obj, sink, progress)  # type: ignore[arg-type]  # all of a file that it needs
+        return sink.sha.hexdigest()
 
     def _receive(self, obj: Object, file: BinaryIO, progress: Callable[[int], Any] | None = None) -> None:
         """The object's bytes behind those that file already holds; on return size and CRC-32C are the listed ones."""
@@ -294,6 +306,25 @@ class _Paced:
         data = self.file.read(size)
         self.throttle.take(len(data))
         return data
+
+
+class _Hash:
+    """A file that keeps no bytes but their SHA-256, of what was written since it was last emptied."""
+
+    def __init__(self) -> None:
+        self.sha = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.sha.update(data)
+
+    def truncate(self) -> None:
+        self.sha = hashlib.sha256()
+
+    def seek(self, offset: int) -> None:
+        pass  # only ever to its beginning, before a truncate
+
+    def read(self, size: int) -> bytes:
+        return b""
 
 
 class _Sink:
@@ -414,7 +445,7 @@ def _explain(error: BaseException, place: str) -> tuple[str, int]:
         return f"the credentials could not be refreshed; {LOGIN}", MANY if error.retryable else 1
     status = None
     if isinstance(error, GoogleAPICallError):
-        status = int(error.code)
+        status = int(error.code or 0)
     elif isinstance(error, InvalidResponse):
         status = error.response.status_code
     final = {
@@ -437,7 +468,7 @@ def _explain(error: BaseException, place: str) -> tuple[str, int]:
     return _root_cause(error), MANY
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException | None) -> str:
     """The innermost reason of a transport error; the outer ones quote whole URLs."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:

@@ -7,16 +7,14 @@ Data goes up first, then a LIST is compared with the manifest, then the manifest
 goes the other way round. So whatever is killed when, a checkpoint whose manifest is there is complete.
 """
 
-import os
-import re
-import shutil
+import contextlib
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from refocused.bucket import gcs
 from refocused.bucket.transfer import Bar, check_space, exclusive, in_parallel, part_size
+from refocused.checkpoint import disk, order
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint.manifest import MANIFEST, CheckpointError
 
@@ -35,7 +33,7 @@ class Remote(NamedTuple):
 
     @property
     def step(self) -> int:
-        return local.parse(self.name).step
+        return local.step_of(self.name)
 
 
 class Place:
@@ -58,13 +56,14 @@ class Place:
         return {obj.name.removeprefix(base): obj for obj in self.bucket.list(base + below)}
 
     def checkpoints(self, objects: dict[str, gcs.Object]) -> list[Remote]:
-        """Every checkpoint whose manifest is listed, the highest step first, complete or with the problem."""
-        found = []
+        """Every checkpoint whose manifest is listed, complete or with the problem, in the order of manifest.names."""
+        found = {}
         for path, obj in objects.items():
             name, _, file = path.partition("/")
             if file == MANIFEST and local.parse(name):
-                found.append(self._remote(name, obj, objects))
-        return sorted(found, key=lambda remote: (remote.step, remote.name), reverse=True)
+                found[name] = self._remote(name, obj, objects)
+        broken = sorted((r for r in found.values() if not r.manifest), key=lambda r: (r.step, r.name), reverse=True)
+        return broken + [found[m["name"]] for m in order.newest_first(r.manifest for r in found.values() if r.manifest)]
 
     def _remote(self, name: str, obj: gcs.Object, objects: dict[str, gcs.Object]) -> Remote:
         if obj.generation not in self.seen:
@@ -83,16 +82,9 @@ def decode(content: bytes, name: str, where: str) -> dict[str, Any]:
     """A manifest from a bucket, checked down to its file names; those become local paths."""
     manifest = local.decode(content, where)
     try:
-        good = (
-            manifest["name"] == name
-            and re.fullmatch(r"[0-9a-f]{8,64}", manifest["save_id"])
-            and all("/" not in gcs.safe_name(file) and file != MANIFEST for file in manifest["files"])
-            and all(entry["size"] >= 0 and entry["crc32c"] for entry in manifest["files"].values())
-        )
+        good = manifest["name"] == name and all(gcs.safe_name(file) != MANIFEST for file in manifest["files"])
     except gcs.BucketError as error:
         raise CheckpointError(f"{where} cannot be used: {error}") from None
-    except (LookupError, TypeError, AttributeError):
-        good = False
     if not good:
         raise CheckpointError(f"{where} is no manifest of {name}")
     return manifest
@@ -104,21 +96,15 @@ def difference(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> str:
         obj = objects.get(f"{manifest['name']}/{manifest['save_id']}/{file}")
         if obj is None:
             return f"{file} is missing"
+        if obj.size != entry["size"]:
+            return f"{file} has {obj.size:,} bytes instead of {entry['size']:,}"
         if not same(obj, entry):
-            return f"{file} has {obj.size:,} bytes or a checksum other than the manifest's {entry['size']:,} bytes"
+            return f"{file} has another checksum than the manifest's"
     return ""
 
 
 def same(obj: gcs.Object | None, entry: dict[str, Any]) -> bool:
     return obj is not None and (obj.size, obj.crc32c) == (entry["size"], entry["crc32c"])
-
-
-def retained(steps: Iterable[int], newest: int, limit: int, keep_every: int) -> set[int]:
-    """The steps to keep: `newest`, the limit - 1 before it, multiples of keep_every (which do not count), later ones."""
-    steps = sorted(set(steps), reverse=True)
-    for_ever = {step for step in steps if step > newest or (keep_every and step % keep_every == 0)}
-    counted = [step for step in steps if step not in for_ever or step == newest]
-    return for_ever | set(counted[:limit] if limit else counted)
 
 
 def delete(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> None:
@@ -167,7 +153,8 @@ def publish(
     if not old or old.content != content:
         place.bucket.create(place.name(folder.name, MANIFEST), content, old.generation if old else 0)
     if old and old.manifest and old.manifest["save_id"] != manifest["save_id"]:
-        delete_data(place, f"{folder.name}/{old.manifest['save_id']}/", objects)
+        with contextlib.suppress(gcs.BucketError):  # nobody's data now, which `ckpt.py prune` finds
+            delete_data(place, f"{folder.name}/{old.manifest['save_id']}/", objects)
     return True
 
 
@@ -195,7 +182,7 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
         coming = folder / f".pull-{manifest['save_id']}-{name}"
         for stale in folder.glob(".pull-*"):
             if stale != coming:
-                shutil.rmtree(stale)
+                disk.remove(stale)
         coming.mkdir(exist_ok=True)
         todo = {f: objects[f"{name}/{manifest['save_id']}/{f}"] for f in manifest["files"] if not (coming / f).exists()}
         check_space(folder, sum(obj.size - part_size(coming / f, obj) for f, obj in todo.items()))
@@ -209,25 +196,44 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
         (coming / MANIFEST).unlink(missing_ok=True)
         local.write_file(coming / MANIFEST, there[name].content)
         local.fsync_dir(coming)
-        aside = folder / f".old-{manifest['save_id']}-{name}"  # manifest.recover puts it back if we die in between
-        if final.exists():
-            os.rename(final, aside)
-        os.rename(coming, final)
-        local.fsync_dir(folder)
-        if aside.exists():
-            shutil.rmtree(aside)
+        disk.take_place(coming, final, manifest["save_id"])
     return final
 
 
-def prune(place: Place, keep: int, keep_every: int) -> list[str]:
-    """Delete complete checkpoints that are not retained, damaged ones, and old orphans; returns what was done."""
+def compare_bytes(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> str:
+    """Read every byte of a complete checkpoint and compare it with the manifest; what differs, or ""."""
+    files, data = remote.manifest["files"], f"{remote.name}/{remote.manifest['save_id']}"
+    problems = []
+    with Bar(sum(entry["size"] for entry in files.values()), len(files)) as bar:
+
+        def read(file: str) -> None:
+            sha256 = place.bucket.sha256(objects[f"{data}/{file}"], bar.add)
+            bar.count()
+            if sha256 != files[file]["sha256"]:
+                problems.append(f"{place}/{data}/{file} is damaged: its SHA-256 differs")
+
+        in_parallel(read, sorted(files), STREAMS)
+    return min(problems, default="")
+
+
+def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> list[str]:
+    """Delete complete checkpoints that are not retained, damaged ones, and old orphans; returns what was done.
+
+    Damaged ones that may be newer than the newest complete one are all that is left of it: they go only if asked for.
+    """
     objects = place.objects()
     remotes = place.checkpoints(objects)
-    good = [remote for remote in remotes if not remote.problem]
-    kept = retained([r.step for r in good], good[0].step, keep, keep_every) if good else set()
+    good = [remote.manifest for remote in remotes if not remote.problem]
+    kept = order.retained(good, keep, keep_every)
+
+    def goes(remote: Remote) -> bool:
+        if not remote.problem:
+            return remote.name not in kept
+        return damaged or bool(remote.manifest and good and order.key(remote.manifest) < max(map(order.key, good)))
+
     done = []
     for remote in remotes:
-        if remote.problem and good and remote.step < good[0].step or not remote.problem and remote.step not in kept:
+        if goes(remote):
             delete(place, remote, objects)
             done.append(f"deleted {place}/{remote.name}")
     # Data that no manifest speaks for: of an upload that was cut off, or left by a delete that was.

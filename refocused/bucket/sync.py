@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from configs import Config, ConfigError
 from refocused.bucket import gcs
-from refocused.bucket.remote import Place, delete, fetch, publish, retained
+from refocused.bucket.remote import Place, delete, fetch, publish
+from refocused.checkpoint import disk, order
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint.manifest import CheckpointError
 
@@ -40,21 +41,27 @@ class Syncer:
 
     It only looks at what is there, so it can be killed at any moment. It never raises into training: `status` says
     for the log line what is waiting and what failed last. One per node (its local rank 0); only the leader (rank 0)
-    writes manifests and deletes. After each upload the leader prunes output_dir by save_total_limit, so a checkpoint
-    leaves the disk only once a newer one is verified in the bucket: give ckpt.Saver save_total_limit=0.
+    writes manifests and deletes. After each upload of the newest the leader prunes both places: a checkpoint leaves the
+    disk only once a newer one is verified in the bucket, and it too unless bucket_total_limit would not keep it there.
+    So give ckpt.Saver save_total_limit=0. A refused delete is said once and is no failed upload.
     """
 
     def __init__(self, cfg: Config, resumed_from: str | None = None, leader: bool = True):
         self.cfg, self.leader = cfg, leader
+        assert cfg.checkpoint_bucket_path
         self.where = f"gs://{cfg.bucket_name}/{cfg.checkpoint_bucket_path.strip('/')}"
         self.output_dir = Path(cfg.output_dir)
-        self.resumed_from = local.parse(resumed_from).step if resumed_from and local.parse(resumed_from) else None
+        self.resumed_from = resumed_from
+        self._before = local.generation(cfg.output_dir)  # what is above it was saved by this run
         self.throttle = gcs.Throttle(cfg.upload_megabytes_per_second * 1e6)
         self.started, self.token = int(time.time()), secrets.token_hex(8)
         self.backlog = 0  # complete checkpoints that are still to be published
         self.failure: str | None = None  # why the last try failed; None once one succeeded
         self._place: Place | None = None
         self._settled: set[str] = set()  # save ids that are in the bucket, or are not to be sent
+        self._waiting: set[str] = set()  # save ids that are to be sent and are not there yet
+        self._notice = ""  # that something cannot be deleted; said once
+        self._noticed = False
         self._changed = threading.Condition()
         self._asked = self._answered = 0  # flush() asks for a scan that starts after it was called
         self._refused = 0  # the last such scan that was refused, which waiting does not change
@@ -64,9 +71,10 @@ class Syncer:
 
     @property
     def status(self) -> str:
-        """For the log line; empty when there is nothing to say."""
+        """For the log line; empty when there is nothing to say. What is said once is gone from the next."""
         waiting = f"{self.backlog} waiting for the bucket" if self.backlog else ""
-        return ", ".join(part for part in (waiting, self.failure) if part)
+        notice, self._notice = self._notice, ""
+        return ", ".join(part for part in (waiting, self.failure, notice) if part)
 
     def flush(self, seconds: float) -> bool:
         """Wait until every checkpoint that is complete now is in the bucket; False if it is not after so long.
@@ -115,7 +123,7 @@ class Syncer:
     def _scan(self) -> bool:
         """Publish at most one checkpoint; True if there may be another to publish at once. Raises what went wrong."""
         if self._place is None:
-            place = Place(gcs.Bucket(self.cfg.bucket_name, patience=LONGEST_PAUSE), self.cfg.checkpoint_bucket_path)
+            place = open_place(self.cfg, patience=LONGEST_PAUSE)
             if self.leader:
                 self._take_over(place)
             self._place = place
@@ -125,27 +133,29 @@ class Syncer:
         if not waiting:
             return False
         there = {r.name: r.manifest for r in self._place.checkpoints(self._place.objects()) if not r.problem}
-        newest = max(here, key=lambda m: (m["time"], m["step"]))  # what was saved last, whatever its step
-        keep = self._retained([m["step"] for m in [*here, *there.values()]], newest["step"])
+        newest = max(here, key=order.key)
+        both = {m["name"]: m for m in sorted([*there.values(), *here], key=order.key)}  # of two of a name the later
+        keep = self._retained(both.values(), newest["name"])
         todo = []
         for manifest in waiting:
-            other = there.get(manifest["name"], {"save_id": None, "time": 0})
-            # A save of this run beats one of the same name by another; one left on this disk does only if it is newer.
-            outdated = manifest["time"] < min(other["time"], self.started)
+            other = there.get(manifest["name"])
+            # A save of this run beats one of the same name by another; one left on this disk does only if it is later.
+            ours = manifest.get("generation", 0) > self._before
+            outdated = other is not None and not ours and order.key(other) >= order.key(manifest)
             # The leader goes on to its newest, so a node's part of one before a complete one is not waited for.
-            later = [t for t in there.values() if (t["time"], t["step"]) > (manifest["time"], manifest["step"])]
-            outdated = outdated or (not self.leader and bool(later))
-            if other["save_id"] == manifest["save_id"] or outdated or manifest["step"] not in keep:
+            outdated |= not self.leader and any(order.key(t) > order.key(manifest) for t in there.values())
+            arrived = other is not None and other["save_id"] == manifest["save_id"]
+            if arrived or outdated or manifest["name"] not in keep:
                 self._settled.add(manifest["save_id"])
             else:
                 todo.append(manifest)
-        self.backlog = len(todo)
+        self.backlog, self._waiting = len(todo), {m["save_id"] for m in todo}
         if self.leader and newest in waiting and newest not in todo:
             self._prune(newest["name"])  # the run before this one did not come to it
         if not todo:
             return False
         self._check_owner()
-        for manifest in sorted(todo, key=lambda m: (m is newest, m["step"]), reverse=True):
+        for manifest in sorted(todo, key=order.key, reverse=True):
             try:
                 done = publish(
                     self._place, self.output_dir / manifest["name"], self.throttle, self.leader, replace=True
@@ -160,36 +170,43 @@ class Syncer:
     def _settle(self, manifest: dict[str, Any], newest: dict[str, Any]) -> None:
         """Note that a checkpoint is in the bucket; with the newest one there, older ones may go."""
         self._settled.add(manifest["save_id"])
-        self.backlog -= 1
-        if manifest is newest and self.leader:
-            self._prune(manifest["name"])
-        elif manifest is newest:
-            local.prune(self.output_dir, manifest["name"], self.cfg.save_total_limit, self.cfg.keep_every)
+        self._waiting.discard(manifest["save_id"])
+        self.backlog = len(self._waiting)
+        if newest["save_id"] in self._waiting:
+            return
+        if self.leader:
+            self._prune(newest["name"])
+        else:
+            self._prune_here(newest["name"])
 
     def _complete(self) -> list[dict[str, Any]]:
         """Manifests of what is complete here; on one of several nodes, of what this node has its part of."""
-        found = []
-        for name in local.names(self.output_dir):
-            try:
-                found.append(local.read_manifest(self.output_dir / name))
-            except CheckpointError:
-                continue  # damaged, or deleted since; it is resume that names them
-        return found
+        return [m for m in local.read_manifests(self.output_dir)[0] if local.is_whole(self.output_dir / m["name"], m)]
 
-    def _retained(self, steps: Iterable[int], newest: int) -> set[int]:
-        return retained(steps, newest, self.cfg.bucket_total_limit, self.cfg.keep_every) | {self.resumed_from}
+    def _retained(self, manifests: Iterable[dict[str, Any]], newest: str) -> set[str]:
+        keep = order.retained(manifests, self.cfg.bucket_total_limit, self.cfg.keep_every)
+        return keep | {newest, self.resumed_from or newest}
 
     def _prune(self, newest: str) -> None:
-        """Delete what is older than `newest`, which is verified in the bucket, and not retained; there, then here."""
+        """Delete what is not retained beside `newest`, which is verified in the bucket; there, then here."""
+        assert self._place is not None
         objects = self._place.objects()
         # One that is damaged neither counts nor goes: resume names it, and `ckpt.py prune` removes it.
         good = [r for r in self._place.checkpoints(objects) if not r.problem]
-        keep = self._retained([r.step for r in good], local.parse(newest).step)
+        keep = self._retained([r.manifest for r in good], newest)
         for remote in good:
-            if remote.step not in keep:
+            if remote.name not in keep:
                 self._check_owner()
-                delete(self._place, remote, objects)
-        local.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every)
+                try:
+                    delete(self._place, remote, objects)
+                except gcs.BucketError as error:  # no permission, a retention policy: what was to be saved is saved
+                    self._notice = "" if self._noticed else f"old checkpoints stay in the bucket: {error}"
+                    self._noticed = True
+                    break
+        self._prune_here(newest)
+
+    def _prune_here(self, newest: str) -> None:
+        disk.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every, self._waiting)
 
     def _take_over(self, place: Place) -> None:
         """Become the one run that writes below the prefix; also the first proof that the bucket can be written."""
@@ -200,6 +217,7 @@ class Syncer:
     def _check_owner(self) -> None:
         if not self.leader:
             return
+        assert self._place is not None
         content, _ = self._place.bucket.read(self._place.name(OWNER)) or (b"{}", 0)
         try:
             owner = dict(json.loads(content))
@@ -225,10 +243,14 @@ def find(cfg: Config) -> Found | None:
     To be called on rank 0, before ckpt.choose. Raises ConfigError if resume is unset although the bucket has
     checkpoints, CheckpointError if the one named is nowhere, and BucketError if the bucket cannot be read.
     """
-    place = Place(gcs.Bucket(cfg.bucket_name), cfg.checkpoint_bucket_path)
+    place = open_place(cfg)
     there = {remote.name: remote for remote in place.checkpoints(place.objects())}
-    here = local.names(cfg.output_dir)
-    both = sorted({*here, *there}, key=lambda name: (local.parse(name).step, name), reverse=True)
+    readable, broken = local.read_manifests(cfg.output_dir)
+    here = {*broken, *(m["name"] for m in readable)}
+    known = [remote.manifest for remote in there.values() if remote.manifest] + readable
+    latest = {m["name"]: m for m in sorted(known, key=order.key)}  # of two saves of a name the later one
+    unreadable = [name for name in dict.fromkeys([*broken, *there]) if name not in latest]
+    both = unreadable + [m["name"] for m in order.newest_first(latest.values())]
     if cfg.resume is None:
         if there and not here:
             raise ConfigError(
@@ -255,7 +277,7 @@ def find(cfg: Config) -> Found | None:
                 problems.append(str(error))
         if remote and remote.problem:
             problems.append(remote.problem)
-        elif remote and (mine is None or mine["time"] < remote.manifest["time"]):
+        elif remote and (mine is None or order.key(mine) < order.key(remote.manifest)):
             if problems:
                 print("passed over:", *problems, sep="\n  ", file=sys.stderr)
             return Found(name, remote.manifest["save_id"])
@@ -266,9 +288,20 @@ def find(cfg: Config) -> Found | None:
     return None
 
 
+def generation(cfg: Config) -> int:
+    """The highest generation of any save in the bucket, complete or not; 0 if there is none. Raises BucketError."""
+    place = open_place(cfg)
+    return max((r.manifest.get("generation", 0) for r in place.checkpoints(place.objects())), default=0)
+
+
+def open_place(cfg: Config, patience: float = 300.0) -> Place:
+    assert cfg.bucket_name and cfg.checkpoint_bucket_path
+    return Place(gcs.Bucket(cfg.bucket_name, patience), cfg.checkpoint_bucket_path)
+
+
 def pull(cfg: Config, found: Found) -> Path:
     """Bring that checkpoint into output_dir; to be called on one process of each node. Returns its folder."""
-    place = Place(gcs.Bucket(cfg.bucket_name), cfg.checkpoint_bucket_path)
+    place = open_place(cfg)
     # nodes can share the folder: one fetches, the others find it there
     return fetch(place, found.name, Path(cfg.output_dir), found.save_id, wait=True)
 

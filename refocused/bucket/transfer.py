@@ -44,7 +44,8 @@ def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], streams: i
 
     Not a ThreadPoolExecutor, because the interpreter waits for its threads at exit, however long a transfer takes.
     """
-    queue, lock, problems = iter(list(items)), threading.Lock(), []
+    queue, lock = iter(list(items)), threading.Lock()
+    problems: list[BaseException] = []
 
     def work() -> None:
         while not problems:

@@ -24,8 +24,8 @@ class Choice(NamedTuple):
 def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
     """Which checkpoint a run starts from; what it returns is verified, hash by hash.
 
-    resume is None, "latest", a checkpoint's name in output_dir, or a path. Raises CheckpointError, or ConfigError if
-    resume is None although there are checkpoints. All ranks must start from the same one: agree(choose, ...).
+    resume is None, "latest" (what was saved last), a checkpoint's name in output_dir, or a path. Raises CheckpointError,
+    or ConfigError if resume is None although there are checkpoints. All ranks must start from the same one: agree(choose, ...).
     """
     there = names(output_dir)
     listing = f"{output_dir} has {', '.join(there)}" if there else f"{output_dir} has no checkpoints"
@@ -50,7 +50,7 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
             return _chosen(path, [])
         except CheckpointError as error:
             raise CheckpointError(f"resume={resume}: {error}; {listing}") from error
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for candidate in there:
         try:
             return _chosen(Path(output_dir, candidate), passed_over)

@@ -1,31 +1,26 @@
 """What a checkpoint is on disk: its name, its files, and the manifest that makes it exist. Nothing about tensors.
 
-A directory without a valid MANIFEST.json does not exist as far as anyone is concerned. It comes into being by one
-rename once everything in it is durable, and it goes by one rename too.
+A directory without a valid MANIFEST.json does not exist as far as anyone is concerned. How one comes and goes is in
+disk.py.
 """
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
-import socket
 import stat
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import ConfigError
+from refocused.checkpoint import order, schema
 from refocused.checkpoint.crc32c import Checksum
 
 FORMAT = 1  # of the directory; raise it when an older version could not read what this one writes
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is writing, or will put back if it dies
+SHARD = ".safetensors"
 
 
 class CheckpointError(ValueError):
@@ -55,15 +50,50 @@ def parse(text: str) -> Name | None:
     return Name(*map(int, match.groups())) if match else None
 
 
+def step_of(text: str) -> int:
+    """The step in a checkpoint's name."""
+    found = parse(text)
+    assert found is not None, text
+    return found.step
+
+
 def names(output_dir: str | os.PathLike) -> list[str]:
-    """Names of the checkpoint directories, the highest step first, complete or not."""
+    """Names of the checkpoint directories: what was saved last first, what was abandoned last.
+
+    Before them those without a readable manifest, so that a search for the newest one meets and names them.
+    """
+    readable, broken = read_manifests(output_dir)
+    return [*broken, *(m["name"] for m in order.newest_first(readable))]
+
+
+def read_manifests(output_dir: str | os.PathLike) -> tuple[list[dict[str, Any]], list[str]]:
+    """(manifests, none compared with its files, and names of directories without a readable one, highest step first)."""
     try:
-        found = [n for n in os.listdir(output_dir) if parse(n)]
+        there = [n for n in os.listdir(output_dir) if parse(n)]
     except FileNotFoundError:
-        return []
+        return [], []
     except OSError as error:
-        raise CheckpointError(f"cannot read output_dir={output_dir}: {error.strerror}") from error
-    return sorted(found, key=lambda n: (parse(n).step, parse(n)), reverse=True)
+        raise CheckpointError(f"cannot read output_dir={output_dir}: {why(error)}") from error
+    readable: list[dict[str, Any]] = []
+    broken: list[str] = []
+    for entry in there:
+        try:
+            manifest = read_manifest(Path(output_dir, entry))
+        except CheckpointError:
+            broken.append(entry)
+        else:  # of a renamed one verify says so
+            readable.append(manifest) if manifest["name"] == entry else broken.append(entry)
+    return readable, sorted(broken, key=lambda n: (step_of(n), n), reverse=True)
+
+
+def generation(output_dir: str | os.PathLike) -> int:
+    """The highest generation of any save here; 0 if there is none."""
+    return max((m.get("generation", 0) for m in read_manifests(output_dir)[0]), default=0)
+
+
+def why(error: OSError) -> str:
+    """The reason alone; an OSError that Python itself made has no strerror."""
+    return error.strerror or str(error)
 
 
 def digest(path: str | os.PathLike) -> dict[str, Any]:
@@ -102,7 +132,7 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of the checkpoint at `path`, itself checked but not yet compared with the files.
 
-    {format, name, save_id, step, time (Unix seconds), files: {file name: {size, crc32c, sha256}}}
+    {format, name, save_id, step, generation, time (Unix seconds), files: {file name: {size, crc32c, sha256}}}
     """
     path = Path(path)
     try:
@@ -112,7 +142,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         what = f"has no {MANIFEST}: not a complete checkpoint" if path.is_dir() else "is no directory"
         raise CheckpointError(f"{path} {what}") from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path / MANIFEST}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path / MANIFEST}: {why(error)}") from error
     return decode(content, path / MANIFEST)
 
 
@@ -130,6 +160,11 @@ def decode(content: bytes, where: str | os.PathLike) -> dict[str, Any]:
         )
     if not intact:
         raise CheckpointError(f"{where} is damaged: its own SHA-256 differs")
+    wrong = schema.of_manifest(manifest, STATE)
+    if not wrong and (not parse(manifest["name"]) or step_of(manifest["name"]) != manifest["step"]):
+        wrong = f"step={manifest['step']} and name={manifest['name'][:80]}"
+    if wrong:
+        raise CheckpointError(f"{where} cannot be used: it has {wrong}")
     return manifest
 
 
@@ -160,138 +195,67 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
         chosen = sorted(files) if hashes else [STATE]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for file, found in zip(chosen, pool.map(lambda f: digest(path / f), chosen), strict=True):
-                if found != files[file]:
+                if found != {key: files[file][key] for key in found}:
                     raise CheckpointError(f"{path / file} is damaged: its SHA-256 differs")
+        for file in chosen:
+            if file.endswith(SHARD) and (wrong := schema.of_shard(path / file)):
+                raise CheckpointError(f"{path / file} cannot be used: {wrong}")
+        if hashes:
+            _verified[path] = {file: _identity(here[file]) for file in files}
     except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {error.filename or path}: {why(error)}") from error
     return manifest
 
 
+_verified: dict[Path, dict[str, tuple]] = {}  # of every checkpoint whose bytes were compared: which files these were
+
+
+def _identity(status: os.stat_result) -> tuple:
+    """Changes with the content, whoever sets times back: nobody can set a ctime."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+
+
+def check_unchanged(path: str | os.PathLike) -> None:
+    """Raise CheckpointError unless the files are those that this process verified; for after a load.
+
+    A load reads by name what verify has read by name: between the two another file can have taken a name.
+    """
+    path = Path(os.path.realpath(path))
+    for file, identity in _verified.get(path, {}).items():
+        try:
+            same = _identity(os.lstat(path / file)) == identity
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(f"{path / file} was changed while it was being loaded; start again")
+
+
+def is_whole(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether each file of the manifest that is here has its size; a node without a shared disk has only its own."""
+    for file, entry in manifest["files"].items():
+        try:
+            if os.lstat(path / file).st_size != entry["size"]:
+                return False
+        except OSError:
+            continue
+    return True
+
+
 def read_state(path: Path, hashes: bool = True) -> dict[str, Any]:
-    """The state.json of a checkpoint that has just been verified."""
-    verify(path, hashes)
-    return decode_state((path / STATE).read_bytes(), path / STATE)
+    """The state.json of a checkpoint, which is verified."""
+    entry = verify(path, hashes)["files"][STATE]
+    content = (path / STATE).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path / STATE} was changed while it was being read; start again")
+    return decode_state(content, path / STATE)
 
 
 def decode_state(content: bytes, where: str | os.PathLike) -> dict[str, Any]:
+    """The state that these bytes are. Raises CheckpointError, which calls them `where`."""
     try:
-        return json.loads(content)
+        state = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON") from error
-
-
-def commit(temporary: Path, final: Path, save_id: str, files: dict[str, dict[str, Any]], state: bytes) -> None:
-    """Complete the temporary directory, whose `files` are durable, and make it the checkpoint `final`."""
-    write_file(temporary / STATE, state)
-    manifest = {
-        "format": FORMAT,
-        "name": final.name,
-        "save_id": save_id,
-        "step": parse(final.name).step,
-        "time": int(time.time()),
-        "files": {**files, STATE: digest(temporary / STATE)},
-    }
-    put(temporary, final, save_id, encode_manifest(manifest))
-
-
-def put(temporary: Path, final: Path, save_id: str, manifest: bytes) -> None:
-    """The manifest, last, then one rename. On a node without rank 0's disk: rank 0's manifest beside its own files."""
-    write_file(temporary / MANIFEST, manifest)
-    fsync_dir(temporary)
-    aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
-    replaces = final.exists()
-    if replaces:  # a directory that is not empty cannot be replaced by a rename
-        os.rename(final, aside)
-    os.rename(temporary, final)
-    fsync_dir(final.parent)
-    if replaces:
-        delete(aside)
-
-
-def delete(path: Path) -> None:
-    """Remove a checkpoint: out of sight by one rename, then manifest first, so that no half of it is ever mistaken."""
-    trash = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{path.name}")
-    os.rename(path, trash)
-    (trash / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(trash, ignore_errors=True)  # what resists is removed by the next start
-
-
-def recover(output_dir: str | os.PathLike) -> None:
-    """Undo what a killed save left: put back what it had moved aside, remove what it had not completed."""
-    for entry in sorted(os.listdir(output_dir)):
-        path = Path(output_dir, entry)
-        if entry.startswith(ASIDE) and not (final := path.with_name(entry.split("-", 2)[2])).exists():
-            os.rename(path, final)
-        elif entry.startswith(ASIDE):
-            delete(path)
-        elif entry.startswith(TEMPORARY):
-            shutil.rmtree(path)
-    fsync_dir(output_dir)
-
-
-def prune(output_dir: str | os.PathLike, newest: str, save_total_limit: int, keep_every: int) -> None:
-    """Keep `newest`, which must be complete, and the save_total_limit - 1 complete ones before it; 0 keeps all.
-
-    Those at multiples of keep_every stay and do not count. Later steps, left when a run went back to an earlier
-    checkpoint, are not touched.
-    """
-    kept = 1
-    for old in names(output_dir) if save_total_limit else []:
-        step = parse(old).step
-        if step >= parse(newest).step or (keep_every and step % keep_every == 0):
-            continue
-        try:
-            verify(Path(output_dir, old), hashes=False)
-            kept += 1
-            surplus = kept > save_total_limit
-        except CheckpointError:
-            surplus = True  # never loadable again, and a newer one is complete
-        if surplus:
-            delete(Path(output_dir, old))
-
-
-_locks: list[Any] = []  # open files; the kernel drops their locks when the process ends, however it ends
-
-
-def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
-    """Make output_dir this process's own until it ends, prove that it can be written, clean up after killed saves.
-
-    One process per node does this, rank 0 first; what it returns is the others' `leader`, so that they know a disk
-    that they share with it. Raises ConfigError: with the owner's host and pid, or why writing fails.
-    """
-    me = f"host {socket.gethostname()}, pid {os.getpid()}"
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        file = open(Path(output_dir, ".lock"), "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "a run that is just starting"
-            file.close()
-            if owner == leader:
-                return owner
-            raise ConfigError(
-                f"output_dir={output_dir} is in use by {owner}; stop that run or choose another output_dir"
-            ) from None
-        file.truncate(0)
-        file.write(me + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-        _locks.append(file)
-        recover(output_dir)
-        return me
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={output_dir} cannot be written: {error.strerror}; choose another output_dir"
-        ) from error
-
-
-def check_space(output_dir: str | os.PathLike, need: int) -> None:
-    """Raise ConfigError unless `need` bytes and a little more are free in output_dir."""
-    free = shutil.disk_usage(output_dir).free
-    if free < need * 1.01 + (1 << 20):
-        raise ConfigError(
-            f"a checkpoint takes {need / 1e9:.3g} GB and {output_dir} has {free / 1e9:.3g} GB free; "
-            "free some space, lower save_total_limit or choose another output_dir"
-        )
+    if wrong := schema.of_state(state):
+        raise CheckpointError(f"{where} cannot be used: it has {wrong}")
+    return state

@@ -15,23 +15,31 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from refocused.checkpoint import manifest
+from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.tensors import CopyPlanner, Writer, cause, local_part, own_part
 
 
 class Saver:
     """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
 
-    A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank.
+    A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank. One of
+    tensors that are not all finite fails so too. `generation` is the highest of any save that the run knows of.
     A save may wait, written but not committed, for settle(): weights that an update has just ruined look like any others
     until a loss is computed with them, and would take the place of the good ones.
     Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, *, async_save: bool = True, save_total_limit: int = 0, keep_every: int = 0
+        self,
+        output_dir: str | os.PathLike,
+        *,
+        async_save: bool = True,
+        save_total_limit: int = 0,
+        keep_every: int = 0,
+        generation: int | None = None,
     ):
         self.output_dir = Path(output_dir)
+        self.generation = manifest.generation(output_dir) if generation is None else generation
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
         self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -118,7 +126,8 @@ class Saver:
         try:
             box = [secrets.token_hex(8)]
             dist.broadcast_object_list(box, group=self.group, group_src=0)
-            writer = Writer(self.output_dir / name, box[0], state, need)
+            self.generation += 1
+            writer = Writer(self.output_dir / name, box[0], state, need, self.generation)
             dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
             if not self._proof.result():  # no failure: it counts no more than what it would have replaced
                 if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -127,12 +136,12 @@ class Saver:
             self._commit(writer)
             self.last, self.write_seconds = name, time.perf_counter() - start
             if self.rank == 0:
-                manifest.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
+                disk.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
         except BaseException as error:  # CheckpointException is no Exception
             self._error = f"saving {name}: {cause(error)}"
             if self.rank == 0:
                 with contextlib.suppress(OSError):  # then the next start does it
-                    manifest.recover(self.output_dir)
+                    disk.recover(self.output_dir)
 
     def _commit(self, writer: Writer) -> None:
         """Commit on rank 0, and give the files of a node that does not share its disk the same name and manifest."""
@@ -149,7 +158,7 @@ class Saver:
         problem = None
         if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():
             try:
-                manifest.put(writer.folder, writer.final, writer.id, box[0])
+                disk.put(writer.folder, writer.final, writer.id, box[0])
             except (FileExistsError, FileNotFoundError):
                 pass  # a shared disk: renamed by now, which NFS can show late
             except OSError as error:

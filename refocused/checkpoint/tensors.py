@@ -5,6 +5,7 @@ Its storage is safetensors, not its own .distcp: no byte of a checkpoint is ever
 """
 
 import json
+import math
 import os
 import secrets
 import warnings
@@ -18,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from refocused.checkpoint import manifest
+from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.manifest import CheckpointError
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds this much, so that uploads can run side by side
@@ -42,7 +43,9 @@ def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation some parameters are still whole
-    keys = {p: key.replace("_orig_mod.", "").removeprefix("module.") for key, p in model.named_parameters()}
+    keys: dict[Tensor, str] = {
+        p: key.replace("_orig_mod.", "").removeprefix("module.") for key, p in model.named_parameters()
+    }
     tree = {f"model.{key}": p.detach() for p, key in keys.items()}
     for optimizer in optimizers:
         _create_state(optimizer)
@@ -69,7 +72,8 @@ def local_part(t: Tensor) -> Tensor:
 
 def own_part(tree: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
     """What this rank writes: its shards, and its share of the tensors that every rank holds whole."""
-    part, load = {}, [0] * world
+    part: dict[str, Tensor] = {}
+    load = [0] * world
     for key, t in sorted(tree.items(), key=lambda item: (-item[1].nbytes, item[0])):
         if isinstance(t, DTensor):
             if t.to_local().numel():  # a short tensor leaves the last ranks without rows
@@ -106,25 +110,32 @@ class Writer(dcp.HuggingFaceStorageWriter):
     the training loop, for 1.5 s per 512 MB; safetensors' save_file does neither.
     """
 
-    def __init__(self, final: Path, save_id: str, state: bytes, need: int):
-        self.folder = final.with_name(f"{manifest.TEMPORARY}{save_id}-{final.name}")
+    def __init__(self, final: Path, save_id: str, state: bytes, need: int, generation: int):
+        self.folder = final.with_name(f"{disk.TEMPORARY}{save_id}-{final.name}")
         super().__init__(str(self.folder), save_distributed=True)
-        self.final, self.id, self.state, self.need = final, save_id, state, need
+        self.final, self.id, self.state, self.need, self.generation = final, save_id, state, need, generation
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         os.makedirs(self.folder, exist_ok=True)
         if self.rank == 0:
-            manifest.check_space(self.folder, self.need)
+            disk.check_space(self.folder, self.need)
         return plan
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files; the results carry {size, crc32c, sha256} of each to rank 0."""
+        """Write this rank's files; the results carry {size, crc32c, sha256} of each to rank 0.
+
+        Raises CheckpointError, and so fails the save on all ranks, at a tensor that no run could go on from.
+        """
         results: list[WriteResult] = []
         batch: dict[str, Tensor] = {}
         offsets: dict[str, Any] = {}
         size = 0
         for item in plan.items:
-            batch[item.index.fqn] = t = planner.resolve_data(item).cpu().contiguous()
+            t = planner.resolve_data(item)
+            assert isinstance(t, Tensor)
+            check_finite(item.index.fqn, t)
+            batch[item.index.fqn] = t = t.cpu().contiguous()
+            assert item.tensor_data is not None
             offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
             size += t.nbytes
             if size >= FILE_BYTES or item is plan.items[-1]:
@@ -145,7 +156,15 @@ class Writer(dcp.HuggingFaceStorageWriter):
         self.files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
 
     def commit(self) -> None:
-        manifest.commit(self.folder, self.final, self.id, self.files, self.state)
+        disk.commit(self.folder, self.final, self.id, self.files, self.state, self.generation)
+
+
+def check_finite(key: str, t: Tensor) -> None:
+    """Raise CheckpointError if the tensor holds a NaN or an infinity. One pass that needs no memory."""
+    if t.numel() and t.is_floating_point():
+        least, largest = t.aminmax()  # a NaN is both
+        if not (least.isfinite() and largest.isfinite()):
+            raise CheckpointError(f"{key} has values that are not finite")
 
 
 def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any], source: Source | None = None) -> None:
@@ -153,7 +172,8 @@ def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any], sour
 
     source: where the values are, if the tree is only their shapes; each is asked for once, when it is written.
     """
-    writer = Writer(final, secrets.token_hex(8), json.dumps(state).encode(), sum(t.nbytes for t in tree.values()))
+    need, generation = sum(t.nbytes for t in tree.values()), manifest.generation(final.parent) + 1
+    writer = Writer(final, secrets.token_hex(8), json.dumps(state).encode(), need, generation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
         try:
@@ -167,13 +187,10 @@ def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
     """Fill the tensors of the tree, of any layout, with those of a verified checkpoint. Collective.
 
     In place: besides the tree there is never more than one tensor in memory. A tree of `model.` names alone leaves the
-    optimizer's state unread. Raises CheckpointError, before any value changes, if names, shapes or dtypes differ.
+    optimizer's state unread. Raises CheckpointError, before any value changes, if names, shapes or dtypes differ, or if
+    a tensor's parts do not cover it.
     """
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    try:
-        saved = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} could not be loaded: {error}") from error
+    saved = read_metadata(path)
     groups = {key.split(".")[0] for key in tree}
     there = {
         key: (tuple(meta.size), meta.properties.dtype) for key, meta in saved.items() if key.split(".")[0] in groups
@@ -181,12 +198,50 @@ def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
     here = {key: (tuple(t.shape), t.dtype) for key, t in tree.items()}
     if there != here:
         raise CheckpointError(f"{path} is of another model or optimizer: {differences(there, here)}")
+    for key in here:
+        check_cover(path, key, saved[key])
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with torch.no_grad():
-            dcp.load(dict(tree), storage_reader=reader, planner=planner)
+            dcp.load(dict(tree), storage_reader=dcp.HuggingFaceStorageReader(str(path)), planner=planner)
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be loaded: {cause(error)}") from error
+
+
+def read(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Every tensor of a verified checkpoint, whole, on the CPU. Raises CheckpointError."""
+    saved = read_metadata(path)
+    tree = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in saved.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        load(path, tree)
+    return tree
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, TensorStorageMetadata]:
+    """Shape, dtype and parts of every tensor. Raises CheckpointError."""
+    try:
+        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # not verified
+        raise CheckpointError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
+    return {key: meta for key, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
+
+
+def check_cover(path: str | os.PathLike, key: str, meta: TensorStorageMetadata) -> None:
+    """Raise CheckpointError unless the parts of a tensor cover each of its elements once.
+
+    A gap would leave what was there before the load, of an overlap it would depend on the order which part counts.
+    """
+    boxes = sorted((tuple(part.offsets), tuple(part.sizes)) for part in meta.chunks if math.prod(part.sizes))
+    for i, (at, size) in enumerate(boxes):
+        for other, other_size in boxes[i + 1 :]:
+            if at and other[0] >= at[0] + size[0]:
+                break  # they are sorted: no later one begins before this one's rows end
+            if all(a < b + n and b < a + m for a, m, b, n in zip(at, size, other, other_size, strict=True)):
+                raise CheckpointError(f"{path}: parts of {key} overlap at {list(other)}")
+    found, whole = sum(math.prod(size) for _, size in boxes), math.prod(meta.size)
+    if found != whole:
+        raise CheckpointError(f"{path}: parts of {key} are {found:,} of its {whole:,} values")
 
 
 def differences(there: dict[str, tuple], here: dict[str, tuple], show: int = 4) -> str:

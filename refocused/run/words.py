@@ -82,14 +82,14 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     if choice.path is None:
         return f"resume    no checkpoint in {cfg.output_dir}: a fresh run" if cfg.resume else ""
     state = choice.state
-    reason = "the highest step that is complete" if cfg.resume == "latest" else "as asked"
+    reason = "what was saved last and is complete" if cfg.resume == "latest" else "as asked"
     lines = [f"resume    {choice.path.name} ({reason}), step {state['step']:,} of {cfg.max_steps:,}"]
     lines += [f"          passed over {name}: {why}" for name, why in choice.passed_over]
     there = ((n, manifest.parse(n)) for n in manifest.names(cfg.output_dir))
     ahead = [n for n, parsed in there if parsed and parsed.step > state["step"]]
     if ahead and cfg.resume != "latest":
         lines.append(
-            f"          {ahead[0]} is ahead of it and stays: remove what is ahead, or a later resume=latest goes on there"
+            f"          {ahead[0]} is ahead of it: abandoned, once this run has saved; resume=latest then goes on here"
         )
     if cfg.init_from and cfg.init_from != state["config"].get("init_from"):
         lines.append(f"          init_from={cfg.init_from} is not used: the weights are the checkpoint's")
