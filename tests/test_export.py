@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import secrets
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import ckpt
+import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
 from refocused.checkpoint import export, manifest, tensors
@@ -41,7 +44,8 @@ def save(folder: Path, cfg: Config, step: int = 7) -> Path:
         "step": step,
         "tokens": step * 1000,
         "loss": 2.5,
-        "data": {"fingerprint": "f00d"},
+        "samples_seen": step * 10,
+        "data": {"fingerprint": "f00d", "manifest": [{"path": "a", "tokens": 9, "dtype": "<u2", "crc32": "0f"}]},
         "config": dict(cfg.__dict__),
         "run": {"torch": torch.__version__, "git_commit": "c0ffee"},
     }
@@ -129,6 +133,9 @@ def test_byte_tokenizer(checkpoint, tmp_path):
     for text in TEXTS:
         assert known.encode(text) == ours.encode(text, allowed_special="all")
         assert known.decode(known.encode(text)) == text
+    assert set(known("a")) == {"input_ids", "attention_mask"} and known.unk_token == known.eos_token
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())  # what Transformers 4 goes by
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert known.encode("é") == list("é".encode()) and known.eos_token_id == 256 and len(known) == 257
     assert known.convert_tokens_to_ids(known.convert_ids_to_tokens(list(range(257)))) == list(range(257))
 
@@ -206,10 +213,85 @@ def test_import(tmp_path, capsys):
     tensors |= {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}
     save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
     assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
-    assert "init_from=" in (said := capsys.readouterr().out) and all(key in said for key in PYTHIA_KEYS.split())
+    command = shlex.split(capsys.readouterr().out.split("train from it with: ")[1])
+    assert command[:2] == ["python", "train.py"] and set(PYTHIA_KEYS.split()) <= set(command)
+    cfg, _ = configs.load(command[2:])
     source = ckpt.find(str(tmp_path / "start"))
-    assert source.state["step"] == 0 and manifest.verify(source.path)
+    assert source.state["step"] == 0 and manifest.verify(source.path) and cfg.init_from == str(tmp_path / "start")
+    assert all(getattr(cfg, key) == getattr(source.cfg, key) for key in folders.MODEL_KEYS), "it is the import's model"
+    assert export.main_export([str(tmp_path / "start"), str(tmp_path / "again")], ckpt.find) == 0
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / file).read_bytes())["eos_token_id"] == 0, "as the folder that came in"
     assert (logits(folders.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
+
+
+def test_a_killed_import_or_export_does_not_refuse_the_next(checkpoint, tmp_path):
+    """SIGKILL in the middle of each: nothing is under the name, the same command then succeeds, and nothing else is
+    left. One that is under way is not disturbed by a second."""
+    pythia(tmp_path / "hf")
+    commands = {
+        "import": [str(tmp_path / "hf")],
+        "export": [str(checkpoint)],
+        "export --torch": [str(checkpoint)],
+    }
+    die = "import os, signal, sys, ckpt; from refocused.checkpoint import manifest; "
+    die += "manifest.fsync_dir = lambda path: os.kill(os.getpid(), signal.SIGKILL); ckpt.main(sys.argv[1:])"
+    for command, argv in commands.items():
+        out = tmp_path / f"out of {command}"
+        arguments = [*command.split(), *argv, str(out)]
+        killed = subprocess.run([sys.executable, "-c", die, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not out.exists() and list(tmp_path.glob(".tmp-*"))
+        with pytest.raises(ConfigError, match="is being made by another process"):
+            with export.coming(out), export.coming(out):
+                raise AssertionError
+        assert ckpt.main(arguments) == 0 and out.exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_torch_file(checkpoint, tmp_path):
+    """export --torch: torch.load reads every tensor, weights and moments, and the state, without unpickling objects."""
+    assert ckpt.main(["export", str(checkpoint), "--torch", str(tmp_path / "all.pt")]) == 0
+    found = torch.load(tmp_path / "all.pt", weights_only=True)
+    ours = folders.load(ckpt.find(str(checkpoint)))
+    assert found["state"]["step"] == 7
+    for key, p in ours.named_parameters():
+        assert torch.equal(found["tensors"][f"model.{key}"], p)
+        assert not found["tensors"][f"optim.exp_avg_sq.{key}"].any()
+
+
+def test_weights_that_are_not_finite_are_not_imported(tmp_path, capsys):
+    """One NaN in a folder's weights: refused by the tensor's name, and nothing is left."""
+    pythia(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf/model.safetensors")
+    weights["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"][3] = float("nan")
+    save_file(weights, tmp_path / "hf/model.safetensors", {"format": "pt"})
+    assert ckpt.main(["import", str(tmp_path / "hf"), str(tmp_path / "start")]) == 66
+    assert "layers.1.mlp.dense_h_to_4h.bias has values that are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_hostile_config(tmp_path):
+    """config.json with values of other types and sizes, nested, or no JSON: the project's own error, or a model."""
+    pythia(tmp_path / "hf")
+    good = json.loads((tmp_path / "hf/config.json").read_bytes())
+    odd = [None, True, -1, 0, 1 << 70, 1e308, "", "x", [], [[]], {}, {"rope_theta": []}, {"rope_type": {}}]
+    texts = [json.dumps({**good, key: value}) for key in ("rope_parameters", *good) for value in odd]
+    texts += ["[" * 100_000, "[]", "null", "\xff", ""]
+    refused = 0
+    for text in texts:
+        (tmp_path / "hf/config.json").write_text(text)
+        try:
+            source = folders.hf_source(tmp_path / "hf")
+            assert source.end is None or source.end >= 0
+        except CheckpointError as error:
+            assert "config.json" in str(error)
+            refused += 1
+    assert refused > 60
+    for text in ("[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{"):
+        (tmp_path / "hf/config.json").write_text(json.dumps(good))
+        (tmp_path / "hf/model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="no index of weights"):
+            folders.load(folders.hf_source(tmp_path / "hf"))
 
 
 def test_import_train_export(tmp_path, shards, capsys):
@@ -266,7 +348,7 @@ def test_refused_folders(tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         export.main_import([str(tmp_path / "good"), str(tmp_path / "never")])
     (tmp_path / "good/model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="pickled weights"):
+    with pytest.raises(CheckpointError, match="pickled weights .*convert them once: python -c .*save_pretrained"):
         export.main_import([str(tmp_path / "good"), str(tmp_path / "never")])
     assert not (tmp_path / "never").exists()
 

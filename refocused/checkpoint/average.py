@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from configs import ConfigError
 from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.export import check_empty
+from refocused.checkpoint.export import check_free, coming
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
 
@@ -35,6 +35,8 @@ class Weights:
             for key, saved in metadata.state_dict_metadata.items()
             if key.startswith("model.") and isinstance(saved, TensorStorageMetadata)
         }
+        for key, saved in tensors.read_metadata(path).items():
+            tensors.check_cover(path, key, saved)
         self.parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {key: [] for key in self.there}
         for index, place in metadata.storage_data.items():
             if index.fqn in self.parts:
@@ -99,7 +101,7 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT, export and eval")
     parser.add_argument("--weights", help="one number for each, as 1,2,3; all alike unless given")
     args = parser.parse_args(argv)
-    check_empty(args.out)
+    check_free(args.out)
     try:
         weights = [float(word) for word in args.weights.split(",")] if args.weights else [1.0] * len(args.checkpoints)
     except ValueError:
@@ -114,6 +116,9 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
     for source in sources:
         if source.is_hf:
             raise ConfigError(f"{source.path} is a Hugging Face folder; first: python ckpt.py import {source.path} OUT")
-    args.out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(sources)} checkpoints -> {average(sources, weights, args.out)}")
+    with coming(args.out) as folder:
+        made = average(sources, weights, folder)
+        for source in sources:
+            manifest.check_unchanged(source.path)
+    print(f"{len(sources)} checkpoints -> {args.out.absolute() / made.name}")
     return 0

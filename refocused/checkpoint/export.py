@@ -1,17 +1,20 @@
 """A checkpoint -> a Hugging Face folder, and such a folder -> a checkpoint to start from.
 
 python ckpt.py export CHECKPOINT OUT [--dtype fp32] [--onnx]
+python ckpt.py export CHECKPOINT --torch FILE
 python ckpt.py import HF_FOLDER OUT
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import os
-import secrets
+import shlex
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters
-from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint import disk, manifest, tensors
 from refocused.checkpoint.folder import (
     DTYPES,
     MODEL_KEYS,
@@ -128,10 +131,48 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 """
 
 
-def check_empty(out: Path) -> None:
+def check_free(out: Path) -> None:
     """Raise ConfigError unless `out` is absent or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is {'not empty' if out.is_dir() else 'no folder'}; name a new folder")
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is {'not empty' if out.is_dir() else 'no folder'}; name a new one")
+
+
+@contextlib.contextmanager
+def coming(out: Path) -> Iterator[Path]:
+    """A path at which to make a file or folder; at the end, complete and durable, it is renamed to `out`.
+
+    It lies in `.tmp-NAME` beside `out`. What a killed try left there is removed by the next one, which a lock on the
+    folder keeps from removing what another process is making. Raises ConfigError.
+    """
+    out = out.absolute()
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".tmp-{out.name}")
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{out} is being made by another process; wait for it, or name another one") from None
+        for left in folder.iterdir():
+            disk.remove(left)
+        try:
+            yield folder / out.name
+            for made in [folder / out.name, *(folder / out.name).rglob("*")]:
+                manifest.fsync_dir(made)
+            check_free(out)
+            os.rename(folder / out.name, out)
+            manifest.fsync_dir(out.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def write_torch(source: Source, file: Path) -> None:
+    """Every tensor of a checkpoint, weights and optimizer state by their names, with its state, for torch.load."""
+    torch.save({"tensors": tensors.read(source.path), "state": source.state}, file)
 
 
 def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
@@ -141,21 +182,25 @@ def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights; bf16 unless said")
     parser.add_argument("--onnx", action="store_true", help="an ONNX graph too, fp32")
+    parser.add_argument("--torch", action="store_true", help="OUT is instead one file, with all state, for torch.load")
     args = parser.parse_args(argv)
-    check_empty(args.out)
+    check_free(args.out)
     absent = [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]
     if absent:
         raise ConfigError(f"--onnx needs packages that are not here: pip install {' '.join(absent)}")
     source = find(args.checkpoint)
     if source.is_hf:
         raise CheckpointError(f"{source.path} is a Hugging Face folder already")
+    if args.torch:
+        with coming(args.out) as file:
+            write_torch(source, file)
+            manifest.check_unchanged(source.path)
+        print(f"{source} -> {args.out}, for torch.load")
+        return 0
     model, dtype = load(source), DTYPES[args.dtype]
     print(f"{source} -> {args.out}, {args.dtype}")
-
-    args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = args.out.absolute().with_name(f".tmp-{secrets.token_hex(4)}-{args.out.absolute().name}")
-    folder.mkdir()  # what is under the final name is complete and checked
-    try:
+    with coming(args.out) as folder:
+        folder.mkdir()
         write_configs(source, folder, dtype)
         write_weights(model, folder, dtype)
         (folder / "README.md").write_text(card(source, args.dtype), encoding="utf-8")
@@ -170,12 +215,11 @@ def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
                 print(f"without tokenizer files: {error}")
         if args.onnx:
             difference = write_onnx(model, folder / "onnx/model.onnx")
-            print(f"onnxruntime: logits differ from ours by at most {difference:.1e}")
+            print(
+                f"onnxruntime: logits differ from ours by at most {difference:.1e}; in optimum load it with use_cache=False"
+            )
         difference = check(model, folder, dtype)
         print(f"read back: logits differ from the checkpoint's by at most {difference:.1e}")
-        os.rename(folder, args.out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
@@ -185,20 +229,34 @@ def main_import(argv: list[str]) -> int:
     parser.add_argument("folder", metavar="HF_FOLDER", help="config.json and safetensors, as GPT-NeoX or Pythia has")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT")
     args = parser.parse_args(argv)
-    check_empty(args.out)
+    check_free(args.out)
     if not is_hf(Path(args.folder)):
         raise CheckpointError(f"{args.folder} has no config.json: not a Hugging Face folder")
     source = hf_source(Path(os.path.abspath(args.folder)))
     model = load(source)
-    args.out.mkdir(parents=True, exist_ok=True)
-    final = args.out.absolute() / manifest.name(0, 0, 0)
     state = {
         "step": 0,
         "imported_from": source.path.name,
+        "eos_token_id": source.end,
         "config": dataclasses.asdict(source.cfg),
         "run": {"torch": torch.__version__},
     }
-    tensors.save_alone(final, tensors.state_tree(model), state)
-    keys = [f"{k}={getattr(source.cfg, k)}" for k in MODEL_KEYS if getattr(source.cfg, k) != configs.KEYS[k].default]
-    print(f"{source} -> {final}\ntrain from it with: init_from={args.out} {' '.join(keys)}")
+    final = manifest.name(0, 0, 0)
+    with coming(args.out) as folder:
+        tensors.save_alone(folder / final, tensors.state_tree(model), state)
+    print(f"{source} -> {args.out / final}\ntrain from it with: {train_command(args.out, source.cfg)}")
     return 0
+
+
+def train_command(start: Path, cfg: Config) -> str:
+    """A whole command that trains from an imported checkpoint: what differs from the config that it starts from."""
+    demo, _ = configs.load([str(configs.DEMO)])
+    keys = [key for key in (*MODEL_KEYS, "sequence_length") if getattr(demo, key) != getattr(cfg, key)]
+    places = {
+        "init_from": start,
+        "output_dir": f"out/{start.name}",
+        "logging_dir": f"logs/{start.name}",
+        "data_dir": "SHARDS",
+    }
+    settings = [*places.items(), *((key, getattr(cfg, key)) for key in keys)]
+    return f"python train.py {shlex.join(['configs/demo.py', *(f'{key}={value}' for key, value in settings)])}"

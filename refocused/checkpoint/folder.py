@@ -14,12 +14,14 @@ from torch import Tensor
 import configs
 from configs import Config
 from model import SAME_NAME, GPTNeoX, from_hf_config, num_parameters, to_hf_config
-from refocused.checkpoint import tensors
+from refocused.checkpoint import manifest, schema, tensors
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.shards.tokenizers import END_OF_TEXT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 5_000_000_000  # per model file, the hub's custom
+# what a value of another type or size than meant comes to, somewhere between json and Config
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 MODEL_KEYS = (*SAME_NAME, "rotary_pct", "rotary_emb_base")
 
 
@@ -33,9 +35,17 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, state: dict[str, Any]) -> "Source":
-        """A checkpoint with its state.json; keys of its config that this version does not know are left out."""
-        cfg = Config(**{key: value for key, value in state["config"].items() if key in configs.KEYS})
-        return cls(path, cfg, state, None if "imported_from" in state else END_OF_TEXT[cfg.tokenizer])
+        """A checkpoint with its state.json; keys of its config that this version does not know are left out.
+
+        Raises CheckpointError where its config is none.
+        """
+        try:
+            cfg = Config(**{key: value for key, value in state["config"].items() if key in configs.KEYS})
+        except MALFORMED as error:
+            raise CheckpointError(f"{path} holds no config that can be used: {error}") from error
+        return cls(
+            path, cfg, state, state.get("eos_token_id") if "imported_from" in state else END_OF_TEXT[cfg.tokenizer]
+        )
 
     @property
     def is_hf(self) -> bool:
@@ -59,13 +69,16 @@ def hf_source(path: Path) -> Source:
     """A GPT-NeoX folder's shape. Raises CheckpointError naming what this model cannot represent."""
     try:
         hf = json.loads((path / "config.json").read_bytes())
+        end = hf.get("eos_token_id")
+        end = end[0] if isinstance(end, list) else end
+        if end is not None and not schema.whole(end):
+            raise ValueError(f"eos_token_id={str(hf['eos_token_id'])[:80]} is no id of a token")
         ours = {key: configs.convert(key, value) for key, value in from_hf_config(hf).items()}
         length = min(Config.sequence_length, ours.get("max_position_embeddings", Config.sequence_length))
         cfg = Config(**ours, sequence_length=length)
-    except (ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
-    end = hf.get("eos_token_id")
-    return Source(path, cfg, {}, end[0] if isinstance(end, list) else end)
+    return Source(path, cfg, {}, end)
 
 
 def load(source: Source) -> GPTNeoX:
@@ -80,6 +93,7 @@ def load(source: Source) -> GPTNeoX:
         with warnings.catch_warnings():  # that there is no process group is no news here
             warnings.simplefilter("ignore")
             tensors.load(source.path, tensors.state_tree(model))
+        manifest.check_unchanged(source.path)
     return model.eval()
 
 
@@ -91,7 +105,10 @@ def read_folder(path: Path, model: GPTNeoX) -> None:
     """Fill the model from model.safetensors or the files of its index. Raises CheckpointError at what does not fit."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({Path(file).name for file in json.loads(index.read_bytes())["weight_map"].values()})
+        try:
+            files = sorted({Path(file).name for file in json.loads(index.read_bytes())["weight_map"].values()})
+        except MALFORMED as error:
+            raise CheckpointError(f"{index} is no index of weights: {error}") from error
     else:
         files = ["model.safetensors"]
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
@@ -100,7 +117,10 @@ def read_folder(path: Path, model: GPTNeoX) -> None:
     computed = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
     for file in files:
         if not (path / file).is_file():
-            raise CheckpointError(f"{path / file} is missing; pickled weights (.bin) are not read, convert them first")
+            raise CheckpointError(
+                f'{path / file} is missing; pickled weights (.bin) are not read, convert them once: python -c "from '
+                f"transformers import AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('NEW')\""
+            )
         try:
             with safe_open(path / file, "pt") as tensors, torch.no_grad():
                 for key in tensors.keys():  # noqa: SIM118, it is no dict
@@ -132,7 +152,7 @@ def write_weights(model: GPTNeoX, folder: Path, dtype: torch.dtype) -> None:
             size = 0
         parts[-1][hf_name(name)] = p.detach()
         size += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
         save_file({key: t.to(dtype) for key, t in part.items()}, folder / file, {"format": "pt"})

@@ -111,6 +111,8 @@ def transformers_files(name: str, max_length: int) -> dict[str, dict[str, Any]]:
         "bos_token": end,
         "eos_token": end,
         "pad_token": end,
+        "unk_token": end,  # never needed; CTranslate2 wants a text here, as GPT-2's own files have
+        "model_input_names": ["input_ids", "attention_mask"],  # else Transformers 4 makes token_type_ids
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
