@@ -13,6 +13,7 @@ every sample is a random read of about 2 KB.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -35,20 +36,30 @@ from configs import KEYS, Config
 from refocused import entry
 from refocused.bucket import download
 from refocused.shards import demo, prepare, text, verify
-from refocused.shards.shard import DataError, PackedShard, Shard, WriteError, find_shards, locked
+from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
 from refocused.shards.source import Source
 from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.walk import find_files
+from refocused.shards.write import locked
 
 HELD_OUT_TAIL = 0.05  # of a single shard
+
+
+def cache_folder(cfg: Config) -> Path:
+    """Where shards of cfg.data_dir lie once they are unpacked; inside cfg.cache_dir."""
+    source = Path(cfg.data_dir).resolve()
+    settings = [str(source), cfg.vocab_size, END_OF_TEXT[cfg.tokenizer]]
+    return Path(cfg.cache_dir) / f"{source.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
 
 def chosen_shards(cfg: Config) -> list[str]:
     """Relative paths of the first max_files shards of cfg.data_dir, training and held-out ones together."""
     if not os.path.isdir(cfg.data_dir):
-        raise DataError(f"{cfg.data_dir} is no folder; `python data.py demo` makes a small set in data/demo")
-    paths = find_shards(cfg.data_dir, cfg.tokenized_file_pattern)
+        raise DataError(f"data_dir={cfg.data_dir} is no folder; `python data.py demo` makes a small set in data/demo")
+    caches = (cfg.cache_dir, cache_folder(cfg))
+    paths = find_files(cfg.data_dir, cfg.tokenized_file_pattern, but=caches)
     if not paths:
-        others = find_shards(cfg.data_dir, "*.npz")
+        others = find_files(cfg.data_dir, "*.npz", but=caches)
         hint = f", but {len(others)} others: tokenized_file_pattern=*.npz reads {others[0]}" if others else ""
         raise DataError(
             f"data_dir={cfg.data_dir} and its subfolders have no file named like "
@@ -139,12 +150,12 @@ class Dataset:
         self.num_eval_samples = int(self._first_ids[-1]) - self.num_samples
         self.num_tokens = self.num_samples * self.T  # that an epoch trains on
         if not self.num_samples or (eval_files and not self.num_eval_samples):
-            what = "held-out" if self.num_samples else "training"
-            raise DataError(
-                f"no {what} shard is long enough for one window of sequence_length+1={self.T + 1} tokens: the longest "
-                f"of all {len(shards)} has {max(s.num_tokens for s in shards)}; lower sequence_length or eval_files, "
-                "or add data"
-            )
+            longest, window = max(s.num_tokens for s in shards), f"sequence_length+1={self.T + 1} tokens"
+            use = "trained on" if self.num_samples else "held out"
+            why = f"no shard is long enough for one window of {window}: the longest of all {len(shards)} has {longest}"
+            if longest > self.T:
+                why = f"all {sum(windows)} windows of {window} in {len(shards)} shards are {use} with eval_files={eval_files}"
+            raise DataError(f"{why}; lower sequence_length or eval_files, or add data")
 
     @classmethod
     def open(cls, cfg: Config, folder: str | Path | None = None) -> "Dataset":
@@ -166,7 +177,31 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 over the manifest, so over the zips' own checksums of the content; no token is read."""
         lines = "".join(f"{s['path']}\t{s['tokens']}\t{s['dtype']}\t{s['crc32']}\n" for s in self.manifest)
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the set and no error, a sentence each."""
+        notes, held_out = [], {shard.path for shard in self.eval_shards}
+        shards = list(dict.fromkeys((*self.shards, *self.eval_shards)))
+        if short := [shard.path for shard in shards if shard.num_tokens <= self.T]:
+            notes.append(
+                f"{len(short)} of {len(shards)} shards have fewer than sequence_length+1={self.T + 1} tokens and are "
+                f"never read: {listed(short)}"
+            )
+        first: dict[tuple[int, int, str], str] = {}
+        twins: list[str] = []
+        for shard in shards:
+            content = (shard.crc32, shard.num_tokens, shard.stream.dtype.str)
+            if (other := first.setdefault(content, shard.path)) == shard.path:
+                continue
+            if len({shard.path, other} & held_out) == 1:
+                twins.insert(0, f"{shard.path} = {other} (one is held out, the other is trained on)")
+            else:
+                twins.append(f"{shard.path} = {other}")
+        if twins:
+            notes.append(f"{len(twins)} of {len(shards)} shards are copies of others: {listed(twins)}")
+        return notes
 
     def check_same(self, state: dict[str, Any], cfg: Config) -> None:
         """Raise DataError unless the run of a checkpoint's state read these shards in this order, or it is allowed."""
@@ -227,12 +262,12 @@ class Dataset:
         """The windows with these ids, int64 [len(ids), T + 1]. Raises DataError, also for a token >= vocab_size."""
         places = self._places(ids)
         out = np.empty((len(places), self.T + 1), np.int64)
-        scratch = {shard.dtype: np.empty(self.T + 1, shard.dtype) for shard, _ in places}
+        distinct = {shard for shard, _ in places}
+        for shard in distinct:  # a file cut short is an error here; touching its map would end the process
+            shard.check_unchanged()
         for row, (shard, start) in zip(out, places, strict=True):
-            window = scratch[shard.dtype]
-            shard.read_into(window, start)
-            row[:] = window
-        for shard in {shard for shard, _ in places}:
+            row[:] = shard.stream[start : start + self.T + 1]
+        for shard in distinct:
             shard.check_unchanged()
         unsigned = out.view(np.uint64)  # where a negative id is a huge one
         if unsigned.max(initial=0) >= self.vocab_size:
@@ -267,6 +302,10 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def listed(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def explain_change(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     """What distinguishes two manifests, for the reader of an error: shards added, removed and changed; '' if equal."""
     was, now = ({shard["path"]: shard for shard in manifest} for manifest in (old, new))
@@ -277,10 +316,8 @@ def explain_change(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
             changed.append(f"{path} ({', '.join(keys)})")
     lines = []
     for what, paths in (("added", now.keys() - was.keys()), ("removed", was.keys() - now.keys()), ("changed", changed)):
-        names = sorted(paths)
-        if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            lines.append(f"{what} {len(names)}: {', '.join(names[:10])}{more}")
+        if paths:
+            lines.append(f"{what} {len(paths)}: {listed(sorted(paths), 10)}")
     return "\n".join(lines)
 
 
@@ -294,8 +331,7 @@ def open_dataset(cfg: Config) -> Dataset:
     except PackedShard:
         pass
     source, settings = Path(cfg.data_dir).resolve(), (cfg.vocab_size, END_OF_TEXT[cfg.tokenizer])
-    key = hashlib.sha256(json.dumps([str(source), *settings]).encode()).hexdigest()[:12]
-    cache = Path(cfg.cache_dir) / f"{source.name}-{key}"
+    cache = cache_folder(cfg)
     with locked(cache):
         todo = [path for path in chosen_shards(cfg) if not prepare.is_unpacked(source / path, cache / path)]
         if todo:
@@ -410,31 +446,63 @@ class Loader:
 
 
 def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, seconds: float) -> dict[str, float]:
-    """Prints and returns tokens/s of ways to read the same tokens (the first 32 million), warm, one after another."""
+    """Prints and returns tokens/s of ways to read a set, its page cache warm; of the first 32 million where one is no mmap."""
     T, B, G = sequence_length, 8, 32
-    shards = [Shard.open(folder, path) for path in find_shards(folder, "*.npz")]
+    paths = find_files(folder, "*.npz")
+    if not paths:
+        raise DataError(f"{folder} and its subfolders have no .npz file")
+    allow_open_files(2 * len(paths))
+    shards = [Shard.open(folder, path) for path in paths]
     dataset = Dataset(shards, T, vocab_size, seed=0, eval_files=0)
-    tokens = np.concatenate([shard.tokens.ravel()[: 1 << 25] for shard in shards[:8]])[: 1 << 25]
+    tokens = np.concatenate([shard.stream[: 1 << 25] for shard in shards[:8]])[: 1 << 25]
     speeds: dict[str, float] = {}
 
-    def measure(name: str, tokens_of_next: Callable[[], int]) -> None:
-        tokens_of_next()  # the first brings imports and the page cache
-        begin, count = time.perf_counter(), 0
-        while (spent := time.perf_counter() - begin) < seconds:
-            count += tokens_of_next()
-        speeds[name] = count / spent
-        print(f"{name:<48} {count / spent / 1e6:8.1f}M tok/s", flush=True)
+    def measure(ways: dict[str, Callable[[], int]]) -> None:
+        counts, spent = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
+        for way in ways.values():
+            way()  # the first brings imports and the page cache
+        while min(spent.values()) < seconds:
+            for name, way in ways.items():  # by turns, so that whatever else the machine does meets all of them
+                begin = time.perf_counter()
+                counts[name] += way()
+                spent[name] += time.perf_counter() - begin
+        for name in ways:
+            speeds[name] = counts[name] / spent[name]
+            print(f"{name:<48} {speeds[name] / 1e6:8.1f}M tok/s", flush=True)
+
+    loader = Loader(dataset, 0, 1 << 40, G, micro_batch=B, accumulation=G // B, workers=workers)
+    measure({f"Loader, {workers} workers, {len(shards)} shards": lambda: len(next(loader).ids) * T})
+    loader.close()
+
+    steps = dataset.sample_ids(0, 512 * G).reshape(-1, G)
+    mapped, read = itertools.cycle(steps), itertools.cycle(steps)
+    files = {shard: open(shard.file, "rb", buffering=0) for shard in shards}
+
+    def preadv() -> int:  # as training read until it mapped
+        places = dataset._places(next(read))
+        out = np.empty((G, T + 1), np.int64)
+        buffers = {shard: np.empty(T + 1, shard.stream.dtype) for shard, _ in places}
+        for row, (shard, start) in zip(out, places, strict=True):
+            os.preadv(files[shard].fileno(), [buffers[shard].data], shard.offset + start * buffers[shard].itemsize)
+            row[:] = buffers[shard]
+        for shard in buffers:
+            shard.check_unchanged()
+        assert out.view(np.uint64).max() < vocab_size
+        return G * T
+
+    map_name, read_name = "one thread, memory map (as training reads)", "one thread, preadv"
+    measure({map_name: lambda: dataset.gather(next(mapped)).shape[0] * T, read_name: preadv})
+    print(f"memory map / preadv = {speeds[map_name] / speeds[read_name]:.2f}")
+    for file in files.values():
+        file.close()
 
     with tempfile.TemporaryDirectory() as scratch:
         flat, packed = Path(scratch, "flat.bin"), Path(scratch, "packed.npz")
         tokens.astype(np.uint16).tofile(flat)
         np.savez_compressed(packed, input_ids=tokens.astype(np.int32))
-        loader = Loader(dataset, 0, 1 << 40, G, micro_batch=B, accumulation=G // B, workers=workers)
-        measure(f"Loader, {workers} workers, {len(shards)} shards", lambda: len(next(loader).ids) * T)
-        loader.close()
 
         def memory_map() -> int:
-            stream = np.memmap(flat, np.uint16, "r")  # anew each time, or its resident memory grows
+            stream = np.memmap(flat, np.uint16, "r")  # anew each time, as nanoGPT does
             starts = torch.randint(len(stream) - T, (B,)).tolist()
             x, y = (
                 torch.stack([torch.from_numpy(stream[i + shift : i + shift + T].astype(np.int64)) for i in starts])
@@ -442,8 +510,8 @@ def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, sec
             )
             return y.numel()
 
-        measure("nanoGPT-style memory map, one .bin", memory_map)
-        measure("np.load of the same, compressed, whole", lambda: np.load(packed)["input_ids"].size)
+        measure({"nanoGPT-style memory map, one .bin": memory_map})
+        measure({"np.load of the same, compressed, whole": lambda: np.load(packed)["input_ids"].size})
     return speeds
 
 
@@ -453,9 +521,9 @@ def bench_command(argv: list[str]) -> int:
     )
     parser.add_argument("DIR", type=Path)
     parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
-    parser.add_argument("--sequence_length", type=int, default=Config.sequence_length)
+    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
+    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="threads")
+    parser.add_argument("--sequence_length", type=entry.positive, default=Config.sequence_length)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each way")
     args = parser.parse_args(argv)
     vocab_size = args.vocab_size or END_OF_TEXT[args.tokenizer] + 1

@@ -31,6 +31,7 @@ from refocused.run.monitor import Monitor
 from refocused.run.signals import StopSignal
 from refocused.run.starts import Starts
 from refocused.run.watchdog import Watchdog
+from refocused.shards.sigbus import explain_bus_errors
 
 
 def dropout_seed(*numbers: int) -> int:
@@ -244,6 +245,7 @@ def main(argv: list[str]) -> int:
             return show(cfg, origins)
         cfg.batch(processes.world_size())
         dataset = data.open_dataset(cfg)
+        explain_bus_errors([*dataset.shards, *dataset.eval_shards])
         stop = StopSignal(cfg.stop_after_minutes)
         preemption.watch(stop.ask)
         return train(cfg, origins, dataset, stop)

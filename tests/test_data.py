@@ -1,14 +1,22 @@
 """Shards, samples, their order, and the loader: real files, compared with plain numpy."""
 
+import contextlib
 import dataclasses
+import errno
+import io
+import json
 import multiprocessing
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import shards
@@ -17,8 +25,12 @@ from launch import GUARD
 
 from configs import Config
 from data import Dataset, Loader, explain_change, permutation
-from refocused.shards.shard import DataError, PackedShard, Shard, write_shard
+from refocused.run import words
+from refocused.shards import shard as shard_module
+from refocused.shards.shard import DataError, PackedShard, Shard
 from refocused.shards.tokenizers import get_tokenizer
+from refocused.shards.walk import find_files
+from refocused.shards.write import write_shard
 
 ROOT = Path(__file__).parent.parent
 V, T = 50257, 16
@@ -50,9 +62,7 @@ def test_shard_maps_what_numpy_wrote(tmp_path, dtype, name, shape):
     array = np.random.default_rng(0).integers(0, V, shape).astype(dtype)
     np.savez(tmp_path / "a.npz", **{name: array, "other": np.arange(3)})
     shard = Shard.open(tmp_path, "a.npz")
-    window = np.empty(100, dtype)
-    shard.read_into(window, 123)
-    assert (window == array.ravel()[123:223]).all()
+    assert shard.stream.dtype == dtype and (shard.stream == array.ravel()).all() and not shard.stream.flags.writeable
     assert shard.tokens.shape == shape and (shard.tokens == array).all()
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:
         assert shard.crc32 == archive.getinfo(f"{name}.npy").CRC
@@ -106,7 +116,6 @@ def save_encrypted(file: Path):
 BAD_SHARDS = {
     "pickled objects": save_object,
     "<f4": lambda file: np.savez(file, input_ids=np.zeros(100, np.float32)),
-    "dtype >i4": lambda file: np.savez(file, input_ids=np.zeros(100, ">i4")),
     "Fortran": lambda file: np.savez(file, input_ids=np.asfortranarray(np.ones((20, 30), np.int32))),
     "shape (2, 3, 4)": lambda file: np.savez(file, input_ids=np.ones((2, 3, 4), np.int32)),
     "exactly one of": lambda file: np.savez(file, ids=np.ones(100, np.int32)),
@@ -130,13 +139,19 @@ def test_bad_shard(tmp_path, message):
     assert caught.value.exit_code == 66 and not isinstance(caught.value, PackedShard)
 
 
-def test_compressed_and_padded_shards_say_how_to_prepare_them(tmp_path):
-    """The bucket's format, compressed or not, against an error of its own kind that names the command."""
+def test_shards_that_cannot_be_mapped_say_how_to_prepare_them(tmp_path):
+    """The bucket's format, compressed or not, and other integers, against an error of its kind that names the command."""
     np.savez_compressed(tmp_path / "a.npz", input_ids=np.arange(99, dtype=np.int32))
     np.savez(tmp_path / "b.npz", input_ids=np.ones((3, 4), np.int32), sequence_lengths=np.array([1, 2, 4]))
-    for name, why in (("a.npz", "is compressed"), ("b.npz", "is padded")):
+    np.savez(tmp_path / "c.npz", input_ids=np.arange(99))
+    np.savez(tmp_path / "d.npz", input_ids=np.arange(99, dtype=">i4"))
+    whys = ("is compressed", "is padded", "holds int64", "holds int32 .>i4")
+    for name, why in zip("abcd", whys, strict=True):
         with pytest.raises(PackedShard, match=f"{why}.*data.py prepare"):
-            Shard.open(tmp_path, name)
+            Shard.open(tmp_path, f"{name}.npz")
+    np.arange(99, dtype="<u2").tofile(tmp_path / "e.bin")
+    with pytest.raises(DataError, match="e.bin is no .npz; `python data.py prepare"):
+        Shard.open(tmp_path, "e.bin")
 
 
 # ---- order
@@ -269,32 +284,145 @@ def test_missing_and_empty_folders(tmp_path):
     shards.write_mapped(tmp_path, [16, 5])
     with pytest.raises(DataError, match="sequence_length\\+1=17 tokens: the longest of all 2 has 16"):
         Dataset.open(config(tmp_path))
+    for lengths, use in (([17], "held out"), ([17, 16], "trained on"), ([16, 17], "held out")):
+        shards.write_mapped(tmp_path / use, lengths)
+        with pytest.raises(
+            DataError, match=f"all 1 windows of sequence_length.1=17 tokens in {len(lengths)} .* are {use}"
+        ):
+            Dataset.open(config(tmp_path / use))
+        shutil.rmtree(tmp_path / use)
     with pytest.raises(DataError, match="eval_files=2 holds out all of 2 shards"):
         Dataset.open(config(tmp_path, eval_files=2))
 
 
-def test_unreadable_folder():
-    """A user without read permission against an error that names the folder, also below a readable one."""
+def in_child(work, *args, user: int | None = None) -> tuple:
+    """What work(*args) returns, or its DataError's message, and its stderr, in a process of its own, and not as root."""
+
+    def child(send):
+        if user and os.getuid() == 0:
+            os.setuid(user)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                result = work(*args)
+            except DataError as error:
+                result = str(error)
+        send.send((result, said.getvalue()))
+
+    receive, send = multiprocessing.Pipe(False)
+    process = multiprocessing.get_context("fork").Process(target=child, args=(send,))
+    process.start()
+    assert receive.poll(GUARD)
+    result = receive.recv()
+    process.join()
+    return result
+
+
+def test_unreadable_folders():
+    """One's own folder without permission against an error with its name; another user's is left out with a word."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         shards.write_mapped(Path(name), [100, 100])
+        (Path(name) / "lost+found").mkdir(mode=0)
         os.chmod(Path(name, "part_1"), 0)
-
-        def open_as_nobody(send):
-            if os.getuid() == 0:
-                os.setuid(65534)
-            try:
-                Dataset.open(config(Path(name)))
-            except DataError as error:
-                send.send(str(error))
-            send.close()
-
-        receive, send = multiprocessing.Pipe(False)
-        child = multiprocessing.get_context("fork").Process(target=open_as_nobody, args=(send,))
-        child.start()
-        assert receive.poll(30) and receive.recv() == f"cannot read the folder {name}/part_1: Permission denied"
-        child.join()
+        theirs = in_child(find_files, name, user=65534)
+        os.chown(Path(name, "part_1"), 65534, 65534) if os.getuid() == 0 else None
+        own = in_child(find_files, name, user=65534)
         os.chmod(Path(name, "part_1"), 0o755)
+    assert own[0] == f"cannot read the folder {name}/part_1: Permission denied"
+    if os.getuid() == 0:
+        assert theirs[0] == ["part_0/tokenized_cleaned_000.npz"]
+        assert theirs[1] == f"left out {name}/part_1, another user's: Permission denied\n"
+
+
+def test_a_walk_meets_each_file_once(tmp_path):
+    """Links upwards, in circles, to a disk elsewhere, twice to one folder; hidden things; a cache: against the files."""
+    folder, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    shards.write_mapped(folder, [100, 100, 100])
+    shards.write_mapped(elsewhere, [100])
+    shards.write_mapped(folder / ".Trash-1000/files", [100])
+    shards.write_mapped(folder / "lost+found", [100])
+    shards.write_mapped(folder / "cache/x-1", [100])
+    (folder / "part_0/._tokenized_cleaned_000.npz").write_bytes(b"a Mac was here")
+    for link, goal in (
+        ("latest", "."),
+        ("b", "."),
+        ("part_1/up", "../.."),
+        ("a0", "part_2"),
+        ("z", elsewhere),
+        ("y", elsewhere),
+    ):
+        (folder / link).symlink_to(goal)
+    plain = [f"part_{i}/tokenized_cleaned_00{i}.npz" for i in range(3)]
+    beyond = "part_1/up/elsewhere/part_0/tokenized_cleaned_000.npz"  # the upward link leads there, too, and later
+    expected = sorted([*plain, "y/part_0/tokenized_cleaned_000.npz"])
+    assert beyond not in expected
+    found = Dataset.open(config(folder, cache_dir=str(folder / "cache"), eval_files=0)).shards
+    assert [shard.path for shard in found] == expected
+
+
+def test_what_is_odd_is_said_in_the_plan(tmp_path):
+    """Short shards, copies, and a copy of the held-out shard among those trained on, against the plan's notes."""
+    shards.write_mapped(tmp_path, [400, 16, 333, 5, 900])
+    assert Dataset.open(config(tmp_path, eval_files=0, max_files=1)).notes == []
+    shutil.copy(tmp_path / "part_1/tokenized_cleaned_004.npz", tmp_path / "part_2/tokenized_cleaned_999.npz")
+    cfg = config(tmp_path)
+    plan = words.plan(cfg, 1, Dataset.open(cfg), "here")
+    short = "part_0/tokenized_cleaned_003.npz, part_1/tokenized_cleaned_001.npz"
+    assert f"note      2 of 6 shards have fewer than sequence_length+1=17 tokens and are never read: {short}" in plan
+    twin = (
+        "part_2/tokenized_cleaned_999.npz = part_1/tokenized_cleaned_004.npz (one is held out, the other is trained on)"
+    )
+    assert f"note      1 of 6 shards are copies of others: {twin}" in plan
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """A set with a file name of any bytes against its fingerprint, verify's table and a run of two steps on it."""
+    shards.write_mapped(tmp_path / "set", [400, 400], vocab_size=257)
+    os.rename(
+        tmp_path / "set/part_0/tokenized_cleaned_000.npz", bytes(tmp_path) + b"/set/part_0/tokenized_cleaned_\xff.npz"
+    )
+    dataset = Dataset.open(config(tmp_path / "set"))
+    assert len(dataset.fingerprint) == 64 and json.loads(json.dumps(dataset.manifest)) == dataset.manifest
+    launch.train(tmp_path, f"data_dir={tmp_path}/set", "max_steps=2", "save_steps=1")
+    command = [sys.executable, str(ROOT / "data.py"), "verify", str(tmp_path / "set"), "--tokenizer", "byte"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, env=os.environ | {"LC_ALL": "C"})
+    assert out.returncode == 0 and "\\udcff.npz" in out.stdout, out
+
+
+def test_too_many_open_files(tmp_path):
+    """More shards than a process may have files, against an error that names the limit and the way out."""
+    shards.write_mapped(tmp_path, [100] * 60)
+
+    def open_few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+        return Dataset.open(config(tmp_path)).num_samples
+
+    message, _ = in_child(open_few)
+    assert "Too many open files; `ulimit -n`" in message and "tokenized_cleaned_0" in message
+    before = len(os.listdir("/proc/self/fd"))
+    dataset = Dataset.open(config(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before + 60  # one each, until they are garbage
+    del dataset
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_disk_that_fails_for_a_moment(tmp_path, monkeypatch):
+    """Two stale handles of a network disk against a shard that opens; the third time, and another error, are said."""
+    shards.write_mapped(tmp_path, [100])
+    path, errors, real = "part_0/tokenized_cleaned_000.npz", [], os.pread
+
+    def flaky(*args):
+        if errors:
+            raise OSError(errors.pop(), "the disk says no")
+        return real(*args)
+
+    monkeypatch.setattr(os, "pread", flaky)
+    monkeypatch.setattr(shard_module, "PAUSES", (0.0, 0.0))
+    errors[:] = [errno.ESTALE, errno.EIO]
+    assert Shard.open(tmp_path, path).num_tokens == 100 and not errors
+    for errors[:] in ([errno.EIO] * 3, [errno.EACCES]):
+        with pytest.raises(DataError, match="cannot read .*tokenized_cleaned_000.npz: the disk says no"):
+            Shard.open(tmp_path, path)
 
 
 @pytest.mark.parametrize("dtype,bad", [("<u2", 60000), ("<i4", -1), ("<u4", 2**32 - 1)])
@@ -309,25 +437,63 @@ def test_an_id_outside_the_vocabulary(tmp_path, dtype, bad):
         dataset.gather(np.arange(dataset.num_samples))
 
 
-def touch(file: Path):
-    os.utime(file, ns=(1, 1))
-
-
 def rewrite(file: Path):
-    write_shard(file, np.dtype("<u2"), 900, [np.zeros(900)], {})
+    content = file.read_bytes()
+    file.write_bytes(content[:-900] + bytes(100) + content[-800:])  # of the same size
 
 
 @pytest.mark.parametrize(
-    "change", [touch, rewrite, Path.unlink, lambda file: os.truncate(file, 500), lambda file: os.truncate(file, 10**6)]
+    "change", [rewrite, Path.unlink, lambda file: os.truncate(file, 500), lambda file: os.truncate(file, 10**6)]
 )
 def test_a_file_that_changes_while_training(folder, dataset, change):
-    """Reading after a file was touched, replaced, removed, cut or grown, against an error that names it."""
+    """Reading after a file was replaced, removed, cut or grown, against an error that names it."""
     file = folder / "part_1/tokenized_cleaned_004.npz"
     ids = [i for i, (path, _) in enumerate(dataset.locate(np.arange(dataset.num_samples))) if path in str(file)]
     dataset.gather(np.array(ids))
     change(file)
     with pytest.raises(DataError, match="part_1/tokenized_cleaned_004.npz (changed|was there)"):
         dataset.gather(np.array(ids[-1:]))
+
+
+def test_a_file_that_only_has_another_time(folder, dataset, monkeypatch):
+    """Touched, then copied anew: the same windows, each time after one reading of the whole file and not two."""
+    file = folder / "part_1/tokenized_cleaned_004.npz"
+    ids = [i for i, (path, _) in enumerate(dataset.locate(np.arange(dataset.num_samples))) if path in str(file)]
+    before, readings, real = dataset.gather(ids), [], Shard._has_its_checksum
+    monkeypatch.setattr(Shard, "_has_its_checksum", lambda shard: readings.append(shard.path) or real(shard))
+    os.utime(file, ns=(1, 1))
+    for _ in range(3):
+        assert (dataset.gather(ids) == before).all()
+    shutil.copy(file, file.with_suffix(".new"))
+    os.replace(file.with_suffix(".new"), file)
+    for _ in range(3):
+        assert (dataset.gather(ids) == before).all()
+    assert readings == ["part_1/tokenized_cleaned_004.npz"] * 2
+
+
+@pytest.mark.parametrize("tokens", [17, 2000])  # numpy copies few with the GIL held and many without it
+def test_a_file_cut_short_while_it_is_read(tmp_path, tokens):
+    """A page past the end touched in a thread, between the check and the read: exit code 66 and one line, not a signal."""
+    shards.write_mapped(tmp_path, [100_000] * 2)
+    code = f"""
+import os, sys, threading
+from data import Dataset
+from configs import Config
+from refocused.shards.sigbus import explain_bus_errors
+dataset = Dataset.open(Config(data_dir={str(tmp_path)!r}, sequence_length={tokens}))
+explain_bus_errors([*dataset.shards, *dataset.eval_shards])
+os.truncate({str(tmp_path / "part_0/tokenized_cleaned_000.npz")!r}, 5000)
+[shard] = dataset.shards
+shard.check_unchanged = lambda: None  # as if it was cut just behind the check
+thread = threading.Thread(target=lambda: dataset.gather([dataset.num_samples - 1]))
+thread.start()
+while thread.is_alive():
+    pass
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
+    file = tmp_path / "part_0/tokenized_cleaned_000.npz"
+    line = rf"error: {file} was cut from 200\d\d\d to 5000 bytes while it was read; put it back\n"
+    assert out.returncode == 66 and re.fullmatch(line, out.stderr), out
 
 
 # ---- the loader
@@ -394,8 +560,8 @@ def test_loader_passes_errors_on(folder, dataset):
 # ---- scale
 
 
-def test_51_billion_tokens_open_at_once(tmp_path):
-    """774 sparse shards of 66 million tokens: a few blocks of each are read to open it; memory and open files stay few."""
+def test_51_billion_tokens_open_by_their_headers(tmp_path):
+    """774 sparse shards of 66 million tokens: bytes read to open, memory, open files, the epochs they make."""
     shards.write_sparse_set(tmp_path, 774, 66_150_000)
     code = f"""
 import resource, sys, time
@@ -404,26 +570,31 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (min(700, hard), hard))
 import numpy as np
 from configs import Config
 from data import Dataset, Loader
-read = lambda: int(open('/proc/self/io').readline().split()[1])
-before, begin = read(), time.perf_counter()
+
+def figures(file, *names):
+    found = dict(line.split()[:2] for line in open(file) if len(line.split()) > 1)
+    return [int(found[name + ":"]) for name in names]
+
+[before], begin = figures("/proc/self/io", "rchar"), time.perf_counter()
 dataset = Dataset.open(Config(data_dir={str(tmp_path)!r}))
-opened, read = time.perf_counter() - begin, read() - before
-fingerprint = dataset.fingerprint
+opened = time.perf_counter() - begin
+[after] = figures("/proc/self/io", "rchar")
+fingerprint, (mapped,) = dataset.fingerprint, figures("/proc/self/status", "RssFile")
 seeks = []
 for samples in range(0, 3 * dataset.num_samples, dataset.num_samples // 300):
     begin = time.perf_counter()
     ids = dataset.sample_ids(samples, 16)
     seeks.append(time.perf_counter() - begin)
     dataset.gather(ids)
-rss = int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) // 1024
+anonymous, file = figures("/proc/self/status", "RssAnon", "RssFile")
 steps = 25_000 * 32_768 / dataset.num_tokens, 590_625 * 262_144 / dataset.num_tokens
-print(read, opened, rss, sorted(seeks)[len(seeks) // 2], *steps)
+print(opened, sorted(seeks)[len(seeks) // 2], after - before, anonymous, (file - mapped) / (16 * len(seeks)), *steps)
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
     assert out.returncode == 0, out.stderr
-    read, opened, rss, seek, epochs, epochs_8gpu = map(float, out.stdout.split())
-    print(f"opened in {opened:.3f} s, {rss:.0f} MB resident, {seek * 1e6:.0f} us to seek")
-    assert read < 774 * 65_536 and rss < 300
+    opened, seek, read, anonymous, per_window, epochs, epochs_8gpu = map(float, out.stdout.split())
+    print(f"opened in {opened:.3f} s, {seek * 1e6:.0f} us to seek, {per_window:.1f} KiB mapped per window")
+    assert read < 774 * 100_000 and anonymous < 300_000 and per_window <= 16
     assert f"{epochs:.3f}" == "0.016" and 3.02 <= epochs_8gpu <= 3.04
 
 

@@ -131,8 +131,8 @@ def test_packed_shards_become_readable(server, config, tmp_path):
     run(config, "gs://bucket/tokens")
     folder = tmp_path / "shards"
     opened = data.Shard.open(folder, "tokenized_cleaned_a.npz")
-    assert opened.dtype == np.uint16
-    raw = np.memmap(opened.file, opened.dtype, "r", opened.offset, (opened.num_tokens,))
+    assert opened.stream.dtype == np.uint16
+    raw = np.memmap(opened.file, opened.stream.dtype, "r", opened.offset, (opened.num_tokens,))
     assert np.array_equal(raw, tokens)
     before = server.count("GET", MEDIA)
     assert "0 of them new" in run(config, "gs://bucket/tokens") and server.count("GET", MEDIA) == before

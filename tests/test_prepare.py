@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -17,10 +18,11 @@ from launch import GUARD
 
 from configs import Config
 from data import Dataset, open_dataset
-from refocused.shards import prepare, source, text
-from refocused.shards.shard import DataError, Shard, write_shard
+from refocused.shards import prepare, source, text, verify
+from refocused.shards.shard import DataError, Shard
 from refocused.shards.source import Source
 from refocused.shards.tokenizers import get_tokenizer
+from refocused.shards.write import write_shard
 
 ROOT = Path(__file__).parent.parent
 V, END = 50257, shards.END_OF_TEXT
@@ -74,9 +76,150 @@ def test_streams_and_full_rows_stay_as_they_are(tmp_path):
     totals = prepare.prepare(tmp_path, tmp_path / "out", V, END, workers=1)
     assert totals["files"] == 5 and totals["tokens"] == 15000
     shard = Shard.open(tmp_path / "out", "train.npz")
-    assert shard.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.tokens == tokens).all()
+    assert shard.stream.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.tokens == tokens).all()
     assert Source(tmp_path / "u4.npz", 65536, END).out_dtype == np.uint16
     assert Source(tmp_path / "u4.npz", 65537, END).out_dtype == np.uint32
+
+
+TOKENS = np.random.default_rng(0).integers(0, 257, 3000)
+
+
+def bin_of(dtype: str, head: bytes = b"", tokens: np.ndarray = TOKENS):
+    return lambda folder: (folder / "train.bin").write_bytes(head + tokens.astype(dtype).tobytes())
+
+
+def megatron(folder: Path, code: int = 4, dtype: str = "<i4"):
+    """As Megatron's IndexedDatasetBuilder writes 30 documents of 100 tokens."""
+    bin_of(dtype)(folder)
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 30, 31) + np.full(30, 100, "<i4").tobytes()
+    index += (np.arange(30, dtype="<i8") * 100 * np.dtype(dtype).itemsize).tobytes() + np.arange(
+        31, dtype="<i8"
+    ).tobytes()
+    (folder / "train.idx").write_bytes(index)
+
+
+def llm_c(magic: int, dtype: str, count: int = 3000):
+    return bin_of(dtype, np.array([magic, 1, count] + [0] * 253, "<i4").tobytes())
+
+
+def saved(save, dtype, name: str):
+    return lambda folder: (
+        save(folder / name, **{"input_ids": TOKENS.astype(dtype)})
+        if save is not np.save
+        else save(folder / name, TOKENS.astype(dtype))
+    )
+
+
+def linked(folder: Path):
+    shards.write_mapped(folder.parent / "disk", [])
+    write_shard(folder.parent / "disk/tokenized_cleaned_0.npz", np.dtype("<u2"), 3000, [TOKENS], {})
+    for name in ("here", "there", "disk"):
+        (folder / name).symlink_to(folder.parent / "disk")
+    (folder.parent / "disk/up").symlink_to(folder)
+
+
+FOREIGN = {
+    "uint16 .bin": bin_of("<u2"),
+    "uint32 .bin": bin_of("<u4"),
+    "int32 .bin": bin_of("<i4"),
+    "int64 .bin": bin_of("<i8"),
+    "Megatron .bin with .idx, int32": megatron,
+    "Megatron .bin with .idx, uint16": lambda folder: megatron(folder, 8, "<u2"),
+    "llm.c": llm_c(20240520, "<u2"),
+    "llm.c, Llama 3": llm_c(20240801, "<u4"),
+    ".npy": saved(np.save, "<i8", "train.npy"),
+    "big-endian .npy": saved(np.save, ">u2", "train.npy"),
+    "int64 .npz": saved(np.savez, "<i8", "tokenized_cleaned_0.npz"),
+    "int16 .npz": saved(np.savez_compressed, "<i2", "tokenized_cleaned_0.npz"),
+    "big-endian .npz": saved(np.savez, ">i4", "tokenized_cleaned_0.npz"),
+    "a linked tree": linked,
+    "a cache inside": saved(np.savez_compressed, "<i4", "tokenized_cleaned_0.npz"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_every_format_gives_the_tokens_that_are_in_it(tmp_path, kind):
+    """verify and training on tokens in somebody else's file: the same ones, or a sentence that names prepare; then those."""
+    folder, out = tmp_path / "set", tmp_path / "set/prepared"
+    folder.mkdir()
+    FOREIGN[kind](folder)
+    settings = {"tokenizer": "byte", "vocab_size": 257, "eval_files": 0}
+    cache = tmp_path / "set/cache"
+
+    def trains_on(place: Path) -> bool:
+        for _ in range(2):  # the second start finds what the first one left
+            dataset = open_dataset(config(place, cache, **settings))
+            assert [shard.num_tokens for shard in dataset.shards] == [3000]
+            assert dataset.notes == []
+            assert (
+                dataset.gather(np.arange(dataset.num_samples))[:, :-1].ravel().tolist() == TOKENS[: 187 * 16].tolist()
+            )
+        return True
+
+    if kind.endswith((".npz", "tree", "inside")):
+        assert trains_on(folder)
+        assert verify.verify(folder, 257, workers=1) == 0
+        return
+    with pytest.raises(
+        DataError, match=r"no \.npz file; `python data.py prepare SRC DST` makes shards of its 1 such as"
+    ):
+        verify.verify(folder, 257)
+    with pytest.raises(DataError, match=r"is no .npz; `python data.py prepare"):
+        open_dataset(config(folder, cache, tokenized_file_pattern="train.[bBnN]*", **settings))
+    assert prepare.prepare(folder, out, 257, 256, workers=1)["tokens"] == 3000
+    again = prepare.prepare(folder, out, 257, 256, workers=1)  # its own output is no source
+    assert (again["files"], again["kept"], again["tokens"]) == (1, 1, 3000)
+    os.rename(out / "train.npz", out / "tokenized_cleaned_0.npz")
+    assert trains_on(out) and verify.verify(out, 257, workers=1) == 0
+
+
+NONE_OF_IT = [
+    (bin_of("<u4", tokens=TOKENS + 300), 257, "unclear how wide its ids are. Name it with --bin_dtype"),
+    (bin_of("<i4", tokens=np.where(TOKENS % 9, TOKENS, -1)), 65536, "unclear how wide"),
+    (bin_of(">u4"), 257, "unclear how wide"),
+    (bin_of("<u4", tokens=TOKENS[:9]), 257, "unclear how wide"),
+    (bin_of("<u2", tokens=TOKENS * 0), 257, "unclear how wide"),
+    (llm_c(20240520, "<u4"), 65536, "13024 bytes; 3000 tokens of uint16 from byte 1024 on"),
+    (bin_of("|u1", tokens=TOKENS[:9] % 256), 257, "has 9 bytes"),
+    (
+        lambda folder: [megatron(folder), bin_of("<i4", tokens=TOKENS[1:])(folder)],
+        257,
+        "11996 bytes; 3000 tokens of int32",
+    ),
+    (lambda folder: [bin_of("<u2")(folder), (folder / "train.idx").write_bytes(b"TNTIDX")], 257, "no Megatron index"),
+    (lambda folder: np.save(folder / "a.npy", np.array([None, 1])), 257, "pickled objects"),
+    (lambda folder: np.save(folder / "a.npy", np.ones(9)), 257, "dtype <f8"),
+    (lambda folder: np.save(folder / "a.npy", np.ones((0, 3), int)), 257, "rows of length zero"),
+]
+
+
+@pytest.mark.parametrize("save,vocab_size,message", NONE_OF_IT, ids=[message for _, _, message in NONE_OF_IT])
+def test_what_a_file_holds_is_clear_or_it_is_refused(tmp_path, save, vocab_size, message):
+    """Ids wider than they seem, cut or foreign against a sentence; --bin_dtype decides where that is what is missing."""
+    save(tmp_path)
+    file = next(path for path in tmp_path.iterdir() if path.suffix != ".idx")
+    with pytest.raises(DataError) as caught:
+        Source(file, vocab_size, 256)
+    assert message in str(caught.value) and str(tmp_path) in str(caught.value)
+    if "--bin_dtype" in message:
+        assert Source(file, 1000, 256, bin_dtype="uint32").count == 3000
+
+
+def test_empty_documents_are_skipped(tmp_path):
+    """Rows of length zero, by lengths or by the mask, against the stream of the others; they are counted."""
+    rows = [np.arange(3), np.arange(0), np.arange(8), np.arange(5), np.arange(0)]
+    expected = shards.rows_to_stream([row for row in rows if len(row)], 8).tolist()
+    for without in ({}, {"attention_mask": None}, {"sequence_lengths": None}):
+        shards.write_padded(tmp_path / "a.npz", rows, 8, **without)
+        tokens, report = stream_of(tmp_path / "a.npz")
+        assert tokens == expected and (report["documents"], report["skipped"], report["padding"]) == (3, 2, 24)
+
+
+def test_without_shared_memory(tmp_path):
+    """Locks of a process pool that cannot be made (no file may be written), against verify's own work in one process."""
+    shards.write_mapped(tmp_path, [100, 100])
+    out = run("verify", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert out.returncode == 0 and "working in one process: /dev/shm" in out.stderr and "0 wrong" in out.stdout, out
 
 
 # ---- bad input
@@ -152,13 +295,17 @@ BAD_SOURCES = [
     (padded(input_ids=np.asfortranarray(ids(1))), "Fortran order"),
     (padded(input_ids=np.ones((3, 8, 1), np.int32)), "shape (3, 8, 1)"),
     (padded(input_ids=np.ones(24, np.int32)), "one dimension, which attention_mask does not fit"),
-    (padded(input_ids=np.ones((3, 0), np.int32)), "rows of length zero"),
-    (padded(sequence_lengths=np.array([3, 9, 5])), "row 1 has length 9; a row has 1 to 8 tokens"),
-    (padded(sequence_lengths=np.array([3, 8, 0])), "row 2 has length 0"),
+    (lambda file: np.savez(file, input_ids=np.ones((3, 0), np.int32)), "rows of length zero"),
+    (padded(sequence_lengths=np.array([3, 9, 5])), "row 1 has length 9; a row has 0 to 8 tokens"),
+    (padded(sequence_lengths=np.array([3, 8, 0])), "row 2 has length 0 and 5 ones in attention_mask"),
+    (padded(sequence_lengths=np.array([3, -1, 5])), "row 1 has length -1"),
+    (padded(sequence_lengths=None, attention_mask=np.zeros((3, 8), np.int32)), "all of its 3 rows are empty"),
+    (padded(input_ids=ids(-1).astype(np.int64)), "id -1 at row 2, column 4"),
+    (padded(input_ids=ids(1).astype(np.uint64) + np.uint64(1 << 63)), "id 9223372036854775809 at row 0, column 0"),
+    (lambda file: np.savez(file, input_ids=np.full(9, 70000)), "id 70000 at token 0"),
     (padded(sequence_lengths=np.array([3, 8])), "sequence_lengths has shape (2,) beside tokens of shape (3, 8)"),
     (padded(sequence_lengths=np.array([3, 8, 4])), "row 2 has length 4 and 5 ones in attention_mask"),
     (padded(sequence_lengths=None, attention_mask=mask(1, 1, 2, 3)), "row 1 has length 3 and 3 ones"),  # left-padded
-    (padded(sequence_lengths=None, attention_mask=mask(0)), "row 0 has length 0"),
     (padded(attention_mask=np.ones((3, 7), np.int32)), "attention_mask has shape (3, 7)"),
     (padded(sequence_lengths=np.ones(3)), "sequence_lengths.npy holds dtype <f8"),
     (padded(**{f"extra_{i}": np.ones(1) for i in range(14)}), "has 17 members"),
@@ -227,14 +374,25 @@ def test_usage_errors(tmp_path):
     """Wrong folders and options against messages; exit code 66 for data, 2 for the command line."""
     shards.write_seed_shards(tmp_path / "in", files=1)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.TXT").write_text("text")
     for arguments, code, message in (
-        (("prepare", tmp_path / "nowhere", tmp_path / "out"), 66, "nowhere is no folder"),
-        (("prepare", tmp_path / "empty", tmp_path / "out"), 66, "have no .npz and no .bin file"),
+        (("prepare", tmp_path / "nowhere", tmp_path / "out"), 66, "nowhere is no file and no folder"),
+        (("prepare", tmp_path / "empty", tmp_path / "out"), 66, "have no .npz, .npy or .bin file"),
+        (
+            ("prepare", tmp_path / "texts", tmp_path / "out"),
+            66,
+            "`python data.py tokenize SRC DST` makes shards of its 1",
+        ),
+        (("verify", tmp_path / "texts"), 66, "`python data.py tokenize SRC DST` makes shards of its 1 such as a.TXT"),
+        (("bench", tmp_path / "empty"), 66, "have no .npz file"),
         (("prepare", tmp_path / "in", tmp_path / "in"), 66, "is the source"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--end_of_text", 60000), 66, "no id below vocab_size=50257"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--vocab_size", 65), 66, "name one with --end_of_text"),
         (("prepare", tmp_path / "in"), 2, "DST"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--fats"), 2, "--fats"),
+        (("prepare", tmp_path / "in", tmp_path / "out", "--workers", -1), 2, "--workers: -1 is not at least 1"),
+        (("verify", tmp_path / "in", "--workers", 0), 2, "--workers: 0 is not at least 1"),
     ):
         out = run(*arguments)
         assert (out.returncode, message in out.stderr) == (code, True), out.stderr
@@ -292,7 +450,7 @@ def test_done_and_intact_is_kept_everything_else_redone(tmp_path):
     assert prepare.prepare(*arguments)["kept"] == 3
     assert (Shard.open(tmp_path / "out", max(whole)).tokens == shards.rows_to_stream(ROWS, 8)).all()
     assert prepare.prepare(tmp_path / "in", tmp_path / "out", 70000, END, 1)["kept"] == 0
-    assert Shard.open(tmp_path / "out", max(whole)).dtype == np.uint32
+    assert Shard.open(tmp_path / "out", max(whole)).stream.dtype == np.uint32
 
 
 # ---- training on what is not mapped
@@ -452,4 +610,5 @@ def test_bench_runs(tmp_path):
     """The bench command on a small set against the lines it promises; no speed is asserted."""
     shards.write_mapped(tmp_path, [200_000] * 2)
     out = run("bench", tmp_path, "--sequence_length", 128, "--workers", 1, "--seconds", 0.1)
-    assert out.returncode == 0 and out.stdout.count("M tok/s") == 3, out.stderr
+    assert out.returncode == 0 and out.stdout.count("M tok/s") == 5, out
+    assert "memory map / preadv = " in out.stdout

@@ -67,6 +67,8 @@ def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
             f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
             f"{global_batch} sequences; global_batch_size={cfg.batch(cfg.num_processes)[1]} keeps the intended one"
         )
+    if not isinstance(dataset, str):
+        notes += dataset.notes
     if cfg.tokenizer == "byte" and cfg.vocab_size > 512:
         notes.append(f"tokenizer=byte has 257 ids: of vocab_size={cfg.vocab_size:,} the others are never used")
     if cfg.intermediate_size > 8 * cfg.hidden_size:

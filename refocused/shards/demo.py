@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import Config
-from refocused.shards import shard
+from refocused.shards import write
 from refocused.shards.prepare import is_intact
 from refocused.shards.shard import DataError, Shard
 from refocused.shards.tokenizers import END_OF_TEXT
@@ -63,14 +63,14 @@ def demo(folder: Path) -> None:
                 chunk[-1] = END_OF_TEXT["byte"]
             part = f"text/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
             path = f"{part}/tokenized_cleaned_{part.replace('/', '_')}.npz"
-            shard.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {})
+            write.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {})
             made[path] = f"{Shard.open(building, path).crc32:08x}"
             first = last
-        shard.write_atomically(building / made_file.name, lambda file: file.write(json.dumps(made, indent=1).encode()))
+        write.write_atomically(building / made_file.name, lambda file: file.write(json.dumps(made, indent=1).encode()))
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(building, folder)
-        shard.sync_folder(folder.parent)
+        write.sync_folder(folder.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     seconds = time.perf_counter() - begin

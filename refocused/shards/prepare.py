@@ -1,6 +1,6 @@
 """Foreign shards -> shards that are read in place; and checking either kind.
 
-    python data.py prepare SRC DST      compressed or padded .npz shards and nanoGPT's .bin files -> mapped shards
+    python data.py prepare SRC DST      compressed or padded .npz, .npy, .bin of nanoGPT, Megatron, llm.c -> mapped shards
     python data.py verify DIR           every byte against its checksum, every id against the vocabulary
 
 Nothing here trusts a file: sizes are compared with shapes before a byte is inflated, and nothing is ever unpickled.
@@ -10,10 +10,11 @@ import argparse
 import fnmatch
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ from typing import Any
 from tqdm import tqdm
 
 from configs import Config
-from refocused.shards import shard
-from refocused.shards.shard import DataError, Shard, WriteError, find_shards
-from refocused.shards.source import MAX_RATIO, Source, zip_identity
+from refocused import entry
+from refocused.shards import shard, write
+from refocused.shards.flat import BIN_DTYPES
+from refocused.shards.shard import DataError, Shard, WriteError
+from refocused.shards.source import FLAT, KINDS, MAX_RATIO, Source, zip_identity
 from refocused.shards.tokenizers import END_OF_TEXT, get_tokenizer
+from refocused.shards.walk import find_files, find_sources
+
+TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
 
 
 def is_intact(folder: Path, path: str) -> bool:
@@ -39,28 +45,43 @@ def is_intact(folder: Path, path: str) -> bool:
 
 
 def prepare(
-    source: Path, target: Path, vocab_size: int, end_of_text: int, workers: int = 0, max_ratio: float = MAX_RATIO
+    source: Path,
+    target: Path,
+    vocab_size: int,
+    end_of_text: int,
+    workers: int = 0,
+    max_ratio: float = MAX_RATIO,
+    bin_dtype: str | None = None,
 ) -> dict[str, int]:
-    """Converts .npz and .bin files, source or all below it, to mapped shards of the same relative name below target.
+    """Converts .npz, .npy and .bin files, source or all below it, to mapped shards of the same relative name in target.
 
     What is there already, from the same source and intact, is kept. A bad file does not stop the others; the DataError
-    at the end names all of them. Returns totals: files, kept, tokens, documents, padding, largest_id.
+    at the end names all of them. Returns totals: files, kept, tokens, documents, padding, largest_id, skipped.
     """
     if not 0 <= end_of_text < vocab_size:
         raise DataError(
             f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}; name one with --end_of_text"
         )
-    source, paths = shard.find_sources(source)
-    paths = [p for p in paths if p.endswith((".npz", ".bin"))]
+    source, everything = find_sources(source, but=(target,))
+    paths = [path for path in everything if path.lower().endswith(KINDS)]
     if not paths:
-        raise DataError(f"{source} and its subfolders have no .npz and no .bin file")
+        raise DataError(f"{source} and its subfolders have no .npz, .npy or .bin file{others(everything)}")
     if Path(target).resolve() == Path(source).resolve():
         raise DataError(f"{target} is the source; mapped shards need a folder of their own")
+    made: dict[str, str] = {}
     for path in paths:
-        if path.endswith(".bin") and mapped_name(path) in paths:
-            raise DataError(f"{path} and {mapped_name(path)} would become one shard; rename one of them")
-    with shard.locked(target):
-        return convert_all(source, target, paths, vocab_size, end_of_text, workers, max_ratio)
+        if (twin := made.setdefault(mapped_name(path), path)) != path:
+            raise DataError(f"{path} and {twin} would become one shard; rename one of them")
+    with write.locked(target):
+        return convert_all(source, target, paths, vocab_size, end_of_text, workers, max_ratio, bin_dtype)
+
+
+def others(paths: list[str]) -> str:
+    """What lies there instead, and what reads it, behind a message that something is missing."""
+    for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl"), "tokenize")):
+        if fitting := [path for path in paths if path.lower().endswith(kinds)]:
+            return f"; `python data.py {command} SRC DST` makes shards of its {len(fitting)} such as {fitting[0]}"
+    return f", but {len(paths)} others such as {paths[0]}" if paths else ""
 
 
 def convert_all(
@@ -71,39 +92,45 @@ def convert_all(
     end_of_text: int,
     workers: int = 0,
     max_ratio: float = MAX_RATIO,
+    bin_dtype: str | None = None,
 ) -> dict[str, int]:
     """prepare for these paths, the target being locked."""
-    shard.remove_stale(target)
+    write.remove_stale(target)
     settings = {"vocab_size": vocab_size, "end_of_text": end_of_text}
-    jobs = [(source / path, target, path, settings, max_ratio) for path in paths]
+    jobs = [(source / path, target, path, settings, max_ratio, bin_dtype) for path in paths]
     return run_jobs(convert, jobs, workers, f"preparing {target}")
 
 
 def convert(
-    file: Path, target: Path, path: str, settings: dict[str, int], max_ratio: float = MAX_RATIO
+    file: Path,
+    target: Path,
+    path: str,
+    settings: dict[str, int],
+    max_ratio: float = MAX_RATIO,
+    bin_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Makes target/path from file; settings are vocab_size and end_of_text. Returns the report, with kept=1 if it is there.
 
     target/path may be the file itself.
     """
-    source = Source(file, **settings, max_ratio=max_ratio)
+    source = Source(file, **settings, max_ratio=max_ratio, bin_dtype=bin_dtype)
     path = mapped_name(path)
-    old = shard.read_note(target / path)
+    old = write.read_note(target / path)
     if old and source.note.items() <= old.items() and is_intact(target, path):
         return {**old["report"], "kept": 1}
     report: dict[str, Any] = {}
     note = {**source.note, "report": report}
-    shard.write_shard(target / path, source.out_dtype, source.count, source.chunks(report), note)
+    write.write_shard(target / path, source.out_dtype, source.count, source.chunks(report), note)
     return report
 
 
 def mapped_name(path: str) -> str:
-    return path.removesuffix(".bin") + ".npz" if path.endswith(".bin") else path
+    return path[:-4] + ".npz" if path.lower().endswith(FLAT) else path
 
 
 def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: int, what: str) -> dict[str, int]:
     """work(*job) for each job in several processes, with a bar; the summed reports, or a DataError of all errors."""
-    totals = {"files": 0, "kept": 0, "tokens": 0, "documents": 0, "padding": 0, "largest_id": 0}
+    totals = dict.fromkeys(TOTALS, 0)
     begin, errors = time.perf_counter(), []
     with process_pool(workers, len(jobs)) as pool, tqdm(total=len(jobs), desc=what, unit="file") as bar:
         for future in as_completed([pool.submit(work, *job) for job in jobs]):
@@ -115,9 +142,7 @@ def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: in
             except DataError as error:
                 errors.append(str(error))
             else:
-                totals["files"] += 1
-                for key, value in report.items():
-                    totals[key] = max(totals[key], value) if key == "largest_id" else totals[key] + value
+                add(totals, report)
             bar.set_postfix_str(f"{totals['tokens'] / (time.perf_counter() - begin) / 1e6:.1f}M tok/s", refresh=False)
             bar.update()
     if errors:
@@ -125,20 +150,37 @@ def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: in
     return totals
 
 
-def process_pool(workers: int, jobs: int) -> ProcessPoolExecutor:
+def add(totals: dict[str, int], report: dict[str, int]) -> None:
+    """One more file's report."""
+    totals["files"] += 1
+    for key, value in report.items():
+        totals[key] = max(totals[key], value) if key == "largest_id" else totals[key] + value
+
+
+def process_pool(workers: int, jobs: int) -> Executor:
     context = multiprocessing.get_context("spawn")  # a fork copies other threads' locks in whatever state they are
-    return ProcessPoolExecutor(min(workers or os.cpu_count() or 1, jobs), context, die_with_parent)
+    try:
+        return ProcessPoolExecutor(min(workers or os.cpu_count() or 1, jobs), context, die_with_parent)
+    except OSError as error:  # its locks are files there
+        print(f"working in one process: /dev/shm cannot be written ({error.strerror})", file=sys.stderr)
+        return ThreadPoolExecutor(1)
 
 
 def die_with_parent() -> None:
     """Otherwise a pool's worker outlives a parent that was killed, and writes on beside its successor."""
-    sentinel = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def is_unpacked(source: Path, target: Path) -> bool:
     """Whether target was made from this source as it is now, by the zip directories alone."""
-    note = shard.read_note(target)
+    note = write.read_note(target)
     if not note:
         return False
     with open(source, "rb") as file:
@@ -152,7 +194,8 @@ def announce(totals: dict[str, int], folder: Path, tokenizer: str, vocab_size: i
     """Print what was made, and how to train on it."""
     print(
         f"{totals['files']} shards ({totals['kept']} were there), {totals['tokens']:,} tokens, {totals['padding']:,} "
-        f"padding dropped, {totals['documents']:,} documents, largest id {totals['largest_id']}, {seconds:.1f} s"
+        f"padding dropped, {totals['documents']:,} documents, {totals['skipped']:,} empty or bad ones skipped, largest "
+        f"id {totals['largest_id']}, {seconds:.1f} s"
     )
     print(f"train on it with {' '.join(training_keys(folder, tokenizer, vocab_size))}")
 
@@ -160,9 +203,7 @@ def announce(totals: dict[str, int], folder: Path, tokenizer: str, vocab_size: i
 def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[str]:
     """What train.py must be told of a set, beyond its defaults."""
     keys = [f"data_dir={folder}"]
-    if any(
-        not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_shards(folder, "*.npz")
-    ):
+    if any(not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_files(folder, "*.npz")):
         keys.append("'tokenized_file_pattern=*.npz'")
     if tokenizer != Config.tokenizer:
         keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or get_tokenizer(tokenizer).n_vocab}"]
@@ -173,20 +214,21 @@ def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py prepare", description="Compressed or padded .npz and nanoGPT's .bin -> shards that are mapped."
+        prog="data.py prepare", description="Compressed or padded .npz, .npy and .bin -> shards that are mapped."
     )
     parser.add_argument("SRC", type=Path)
     parser.add_argument("DST", type=Path)
     parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="processes")
+    parser.add_argument("--bin_dtype", choices=BIN_DTYPES, help="of .bin files; by default what their content shows")
     parser.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
     parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
-    parser.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
+    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
     end_of_text = END_OF_TEXT[args.tokenizer]
     vocab_size = args.vocab_size or end_of_text + 1
     end_of_text = end_of_text if args.end_of_text is None else args.end_of_text
-    totals = prepare(args.SRC, args.DST, vocab_size, end_of_text, args.workers, args.max_ratio)
+    totals = prepare(args.SRC, args.DST, vocab_size, end_of_text, args.workers, args.max_ratio, args.bin_dtype)
     announce(totals, args.DST, args.tokenizer, args.vocab_size, time.perf_counter() - begin)
     return 0

@@ -1,28 +1,30 @@
-"""One shard: an .npz whose token array is stored, not deflated, so that a sample is one read at a known offset."""
+"""One shard: an .npz whose token array is stored, not deflated, so that it is mapped as it is and a sample is a slice."""
 
 import errno
-import fcntl
-import fnmatch
 import io
-import json
+import mmap
 import os
 import struct
-import sys
-import weakref
+import threading
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 TOKEN_ARRAYS = ("input_ids", "tokens")
 PADDING_ARRAYS = ("attention_mask", "sequence_lengths")
-DTYPES = ("<u2", "<u4", "<i4")
+DTYPES = ("<u2", "<u4", "<i4")  # that are mapped
+INTEGERS = ("|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", ">i2", ">u2", ">i4", ">u4", ">i8", ">u8")
 MAX_MEMBERS = 16
-ALIGNMENT = 64  # of the first token in a file that is written here
+BLOCK = 1 << 22  # bytes handled at once
+MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network's disk may say once and not again
+PAUSES = (1.0, 3.0)  # seconds before asking it again
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -67,7 +69,7 @@ def token_member(members: dict[str, zipfile.ZipInfo], path: Path) -> zipfile.Zip
 
 
 def npy_header(
-    stream: IO[bytes], path: Path, array: str, dtypes: tuple[str, ...] = DTYPES
+    stream: IO[bytes], path: Path, array: str, dtypes: tuple[str, ...] = INTEGERS
 ) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of the .npy that starts here, leaving the stream at its first item. Never unpickles."""
     begin = stream.tell()
@@ -82,7 +84,7 @@ def npy_header(
         raise DataError(f"{path}: {array} has no readable .npy header: {error}") from error
     if dtype.str not in dtypes:
         kind = "pickled objects" if dtype.hasobject else f"dtype {dtype.str}"
-        raise DataError(f"{path}: {array} holds {kind}; it may hold {', '.join(np.dtype(d).name for d in dtypes)}")
+        raise DataError(f"{path}: {array} holds {kind}; it may hold integers of any width")
     if len(shape) not in (1, 2) or (fortran and len(shape) == 2):
         order = "Fortran" if fortran else "C"
         raise DataError(f"{path}: {array} has shape {shape} in {order} order; a 1-D stream or 2-D rows in C order")
@@ -90,52 +92,93 @@ def npy_header(
     return shape, dtype
 
 
-@dataclass(frozen=True, eq=False)
+def persistently(call: Callable[..., T], *args: Any) -> T:
+    """call(*args), asked again where the disk failed for a moment. Raises OSError."""
+    for pause in PAUSES:
+        try:
+            return call(*args)
+        except OSError as error:
+            if error.errno not in MOMENTARY:
+                raise
+            time.sleep(pause)
+    return call(*args)
+
+
+def open_file(file: Path) -> int:
+    """A descriptor of a file whose two ends, where all headers are, could be read. Raises OSError."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for begin in (0, max(0, os.fstat(fd).st_size - 4096)):
+            os.pread(fd, 4096, begin)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+CHECKING = threading.Lock()
+
+
+@dataclass(eq=False)
 class Shard:
-    """One open file with tokens stored back to back. Holds a file descriptor, no tokens."""
+    """One file with tokens stored back to back, mapped. Holds the map's file descriptor until it is garbage."""
 
     path: str  # relative to the set's folder, with forward slashes
     file: Path
     shape: tuple[int, ...]  # (tokens,) or (rows, width)
-    dtype: np.dtype
     crc32: int  # of the member, from the zip directory
-    offset: int  # of the first token, in bytes
+    begin: int  # of the member's content, a .npy, in bytes
+    offset: int  # of the first token
     size: int  # of the file, with its time of change: a file that differs from what was opened is not read
     mtime_ns: int
-    fd: int
+    map: mmap.mmap
+    stream: np.ndarray  # all tokens, read-only and 1-D, in the map
 
     @classmethod
     def open(cls, folder: str | Path, path: str) -> "Shard":
         """Opens folder/path by reading headers only. Raises PackedShard, or DataError where it is no shard at all."""
         file = Path(folder, path)
         try:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            fd = persistently(open_file, file)
         except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from error
+            few = "; `ulimit -n` is the limit: raise it, or make fewer and larger shards"
+            hint = few if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+            raise DataError(f"cannot read {file}: {error.strerror}{hint}") from error
         try:
             status = os.fstat(fd)
             with open(fd, "rb", closefd=False) as stream:
-                shape, dtype, offset, member = cls._find_tokens(stream, file, status.st_size)
-            shard = cls(path, file, shape, dtype, member.CRC, offset, status.st_size, status.st_mtime_ns, fd)
+                shape, dtype, begin, offset, member = cls._find_tokens(stream, file, status.st_size)
+            mapped = cls._map(fd, file)
         except OSError as error:  # such as a header that would lie before the file's first byte
-            os.close(fd)
             raise DataError(f"{file} is damaged or ends early: {error}") from error
-        except DataError:
-            os.close(fd)
-            raise
-        weakref.finalize(shard, os.close, fd)
-        return shard
+        finally:
+            os.close(fd)  # the map has one of its own
+        tokens = np.ndarray(int(np.prod(shape)), dtype, mapped, offset)
+        return cls(path, file, shape, member.CRC, begin, offset, status.st_size, status.st_mtime_ns, mapped, tokens)
+
+    @staticmethod
+    def _map(fd: int, file: Path) -> mmap.mmap:
+        try:
+            mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+            mapped.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 KiB for every window of 2
+        except OSError as error:
+            limits = "; `ulimit -n`, `ulimit -v` and the kernel's vm.max_map_count bound how many shards are open"
+            raise DataError(f"cannot map {file}: {error.strerror}{limits}") from error
+        return mapped
 
     @staticmethod
     def _find_tokens(
         stream: IO[bytes], file: Path, size: int
-    ) -> tuple[tuple[int, ...], np.dtype, int, zipfile.ZipInfo]:
+    ) -> tuple[tuple[int, ...], np.dtype, int, int, zipfile.ZipInfo]:
+        if file.suffix.lower() in (".bin", ".npy"):
+            raise DataError(f"{file} is no .npz; `python data.py prepare SRC DST` makes shards of .bin and .npy files")
         members = zip_members(stream, file)
         member = token_member(members, file)
         padding = [name for name in PADDING_ARRAYS if name in members]
+        way = "`python data.py prepare SRC DST` makes shards to be read in place"
         if member.compress_type != zipfile.ZIP_STORED or padding:
             why = f"padded (it has {' and '.join(padding)})" if padding else "compressed"
-            raise PackedShard(f"{file} is {why}; `python data.py prepare SRC DST` makes shards to be read in place")
+            raise PackedShard(f"{file} is {why}; {way}")
         stream.seek(member.header_offset)
         local = stream.read(30)  # the directory's own name and extra lengths may differ from the local ones
         if len(local) < 30 or local[:4] != b"PK\3\4":
@@ -151,156 +194,50 @@ class Shard:
                 f"{file} is damaged or ends early: {member.filename} of shape {shape} and {dtype} needs {length} bytes "
                 f"at {offset}, the member has {member.file_size} bytes and the file {size}"
             )
-        return shape, dtype, offset, member
+        if dtype.str not in DTYPES:
+            raise PackedShard(f"{file} holds {dtype.name} ({dtype.str}); {way}")
+        return shape, dtype, begin, offset, member
 
     @property
     def num_tokens(self) -> int:
-        return int(np.prod(self.shape))
+        return len(self.stream)
 
     @property
     def tokens(self) -> np.ndarray:
-        """All tokens as a read-only memory map of the array's own shape; for tools, training reads windows."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-
-    def read_into(self, out: np.ndarray, start: int) -> None:
-        """Fills `out`, of this shard's dtype, with the tokens from `start` on. Raises DataError.
-
-        A read rather than a memory map: as fast when the page cache is warm, no resident memory that grows with every
-        page met, and a file cut short is an error here where a map would end the process with SIGBUS.
-        """
-        try:
-            got = os.preadv(self.fd, [out], self.offset + start * out.itemsize)
-        except OSError as error:
-            raise DataError(f"cannot read {self.file}: {error.strerror}") from error
-        if got != out.nbytes:
-            self.check_unchanged()
-            raise DataError(f"{self.file} gave {got} of {out.nbytes} bytes at token {start}")
+        """All tokens in the array's own shape."""
+        return self.stream.reshape(self.shape)
 
     def check_unchanged(self) -> None:
-        """Raises DataError if the file is not what was opened. Called after a read, it vouches for what was read."""
+        """Raises DataError unless the file is what was opened.
+
+        Called before the map is touched it keeps a shortened file from ending the process, and after it, it vouches
+        for what was read. A file that only has another time is read once in full and compared with its checksum.
+        """
         try:
-            now = os.stat(self.file)
+            now = persistently(os.stat, self.file)
+            if (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns):
+                return
+            with CHECKING:
+                if now.st_size == self.size and (now.st_mtime_ns == self.mtime_ns or self._has_its_checksum()):
+                    self.mtime_ns = now.st_mtime_ns
+                    return
         except OSError as error:
             raise DataError(f"{self.file} was there when it was opened: {error.strerror}") from error
-        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
-            raise DataError(
-                f"{self.file} changed since it was opened: {self.size} bytes then, {now.st_size} now, its modification "
-                f"time {(now.st_mtime_ns - self.mtime_ns) / 1e9:+.3f} s; put the old file back, or start a new run on "
-                "the new data"
-            )
+        raise DataError(
+            f"{self.file} changed since it was opened: {self.size} bytes then, {now.st_size} now, its modification "
+            f"time {(now.st_mtime_ns - self.mtime_ns) / 1e9:+.3f} s; put the old file back, or start a new run on "
+            "the new data"
+        )
+
+    def _has_its_checksum(self) -> bool:
+        crc, left = 0, self.offset - self.begin + self.stream.nbytes
+        with open(self.file, "rb") as file:  # and not the map: the name may lead to another file by now
+            file.seek(self.begin)
+            while left and (block := file.read(min(left, BLOCK))):
+                crc, left = zlib.crc32(block, crc), left - len(block)
+        return not left and crc == self.crc32
 
     def describe(self) -> dict[str, Any]:
-        """What identifies its content, without reading it."""
-        return {"path": self.path, "tokens": self.num_tokens, "dtype": self.dtype.name, "crc32": f"{self.crc32:08x}"}
-
-
-def find_shards(folder: str | Path, pattern: str) -> list[str]:
-    """Sorted relative paths of the files below folder whose name matches. An unreadable folder is an error."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder} is no folder")
-    found = []
-    for parent, _, names in os.walk(folder, followlinks=True, onerror=refuse):
-        found += [Path(parent, name).relative_to(folder).as_posix() for name in fnmatch.filter(names, pattern)]
-    return sorted(found)
-
-
-def find_sources(source: Path) -> tuple[Path, list[str]]:
-    """(folder, sorted relative paths) of every file below a folder, or of a single file."""
-    return (source.parent, [source.name]) if source.is_file() else (source, find_shards(source, "*"))
-
-
-# ---- writing
-
-
-def write_shard(path: Path, dtype: np.dtype, count: int, chunks: Iterable[np.ndarray], note: dict[str, Any]) -> None:
-    """Writes `count` tokens, given in chunks, as a stored and aligned `input_ids`; the same bytes for the same tokens.
-
-    The note becomes the zip's comment (JSON); it is read after the last chunk, so the chunks' producer may fill it in.
-    Atomic: whoever finds the name finds the whole file, also after a crash. Raises WriteError, leaving nothing behind.
-    """
-    header = io.BytesIO()  # numpy pads it to a multiple of 64 bytes
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
-    entry = zipfile.ZipInfo("input_ids.npy", (1980, 1, 1, 0, 0, 0))
-    entry.external_attr = 0o644 << 16
-    large = count * dtype.itemsize >= 1 << 31
-    pad = -(30 + len(entry.filename) + (20 if large else 0) + 4) % ALIGNMENT
-    entry.extra = b"\x35\xd9" + pad.to_bytes(2, "little") + bytes(pad)  # the field that zipalign uses
-
-    def write(file: IO[bytes]) -> None:
-        written = 0
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open(entry, "w", force_zip64=large) as member:
-                member.write(header.getvalue())
-                for chunk in chunks:
-                    member.write(np.ascontiguousarray(chunk, dtype).data)
-                    written += len(chunk)
-            assert written == count, f"{path}: {written} tokens written, {count} announced"
-            archive.comment = json.dumps(note, sort_keys=True).encode()
-
-    write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Calls write(file) on a temporary neighbour, then fsync, rename, fsync of the folder. Raises WriteError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}; nothing is left of it") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove_stale(folder: Path) -> None:
-    """Removes what killed writers left below a folder that is locked."""
-    for temporary in folder.rglob(".*.npz.*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
-def read_note(path: Path) -> dict[str, Any] | None:
-    """The note of a shard that write_shard made, None for any other file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            note = json.loads(archive.comment)
-        return note if isinstance(note, dict) else None
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the folder (made if absent), waiting for whoever has it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise WriteError(f"cannot use the folder {folder}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise WriteError(f"cannot lock the folder {folder}: {error.strerror}") from error
-            print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+        """What identifies its content, without reading it. The path is the same in every locale."""
+        path = os.fsencode(self.path).decode("utf-8", "surrogateescape")
+        return {"path": path, "tokens": self.num_tokens, "dtype": self.stream.dtype.name, "crc32": f"{self.crc32:08x}"}

@@ -13,12 +13,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from refocused.shards import shard
-from refocused.shards.shard import DataError
+from refocused.shards import flat, shard
+from refocused.shards.shard import BLOCK, INTEGERS, DataError
 
-BLOCK = 1 << 22  # bytes handled at once
 MAX_RATIO = 200  # of inflated to deflated size of the token array
-INTEGERS = ("|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8")
+MASKS = ("|b1", *INTEGERS)
+FLAT = (".bin", ".npy")
+KINDS = (".npz", *FLAT)
 
 
 @contextmanager
@@ -48,52 +49,59 @@ class Source:
 
     The bucket's own format is `input_ids` [rows, width] padded on the right, with `sequence_lengths` [rows] or
     `attention_mask` [rows, width] or both. Its padding is dropped, and a row shorter than the width is followed by one
-    end-of-text. Anything else (1-D, rows without padding arrays, .bin) is a stream as it is. Raises DataError.
+    end-of-text; an empty row is skipped. Anything else (1-D, rows without padding arrays, .npy, .bin) is a stream as it
+    is. Integers of any width and byte order are narrowed once all are ids. Raises DataError.
     """
 
-    def __init__(self, file: Path, vocab_size: int, end_of_text: int, max_ratio: float = MAX_RATIO):
+    def __init__(
+        self,
+        file: Path,
+        vocab_size: int,
+        end_of_text: int,
+        max_ratio: float = MAX_RATIO,
+        bin_dtype: str | None = None,
+    ):
         if not 0 <= end_of_text < vocab_size:
             raise DataError(f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}")
         self.file, self.vocab_size, self.end_of_text, self.max_ratio = file, vocab_size, end_of_text, max_ratio
         self.out_dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.members: dict[str, zipfile.ZipInfo] = {}  # of an .npz
+        self.member: zipfile.ZipInfo | None = None  # the one of the tokens
+        self.padded = False
         try:
             self.size = file.stat().st_size
-            with open(file, "rb") as stream:
-                self._look_at_bin(stream) if file.suffix == ".bin" else self._look_at_npz(stream)
+            if file.suffix.lower() in FLAT:
+                found = flat.look(file, self.size, vocab_size, bin_dtype)
+                self.shape, self.dtype, self.offset = found.shape, found.dtype, found.offset
+                self.identity = {file.name: f"{found.crc32:08x}"}
+                if (found.dtype.str, found.offset) != ("<u2", 0):
+                    self.identity["read as"] = f"{found.dtype.str} from byte {found.offset}"
+            else:
+                with open(file, "rb") as stream:
+                    self._look_at_npz(stream)
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
-
-    def _look_at_bin(self, stream: IO[bytes]) -> None:
-        if self.size % 2 or not self.size:
-            raise DataError(f"{self.file} has {self.size} bytes; a .bin file is uint16 tokens and nothing else")
-        self.members, self.shape, self.dtype, self.padded = {}, (self.size // 2,), np.dtype("<u2"), False
-        crc = 0
-        while block := stream.read(BLOCK):
-            crc = zlib.crc32(block, crc)
-        self.identity = {self.file.name: f"{crc:08x}"}
+        if 0 in self.shape:
+            raise DataError(f"{file}: its tokens of shape {self.shape} have rows of length zero or none")
 
     def _look_at_npz(self, stream: IO[bytes]) -> None:
         self.members = shard.zip_members(stream, self.file)
         self.identity = zip_identity(self.members)
-        self.member = shard.token_member(self.members, self.file)
-        self.shape, self.dtype = self._header(stream, self.member, shard.DTYPES)
-        packed = max(1, min(self.member.compress_size, self.size))
-        if self.member.file_size > self.max_ratio * packed:
+        member = self.member = shard.token_member(self.members, self.file)
+        self.shape, self.dtype = self._header(stream, member, INTEGERS)
+        packed = max(1, min(member.compress_size, self.size))
+        if member.file_size > self.max_ratio * packed:
             raise DataError(
-                f"{self.file}: {self.member.filename} claims {self.member.file_size} bytes out of {packed}, a ratio "
+                f"{self.file}: {member.filename} claims {member.file_size} bytes out of {packed}, a ratio "
                 f"over {self.max_ratio:g}; if that is honest padding, run `python data.py prepare` with a larger "
                 "--max_ratio"
             )
         padding = [name for name in shard.PADDING_ARRAYS if name in self.members]
         self.padded = bool(padding)
         if padding and len(self.shape) == 1:
-            raise DataError(f"{self.file}: {self.member.filename} has one dimension, which {padding[0]} does not fit")
-        if 0 in self.shape:
-            raise DataError(
-                f"{self.file}: {self.member.filename} of shape {self.shape} has rows of length zero or none"
-            )
+            raise DataError(f"{self.file}: {member.filename} has one dimension, which {padding[0]} does not fit")
         for name in padding:  # bounded by the token array's shape, so their own ratio does not matter
-            shape, _ = self._header(stream, self.members[name], INTEGERS)
+            shape, _ = self._header(stream, self.members[name], MASKS)
             if shape != (self.shape if name == "attention_mask" else self.shape[:1]):
                 raise DataError(f"{self.file}: {name} has shape {shape} beside tokens of shape {self.shape}")
 
@@ -111,7 +119,7 @@ class Source:
             )
         return shape, dtype
 
-    def _blocks(self, name: str, multiple: int, dtypes: tuple[str, ...] = INTEGERS) -> Iterator[np.ndarray]:
+    def _blocks(self, name: str, multiple: int, dtypes: tuple[str, ...] = MASKS) -> Iterator[np.ndarray]:
         member = self.members[name]
         with open(self.file, "rb") as file, open_member(file, member, self.file) as stream:
             shape, dtype = shard.npy_header(stream, self.file, name, dtypes)
@@ -129,16 +137,19 @@ class Source:
             lengths = np.concatenate(
                 [(block.reshape(-1, width) != 0).sum(1) for block in self._blocks("attention_mask", width)]
             )
-        if (bad := np.flatnonzero((lengths < 1) | (lengths > width))).size:
-            raise DataError(f"{self.file}: row {bad[0]} has length {lengths[bad[0]]}; a row has 1 to {width} tokens")
+        if (bad := np.flatnonzero((lengths < 0) | (lengths > width))).size:
+            raise DataError(f"{self.file}: row {bad[0]} has length {lengths[bad[0]]}; a row has 0 to {width} tokens")
+        if not lengths.any():
+            raise DataError(f"{self.file}: all of its {len(lengths)} rows are empty")
         return lengths
 
     def _check_mask(self) -> None:
         """The mask is ones for each row's length, then zeros."""
-        width, row = self.shape[1], 0
+        width, row, all_lengths = self.shape[1], 0, self.lengths
+        assert all_lengths is not None
         for block in self._blocks("attention_mask", width):
             mask = block.reshape(-1, width) != 0
-            lengths = self.lengths[row : row + len(mask)]
+            lengths = all_lengths[row : row + len(mask)]
             wrong = (mask != (np.arange(width) < lengths[:, None])).any(1)
             if wrong.any():
                 i = int(wrong.argmax())
@@ -153,7 +164,11 @@ class Source:
         """Tokens that come out."""
         if self.lengths is None:
             return int(np.prod(self.shape))
-        return int(self.lengths.sum() + (self.lengths < self.shape[1]).sum())
+        return int(self.lengths.sum() + self._marked(self.lengths).sum())
+
+    def _marked(self, lengths: np.ndarray) -> np.ndarray:
+        """Which rows are followed by an end-of-text."""
+        return (0 < lengths) & (lengths < self.shape[1])
 
     @property
     def note(self) -> dict[str, Any]:
@@ -161,12 +176,13 @@ class Source:
         return {"source": self.identity, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
 
     def chunks(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
-        """The tokens in blocks; fills in tokens, documents, padding and largest_id. Raises DataError."""
-        report |= {"tokens": self.count, "documents": 0, "padding": 0, "largest_id": 0}
+        """The tokens in blocks; fills in tokens, documents, padding, largest_id and skipped. Raises DataError."""
+        report |= {"tokens": self.count, "documents": 0, "padding": 0, "largest_id": 0, "skipped": 0}
         if "attention_mask" in self.members:
             self._check_mask()
-        if not self.members:
+        if self.member is None:
             with open(self.file, "rb") as stream:
+                stream.seek(self.offset)
                 yield from self._checked(read_blocks(stream, self.dtype, self.count, self.file), report)
         else:
             name = self.member.filename.removesuffix(".npy")
@@ -176,7 +192,7 @@ class Source:
         seen = 0
         for block in blocks:
             tokens = self._unpad(block, seen // self.shape[1], report) if self.padded else block
-            low, high = int(tokens.min()), int(tokens.max())
+            low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
             if low < 0 or high >= self.vocab_size:
                 self._refuse(block, seen)
             report["largest_id"] = max(report["largest_id"], high)
@@ -186,19 +202,24 @@ class Source:
             yield tokens
 
     def _unpad(self, block: np.ndarray, row: int, report: dict[str, Any]) -> np.ndarray:
+        assert self.lengths is not None
         width = self.shape[1]
         block = block.reshape(-1, width)
         lengths = self.lengths[row : row + len(block)]
-        rows = np.empty((len(block), width + 1), block.dtype)  # the last column is where a full row's marker would go
+        # wide enough for the marker; the last column is where a full row's would go. What wraps is negative: refused
+        rows = np.empty((len(block), width + 1), np.int32 if block.dtype == np.int32 else np.int64)
         rows[:, :width] = block
         rows[np.arange(len(block)), lengths] = self.end_of_text
-        report["documents"] += len(block)
+        filled = int(np.count_nonzero(lengths))
+        report["documents"] += filled
+        report["skipped"] += len(lengths) - filled
         report["padding"] += int(block.size - lengths.sum())
-        return rows[np.arange(width + 1) < (lengths + (lengths < width))[:, None]]
+        return rows[np.arange(width + 1) < (lengths + self._marked(lengths))[:, None]]
 
     def _refuse(self, block: np.ndarray, seen: int) -> None:
         wrong = (block < 0) | (block >= self.vocab_size)
         if self.padded:  # where anything may stand
+            assert self.lengths is not None
             width = self.shape[1]
             lengths = self.lengths[seen // width : (seen + len(block)) // width]
             wrong &= (np.arange(width) < lengths[:, None]).ravel()

@@ -16,10 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import Config
-from refocused.shards import shard
-from refocused.shards.prepare import announce, is_intact
+from refocused.shards import write
+from refocused.shards.prepare import TOTALS, add, announce, is_intact
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import END_OF_TEXT, get_tokenizer
+from refocused.shards.walk import find_sources
 
 BATCH = 1 << 20  # bytes of text that a thread encodes at once; shards end where a batch ends
 GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
@@ -80,7 +81,7 @@ def tokenize(
     notes where its successor begins, so an interrupted run goes on behind the last intact one. Returns totals as
     prepare does. Raises DataError.
     """
-    source, paths = shard.find_sources(source)
+    source, paths = find_sources(source, but=(target,))
     if packed := [path for path in paths if path.endswith(".zst")]:
         raise DataError(f"{packed[0]} is compressed; Python cannot read it before 3.14: `zstd -d {source / packed[0]}`")
     paths = [path for path in paths if path.endswith((".txt", ".jsonl"))]
@@ -101,8 +102,8 @@ def tokenize(
             parts += [encoding.encode_to_numpy(text, disallowed_special=()), [encoding.eot_token]]
         return batch, np.concatenate(parts).astype(np.uint16) if parts else np.empty(0, np.uint16)
 
-    with shard.locked(target):
-        shard.remove_stale(target)
+    with write.locked(target):
+        write.remove_stale(target)
         totals, start = finished(target, settings)
         index, parts, report = totals["files"], [], {"tokens": 0, "documents": 0, "padding": 0, "largest_id": 0}
         threads = workers or os.cpu_count() or 1
@@ -120,7 +121,7 @@ def tokenize(
                 last = batch.next[0] == len(files)
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
                     note = {**settings, "begin": start, "next": batch.next, "report": report}
-                    shard.write_shard(target / shard_name(index), np.dtype("<u2"), report["tokens"], parts, note)
+                    write.write_shard(target / shard_name(index), np.dtype("<u2"), report["tokens"], parts, note)
                     add(totals, report)
                     index, start, parts = index + 1, batch.next, []
                     report = dict.fromkeys(report, 0)
@@ -132,18 +133,12 @@ def shard_name(index: int) -> str:
     return f"tokenized_cleaned_{index:05d}.npz"
 
 
-def add(totals: dict[str, int], report: dict[str, int]) -> None:
-    totals["files"] += 1
-    for key, value in report.items():
-        totals[key] = max(totals[key], value) if key == "largest_id" else totals[key] + value
-
-
 def finished(target: Path, settings: dict[str, Any]) -> tuple[dict[str, int], tuple[int, int]]:
     """Totals of the intact shards that an earlier run left, and where it stopped in the sources. Raises DataError."""
-    totals = {"files": 0, "kept": 0, "tokens": 0, "documents": 0, "padding": 0, "largest_id": 0}
+    totals = dict.fromkeys(TOTALS, 0)
     start = (0, 0)
     while (file := target / shard_name(totals["files"])).exists():
-        note = shard.read_note(file) or {}
+        note = write.read_note(file) or {}
         if differing := [key for key, value in settings.items() if note.get(key) != value]:
             raise DataError(
                 f"{file} was made from other {', '.join(differing)}; name another folder, or empty this one"

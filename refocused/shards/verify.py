@@ -9,11 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 from configs import Config
-from refocused.shards import shard
-from refocused.shards.prepare import process_pool
-from refocused.shards.shard import DataError, Shard
+from refocused import entry
+from refocused.shards.prepare import others, process_pool
+from refocused.shards.shard import DTYPES, DataError, Shard
 from refocused.shards.source import MAX_RATIO, Source
 from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.walk import find_files
 
 
 def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, max_ratio: float = MAX_RATIO) -> int:
@@ -21,9 +22,9 @@ def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, 
 
     Wrong: a damaged file, an id outside the vocabulary, the content of another file once more. fast: headers only.
     """
-    paths = shard.find_shards(folder, "*.npz")
+    paths = find_files(folder, "*.npz")
     if not paths:
-        raise DataError(f"{folder} and its subfolders have no .npz file")
+        raise DataError(f"{folder} and its subfolders have no .npz file{others(find_files(folder))}")
     with process_pool(workers, len(paths)) as pool:
         jobs = [pool.submit(examine, folder, path, vocab_size, fast, max_ratio) for path in paths]
         rows = [job.result() for job in tqdm(jobs, desc=f"verifying {folder}", unit="file")]
@@ -49,8 +50,10 @@ def examine(folder: Path, path: str, vocab_size: int, fast: bool, max_ratio: flo
     try:
         source = Source(Path(folder, path), vocab_size, 0, max_ratio)
         row |= {"tokens": source.count, "dtype": source.dtype.name}
+        assert source.member is not None
         row["content"] = (source.member.CRC, source.shape, source.dtype.str)
-        if not source.padded and source.member.compress_type == zipfile.ZIP_STORED:
+        stored = source.member.compress_type == zipfile.ZIP_STORED
+        if stored and not source.padded and source.dtype.str in DTYPES:
             Shard.open(folder, path)
         if not fast:
             for _ in source.chunks(row):
@@ -66,9 +69,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("DIR", type=Path)
     parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--fast", action="store_true", help="headers only")
     parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
-    parser.add_argument("--vocab_size", type=int, help="ids are below it; the tokenizer's")
+    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
     args = parser.parse_args(argv)
     return verify(args.DIR, args.vocab_size or END_OF_TEXT[args.tokenizer] + 1, args.fast, args.workers, args.max_ratio)

@@ -1,0 +1,56 @@
+"""One walk for whoever looks for files of data: each folder once, and nothing that is only lying about."""
+
+import fnmatch
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from refocused.shards.shard import DataError
+
+
+def find_files(folder: str | Path, pattern: str = "*", but: Iterable[str | Path] = ()) -> list[str]:
+    """Sorted relative paths, with forward slashes, of the files below a folder whose name matches, but not below `but`.
+
+    A folder that several links lead to is walked once, under its own name if that lies here too. Left out: names that
+    begin with a dot, lost+found, and with a word on stderr folders of other users that may not be read.
+    Raises DataError for a folder of one's own that cannot be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{folder} is no folder")
+    seen = {identity(path) for path in but if os.path.isdir(path)} - {identity(root)}
+    found: list[str] = []
+    tops = [root]  # and after it the folders that links lead to
+    for top in tops:
+        for parent, folders, names in os.walk(top, onerror=refuse):
+            if (here := identity(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            folders[:] = sorted(name for name in folders if name[0] != "." and name != "lost+found")
+            tops += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+            shown = (name for name in fnmatch.filter(names, pattern) if name[0] != ".")
+            found += [Path(parent, name).relative_to(root).as_posix() for name in shown]
+    return sorted(found)
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def refuse(error: OSError) -> None:
+    foreign = isinstance(error, PermissionError) and os.stat(error.filename).st_uid != os.geteuid()
+    if not foreign:
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+    print(f"left out {error.filename}, another user's: {error.strerror}", file=sys.stderr)
+
+
+def find_sources(source: Path, but: Iterable[str | Path] = ()) -> tuple[Path, list[str]]:
+    """(folder, sorted relative paths) of every file below a folder, or of a single file."""
+    if source.is_file():
+        return source.parent, [source.name]
+    if not source.is_dir():
+        raise DataError(f"{source} is no file and no folder")
+    return source, find_files(source, but=but)
