@@ -1,6 +1,7 @@
 """Preparing, unpacking, tokenizing and verifying shards: real files and real processes, compared with plain numpy."""
 
 import dataclasses
+import gzip
 import json
 import os
 import resource
@@ -18,7 +19,8 @@ from launch import GUARD
 
 from configs import Config
 from data import Dataset, open_dataset
-from refocused.shards import prepare, source, text, verify
+from refocused.shards import documents, prepare, source, text, verify
+from refocused.shards.documents import Rules
 from refocused.shards.shard import DataError, Shard
 from refocused.shards.source import Source
 from refocused.shards.tokenizers import get_tokenizer
@@ -384,6 +386,7 @@ def test_usage_errors(tmp_path):
             66,
             "`python data.py tokenize SRC DST` makes shards of its 1",
         ),
+        (("tokenize", tmp_path / "in", tmp_path / "out"), 66, "`python data.py prepare SRC DST` makes shards of its 1"),
         (("verify", tmp_path / "texts"), 66, "`python data.py tokenize SRC DST` makes shards of its 1 such as a.TXT"),
         (("bench", tmp_path / "empty"), 66, "have no .npz file"),
         (("prepare", tmp_path / "in", tmp_path / "in"), 66, "is the source"),
@@ -393,6 +396,7 @@ def test_usage_errors(tmp_path):
         (("prepare", tmp_path / "in", tmp_path / "out", "--fats"), 2, "--fats"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--workers", -1), 2, "--workers: -1 is not at least 1"),
         (("verify", tmp_path / "in", "--workers", 0), 2, "--workers: 0 is not at least 1"),
+        (("tokenize", tmp_path / "in", tmp_path / "out", "--shard_tokens", 0), 2, "--shard_tokens: 0 is not"),
     ):
         out = run(*arguments)
         assert (out.returncode, message in out.stderr) == (code, True), out.stderr
@@ -552,17 +556,27 @@ def write_texts(folder: Path) -> list[str]:
     return ["one whole document\n", *(text.strip() for text in texts), "A title\n\nand a text"]
 
 
+FIELDS = ["body", "title", "selftext"]
+
+
+def tokens_in(folder: Path) -> list[int]:
+    return np.concatenate([Shard.open(folder, name).stream for name in sorted(content(folder))]).tolist()
+
+
 def test_tokenize(tmp_path):
     """Shards of text files against the byte encoding of each document; stopped and continued, the same bytes."""
-    documents = write_texts(tmp_path / "in")
-    arguments = ("byte", ["body", "title", "selftext"], 5000)
+    expected_documents = write_texts(tmp_path / "in")
+    arguments = ("byte", Rules(FIELDS), 5000)
     totals = text.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=3)
     encoding = get_tokenizer("byte")
-    expected = [token for document in documents for token in [*encoding.encode_ordinary(document), 256]]
+    expected = [token for document in expected_documents for token in [*encoding.encode_ordinary(document), 256]]
     names = sorted(content(tmp_path / "out"))
-    found = np.concatenate([Shard.open(tmp_path / "out", name).tokens for name in names])
-    assert found.tolist() == expected and len(names) == totals["files"] > 3
-    assert totals["documents"] == len(documents) and totals["tokens"] == len(expected) and totals["largest_id"] == 256
+    assert tokens_in(tmp_path / "out") == expected and len(names) == totals["files"] > 3
+    assert (
+        totals["documents"] == len(expected_documents)
+        and totals["tokens"] == len(expected)
+        and totals["largest_id"] == 256
+    )
 
     whole = content(tmp_path / "out")
     for name in names[2:]:  # as if killed while the third was written
@@ -576,34 +590,153 @@ def test_tokenize(tmp_path):
     assert text.tokenize(tmp_path / "in", tmp_path / "out", *arguments)["kept"] == 1
     assert content(tmp_path / "out") == whole
     with pytest.raises(DataError, match="made from other shard_tokens; name another folder"):
-        text.tokenize(tmp_path / "in", tmp_path / "out", "byte", ["body", "title", "selftext"], 6000)
+        text.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(FIELDS), 6000)
+    source = tmp_path / "in/b/comments.jsonl"  # a redaction of equal size, its time put back
+    before = source.stat()
+    source.write_text(source.read_text().replace("number 7 ", "number X "))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source.stat().st_size == before.st_size
+    with pytest.raises(DataError, match="made from other sources; name another folder"):
+        text.tokenize(tmp_path / "in", tmp_path / "out", *arguments)
+
+
+def split_whole(words: str, mark: str) -> list[str]:
+    """The documents between marks, without the white space next to a mark."""
+    parts = words.split(mark)
+    parts = [parts[0], *(part.lstrip(" \t\r\n") for part in parts[1:])]
+    return [part for part in (*(part.rstrip(" \t\r\n") for part in parts[:-1]), parts[-1]) if part]
+
+
+@pytest.mark.parametrize("split", ["", "<|endoftext|>"])
+def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
+    """A .txt of many pieces, by gpt2 and with marks at the cuts: its tokens against those of each whole document."""
+    shards.use_gpt2(tmp_path, monkeypatch)
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    monkeypatch.setattr(text, "BATCH", 3000)
+    rng = np.random.default_rng(0)
+    parts = [
+        "word",
+        " ",
+        " ",
+        "\n",
+        "\n\n",
+        "it's",
+        " 12",
+        ".",
+        "naïve",
+        "日本語",
+        "\t",
+        "x" * 40,
+        "\r\n",
+        "🙂",
+        "\u3000",
+    ]
+    words = "".join(rng.choice(parts, 20_000)) + " end\n"
+    marks = sorted(rng.integers(0, len(words), 40), reverse=True)
+    for place in marks:
+        words = words[:place] + "\n<|endoftext|>\n" + words[place:]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + words.encode())
+    encoding = get_tokenizer("gpt2")
+    whole = split_whole(words, split) if split else [words]
+    totals = text.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000, workers=2)
+    expected = [token for document in whole for token in [*encoding.encode_ordinary(document), 50256]]
+    found = tokens_in(tmp_path / "out")
+    assert encoding.decode(found) == encoding.decode(expected)
+    assert found == expected and totals["documents"] == len(whole) and totals["files"] > 5
+    made = content(tmp_path / "out")
+    for name in sorted(made)[3:]:
+        (tmp_path / "out" / name).unlink()
+    assert text.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000)["kept"] == 3
+    assert content(tmp_path / "out") == made
+
+
+def packed(name: str, data: bytes) -> bytes:
+    if name.endswith(".zst"):
+        frames = (data[: len(data) // 2], data[len(data) // 2 :])
+        return b"".join(pytest.importorskip("zstandard").ZstdCompressor().compress(frame) for frame in frames)
+    return gzip.compress(data) if name.endswith(".gz") else data
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.gz", "RC_2020-01.zst", "a.txt.gz", "a.TXT.zst"])
+def test_texts_as_people_have_them(tmp_path, name):
+    """Compressed and plain, stopped and continued: the same tokens; a file cut short is an error and not a shorter set."""
+    lines = [json.dumps({"text": f"comment {i}, naïve"}) for i in range(500)]
+    data = "\n".join(lines).encode() + b"\n"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(packed(name, data))
+    plain = ".txt" in name.lower()
+    texts = [data.decode()] if plain else [json.loads(line)["text"] for line in lines]
+    totals = text.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
+    assert totals["documents"] == len(texts)
+    assert tokens_in(tmp_path / "out") == [t for document in texts for t in [*document.encode(), 256]]
+    made = content(tmp_path / "out")
+    for path in sorted(made)[2:]:
+        (tmp_path / "out" / path).unlink()
+    text.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
+    assert content(tmp_path / "out") == made
+    if name.lower().endswith((".gz", ".zst")):
+        (tmp_path / "in" / name).write_bytes(packed(name, data)[:-20])
+        with pytest.raises(DataError, match=f"{name}.*(ends early|ended before)"):
+            text.tokenize(tmp_path / "in", tmp_path / "cut", "byte", Rules(["text"]), 10**6)
+
+
+HALF = '{"text": "cut \\ud83d"}'
+DEEP = '{"text":"x","m":' + "[" * 100_000 + "]" * 100_000 + "}"
+RECORDS = [
+    ('{"text": null}', "text is null", True),
+    ('{"text": 5}', "text is 5", True),
+    ('{"body": "x"}', "no field text (--fields) but body", False),
+    ('{"text": ', "no JSON", False),
+    ("[1]", "JSON, but not an object", False),
+    (DEEP, "nested too deep", False),
+    ('{"text": "\xff"}', "can't decode byte", False),
+]
+
+
+@pytest.mark.parametrize("record,words,usual", RECORDS, ids=[words for _, words, _ in RECORDS])
+def test_records_without_text(tmp_path, capsys, record, words, usual):
+    """A hole is skipped and said with its line; a line that cannot be read stops the work, or with --on_error skip too."""
+    (tmp_path / "a.jsonl").write_bytes("\n".join(['{"text": "one"}', record, HALF]).encode("latin-1"))
+    expected = [*b"one", 256, *"cut \ufffd".encode(), 256]
+    if not usual:
+        with pytest.raises(DataError) as caught:
+            text.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"]), 100)
+        assert f"{tmp_path}/a.jsonl line 2: " in str(caught.value) and words in str(caught.value)
+        assert "--on_error skip" in str(caught.value)
+    totals = text.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"], "", not usual), 100)
+    assert f"skipped {tmp_path}/a.jsonl line 2: " in (said := capsys.readouterr().err) and words in said
+    assert tokens_in(tmp_path / "out") == expected and (totals["documents"], totals["skipped"]) == (2, 1)
 
 
 def test_tokenize_command(tmp_path):
-    """The command on Reddit-like lines, then training's view of its shards, and its errors."""
+    """The command on Reddit-like lines, then training's view of its shards, and its words and errors."""
     write_texts(tmp_path / "in/x")
     (tmp_path / "in/x/c.jsonl").unlink()
-    out = run("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
-    assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "301 documents" in out.stdout, out.stderr
+    (tmp_path / "in/x/notes.json").write_text("{}")
+    (tmp_path / "in/x/stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
+    command = ("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
+    out = run(*command)
+    assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "302 documents" in out.stdout, out.stderr
     assert out.stdout.endswith(f"train on it with data_dir={tmp_path}/out tokenizer=byte vocab_size=257\n")
-    alone = run("tokenize", next((tmp_path / "in/x").glob("*.txt")), tmp_path / "alone", "--tokenizer", "byte")
-    assert alone.returncode == 0 and "1 documents" in alone.stdout, alone.stderr
+    assert "left out, neither .txt nor .jsonl: x/notes.json" in out.stderr
+    assert "note: 2 times <|endoftext|> in .txt files became ordinary text; --split '<|endoftext|>'" in out.stderr
+    stories = next((tmp_path / "in/x").glob("s*.txt"))
+    alone = run("tokenize", stories, tmp_path / "alone", "--tokenizer", "byte", "--split", "<|endoftext|>")
+    assert alone.returncode == 0 and "2 documents" in alone.stdout and "note" not in alone.stderr, alone.stderr
+    assert tokens_in(tmp_path / "alone") == [*b"One.", 256, *b"Two.", 256]
     assert Dataset.open(config(tmp_path / "out", tmp_path / "cache", vocab_size=257, tokenizer="byte")).num_samples > 9
-    for name, line, message in (
-        (
-            "bad.jsonl",
-            '{"body": "x"}\n{"body": \n',
-            "bad.jsonl: not UTF-8 text, or not a JSON object in the line at byte 14",
-        ),
-        ("bad.jsonl", '{"text": "x"}\n', "no text in body (--fields) but text"),
-        ("bad.jsonl", "[1]\n", "not a JSON object"),
-        ("bad.jsonl.zst", "x", "zstd -d"),
+    (tmp_path / "empty").mkdir()
+    for name, data, message in (
+        ("bad.txt", b"\xff\xfe", "bad.txt byte 0: not UTF-8 text"),
+        ("empty.jsonl", b'{"body": ""}\n\n', "the 1 files of"),
+        ("empty.txt", b"", "hold no text"),
+        ("a.pdf", b"x", "have no .txt and no .jsonl file, but 1 others such as a.pdf"),
     ):
-        bad = tmp_path / "in" / name
-        bad.write_text(line)
-        out = run("tokenize", tmp_path / "in", tmp_path / "out2", "--tokenizer", "byte", "--fields", "body")
+        (tmp_path / "empty" / name).write_bytes(data)
+        out = run("tokenize", tmp_path / "empty", tmp_path / "out2", "--tokenizer", "byte", "--fields", "body")
         assert out.returncode == 66 and message in out.stderr, out.stderr
-        bad.unlink()
+        (tmp_path / "empty" / name).unlink()
 
 
 def test_bench_runs(tmp_path):

@@ -4,128 +4,135 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from configs import Config
+from refocused import entry
 from refocused.shards import write
-from refocused.shards.prepare import TOTALS, add, announce, is_intact
+from refocused.shards.documents import END_OF_TEXT as MARK
+from refocused.shards.documents import PACKED, Rules, documents, kind
+from refocused.shards.prepare import TOTALS, add, announce, is_intact, others
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import END_OF_TEXT, get_tokenizer
 from refocused.shards.walk import find_sources
 
 BATCH = 1 << 20  # bytes of text that a thread encodes at once; shards end where a batch ends
-GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
+Place = tuple[int, int, int]  # file, byte and line where a batch begins
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass
 class Batch:
-    texts: list[str]
-    next: tuple[int, int]  # (file, byte) where the following batch begins
+    next: Place  # where the following batch begins
+    texts: list[tuple[str, bool]] = field(default_factory=list)  # and whether a document ends with it
     size: int = 0
+    skipped: int = 0
 
 
-def batches(files: list[Path], fields: list[str], start: tuple[int, int], size: int) -> Iterator[Batch]:
-    """The documents from (file, byte) on, `size` bytes of the sources at once; from any batch's end, the same rest."""
+def batches(files: list[Path], rules: Rules, start: Place, size: int) -> Iterator[Batch]:
+    """The documents from a place on, `size` bytes of the sources at once; from any batch's end, the same rest."""
     for i in range(start[0], len(files)):
-        batch = Batch([], (i, start[1]))
-        for end, text in documents(files[i], fields, start[1] if i == start[0] else 0):
-            batch.size += end - batch.next[1]
-            batch.next = (i, end)
-            batch.texts += [text] if text else []
+        place = start if i == start[0] else (i, 0, 0)
+        batch = Batch(place)
+        for piece in documents(files[i], rules, *place[1:]):
+            batch.size += piece.end - batch.next[1]
+            batch.next = (i, piece.end, piece.line)
+            batch.skipped += piece.skipped
+            if piece.text or piece.complete:
+                batch.texts.append((piece.text, piece.complete))
             if batch.size >= size:
                 yield batch
-                batch = Batch([], batch.next)
-        yield Batch(batch.texts, (i + 1, 0), batch.size)
+                batch = Batch(batch.next)
+        batch.next = (i + 1, 0, 0)
+        yield batch
 
 
-def documents(file: Path, fields: list[str], start: int) -> Iterator[tuple[int, str]]:
-    """(byte where it ends, text) of each document of a .txt (one) or .jsonl file (one per line). Raises DataError."""
-    end = start
-    try:
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            if file.suffix == ".txt":
-                text = stream.read().decode()
-                yield stream.tell(), text
-                return
-            for line in stream:
-                record = json.loads(line) if line.strip() else None
-                if record is not None and not any(isinstance(record.get(field), str) for field in fields):
-                    raise ValueError(
-                        f"the record has no text in {', '.join(fields)} (--fields) but {', '.join(record)}"
-                    )
-                parts = [record[f].strip() for f in fields if isinstance(record.get(f), str)] if record else []
-                end += len(line)
-                yield end, "\n\n".join(part for part in parts if part and part not in GONE)
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{file}: not UTF-8 text, or not a JSON object in the line at byte {end}: {error}") from error
+def content_of(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tokenize(
-    source: Path, target: Path, tokenizer: str, fields: list[str], shard_tokens: int, workers: int = 0
+    source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 0
 ) -> dict[str, int]:
-    """Turns .txt and .jsonl files, source or those below it, into shards of about shard_tokens.
+    """Turns .txt and .jsonl files (also .gz, .zst), source or those below it, into shards of about shard_tokens.
 
     End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
-    notes where its successor begins, so an interrupted run goes on behind the last intact one. Returns totals as
-    prepare does. Raises DataError.
+    notes where its successor begins, so an interrupted run goes on behind the last intact one; sources whose content
+    is another by then are refused. Returns totals as prepare does. Raises DataError.
     """
-    source, paths = find_sources(source, but=(target,))
-    if packed := [path for path in paths if path.endswith(".zst")]:
-        raise DataError(f"{packed[0]} is compressed; Python cannot read it before 3.14: `zstd -d {source / packed[0]}`")
-    paths = [path for path in paths if path.endswith((".txt", ".jsonl"))]
+    source, everything = find_sources(source, but=(target,))
+    paths = [path for path in everything if kind(path)]
     if not paths:
-        raise DataError(f"{source} and its subfolders have no .txt and no .jsonl file")
+        raise DataError(f"{source} and its subfolders have no .txt and no .jsonl file{others(everything)}")
+    if left := [path for path in everything if not kind(path)]:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        print(f"left out, neither .txt nor .jsonl: {', '.join(left[:5])}{more}", file=sys.stderr)
     encoding = get_tokenizer(tokenizer)
     files = [source / path for path in paths]
-    settings = {
-        "sources": hashlib.sha256(json.dumps([(p, (source / p).stat().st_size) for p in paths]).encode()).hexdigest(),
-        "tokenizer": tokenizer,
-        "fields": fields,
-        "shard_tokens": shard_tokens,
-    }
+    threads = workers or os.cpu_count() or 1
 
     def encode(batch: Batch) -> tuple[Batch, np.ndarray]:
         parts = []
-        for text in batch.texts:  # special tokens in a text are text
-            parts += [encoding.encode_to_numpy(text, disallowed_special=()), [encoding.eot_token]]
+        for text, complete in batch.texts:  # special tokens in a text are text
+            parts += [encoding.encode_to_numpy(text, disallowed_special=())] if text else []
+            parts += [[encoding.eot_token]] if complete else []
         return batch, np.concatenate(parts).astype(np.uint16) if parts else np.empty(0, np.uint16)
 
-    with write.locked(target):
+    with write.locked(target), ThreadPoolExecutor(threads) as pool:
         write.remove_stale(target)
+        try:
+            contents = list(in_order(pool, content_of, iter(files), threads))
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+        settings = {
+            "sources": hashlib.sha256(json.dumps([*zip(paths, contents, strict=True)]).encode()).hexdigest(),
+            "tokenizer": tokenizer,
+            "fields": rules.fields,
+            "split": rules.split,
+            "on_error": "skip" if rules.skip_errors else "stop",
+            "shard_tokens": shard_tokens,
+        }
         totals, start = finished(target, settings)
-        index, parts, report = totals["files"], [], {"tokens": 0, "documents": 0, "padding": 0, "largest_id": 0}
-        threads = workers or os.cpu_count() or 1
-        cut = batches(files, fields, start, min(BATCH, shard_tokens))
-        todo = sum(file.stat().st_size for file in files[start[0] :]) - start[1]
-        with (
-            ThreadPoolExecutor(threads) as pool,
-            tqdm(total=todo, desc=f"tokenizing {source}", unit="B", unit_scale=True) as bar,
-        ):
+        new: dict[str, int] = dict.fromkeys(("tokens", "documents", "padding", "largest_id", "skipped"), 0)
+        report, parts, begin = dict(new), [], start
+        cut = batches(files, rules, start, min(BATCH, shard_tokens))
+        inflated = any(path.lower().endswith(PACKED) for path in paths)
+        todo = None if inflated else sum(file.stat().st_size for file in files[start[0] :]) - start[1]
+        with tqdm(total=todo, desc=f"tokenizing {source}", unit="B", unit_scale=True) as bar:
             for batch, tokens in in_order(pool, encode, cut, 2 * threads):
                 parts.append(tokens)
                 report["tokens"] += len(tokens)
-                report["documents"] += len(batch.texts)
+                report["documents"] += sum(complete for _, complete in batch.texts)
+                report["skipped"] += batch.skipped
                 report["largest_id"] = max(report["largest_id"], int(tokens.max(initial=0)))
                 last = batch.next[0] == len(files)
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
-                    note = {**settings, "begin": start, "next": batch.next, "report": report}
-                    write.write_shard(target / shard_name(index), np.dtype("<u2"), report["tokens"], parts, note)
+                    note = {**settings, "begin": begin, "next": batch.next, "report": report}
+                    file = target / shard_name(totals["files"])
+                    write.write_shard(file, np.dtype("<u2"), report["tokens"], parts, note)
                     add(totals, report)
-                    index, start, parts = index + 1, batch.next, []
-                    report = dict.fromkeys(report, 0)
+                    begin, parts, report = batch.next, [], dict(new)
                 bar.update(batch.size)
+    if not totals["tokens"]:
+        raise DataError(f"the {len(paths)} files of {source} hold no text: {report['skipped']} documents were skipped")
+    if rules.marks and MARK.decode() not in rules.split:
+        print(
+            f"note: {rules.marks:,} times {MARK.decode()} in .txt files became ordinary text; --split '{MARK.decode()}' "
+            "makes it the end of a document",
+            file=sys.stderr,
+        )
     return totals
 
 
@@ -133,10 +140,9 @@ def shard_name(index: int) -> str:
     return f"tokenized_cleaned_{index:05d}.npz"
 
 
-def finished(target: Path, settings: dict[str, Any]) -> tuple[dict[str, int], tuple[int, int]]:
+def finished(target: Path, settings: dict[str, Any]) -> tuple[dict[str, int], Place]:
     """Totals of the intact shards that an earlier run left, and where it stopped in the sources. Raises DataError."""
-    totals = dict.fromkeys(TOTALS, 0)
-    start = (0, 0)
+    totals, start = dict.fromkeys(TOTALS, 0), (0, 0, 0)
     while (file := target / shard_name(totals["files"])).exists():
         note = write.read_note(file) or {}
         if differing := [key for key, value in settings.items() if note.get(key) != value]:
@@ -150,9 +156,9 @@ def finished(target: Path, settings: dict[str, Any]) -> tuple[dict[str, int], tu
     return totals, start
 
 
-def in_order(pool: ThreadPoolExecutor, work: Any, items: Iterator[Any], ahead: int) -> Iterator[Any]:
+def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterator[A], ahead: int) -> Iterator[B]:
     """work(item) for each item, in their order, at most `ahead` of them begun."""
-    running: deque[Future] = deque()
+    running: deque[Future[B]] = deque()
     for item in items:
         running.append(pool.submit(work, item))
         if len(running) >= ahead:
@@ -162,15 +168,22 @@ def in_order(pool: ThreadPoolExecutor, work: Any, items: Iterator[Any], ahead: i
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="data.py tokenize", description="Text files (.txt, .jsonl) -> shards.")
+    parser = argparse.ArgumentParser(
+        prog="data.py tokenize", description="Text files (.txt, .jsonl, also as .gz or .zst) -> shards."
+    )
     parser.add_argument("SRC", type=Path)
     parser.add_argument("DST", type=Path)
     parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="threads")
     parser.add_argument("--fields", default="text", help="of a JSON line, joined; Reddit: body, or title,selftext")
-    parser.add_argument("--shard_tokens", type=int, default=1 << 26, help="tokens per shard, about")
+    parser.add_argument(
+        "--split", default="", metavar="MARK", help=f"between documents of a .txt, such as '{MARK.decode()}'"
+    )
+    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a line that cannot be read")
+    parser.add_argument("--shard_tokens", type=entry.positive, default=1 << 26, help="tokens per shard, about")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
-    totals = tokenize(args.SRC, args.DST, args.tokenizer, args.fields.split(","), args.shard_tokens, args.workers)
+    rules = Rules(args.fields.split(","), args.split, args.on_error == "skip")
+    totals = tokenize(args.SRC, args.DST, args.tokenizer, rules, args.shard_tokens, args.workers)
     announce(totals, args.DST, args.tokenizer, None, time.perf_counter() - begin)
     return 0
