@@ -6,6 +6,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from configs import Config
+from refocused.run.muon import Muon
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -43,9 +44,7 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     ]
     if muons:
         decay = cfg.weight_decay
-        optimizers.append(
-            torch.optim.Muon(muons, lr=cfg.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(muons, lr=cfg.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     if isinstance(model, FSDPModule) and not cfg.cpu_offload:
         streams = torch.get_device_module(next(model.parameters()).device)
 
@@ -66,9 +65,9 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, apply: torch.Tensor) -> None:
     """One update by every optimizer, or by none unless `apply` (a bool on the device); gradients are unscaled already."""
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Muon):
-            if apply.item():  # its kernels cannot be told to skip, so the host waits
-                optimizer.step()
+        if isinstance(optimizer, Muon):
+            optimizer.apply = apply
+            optimizer.step()
             continue
         # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host
         # memory: it must have arrived before the host reads it, which the optimizer's own copy does not wait for

@@ -1,0 +1,141 @@
+"""Muon with its work shared out: a process orthogonalises whole matrices of its own and gets the others' results."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+BUCKET_BYTES = 1 << 29  # of bf16 updates that travel at once: few collectives, whatever the number of matrices
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, to the bit, where each rank orthogonalises 1/W of the matrices.
+
+    Momentum is kept and saved as there: by every rank under DDP, by rows under FSDP2. A bucket of updates then takes one
+    gather under DDP, and under FSDP2 an exchange that brings the rows of a matrix to its owner and one that takes them
+    back. `apply` is a bool on the device that step() obeys: where it is false nothing changes, and no host waits for it.
+    """
+
+    apply: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for bucket in buckets([p for p in group["params"] if p.grad is not None]):
+                self.update(bucket, group)
+
+    def update(self, bucket: list[Tensor], group: dict[str, Any]) -> None:
+        """One update of these matrices, which lie alike: all whole, or all sharded over the same ranks."""
+
+        def settle(old: Tensor, new: Tensor) -> None:
+            old.copy_(new if self.apply is None else torch.where(self.apply.to(old.device), new, old))
+
+        parts = []
+        for p in bucket:
+            assert p.grad is not None
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            gradient, momentum = local(p.grad), local(self.state[p]["momentum_buffer"])
+            settle(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
+            parts.append((gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum).bfloat16())
+
+        def orthogonal(t: Tensor) -> Tensor:
+            return _zeropower_via_newtonschulz(t, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        for p, update in zip(bucket, shared(bucket, parts, orthogonal), strict=True):
+            rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
+            weight = local(p)
+            settle(weight, weight.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate))
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive matrices of BUCKET_BYTES in bf16 at most, or one that is larger."""
+    bucket: list[Tensor] = []
+    for p in parameters:
+        if bucket and 2 * sum(q.numel() for q in [*bucket, p]) > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(p)
+    if bucket:
+        yield bucket
+
+
+def owners(shapes: list[torch.Size], world: int) -> list[list[int]]:
+    """Which matrices each of `world` ranks orthogonalises: the costliest first, to whom has least."""
+    share: list[list[int]] = [[] for _ in range(world)]
+    load = [0] * world
+    cost = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
+    for i in sorted(range(len(shapes)), key=lambda i: (-cost[i], i)):
+        rank = load.index(min(load))
+        load[rank] += cost[i]
+        share[rank].append(i)
+    return share
+
+
+def shared(bucket: list[Tensor], parts: list[Tensor], orthogonal: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """orthogonal() of the matrices whose `parts` the ranks hold, again in parts; each matrix is done by one rank."""
+    first = bucket[0]
+    ranks: dist.ProcessGroup | None
+    if isinstance(first, DTensor):
+        [dim] = [i for i, placement in enumerate(first.placements) if placement == Shard(0)]
+        ranks = first.device_mesh.get_group(dim)
+    else:
+        ranks = dist.group.WORLD if dist.is_initialized() else None
+    if ranks is None or (world := dist.get_world_size(ranks)) == 1:
+        return [orthogonal(part) for part in parts]
+    shapes = [p.shape for p in bucket]
+    share = owners(shapes, world)
+    if isinstance(first, DTensor):
+        return exchanged(parts, shapes, share, orthogonal, ranks)
+    return gathered(parts, shapes, share, orthogonal, ranks)
+
+
+def gathered(parts, shapes, share, orthogonal, ranks: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank has all matrices: each does its own, and one gather gives all to all."""
+    most = max(sum(shapes[i].numel() for i in mine) for mine in share)
+    send = parts[0].new_zeros(most)
+    done = [orthogonal(parts[i]).flatten() for i in share[dist.get_rank(ranks)]]
+    if done:
+        torch.cat(done, out=send[: sum(t.numel() for t in done)])
+    received = send.new_empty(len(share) * most)
+    dist.all_gather_into_tensor(received, send, group=ranks)
+    found = list(parts)
+    for rank, mine in enumerate(share):
+        sizes = [shapes[i].numel() for i in mine]
+        for i, flat in zip(mine, received[rank * most :][: sum(sizes)].split(sizes), strict=True):
+            found[i] = flat.view(shapes[i])
+    return found
+
+
+def exchanged(parts, shapes, share, orthogonal, ranks: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank has some rows of all matrices: they go to the owner in one exchange, and come back in another."""
+    world, me = len(share), dist.get_rank(ranks)
+    # as DTensor shards: torch.chunk's rows, the last ranks may have fewer or none
+    ends = [[min(-(-n // world) * r, n) for r in range(world + 1)] for n, _ in shapes]
+    sizes = [  # [sender][receiver][matrix of the receiver]: elements
+        [[(ends[i][s + 1] - ends[i][s]) * shapes[i][1] for i in mine] for mine in share] for s in range(world)
+    ]
+    mine = share[me]
+    outgoing, incoming = [sum(n) for n in sizes[me]], [sum(sizes[s][me]) for s in range(world)]
+    send = torch.cat([parts[i].flatten() for i in itertools.chain(*share)])
+    received = send.new_empty(sum(incoming))
+    dist.all_to_all_single(received, send, incoming, outgoing, group=ranks)
+    rows = [chunk.split(sizes[s][me]) for s, chunk in enumerate(received.split(incoming))]  # [sender][matrix]
+    done = [orthogonal(torch.cat([rows[s][k] for s in range(world)]).view(shapes[i])) for k, i in enumerate(mine)]
+    back = [t[ends[i][s] : ends[i][s + 1]].flatten() for s in range(world) for t, i in zip(done, mine, strict=True)]
+    results = torch.empty_like(send)
+    dist.all_to_all_single(results, torch.cat(back) if back else received, outgoing, incoming, group=ranks)
+    found = list(parts)
+    flat = results.split(list(itertools.chain(*sizes[me])))
+    for i, t in zip(itertools.chain(*share), flat, strict=True):
+        found[i] = t.view(parts[i].shape)
+    return found
