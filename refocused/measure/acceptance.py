@@ -36,8 +36,8 @@ import configs
 import data
 import model as neox
 import train
+from refocused.checkpoint import disk, manifest
 from refocused.checkpoint import folder as folders
-from refocused.checkpoint import manifest
 from refocused.checkpoint.saver import Saver
 from refocused.measure import gpus, planner
 from refocused.measure import sampling as sampler
@@ -60,8 +60,6 @@ SMALL = (
     "sequence_length=512 max_position_embeddings=512 per_device_train_batch_size=8 gradient_accumulation_steps=1 "
     "learning_rate=1e-3 compile_model=false mixed_precision=no"
 )
-# runs of the 1.4 billion parameters: 17 GB at the end of each would be most of their time
-UNSAVED = "import ckpt; ckpt.Checkpoints.save = lambda *a, **k: 0.0\n"
 COMMON = (
     "dataloader_num_workers=1 max_steps=10 warmup_steps=2 logging_steps=1 save_steps=0 eval_samples=8 sample_tokens=0"
 )
@@ -132,19 +130,66 @@ class Run:
         return max(float(line.get(key) or 0) for line in self.trace)
 
 
-def as_rank(args: list[str], environment: dict[str, str], log: str, patch: str) -> None:
-    """One process of a launch: train.py's main with its output in the log; `patch` is run before it."""
+Patch = Callable[[int], None]  # what is changed in a rank before it runs
+
+
+def unsaved(rank: int) -> None:
+    """For runs of the 1.4 billion parameters: 17 GB at the end of each would be most of their time."""
+    ckpt.Checkpoints.save = lambda *_, **__: 0.0  # type: ignore[method-assign]
+
+
+def without_tf32(rank: int) -> None:
+    torch.set_float32_matmul_precision = lambda precision: None
+
+
+def saying_recompiles(rank: int) -> None:
+    torch._logging.set_logs(recompiles=True)
+
+
+def slowly(rank: int) -> None:
+    """A tenth of a second more per step, so that a kill meets one."""
+    rate = train.optim.learning_rate
+
+    def late(step: int, cfg: configs.Config) -> float:
+        time.sleep(0.1)
+        return rate(step, cfg)
+
+    train.optim.learning_rate = late
+
+
+def telling_retries(rank: int) -> None:
+    unsaved(rank)
+    line = train.Monitor.line
+    train.Monitor.line = lambda self, *a: (line(self, *a), print("retries", train.strategy.alloc_retries()))  # type: ignore
+
+
+def failing(error: Exception, rank: int) -> None:
+    """Rank 1 cannot go on at its fifth batch."""
+    following, seen = data.Loader.__next__, []
+
+    def broken(loader: data.Loader) -> data.Batch:
+        seen.append(loader)
+        if len(seen) == 5:
+            raise error
+        return following(loader)
+
+    if rank == 1:
+        data.Loader.__next__ = broken  # type: ignore
+
+
+def as_rank(args: list[str], environment: dict[str, str], log: str, patch: Patch | None) -> None:
+    """One process of a launch: train.py's main with its output in the log; `patch` is called before it."""
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     if patch:
-        exec(patch, {"rank": int(environment.get("RANK", 0))})
+        patch(int(environment.get("RANK", 0)))
     raise SystemExit(train.main(args))
 
 
 def launch(
-    m: Machine, name: str, *settings: str, nproc: int = 1, env: dict[str, str] | None = None, patch: str = "",
+    m: Machine, name: str, *settings: str, nproc: int = 1, env: dict[str, str] | None = None, patch: Patch | None = None,
     during: Callable[[Path, list], None] | None = None, config: str = "", timeout: float = 300,
 ) -> Run:  # fmt: skip
     """Train in processes of their own, several on one GPU where there is one; during(log, processes) runs beside it."""
@@ -310,10 +355,9 @@ def device_against_cpu(m: Machine) -> Result:
     worst = []
     for precision, limit in (("no", 1e-4), ("bf16", 1e-2)):
         keys = [f"mixed_precision={precision}"]
-        exact = "import torch; torch.set_float32_matmul_precision = lambda kind: None"  # no TF32
-        here = launch(m, f"device-{precision}", *keys, patch=exact).expect().losses
+        here = launch(m, f"device-{precision}", *keys, patch=without_tf32).expect().losses
         hidden = {"CUDA_VISIBLE_DEVICES": ""}
-        there = launch(m, f"cpu-{precision}", *keys, patch=exact, env=hidden).expect().losses
+        there = launch(m, f"cpu-{precision}", *keys, patch=without_tf32, env=hidden).expect().losses
         worst.append((apart(there, here), limit))
     value = ", ".join(f"{name} {found:.2g}" for name, (found, _) in zip(("fp32", "bf16"), worst, strict=True))
     return all(found <= limit for found, limit in worst), value, "1e-4 and 1e-2, relative, 10 losses"
@@ -333,8 +377,7 @@ def no_recompilation(m: Machine) -> Result:
         for level in ("none", "selective", "full"):
             keys = [f"parallel={parallel}", f"activation_checkpointing={level}", "compile_model=true", "max_steps=50"]
             keys += ["mixed_precision=bf16", "eval_steps=2", "gradient_accumulation_steps=2"]
-            logs = "import torch; torch._logging.set_logs(recompiles=True)"
-            run = launch(m, f"recompile-{parallel}-{level}", *keys, patch=logs).expect()
+            run = launch(m, f"recompile-{parallel}-{level}", *keys, patch=saying_recompiles).expect()
             if "Recompiling" in run.text.partition("Step 2: eval_loss")[2]:
                 again.append(f"{parallel} {level}")
     return not again, ", ".join(again) or "none", "no recompilation after the first evaluation, in 50 steps"
@@ -397,9 +440,7 @@ def killed_and_resumed(m: Machine, name: str, *keys: str, cold: bool = False) ->
         wait_for(log, f"Step {step}: loss", ranks)
         ranks[0].kill()
 
-    slow = "import time, train; loop = train.optim.learning_rate\n"
-    slow += "train.optim.learning_rate = lambda *a: (time.sleep(0.1), loop(*a))[1]"  # so that the kill meets a step
-    killed = launch(m, name, *keys, during=kill, patch=slow)
+    killed = launch(m, name, *keys, during=kill, patch=slowly)
     assert killed.codes == [-signal.SIGKILL], killed.codes
     env = {"TORCHINDUCTOR_CACHE_DIR": str(m.folder / "cold")} if cold else {}
     resumed = launch(m, name, *keys, "resume=latest", env=env).expect()
@@ -440,7 +481,7 @@ def asynchronous_saves(m: Machine) -> Result:
     size = (1 << 16) if m.tiny else (1 << 32)  # numbers: 17 GB
     tree = {f"model.{i}": torch.randn(size // 8, device=m.device) for i in range(8)}
     target = m.folder / "saves"
-    processes.on_rank_0(manifest.lock, target)
+    processes.on_rank_0(disk.lock, target)
     saver = Saver(target)
     note, stalls = saver.reserve(tree), []
     for step in range(1, 4):
@@ -507,7 +548,7 @@ def plan_against_memory(m: Machine) -> Result:
         keys = [f"per_device_train_batch_size={B}", f"activation_checkpointing={level}", "parallel=ddp", "max_steps=3"]
         keys += ["gradient_accumulation_steps=1", "async_save=false", "compile_model=false"]
         config = "" if m.tiny else str(ROOT / "configs/production.py")
-        run = launch(m, f"plan-{B}-{level}", *keys, config=config, patch=UNSAVED).expect()
+        run = launch(m, f"plan-{B}-{level}", *keys, config=config, patch=unsaved).expect()
         cfg, _ = configs.load(
             [config or str(m.folder / "empty.py"), *([] if config else m.base), *COMMON.split(), *keys]
         )
@@ -531,12 +572,8 @@ def two_ranks_of_24(m: Machine) -> Result:
         conf += f",per_process_memory_fraction:{22.9 / total:.4f}" if m.cuda else ""
         keys = [f"activation_checkpointing={level}", "max_steps=4", "parallel=fsdp", "async_save=false"]
         config = "" if m.tiny else str(ROOT / "configs/production.py")
-        tell = UNSAVED + "import train; line = train.Monitor.line\n"
-        tell += (
-            "train.Monitor.line = lambda self, *a: (line(self, *a), print('retries', train.strategy.alloc_retries()))"
-        )
         env = {"PYTORCH_ALLOC_CONF": conf}
-        run = launch(m, f"24-{level}-{segments}", *keys, nproc=2, config=config, env=env, patch=tell)
+        run = launch(m, f"24-{level}-{segments}", *keys, nproc=2, config=config, env=env, patch=telling_retries)
         retries = re.findall(r"retries (\d+)", run.text) or ["?"]
         good &= level != "selective" or run.codes == [0, 0]
         rows.append(f"{level}, {conf}: exit {run.codes}, {retries[-1]} retries, "
@@ -550,7 +587,7 @@ def offload(m: Machine) -> Result:
     for B, accumulation, level in layouts:
         keys = ["parallel=fsdp", "cpu_offload=true", "max_steps=3", f"activation_checkpointing={level}"]
         keys += [f"per_device_train_batch_size={B}", f"gradient_accumulation_steps={accumulation}"]
-        run = launch(m, f"offload-{B}", *keys, config=config, patch=UNSAVED, timeout=400).expect()
+        run = launch(m, f"offload-{B}", *keys, config=config, patch=unsaved, timeout=400).expect()
         seconds = 1 / run.largest("steps_per_second")
         memory = run.largest("memory_allocated") / 2**30
         rows.append(f"{B} x {accumulation} {level}: {seconds:.2f} s a step, {memory:.2f} GiB on the device")
@@ -613,7 +650,7 @@ def speed(m: Machine) -> Result:
         ]
         keys += [f"activation_checkpointing={level}", "logging_steps=4", "async_save=false"]
         keys += ["profile=6-7"] if B == 8 or m.tiny else []
-        line = launch(m, f"speed-{B}", *keys, config=config, patch=UNSAVED, timeout=400).expect().trace[-1]
+        line = launch(m, f"speed-{B}", *keys, config=config, patch=unsaved, timeout=400).expect().trace[-1]
         mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
         wait = f"data wait {line['data_wait_share']:.2%}"
         rows.append(f"{B} x {accumulation} {level}: {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, {wait}")
@@ -711,22 +748,9 @@ def layouts_agree(m: Machine) -> Result:
     return within(worst, 1e-5)
 
 
-RAISE = """
-import data, train
-if rank == 1:
-    following, seen = data.Loader.__next__, []
-    def broken(loader):
-        seen.append(loader)
-        if len(seen) == 5:
-            raise ERROR
-        return following(loader)
-    data.Loader.__next__ = broken
-"""
-
-
 def one_rank_fails(m: Machine) -> Result:
     rows, good = [], True
-    errors = {"data": "data.DataError('made up')", "memory": "train.torch.OutOfMemoryError('made up')"}
+    errors = {"data": data.DataError("made up"), "memory": torch.OutOfMemoryError("made up")}
     for name, error in list(errors.items())[: 1 if m.tiny else 2]:
         ended: list[float] = []
 
@@ -737,7 +761,7 @@ def one_rank_fails(m: Machine) -> Result:
                 process.join(90)
             ended.append(time.monotonic() - begin)
 
-        patch = RAISE.replace("ERROR", error)
+        patch = functools.partial(failing, error)
         run = launch(m, f"fails-{name}", "max_steps=100000", nproc=2, patch=patch, during=watch, timeout=1)
         good &= ended[0] < 60 and all(run.codes)
         rows.append(f"{name}: exit {run.codes} after {ended[0]:.0f} s")

@@ -80,7 +80,7 @@ def npy_header(
             raise ValueError(f"unknown .npy version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(head)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # numpy's header is a Python literal, and its parser's errors are of many kinds
         raise DataError(f"{path}: {array} has no readable .npy header: {error}") from error
     if dtype.str not in dtypes:
         kind = "pickled objects" if dtype.hasobject else f"dtype {dtype.str}"

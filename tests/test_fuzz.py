@@ -1,0 +1,298 @@
+"""Hostile and broken input: whatever the bytes, a parser takes them or says no in the project's own words.
+
+Each case begins with a good file and changes it: bits, bytes, stretches, or a node of its JSON, signed again where a
+signature would hide what comes behind it. Nothing may be executed: a payload's file must not come into being.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FUZZ_CASES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import configs
+from refocused.bucket import gcs, remote
+from refocused.checkpoint import choice, folder, manifest, tensors
+from refocused.run.logs import Logs
+from refocused.run.trace import Trace
+from refocused.shards.shard import Shard
+from refocused.shards.source import Source
+
+FUZZ = settings(
+    max_examples=FUZZ_CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+SCALARS: Any = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
+    st.sampled_from(["NaN", "../../x", "/etc/passwd", "\0", "-1", "1e308", "9" * 400, "float32", "\ud83d"]),
+)  # fmt: skip
+NODES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def mutated_bytes(good: bytes) -> st.SearchStrategy[bytes]:
+    """`good` with up to three changes: a byte, a stretch cut, doubled or replaced, an end cut off."""
+    place = st.integers(0, len(good))
+    junk = st.one_of(st.binary(max_size=40), st.sampled_from([b"\xff" * 8, b"\0" * 8, b"(300,(, }", b"1" * 300]))
+    change = st.tuples(st.sampled_from(["byte", "cut", "double", "splice", "end"]), place, st.integers(1, 64), junk)
+
+    def apply(changes: list[tuple[str, int, int, bytes]]) -> bytes:
+        data = good
+        for kind, at, size, with_ in changes:
+            data = {
+                "byte": data[:at] + with_[:1] + data[at + 1 :],
+                "cut": data[:at] + data[at + size :],
+                "double": data[: at + size] + data[at:],
+                "splice": data[:at] + with_ + data[at + len(with_) :],
+                "end": data[:at],
+            }[kind]
+        return data
+
+    return st.lists(change, min_size=1, max_size=3).map(apply)
+
+
+def mutated_json(good: Any) -> st.SearchStrategy[Any]:
+    """`good` with one node, at any depth, replaced, renamed or removed."""
+    paths: list[tuple] = []
+
+    def walk(node: Any, path: tuple) -> None:
+        paths.append(path)
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, inner in items:
+            walk(inner, (*path, key))
+
+    walk(good, ())
+
+    def apply(path: tuple, value: Any, remove: bool) -> Any:
+        if not path:
+            return value
+        copy = json.loads(json.dumps(good))
+        node = copy
+        for key in path[:-1]:
+            node = node[key]
+        if remove:
+            del node[path[-1]]
+        else:
+            node[path[-1]] = value
+        return copy
+
+    return st.builds(apply, st.sampled_from(paths), NODES, st.booleans())
+
+
+def in_own_words(function: Callable[[], Any]) -> None:
+    """It returns, or raises what a command would print as one sentence with an exit code."""
+    try:
+        function()
+    except ValueError as error:
+        assert hasattr(error, "exit_code"), f"a foreign {type(error).__name__}: {error}"
+        assert str(error)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_executed(place):
+    yield
+    assert not list(place.rglob("executed*"))
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+ROWS = np.arange(40, dtype=np.int32).reshape(4, 10)
+SHARDS = [
+    npz(input_ids=np.arange(300, dtype=np.uint16)),
+    npz(input_ids=ROWS, sequence_lengths=np.array([10, 3, 5, 1], np.int32)),
+    npz(input_ids=ROWS, attention_mask=(np.arange(10) < np.array([[10], [3], [5], [1]])).astype(np.int32)),
+]
+
+
+@FUZZ
+@given(st.sampled_from(SHARDS).flatmap(mutated_bytes))
+def test_shard(place, data):
+    (place / "shard.npz").write_bytes(data)
+    in_own_words(lambda: Shard.open(place, "shard.npz").check_unchanged())
+
+
+@FUZZ
+@given(st.sampled_from(SHARDS).flatmap(mutated_bytes))
+def test_foreign_shard(place, data):
+    (place / "source.npz").write_bytes(data)
+    in_own_words(lambda: [chunk.size for chunk in Source(place / "source.npz", 1 << 16, 0).chunks({})])
+
+
+@FUZZ
+@given(st.one_of(st.binary(max_size=3000), mutated_bytes(np.arange(900, dtype="<u4").tobytes())))
+def test_bin(place, data):
+    (place / "source.bin").write_bytes(data)
+    in_own_words(lambda: [chunk.size for chunk in Source(place / "source.bin", 1 << 16, 0).chunks({})])
+
+
+STATE = {
+    "step": 10, "samples_seen": 40, "tokens": 1280, "global_batch": 4, "best_loss": 2.0, "loss": 2.5, "eval_loss": None,
+    "recent_losses": [2.5], "scaler": {}, "spike_window": None, "config": json.loads(configs.to_json(configs.Config())),
+    "data": {"fingerprint": "00", "manifest": [{"path": "a", "tokens": 1, "dtype": "uint16", "crc32": 1}], "position": {}},
+    "run": {"git_commit": None, "torch": "2", "python": "3", "device": "cpu", "world_size": 1},
+}  # fmt: skip
+
+
+def write_checkpoint(where: Path, state: bytes, part: bytes) -> Path:
+    """A checkpoint whose manifest vouches for whatever these bytes are."""
+    final = where / manifest.name(0, 10, 0)
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    (final / "shard-00000-00000.safetensors").write_bytes(part)
+    (final / manifest.STATE).write_bytes(state)
+    files = {path.name: manifest.digest(path) for path in final.iterdir()}
+    content = {
+        "format": manifest.FORMAT,
+        "name": final.name,
+        "save_id": "ab" * 8,
+        "step": 10,
+        "time": 1,
+        "files": files,
+    }
+    (final / manifest.MANIFEST).write_bytes(manifest.encode_manifest(content))
+    return final
+
+
+@pytest.fixture(scope="module")
+def part(place) -> bytes:
+    where = {key: {"saved_offsets": [0, 0]} for key in ("model.a", "model.b")}
+    weights = {"model.a": torch.zeros(2, 3), "model.b": torch.ones(3, 2)}
+    save_file(weights, place / "part", {"DCP_SHARDING_INFO": json.dumps(where), "format": "pt"})
+    return (place / "part").read_bytes()
+
+
+def header_changed(part: bytes, header: Any) -> bytes:
+    text = json.dumps(header).encode()
+    (size,) = struct.unpack("<Q", part[:8])
+    return struct.pack("<Q", len(text)) + text + part[8 + size :]
+
+
+@FUZZ
+@given(st.data())
+def test_safetensors(place, part, data):
+    (size,) = struct.unpack("<Q", part[:8])
+    header = json.loads(part[8 : 8 + size])
+    sharding = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+    inner = (
+        mutated_json(sharding).map(json.dumps).map(lambda text: {**header, "__metadata__": {"DCP_SHARDING_INFO": text}})
+    )
+    changed = st.one_of(mutated_json(header), inner).map(lambda h: header_changed(part, h))
+    final = write_checkpoint(place, json.dumps(STATE).encode(), data.draw(st.one_of(mutated_bytes(part), changed)))
+    tree = {"model.a": torch.full((2, 3), 7.0), "model.b": torch.full((3, 2), 7.0)}
+    in_own_words(lambda: tensors.load(final, tree))
+
+
+@FUZZ
+@given(st.one_of(mutated_json(STATE).map(lambda s: json.dumps(s).encode()), mutated_bytes(json.dumps(STATE).encode())))
+def test_state(place, part, state):
+    write_checkpoint(place, state, part)
+    in_own_words(lambda: choice.choose(place, "latest"))
+
+
+def signed(content: Any) -> bytes:
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"manifest": content, "sha256": own}, indent=1, sort_keys=True).encode()
+
+
+@FUZZ
+@given(st.data())
+def test_manifest(place, part, data):
+    final = write_checkpoint(place, json.dumps(STATE).encode(), part)
+    good = (final / manifest.MANIFEST).read_bytes()
+    content = data.draw(st.one_of(mutated_bytes(good), mutated_json(json.loads(good)["manifest"]).map(signed)))
+    (final / manifest.MANIFEST).write_bytes(content)
+    in_own_words(lambda: choice.choose(place, "latest"))
+    in_own_words(lambda: remote.decode(content, final.name, "gs://bucket/it"))
+
+
+HF = {"model_type": "gpt_neox", "vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+      "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64, "rotary_pct": 0.25,
+      "layer_norm_eps": 1e-5,
+      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, "eos_token_id": 0,
+      "tie_word_embeddings": False, "use_parallel_residual": True, "attention_bias": True,
+      "initializer_range": 0.02}  # fmt: skip
+
+
+@FUZZ
+@given(st.one_of(mutated_json(HF).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(HF).encode())))
+def test_hf_config(place, content):
+    (place / "config.json").write_bytes(content)
+    in_own_words(lambda: folder.hf_source(place))
+
+
+@FUZZ
+@given(st.sampled_from(sorted(configs.KEYS)), st.one_of(SCALARS.map(str), st.text(max_size=20)))
+def test_command_line(key, text):
+    in_own_words(lambda: configs.load([f"{key}={text}"]))
+
+
+@FUZZ
+@given(st.one_of(st.text(max_size=40), st.text("./\\\0a", max_size=12)))
+def test_object_name(place, name):
+    def check() -> None:
+        assert gcs.local_path(place, name).resolve().is_relative_to(place.resolve())
+
+    in_own_words(check)
+
+
+LINE = {"step": 3, "loss": 2.0, "loss_hex": "0x1p+1", "grad_norm": 1.0, "grad_norm_hex": "0x1p+0", "samples": "00"}
+
+
+@FUZZ
+@given(st.one_of(mutated_json(LINE).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(LINE).encode())))
+def test_trace(place, line):
+    """Whatever stands in a trace, a run starts; what can be read is compared."""
+    path = place / "trace.jsonl"
+    path.write_bytes(json.dumps({**LINE, "step": 2}).encode() + b"\n" + line + b"\n")
+    trace = Trace(Logs(configs.Config(logging_dir=str(place))).file(path.name), 1)
+    assert 2 in trace.expected
+
+
+@pytest.mark.parametrize("file", ["shard.npz", "source.npz", "source.bin", "part.safetensors", "config.json"])
+def test_pickles_are_never_opened(place, part, file):
+    """A pickle that makes a file, under every name that is read: an error of ours, and no file."""
+    hostile = pickle.dumps(Payload(str(place / "executed")))
+    (place / file).write_bytes(hostile)
+    np.save(place / "object.npy", np.array([Payload(str(place / "executed"))], object), allow_pickle=True)
+    in_own_words(lambda: Shard.open(place, "shard.npz"))
+    in_own_words(lambda: list(Source(place / file, 1 << 16, 0).chunks({})))
+    final = write_checkpoint(place, hostile, hostile)
+    in_own_words(lambda: tensors.load(final, {"model.a": torch.zeros(2, 3)}))
+    in_own_words(lambda: choice.choose(place, "latest"))
+    (place / "config.json").write_bytes(hostile)
+    in_own_words(lambda: folder.hf_source(place))
