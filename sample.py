@@ -28,6 +28,7 @@ from refocused.bucket import sync
 from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, manifest
 from refocused.checkpoint.folder import Source
+from refocused.run import strategy
 from refocused.shards.tokenizers import get_tokenizer
 
 GREEDY = 1e-6  # a temperature below it leaves no choice, and may divide beyond what a float can hold
@@ -182,7 +183,7 @@ def open_ended(model: GPTNeoX, cfg: Config) -> str:
     # top_p adds up probabilities, for which a GPU has no deterministic kernel
     options = Options(max_new_tokens=cfg.sample_tokens, top_p=1.0 if cfg.deterministic else Options.top_p)
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # a graph for each length of the text would not pay
+    with strategy.eager(cfg):  # a graph for each length of the text would not pay
         ids = [token for [token] in generate(model, [[end]], options, end) if token is not None]
     model.train()
     return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])

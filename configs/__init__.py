@@ -88,9 +88,7 @@ class Config:
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
     shard_size: int = 0  # with fsdp: processes that share one copy of the model, GPUs per node with several; 0 for all
     activation_checkpointing: str = "none"  # none, selective (MLPs computed twice) or full (blocks); for less memory
-    reduce_every_micro_step: bool = (
-        False  # with fsdp: gradients stay sharded between micro-steps; for memory, not network
-    )
+    reduce_every_micro_step: bool = False  # with fsdp: gradients are sharded after each micro-step; for less memory
     cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps

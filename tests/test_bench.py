@@ -93,7 +93,7 @@ def test_plan_predicts_what_a_run_allocates(shards, tmp_path, nproc, layout, acc
     events = json.loads(trace.read_text())["traceEvents"]
     held = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
     cfg, _ = configs.load([*TINY, "global_batch_size=0", *keys])
-    found = planner.estimate(cfg, nproc)
+    found = planner.estimate(cfg, nproc, "cpu")
     stays = ["parameters", "optimizer", *(["gradients"] if layout == "ddp" and nproc > 1 else [])]  # DDP's buckets
     assert found.total - sum(found.device[kind] for kind in stays) == pytest.approx(held, rel=0.02)
 

@@ -17,6 +17,7 @@ import pytest
 import shards
 from launch import GUARD
 
+import data
 from configs import Config
 from data import Dataset, open_dataset
 from refocused.shards import documents, prepare, source, text, verify
@@ -372,7 +373,7 @@ def test_one_bad_file_does_not_stop_the_others(tmp_path):
     assert set(content(tmp_path / "out")) == set(expected)
 
 
-def test_usage_errors(tmp_path):
+def test_usage_errors(tmp_path, capsys):
     """Wrong folders and options against messages; exit code 66 for data, 2 for the command line."""
     shards.write_seed_shards(tmp_path / "in", files=1)
     (tmp_path / "empty").mkdir()
@@ -398,8 +399,12 @@ def test_usage_errors(tmp_path):
         (("verify", tmp_path / "in", "--workers", 0), 2, "--workers: 0 is not at least 1"),
         (("tokenize", tmp_path / "in", tmp_path / "out", "--shard_tokens", 0), 2, "--shard_tokens: 0 is not"),
     ):
-        out = run(*arguments)
-        assert (out.returncode, message in out.stderr) == (code, True), out.stderr
+        try:
+            found = data.main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse's own
+            found = error.code
+        said = capsys.readouterr().err
+        assert (found, message in said) == (code, True), said
 
 
 def test_disk_full(tmp_path):
@@ -727,13 +732,13 @@ def test_tokenize_command(tmp_path):
     assert tokens_in(tmp_path / "alone") == [*b"One.", 256, *b"Two.", 256]
     assert Dataset.open(config(tmp_path / "out", tmp_path / "cache", vocab_size=257, tokenizer="byte")).num_samples > 9
     (tmp_path / "empty").mkdir()
-    for name, data, message in (
+    for name, text_of, message in (
         ("bad.txt", b"\xff\xfe", "bad.txt byte 0: not UTF-8 text"),
         ("empty.jsonl", b'{"body": ""}\n\n', "the 1 files of"),
         ("empty.txt", b"", "hold no text"),
         ("a.pdf", b"x", "have no .txt and no .jsonl file, but 1 others such as a.pdf"),
     ):
-        (tmp_path / "empty" / name).write_bytes(data)
+        (tmp_path / "empty" / name).write_bytes(text_of)
         out = run("tokenize", tmp_path / "empty", tmp_path / "out2", "--tokenizer", "byte", "--fields", "body")
         assert out.returncode == 66 and message in out.stderr, out.stderr
         (tmp_path / "empty" / name).unlink()

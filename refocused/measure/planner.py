@@ -177,16 +177,16 @@ def compiled_softmax_loss(logits, targets):
 
 
 @functools.cache
-def estimate(cfg: Config, world_size: int) -> Estimate:
-    """Predict the memory of one process out of world_size and what it sends per optimizer step."""
+def estimate(cfg: Config, world_size: int, device: str = "cuda") -> Estimate:
+    """Predict the memory of one process out of world_size, on such a device, and what it sends per optimizer step."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        return simulate(cfg, processes.Env(0, world_size, 0, world_size, torch.device("cpu"), 1))
+        return simulate(cfg, processes.Env(0, world_size, 0, world_size, torch.device("cpu"), 1), device)
     finally:
         dist.destroy_process_group()
 
 
-def simulate(cfg: Config, env: processes.Env) -> Estimate:
+def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
     B, T = cfg.per_device_train_batch_size, cfg.sequence_length
     accumulation = min(2, cfg.batch(env.world_size)[0])  # the third micro-step is like the second
     with torch.device("meta"):
@@ -194,7 +194,7 @@ def simulate(cfg: Config, env: processes.Env) -> Estimate:
     if cfg.parallel == "fsdp":  # outside the fake mode, where a mesh cannot be made
         strategy.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
     ddp = cfg.parallel == "ddp" and env.world_size > 1
-    strategy.tune_head(model.embed_out, "cuda")
+    strategy.tune_head(model.embed_out, device_type)
     if cfg.compile_model:
         model.embed_out.kernel = compiled_softmax_loss
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger(HOST if cfg.cpu_offload else ()) as ledger:
@@ -217,9 +217,7 @@ def simulate(cfg: Config, env: processes.Env) -> Estimate:
                 loss.backward()
                 del loss
                 for entry in list(ledger.entries.values()):
-                    if (
-                        entry.kind == "temporaries"
-                    ):  # what outlives a backward are FSDP2's gradients of whole parameters
+                    if entry.kind == "temporaries":  # what outlives a backward: FSDP2's gradients of whole parameters
                         ledger.relabel(entry, "unreduced")
             strategy.clip_gradients(model, cfg.max_grad_norm)
             ledger.kind = "optimizer"

@@ -90,7 +90,7 @@ def evaluate(model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, s
 @torch.no_grad()
 def sound(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, cfg: Config, env: processes.Env) -> bool:
     """Whether the weights as they are now give a finite loss on x, y (B, T) of every rank: they may be saved then."""
-    with torch.compiler.set_stance("force_eager"), strategy.autocast(cfg, env):  # no time to compile a forward alone
+    with strategy.eager(cfg), strategy.autocast(cfg, env):  # no time to compile a forward alone
         loss = model(x.to(env.device), y.to(env.device))
     strategy.reshard(model)
     return bool(processes.total(loss.detach().clone()).isfinite())

@@ -132,6 +132,11 @@ def autocast(cfg: Config, env: Env) -> contextlib.AbstractContextManager:
     return torch.autocast(env.device.type, DTYPES[cfg.mixed_precision])
 
 
+def eager(cfg: Config) -> contextlib.AbstractContextManager:
+    """Compiled parts run as they are written; where there are none, the compiler is not even imported (half a second)."""
+    return torch.compiler.set_stance("force_eager") if cfg.compile_model else contextlib.nullcontext()
+
+
 def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
     """One backward on zeros, thrown away, before any state is loaded.
 
