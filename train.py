@@ -82,8 +82,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
         return exits.leave(STOPPED)
     monitor.ready(time.perf_counter() - begin)
-    if said := checkpoints.load(state_tree(model, *optimizers)):
-        monitor.say(said)
+    monitor.say(checkpoints.load(state_tree(model, *optimizers)))
     if scaler.is_enabled() and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
 
@@ -127,10 +126,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     watch = Watchdog(cfg, env, step, starts)
     model.train()
     for batch in loader:
-        lr = optim.learning_rate(step, cfg)
-        optim.set_rate(optimizers, lr)
-        if written := profile.at(step + 1):
-            monitor.say(written)
+        lr = optim.set_rate(optimizers, step, cfg)
+        monitor.say(profile.at(step + 1))
         if any(step + 1 in steps for steps in skips):  # known to be bad: everything moves on but the weights
             monitor.skipped(step + 1, batch.ids)
         else:
@@ -149,15 +146,11 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             norm = strategy.clip_gradients(model, cfg.max_grad_norm).to(env.device)
             figures, apply = judge.judge(step, loss_sum, norm, tokens_per_step)
             optim.update(optimizers, scaler, apply)
-            if every(cfg.histogram_steps, step + 1):
-                monitor.histograms(step + 1, model)
+            monitor.histograms(step + 1, model)
             strategy.clear_gradients(model)
             readback.put((step + 1, lr, batch.ids), figures)
-        step += 1
-        samples_seen += global_batch
-        tokens_seen += tokens_per_step
+        step, samples_seen, tokens_seen = step + 1, samples_seen + global_batch, tokens_seen + tokens_per_step
         watch.step(step)
-
         # --- the same decisions on every rank
         flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.overdue())
         late, save_failed, stopping, unreadable, silent = map(bool, processes.agree(*flags))
@@ -167,7 +160,6 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         logs = every(cfg.logging_steps, step) or silent or (at_end and cfg.logging_steps > 0)
         evals = (every(cfg.eval_steps, step) or at_end and cfg.eval_steps) and dataset.num_eval_samples and not stopping
         saves = every(cfg.save_steps, step) or late or last
-
         for (at, rate, ids), (loss_at, norm_at, *more) in readback.take(wait=bool(logs or evals or saves)):
             verdict = judge.verdict(loss_at, norm_at, *more)
             monitor.step(at, loss_at, norm_at, rate, ids, verdict, dataset.locate, logs and at == step)
@@ -182,12 +174,10 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         if evals:
             begin = time.perf_counter()
             if (held_out := evaluate(model, dataset, cfg, env, stop)) is not None:
-                mean, bits = held_out.mean, held_out.bits_per_byte
-                monitor.evaluated(step, mean, begin, lambda: sample.open_ended(strategy.raw(model), cfg), bits)
+                monitor.evaluated(step, held_out, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
         if saves or overdue:
             proven = last or checkpoints.cannot_wait  # no step comes that would show whether these weights are good
-            if proven:
-                judge.bad_in_a_row += not sound(model, *batch.micro[0], cfg, env)
+            judge.bad_in_a_row += proven and not sound(model, *batch.micro[0], cfg, env)
             overdue = judge.bad_in_a_row > 0  # nothing is saved in a streak that is not finite, but right after it
             if not overdue:
                 save(proven)
@@ -203,8 +193,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     if trouble and not env.main:
         complain(cfg, f"error: {trouble}")
     loader.close()
-    if written := profile.close():
-        monitor.say(written)
+    monitor.say(profile.close())
     failure, missing = checkpoints.close(monitor.say)
     processes.stop()
     code = STOPPED if stopping else NO_DATA if unreadable else NOT_FINITE if bad else DONE

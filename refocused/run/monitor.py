@@ -18,6 +18,7 @@ import model as neox
 from configs import Config
 from refocused.run import goodput, processes, strategy
 from refocused.run.board import Board
+from refocused.run.evaluate import Score
 from refocused.run.logs import LOG, TRACE, Logs, console, mute, stamped
 from refocused.run.trace import Diverged, Trace
 from refocused.run.words import count, duration
@@ -112,7 +113,7 @@ class Monitor:
         self.spent["startup_seconds"] = self.begin - self.born - self.spent["compile_seconds"]
         self.clock()
 
-    def say(self, text: str, file: TextIO | None = None, log: str | None = None) -> None:
+    def say(self, text: str | None, file: TextIO | None = None, log: str | None = None) -> None:
         """A line on rank 0's console and in train.log, there as `log` if given; nothing for an empty text."""
         if self.log and text:
             file = file or sys.stdout
@@ -283,11 +284,10 @@ class Monitor:
         if now - self.clocked > CLOCK_SECONDS:
             self.clock()
 
-    def evaluated(
-        self, step: int, loss: float, begin: float, write: Callable[[], str], bits_per_byte: float | None = None
-    ) -> None:
-        """Note a held-out loss and the text that write() makes; the time since `begin` does not count as training."""
-        self.eval_loss = loss
+    def evaluated(self, step: int, score: Score, begin: float, write: Callable[[], str]) -> None:
+        """Note a held-out score and the text that write() makes; the time since `begin` does not count as training."""
+        self.eval_loss = loss = score.mean
+        bits_per_byte = score.bits_per_byte
         spent = time.perf_counter() - begin
         perplexity = math.exp(min(loss, 700))
         parts = [
@@ -313,8 +313,9 @@ class Monitor:
         self.spent["eval_seconds"] += self.touched - begin
 
     def histograms(self, step: int, model: torch.nn.Module) -> None:
-        """Finite weights and clipped gradients of a model that is whole."""
-        if self.board and self.cfg.parallel != "fsdp":
+        """At every histogram_steps: finite weights and clipped gradients of a model that is whole."""
+        every = self.cfg.histogram_steps
+        if self.board and every and step % every == 0 and self.cfg.parallel != "fsdp":
             for name, p in strategy.raw(model).named_parameters():
                 self.board.histogram(step, f"weights/{name}", p.detach())
                 if p.grad is not None:

@@ -56,10 +56,13 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     return optimizers
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) -> float:
+    """Give every optimizer the rate of update number `step` (from 0), and return it."""
+    rate = learning_rate(step, cfg)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
+    return rate
 
 
 def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, apply: torch.Tensor) -> None:
