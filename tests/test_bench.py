@@ -124,6 +124,15 @@ def test_step_command(tmp_path):
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
 
 
+def test_a_spread_that_is_too_wide_is_said():
+    """Rounds that differ by more than 15 percent: the table itself says that it is not to be trusted."""
+    cfg, _ = configs.load([*TINY])
+    rows = {"ours": {"seconds": [1.0, 1.1], "rate": 1.0, "memory": 1, "first": 1.0}}
+    assert "Not to be trusted" not in steps.table("small", cfg, rows)
+    rows["ours"]["seconds"] = [1.0, 1.3]
+    assert "Not to be trusted: a spread of 26% is above 15%" in steps.table("small", cfg, rows)
+
+
 def test_contender_that_dies(tmp_path):
     """A contender killed while the others have their turns: its exit code, and what that code most often means."""
     steps.write_inputs(tmp_path, steps.SIZES["small"], ["hidden_size=64", "num_hidden_layers=1", "vocab_size=512"])
