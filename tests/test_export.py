@@ -234,8 +234,8 @@ def test_a_killed_import_or_export_does_not_refuse_the_next(checkpoint, tmp_path
         "export": [str(checkpoint)],
         "export --torch": [str(checkpoint)],
     }
-    die = "import os, signal, sys, ckpt; from refocused.checkpoint import manifest; "
-    die += "manifest.fsync_dir = lambda path: os.kill(os.getpid(), signal.SIGKILL); ckpt.main(sys.argv[1:])"
+    die = "import os, signal, sys, ckpt; from refocused.checkpoint import export; "
+    die += "export.sync_folder = lambda path: os.kill(os.getpid(), signal.SIGKILL); ckpt.main(sys.argv[1:])"
     for command, argv in commands.items():
         out = tmp_path / f"out of {command}"
         arguments = [*command.split(), *argv, str(out)]

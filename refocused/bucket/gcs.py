@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from refocused.checkpoint.crc32c import Checksum
+from refocused.shards.write import sync_folder
 
 log = logging.getLogger("gcs")
 
@@ -403,15 +404,6 @@ def checksum_of(file: BinaryIO | Path) -> str:
     while data := file.read(READ_SIZE):
         crc.update(data)
     return _base64(crc)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _base64(crc: Any) -> str:

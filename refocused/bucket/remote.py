@@ -17,6 +17,7 @@ from refocused.bucket.transfer import Bar, check_space, exclusive, in_parallel, 
 from refocused.checkpoint import disk, order
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint.manifest import MANIFEST, CheckpointError
+from refocused.shards.write import sync_folder
 
 STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not disturb a training loop
 ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's
@@ -195,7 +196,7 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
             in_parallel(bring, sorted(todo, key=lambda f: -todo[f].size), 2 * STREAMS)
         (coming / MANIFEST).unlink(missing_ok=True)
         local.write_file(coming / MANIFEST, there[name].content)
-        local.fsync_dir(coming)
+        sync_folder(coming)
         disk.take_place(coming, final, manifest["save_id"])
     return final
 

@@ -25,7 +25,6 @@ from refocused.checkpoint.manifest import (
     CheckpointError,
     digest,
     encode_manifest,
-    fsync_dir,
     names,
     parse,
     read_manifest,
@@ -34,6 +33,7 @@ from refocused.checkpoint.manifest import (
     why,
     write_file,
 )
+from refocused.shards.write import sync_folder
 
 TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is writing, or will put back if it dies
 
@@ -58,7 +58,7 @@ def commit(
 def put(temporary: Path, final: Path, save_id: str, manifest: bytes) -> None:
     """The manifest, last, then one rename. On a node without rank 0's disk: rank 0's manifest beside its own files."""
     write_file(temporary / MANIFEST, manifest)
-    fsync_dir(temporary)
+    sync_folder(temporary)
     take_place(temporary, final, save_id)
 
 
@@ -69,7 +69,7 @@ def take_place(folder: Path, final: Path, save_id: str) -> None:
     if replaces:  # a directory that is not empty cannot be replaced by a rename
         os.rename(final, aside)
     os.rename(folder, final)
-    fsync_dir(final.parent)
+    sync_folder(final.parent)
     if replaces:
         delete(aside)
 
@@ -106,7 +106,7 @@ def recover(output_dir: str | os.PathLike) -> None:
             delete(path)
         elif entry.startswith(TEMPORARY):
             remove(path)
-    fsync_dir(output_dir)
+    sync_folder(output_dir)
 
 
 def prune(

@@ -39,6 +39,7 @@ from refocused.checkpoint.folder import (
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.shards import tokenizers
 from refocused.shards.shard import DataError
+from refocused.shards.write import sync_folder
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -160,10 +161,10 @@ def coming(out: Path) -> Iterator[Path]:
         try:
             yield folder / out.name
             for made in [folder / out.name, *(folder / out.name).rglob("*")]:
-                manifest.fsync_dir(made)
+                sync_folder(made)
             check_free(out)
             os.rename(folder / out.name, out)
-            manifest.fsync_dir(out.parent)
+            sync_folder(out.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:

@@ -114,15 +114,6 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def fsync_dir(path: str | os.PathLike) -> None:
-    """Make the names in a directory durable; fsync of a file does not do that."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
     """The one form in which a manifest is written, with its own SHA-256, so that no byte of it can change unseen."""
     own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -64,7 +64,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Make the names in a folder durable; fsync of a file does not do that."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
