@@ -281,7 +281,8 @@ def read_prompts(prompt: str) -> list[str]:
     if not prompt.startswith("FILE:"):
         return [os.fsencode(prompt).decode(errors="replace")]  # a command line need not be UTF-8
     try:
-        prompts = Path(prompt.removeprefix("FILE:")).expanduser().read_text(encoding="utf-8").splitlines()
+        text = Path(prompt.removeprefix("FILE:")).expanduser().read_text(encoding="utf-8-sig")  # without a BOM
+        prompts = text.removesuffix("\n").split("\n") if text else []  # only these end a line, not U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt={prompt} cannot be read: {error}") from error
     if not prompts:

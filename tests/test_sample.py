@@ -172,8 +172,9 @@ def test_program_on_latest(checkpoint, model):
 
 
 def test_batch_from_a_file(checkpoint, tmp_path, capsys):
-    """Two prompts of a file, two samples each, in blocks of three: four headed texts, those of a prompt differ."""
-    (tmp_path / "prompts.txt").write_text("def f\nimport os, sys\n")
+    """Two prompts of a file, two samples each, in blocks of three: four headed texts, those of a prompt differ. A byte
+    order mark is none of the text, and only a line feed ends a prompt."""
+    (tmp_path / "prompts.txt").write_text("\ufeffdef f\nimport os,\u2028sys\n", encoding="utf-8")
     args = [f"resume={checkpoint}", f"prompt=FILE:{tmp_path}/prompts.txt", "num_samples=2", "batch_size=3"]
     code, out, _ = main(capsys, *args, "max_new_tokens=9")
     assert code == 0
@@ -181,7 +182,7 @@ def test_batch_from_a_file(checkpoint, tmp_path, capsys):
     assert [text.split("\n")[0] for text in texts] == [f"--- {i} of 4" for i in range(1, 5)]
     bodies = [text.split("\n", 1)[1] for text in texts]
     assert [body.startswith("def f") for body in bodies] == [True, True, False, False]
-    assert bodies[0] != bodies[1] and bodies[2].startswith("import os, sys")
+    assert bodies[0] != bodies[1] and bodies[2].startswith("import os,\u2028sys")
 
 
 def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
