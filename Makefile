@@ -25,6 +25,7 @@ lint: .venv/dev
 	ruff format --check .
 	lint-imports
 	mypy
+	python -m pytest -q -n 0 tests/test_house.py
 
 .venv/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else '$(WRONG_PYTHON)')"
