@@ -154,8 +154,11 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
         self.act = ACTIVATIONS[cfg.hidden_act]
 
+    def narrow(self, h):
+        return self.dense_4h_to_h(self.act(h))
+
     def forward(self, x):
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+        return self.narrow(self.dense_h_to_4h(x))
 
 
 class Block(nn.Module):
@@ -188,9 +191,12 @@ class Block(nn.Module):
         return x + self.wide(x)
 
     def wide(self, x):
-        # half of what a block keeps are the MLP's wide activations, and one product brings them back
         h = self.post_attention_layernorm(x)
-        h = self.again(self.mlp, h) if self.training and self.checkpointing == "selective" else self.mlp(h)
+        level = self.checkpointing if self.training else "none"
+        if level == "activation":  # the MLP's two wide tensors are a third of what a block keeps; this drops the second
+            h = self.again(self.mlp.narrow, self.mlp.dense_h_to_4h(h))
+        else:  # one product brings both back: what the second would is not asked for
+            h = self.again(self.mlp, h) if level == "selective" else self.mlp(h)
         return F.dropout(h, self.p, self.training)
 
 

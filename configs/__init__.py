@@ -87,7 +87,7 @@ class Config:
     # hardware: how the work is laid out
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
     shard_size: int = 0  # with fsdp: processes that share one copy of the model, GPUs per node with several; 0 for all
-    activation_checkpointing: str = "none"  # none, selective (MLPs computed twice) or full (blocks); for less memory
+    activation_checkpointing: str = "none"  # or activation, selective (MLPs), full: computed twice, for less memory
     reduce_every_micro_step: bool = False  # with fsdp: gradients are sharded after each micro-step; for less memory
     cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
@@ -169,7 +169,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "spike_action": ("report", "skip"),
     "parallel": ("ddp", "fsdp"),
-    "activation_checkpointing": ("none", "selective", "full"),
+    "activation_checkpointing": ("none", "activation", "selective", "full"),
     "mixed_precision": ("bf16", "fp16", "no"),
 }
 AT_LEAST_ONE = (

@@ -374,7 +374,7 @@ def no_recompilation(m: Machine) -> Result:
     m.needs_cuda("compiling for a CPU has tests of its own")
     again = []
     for parallel in ("ddp", "fsdp"):
-        for level in ("none", "selective", "full"):
+        for level in configs.CHOICES["activation_checkpointing"]:
             keys = [f"parallel={parallel}", f"activation_checkpointing={level}", "compile_model=true", "max_steps=50"]
             keys += ["mixed_precision=bf16", "eval_steps=2", "gradient_accumulation_steps=2"]
             run = launch(m, f"recompile-{parallel}-{level}", *keys, patch=saying_recompiles).expect()

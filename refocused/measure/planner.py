@@ -242,6 +242,7 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
 
 
 ALTERNATIVES: tuple[dict[str, Any], ...] = (
+    {"activation_checkpointing": "activation"},
     {"activation_checkpointing": "selective"},
     {"activation_checkpointing": "full"},
     {"parallel": "fsdp"},
