@@ -64,6 +64,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     if choice.path:
         dataset.check_same(state, cfg)
         guard.check_same_batch(state, cfg, global_batch)
+        guard.check_same_optimizer(state, cfg)
     monitor.say(words.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)
@@ -143,9 +144,9 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
                 scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
                 loss_sum += loss.detach()
             scaler.unscale_(optimizers[0])
-            norm = strategy.clip_gradients(model, cfg.max_grad_norm).to(env.device)
-            figures, apply = judge.judge(step, loss_sum, norm, tokens_per_step)
-            optim.update(optimizers, scaler, apply)
+            norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips(optimizers))
+            figures, apply = judge.judge(step, loss_sum, norm.to(env.device), tokens_per_step)
+            optim.update(optimizers, scaler, apply, divisor)
             monitor.histograms(step + 1, model)
             strategy.clear_gradients(model)
             readback.put((step + 1, lr, batch.ids), figures)

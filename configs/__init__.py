@@ -76,6 +76,7 @@ class Config:
     adam_beta1: float = 0.9  # decay of the first moment; rarely changed
     adam_beta2: float = 0.95  # decay of the second moment; 0.99 and more for small batches
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
+    adam_moments: str = "fp32"  # or bf16: 4 bytes per parameter less in memory, checkpoints and uploads
     max_grad_norm: float = 1.0  # global gradient norm is clipped to it; 0 for no clipping
     max_bad_steps: int = 10  # stop (exit 65) after so many non-finite steps in a row
     spike_sigma: float = 0.0  # a loss or norm so many deviations above its recent past is a spike; say 6; 0 for off
@@ -167,6 +168,7 @@ CHOICES = {
     "tokenizer": ("gpt2", "byte"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
     "optimizer": ("adamw", "muon"),
+    "adam_moments": ("fp32", "bf16"),
     "spike_action": ("report", "skip"),
     "parallel": ("ddp", "fsdp"),
     "activation_checkpointing": ("none", "activation", "selective", "full"),
@@ -217,6 +219,11 @@ def _check(cfg: Config) -> None:
         cfg.adam_epsilon >= 1e-37,  # fp32's smallest normal number, about
         f"adam_epsilon={cfg.adam_epsilon:g} must be at least 1e-37: in fp32 it is 0 otherwise, and a weight that has had no "
         "gradient yet becomes 0 / 0",
+    )
+    require(
+        cfg.adam_moments == "fp32" or max(cfg.adam_beta1, cfg.adam_beta2) <= 0.99,
+        f"adam_moments=bf16 with adam_beta1={cfg.adam_beta1} and adam_beta2={cfg.adam_beta2}: bf16 does not resolve the "
+        "change of a moment that decays more slowly than by 0.99; lower the beta or use adam_moments=fp32",
     )
     require(cfg.seed < 1 << 63, f"seed={cfg.seed} must be below 2**63; any smaller number does as well")
     require(cfg.cpu_threads <= 1024, f"cpu_threads={cfg.cpu_threads} must be at most 1024; 0 for cores / processes")

@@ -222,6 +222,16 @@ def test_out_of_memory_is_explained(shards, tmp_path):
     assert "Traceback" not in run.text and "out of memory" in (tmp_path / "logs" / "train.log").read_text()
 
 
+def test_allocator_retries_are_said(shards, tmp_path):
+    """Where torch's allocator has had to give back its cache and try again, the log line says how often since the last."""
+    config = "from refocused.run import strategy\n_ = setattr(strategy, 'alloc_retries', iter((2, 2, 5)).__next__)"
+    run = Run([f"data_dir={shards}", "max_steps=3"], 1, tmp_path, config=config)
+    assert run.wait() == [0], run.text
+    assert re.findall(r"^Step (\d): loss.* (\d) allocator retries \| ", run.text, re.M) == [("1", "2"), ("3", "3")]
+    trace = [json.loads(line) for line in (tmp_path / "logs" / "trace.jsonl").read_text().splitlines()]
+    assert [line["alloc_retries"] for line in trace if "alloc_retries" in line] == [2, 2, 5]
+
+
 def test_show_into_a_closed_pipe():
     """`--show | head -1`: one line and no traceback."""
     command = f"{sys.executable} train.py configs/production.py --show | head -1"

@@ -30,7 +30,8 @@ from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.manifest import CheckpointError
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds this much, so that uploads can run side by side
-SLOTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}  # an optimizer's tensors per parameter
+ADAM = ("exp_avg", "exp_avg_sq")
+SLOTS = {"AdamW": ADAM, "HalfAdamW": ADAM, "Muon": ("momentum_buffer",)}  # an optimizer's tensors per parameter
 
 
 def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -55,15 +56,15 @@ def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    kind = type(optimizer).__name__
+    kind, dtype = type(optimizer).__name__, getattr(optimizer, "moments", None)  # None for the parameter's
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad and not optimizer.state[p]:
-                if kind == "AdamW":  # the fused kernel counts on the device, the others on the CPU
+                if SLOTS[kind] == ADAM:  # the fused kernel counts on the device, the others on the CPU
                     device = p.device if group["fused"] else "cpu"
                     optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 for slot in SLOTS[kind]:
-                    optimizer.state[p][slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    optimizer.state[p][slot] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
 def local_part(t: Tensor) -> Tensor:

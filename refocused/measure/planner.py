@@ -344,8 +344,8 @@ def wish(cfg: Config, world_size: int, steps_per_second: float) -> str:
 
 
 def checkpoints(cfg: Config) -> str:
-    """Bytes of one checkpoint (fp32 weights and two moments) and of all that are kept or written."""
-    size = 12 * neox.num_parameters(cfg)[0]
+    """Bytes of one checkpoint and of all that are kept or written."""
+    size = optim.checkpoint_bytes(cfg)
     saves = math.ceil(cfg.max_steps / cfg.save_steps) if cfg.save_steps else 1
     kept = min(saves, cfg.save_total_limit or saves)
     return (

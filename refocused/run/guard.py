@@ -68,6 +68,17 @@ def check_same_batch(state: dict[str, Any], cfg: Config, global_batch: int) -> N
         )
 
 
+def check_same_optimizer(state: dict[str, Any], cfg: Config) -> None:
+    """Raise ConfigError unless the checkpoint's optimizer state is of the kind that this run goes on with."""
+    for key in ("optimizer", "adam_moments"):
+        before, now = state["config"].get(key, getattr(Config, key)), getattr(cfg, key)
+        if before != now:
+            raise ConfigError(
+                f"the checkpoint was made with {key}={before}, this run has {key}={now}: keep it, or begin a run of its "
+                "own from these weights with init_from=CHECKPOINT"
+            )
+
+
 @torch.no_grad()
 def check_replicas(model: torch.nn.Module, cfg: Config, step: int) -> None:
     """Raise ReplicasDiffer, on every rank alike, unless all copies of the model have the same bits. Collective.

@@ -74,7 +74,7 @@ class Monitor:
         self.loss = state.get("loss")  # of the last log line
         self.recent = state.get("recent_losses", [])  # since the last line, so that a resume prints the same mean
         self.eval_loss = state.get("eval_loss")
-        self.norm, self.stall = math.nan, 0.0
+        self.norm, self.stall, self.retries = math.nan, 0.0, 0
         config = dataclasses.asdict(self.cfg)
         changed = configs.difference(state["config"], config) if state else []
         same_place = not state or state["run"]["world_size"] == self.env.world_size
@@ -234,7 +234,7 @@ class Monitor:
         seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
         tokens = rate * self.tokens_per_step
         mfu = tokens * neox.flops_per_token(self.cfg) / (self.env.world_size * self.peak) if self.peak else None
-        memory, reserved = processes.peak_memory(self.env), None
+        memory, reserved, retries = processes.peak_memory(self.env), None, strategy.alloc_retries()
         if self.env.device.type == "cuda":
             reserved = torch.accelerator.max_memory_reserved()
         self.spent["data_seconds"] += waited - self.waited
@@ -245,6 +245,7 @@ class Monitor:
             f"{count(tokens)} tok/s",
             f"MFU {mfu:.1%}" if mfu is not None else "",
             f"save stall {self.stall:.2f}s" if self.stall >= 0.01 else "",
+            f"{retries - self.retries} allocator retries" if retries > self.retries else "",
             f"{duration(left)} left",
         ]
         text = " | ".join(part for part in parts if part)
@@ -261,6 +262,7 @@ class Monitor:
             data_wait_share=wait_share,
             memory_allocated=memory,
             memory_reserved=reserved,
+            alloc_retries=retries,
             save_stall_seconds=self.stall,
             status=status,
             seconds_left=left,
@@ -280,7 +282,7 @@ class Monitor:
                 "memory/reserved_gib": reserved and reserved / 2**30,
             }
             self.board.scalars(step, values)
-        self.stall = 0.0
+        self.stall, self.retries = 0.0, retries
         if now - self.clocked > CLOCK_SECONDS:
             self.clock()
 

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from configs import Config
+from model import num_parameters
+from refocused.run.adamw import HalfAdamW
 from refocused.run.muon import Muon
 
 
@@ -39,8 +41,9 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
+    kind = HalfAdamW if cfg.adam_moments == "bf16" else torch.optim.AdamW
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
+        kind(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     ]
     if muons:
         decay = cfg.weight_decay
@@ -56,6 +59,14 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     return optimizers
 
 
+def checkpoint_bytes(cfg: Config) -> int:
+    """Of the fp32 weights and the optimizers' state, which is what a checkpoint holds; its other files are small."""
+    every = num_parameters(cfg)[0]
+    C, inner = cfg.hidden_size, cfg.intermediate_size
+    muons = cfg.num_hidden_layers * (4 * C * C + 2 * C * inner) if cfg.optimizer == "muon" else 0
+    return 4 * every + 4 * muons + (4 if cfg.adam_moments == "bf16" else 8) * (every - muons)
+
+
 def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) -> float:
     """Give every optimizer the rate of update number `step` (from 0), and return it."""
     rate = learning_rate(step, cfg)
@@ -65,8 +76,23 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) ->
     return rate
 
 
-def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, apply: torch.Tensor) -> None:
-    """One update by every optimizer, or by none unless `apply` (a bool on the device); gradients are unscaled already."""
+def clips(optimizers: list[torch.optim.Optimizer]) -> bool:
+    """Whether update() takes a divisor: CUDA's fused kernel divides as it reads, which saves a pass over gradients."""
+    return all(
+        isinstance(o, torch.optim.AdamW) and o.param_groups[0]["params"][0].device.type == "cuda" for o in optimizers
+    )
+
+
+def update(
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    apply: torch.Tensor,
+    divisor: torch.Tensor | None = None,
+) -> None:
+    """One update by every optimizer, or by none unless `apply` (a bool on the device); gradients are unscaled already.
+
+    divisor: of the gradients, an fp32 scalar on the device; None where they are clipped already.
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, Muon):
             optimizer.apply = apply
@@ -75,6 +101,8 @@ def update(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler
         # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host
         # memory: it must have arrived before the host reads it, which the optimizer's own copy does not wait for
         where = optimizer.param_groups[0]["params"][0].device
-        vars(optimizer).update(grad_scale=None, found_inf=(~apply).float().to(where))  # as GradScaler hands them over
+        vars(optimizer).update(
+            grad_scale=divisor, found_inf=(~apply).float().to(where)
+        )  # as GradScaler hands them over
         optimizer.step()
     scaler.update()

@@ -159,13 +159,21 @@ def alloc_retries() -> int:
     return torch.cuda.memory_stats().get("num_alloc_retries", 0) if torch.cuda.is_available() else 0
 
 
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """Global gradient norm (fp32 scalar on the device, same on every rank); gradients are clipped to max_norm > 0."""
+def clip_gradients(
+    model: torch.nn.Module, max_norm: float, later: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Global gradient norm (fp32 scalar on the device, same on every rank); gradients are clipped to max_norm > 0.
+
+    later: they are left as they are, and what the optimizer has to divide them by is returned beside the norm.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total.full_tensor() if isinstance(total, DTensor) else total
+    if max_norm > 0 and later:
+        return norm, ((norm + 1e-6) / max_norm).clamp(min=1.0)  # as clip_grads_with_norm_ has it
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return norm, None
 
 
 def clear_gradients(model: torch.nn.Module) -> None:
