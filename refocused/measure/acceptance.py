@@ -22,6 +22,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ from refocused.checkpoint.saver import Saver
 from refocused.measure import gpus, planner
 from refocused.measure import sampling as sampler
 from refocused.measure.peers import Gate
-from refocused.run import processes
+from refocused.run import optim, processes, strategy
 from refocused.run.origin import hardware
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +162,11 @@ def telling_retries(rank: int) -> None:
     unsaved(rank)
     line = train.Monitor.line
     train.Monitor.line = lambda self, *a: (line(self, *a), print("retries", train.strategy.alloc_retries()))  # type: ignore
+
+
+def refusing_to_pin(rank: int) -> None:
+    refuse = types.SimpleNamespace(cudaHostRegister=lambda *_: 2)  # cudaErrorMemoryAllocation
+    torch.cuda.cudart = lambda: refuse  # type: ignore[method-assign, assignment, return-value]
 
 
 def failing(error: Exception, rank: int) -> None:
@@ -421,6 +427,28 @@ def attention_kernel(m: Machine) -> Result:
     return error < 1e-2, f"{error:.2g}; {', '.join(names)[:160]}", "1e-2 of the plain products"
 
 
+def clipping(m: Machine) -> Result:
+    """The update whose kernel divides the gradients, and whose moments are bf16 or fp32, against one clipped before."""
+    errors = []
+    for moments in ("fp32", "bf16"):
+        weights = []
+        for later in (False, True):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(1000, 999, device=m.device)
+            cfg = dataclasses.replace(configs.load(m.base)[0], adam_moments=moments, learning_rate=1e-2)
+            optimizers = optim.make_optimizers(model, cfg)
+            assert optim.clips(optimizers) == m.cuda
+            for _ in range(3):
+                for p in model.parameters():
+                    p.grad = torch.randn_like(p)
+                _, divisor = strategy.clip_gradients(model, 1.0, later)
+                scaler = torch.amp.GradScaler(m.device, enabled=False)
+                optim.update(optimizers, scaler, torch.tensor(True, device=m.device), divisor)
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        errors.append(((weights[0] - weights[1]).norm() / weights[0].norm()).item())
+    return within(max(errors), 1e-4)  # a rounding of the divisor moves what is about to round the other way
+
+
 # --- 2. resume and saves
 
 
@@ -456,12 +484,13 @@ def bitwise_resume(m: Machine) -> Result:
         for optimizer in ("adamw", "muon")
         if (precision, optimizer) != ("fp16", "muon")
     ]
+    cases += [(parallel, "bf16", "adamw adam_moments=bf16") for parallel in ("ddp", "fsdp")]
     bad = []
     cases = [("fsdp", "no", "adamw")] if m.tiny else cases
     for i, (parallel, precision, optimizer) in enumerate(cases):
-        keys = [f"parallel={parallel}", f"mixed_precision={precision}", f"optimizer={optimizer}", "deterministic=true"]
+        keys = f"parallel={parallel} mixed_precision={precision} optimizer={optimizer} deterministic=true".split()
         keys += [] if m.tiny else ["compile_model=true"]
-        said, same = killed_and_resumed(m, "-".join(("resume", parallel, precision, optimizer)), *keys, cold=i == 0)
+        said, same = killed_and_resumed(m, f"resume-{i}", *keys, cold=i == 0)
         if not same or "identical" not in said or "identically" in said:
             bad.append(f"{parallel} {precision} {optimizer}: {said}")
     return not bad, "; ".join(bad) or f"{len(cases)} of {len(cases)}", "replay and final weights, bit for bit"
@@ -504,6 +533,12 @@ def asynchronous_saves(m: Machine) -> Result:
         f"3 saves of {4 * size / 1e9:.2g} GB, stall {min(stalls):.3g} s, {rate:.3g} GB/s{note}",
         "equal numbers",
     )
+
+
+def unpinned_saves(m: Machine) -> Result:
+    m.needs_cuda("a CPU pins nothing")
+    run = launch(m, "unpinned", "save_steps=4", patch=refusing_to_pin).expect()
+    return "unpinned" in run.text, "said" if "unpinned" in run.text else "not said", "exit 0, and a note"
 
 
 def other_devices(m: Machine) -> Result:
@@ -635,6 +670,48 @@ def no_host_sync(m: Machine) -> Result:
     code = train.train(cfg, origins, data.open_dataset(cfg), Watch(m, steps))
     m.needs_cuda("a CPU has nothing to wait for")
     return code == 0, f"exit {code}", f"no synchronisation in {steps - 4} steps"
+
+
+def attention_order(m: Machine) -> Result:
+    """Milliseconds of causal attention, forward and backward, by what may run it; torch takes flash before cuDNN."""
+    dtype = torch.float32 if m.tiny else torch.bfloat16
+    shape = (1, 2, 32, 24) if m.tiny else (8, 16, 1024, 384)
+    qkv = torch.randn(*shape, device=m.device, dtype=dtype, requires_grad=True)
+    kinds = ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if m.cuda else ["FLASH_ATTENTION", "MATH"]
+    rows = []
+
+    def attend() -> None:
+        q, k, v = qkv.chunk(3, dim=-1)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q.detach())
+
+    def note(name: str, backend: str) -> None:
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+            try:
+                rows.append(f"{name} {1e3 * m.seconds(attend):.3g}")
+            except RuntimeError as error:
+                rows.append(f"{name}: {str(error).splitlines()[0][:80]}")
+
+    for kind in kinds:
+        note(kind.removesuffix("_ATTENTION").lower(), kind)
+    if m.cuda:
+        try:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            note("FA3", "FLASH_ATTENTION")
+        except Exception as error:  # its wheel is not there, or this torch does not know it
+            rows.append(f"FA3: {type(error).__name__}")
+    return fact(", ".join(rows) + " (ms)")
+
+
+def dip(m: Machine) -> Result:
+    """Seconds of training that one asynchronous save of the whole model costs: its stall, and ten slower steps."""
+    config, size = ("", 1) if m.tiny else (str(ROOT / "configs/production.py"), 8)
+    keys = f"parallel=ddp per_device_train_batch_size={size} gradient_accumulation_steps=1 max_steps=31 save_steps=20"
+    trace = launch(m, "dip", *keys.split(), "save_total_limit=1", config=config, timeout=400).expect().trace
+    seconds = {line["step"]: 1 / line["steps_per_second"] for line in trace}
+    stall = max(line["save_stall_seconds"] for line in trace[:-1])
+    usual = sorted(seconds[step] for step in range(10, 20))[5]
+    slower = sum(seconds[step] - usual for step in range(21, 31))
+    return fact(f"stall {stall:.3g} s, ten steps after it {slower:.3g} s longer than ten usual ones of {usual:.3g} s")
 
 
 def speed(m: Machine) -> Result:
@@ -789,10 +866,11 @@ def clean_exits(m: Machine) -> Result:
 
 PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
     1: ("environment and correctness", [environment, imports_without_google, ceiling, transfers, fused_loss,
-        attention_kernel, demo, device_against_cpu, compiled_against_eager, no_recompilation, cpu_suite]),
-    2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, loose_resume, bitwise_resume]),
+        attention_kernel, clipping, demo, device_against_cpu, compiled_against_eager, no_recompilation, cpu_suite]),
+    2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, unpinned_saves, loose_resume,
+        bitwise_resume]),
     3: ("memory", [out_of_memory, steady, plan_against_memory, two_ranks_of_24, offload]),
-    4: ("speed", [no_host_sync, head, speed, split, sampling, peers]),
+    4: ("speed", [no_host_sync, head, attention_order, speed, split, dip, sampling, peers]),
     5: ("two ranks", [layouts_agree, one_rank_fails, one_rank_is_told, clean_exits]),
 }  # fmt: skip
 
