@@ -73,6 +73,9 @@ class Config:
     decay_steps: int = 0  # last steps of warmup_stable_decay; 0 for a fifth of max_steps
     weight_decay: float = 0.1  # on matrices only, never on biases, norms or scalars
     optimizer: str = "adamw"  # adamw, or muon for the matrices of the blocks with AdamW for the rest
+    muon_learning_rate: float = 0.0  # peak of Muon's matrices, on learning_rate's schedule; 0 for learning_rate itself
+    muon_momentum: float = 0.95  # decay of Muon's momentum (Nesterov's); rarely changed
+    muon_steps: int = 5  # Newton-Schulz steps per update; fewer cost less and orthogonalise less exactly
     adam_beta1: float = 0.9  # decay of the first moment; rarely changed
     adam_beta2: float = 0.95  # decay of the second moment; 0.99 and more for small batches
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
@@ -177,13 +180,13 @@ CHOICES = {
 AT_LEAST_ONE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
     "sequence_length per_device_train_batch_size gradient_accumulation_steps max_bad_steps dataloader_num_workers "
-    "eval_samples"
+    "eval_samples muon_steps"
 ).split()
 NOT_NEGATIVE = (
     "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
-    "min_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads logging_steps logging_seconds "
-    "eval_steps seed spike_sigma sample_tokens histogram_steps stop_after_minutes watchdog_seconds "
-    "check_replicas_steps max_failed_starts "
+    "min_learning_rate muon_learning_rate muon_momentum warmup_steps decay_steps weight_decay max_grad_norm cpu_threads "
+    "logging_steps logging_seconds eval_steps seed spike_sigma sample_tokens histogram_steps stop_after_minutes "
+    "watchdog_seconds check_replicas_steps max_failed_starts "
     "shard_size save_steps save_seconds save_total_limit keep_every "
     "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
     "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
@@ -212,7 +215,7 @@ def _check(cfg: Config) -> None:
         require(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
     for key in NOT_NEGATIVE:
         require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
-    for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2"):
+    for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "muon_momentum"):
         require(getattr(cfg, key) < 1, f"{key}={getattr(cfg, key)} must be below 1")
 
     require(
@@ -251,6 +254,11 @@ def _check(cfg: Config) -> None:
     require(
         cfg.min_learning_rate <= cfg.learning_rate,
         f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}",
+    )
+    require(cfg.muon_steps < 100, f"muon_steps={cfg.muon_steps} must be below 100; 5 are usual")
+    require(
+        not cfg.muon_learning_rate or cfg.learning_rate > 0,
+        f"muon_learning_rate={cfg.muon_learning_rate:g} follows learning_rate's schedule, and learning_rate=0 has none",
     )
     require(
         not cfg.cpu_offload or cfg.parallel == "fsdp",
