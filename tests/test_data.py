@@ -1,5 +1,7 @@
 """Shards, samples, their order, and the loader: real files, compared with plain numpy."""
 
+import argparse
+import ast
 import contextlib
 import dataclasses
 import errno
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from configs import Config
 from data import Dataset, Loader, explain_change, permutation
 from refocused.run import words
 from refocused.shards import shard as shard_module
+from refocused.shards.demo import short_documents
 from refocused.shards.shard import DataError, PackedShard, Shard
 from refocused.shards.tokenizers import get_tokenizer
 from refocused.shards.walk import find_files
@@ -622,15 +626,15 @@ def test_gpt2_vocabulary_that_cannot_be_had(tmp_path):
 def test_demo(tmp_path):
     """Two builds of the demo's set against each other; an intact one is kept, a damaged one rebuilt, others refused."""
 
-    def demo(name: str) -> str:
-        command = [sys.executable, str(ROOT / "data.py"), "demo", str(tmp_path / name)]
+    def demo(name: str, *more: str) -> str:
+        command = [sys.executable, str(ROOT / "data.py"), "demo", str(tmp_path / name), *more]
         out = subprocess.run(command, capture_output=True, text=True, timeout=GUARD)
         return out.stdout if out.returncode == 0 else f"{out.returncode} {out.stderr}"
 
     assert "7 shards" in demo("a") and "7 shards" in demo("b")
     files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
-    assert "intact" in demo("a")
+    assert "intact" in demo("a") and "the other demo's set" in demo("a", "--short")
     dataset = Dataset.open(config(tmp_path / "a", max_files=-1))
     assert [s.path for s in dataset.eval_shards] == ["validation/00/tokenized_cleaned_validation_00.npz"]
     assert 5e6 < dataset.num_tokens < 5e7 and dataset.gather(np.arange(100)).max() <= 256
@@ -643,3 +647,28 @@ def test_demo(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c/thesis.txt").write_text("important")
     assert demo("c").startswith("66 error:") and (tmp_path / "c/thesis.txt").exists()
+
+
+def test_short_documents():
+    """Functions and docstrings of 50 to 300 tokens, each text once: a short function whole, of a long one its parts.
+
+    Of real sources every document is Python or a docstring of theirs; what does not parse is passed over.
+    """
+    doc = "What this does, in a sentence that is long enough to be a document."
+    inner = f'def inner(x):\n    """{doc}"""\n    return x + 1\n'
+    long = "def long():\n" + "".join(f"    {line}\n" for line in [*inner.splitlines(), *["x = 1"] * 60])
+    method = textwrap.indent(f"@property\n{inner}", "    ")
+    source = f'"""Module: {doc}"""\nclass A:\n{method}\n{long}\ndef f(): pass\n'
+    found = [
+        text.decode() for _, text in short_documents([("a", source.encode()), ("b", b"def ("), ("c", source.encode())])
+    ]
+    assert found == [f"@property\n{inner}", inner, f"Module: {doc}"]
+
+    sources = [(p.name, p.read_bytes()) for p in map(Path, (textwrap.__file__, json.__file__, argparse.__file__))]
+    documents = dict(short_documents(sources))
+    assert len(documents) > 50 and all(50 <= len(text) + 1 <= 300 for text in documents.values())
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for _, content in sources for node in ast.walk(ast.parse(content)) if isinstance(node, owners)]
+    docstrings = {ast.get_docstring(node) for node in nodes}
+    for text in map(bytes.decode, documents.values()):
+        assert text in docstrings or isinstance(ast.parse(text).body[0], ast.FunctionDef)
