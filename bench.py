@@ -7,12 +7,13 @@ python bench.py save                                          # what a checkpoin
 python bench.py sample out/demo                               # tokens/s of sampling, beside transformers.generate
 python bench.py report logs/demo --price 3.5                  # pictures of runs, and what their time went to
 python bench.py losses logs/demo/trace.jsonl other.jsonl      # the first step in which two runs differ
+python bench.py record optimizer=muon max_steps=500           # an entry of docs/records.md
 """
 
 import sys
 
 from refocused import entry
-from refocused.measure import losses, planner, report, sampling, saves, steps
+from refocused.measure import losses, planner, record, report, sampling, saves, steps
 
 COMMANDS = {
     "step": ("tokens/s of a whole optimizer step, ours and the peers'", steps.main),
@@ -21,6 +22,7 @@ COMMANDS = {
     "sample": ("tokens/s of sampling, beside transformers.generate", sampling.main),
     "report": ("pictures of one or several runs, from their traces", report.main),
     "losses": ("two traces compared step by step, bit for bit", losses.main),
+    "record": ("an entry of docs/records.md: three seeds, trained and evaluated by its rules", record.main),
 }
 
 

@@ -1,0 +1,41 @@
+"""bench.py record: what it prints is what the runs gave, by the rules."""
+
+import re
+
+import pytest
+from conftest import write_shards
+
+from configs import ConfigError
+from refocused.measure import record
+
+
+def test_an_entry(tmp_path, capsys, monkeypatch):
+    """Two seeds of a few steps, the mean of three checkpoints each: other losses, one line of the table, and its command.
+
+    The same command with another sequence length is evaluated on the same windows.
+    """
+    data = write_shards(tmp_path / "data", shards=2, tokens=1500)
+    keys = f"data_dir={data} max_steps=3 warmup_steps=1 save_steps=1 logging_steps=1 sample_tokens=0 cpu_threads=1"
+    assert record.main(["--seeds", "2", "--nproc", "1", "--average", *keys.split()]) == 0
+    said = capsys.readouterr().out
+    seeds = re.findall(r"seed \d: ([\d.]+) after 6,144 tokens", said)
+    assert len(set(seeds)) == 2 and 3 < float(seeds[0]) < 6
+    row = said.strip().splitlines()[-1]
+    mean = sum(map(float, seeds)) / 2
+    assert re.search(r"\| 6,144 \| ([\d.]+) \((.+)\) \| `python bench.py record --nproc 1 --average data_dir=", row)
+    assert abs(float(row.split("|")[3].split()[0]) - mean) < 1e-4 and ", ".join(seeds) in row
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["seed=7"], "seed=7 is not for an entry to set"),
+        (["init_from=out/other"], "init_from"),
+        (["intermediate_size=600"], "parameters are not within 1 percent of the demo's 859"),
+        (["global_batch_size=6"], "global_batch_size=6 is not a multiple"),
+    ],
+)
+def test_rules(settings, words):
+    """What an entry may not do is refused before anything is trained."""
+    with pytest.raises(ConfigError, match=words):
+        record.main(settings)
