@@ -111,7 +111,7 @@ def test_step_command(tmp_path):
         "--rounds",
         "1",
         "--contenders",
-        "ours,nanogpt,floor",
+        "muon,nanogpt,floor",
         *toy,
     ]
     done = subprocess.run(
@@ -121,7 +121,7 @@ def test_step_command(tmp_path):
     rows = [
         line.split("|")[1:] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line
     ]
-    assert [row[0].strip() for row in rows] == [steps.NAMES[key] for key in ("ours", "nanogpt", "floor")]
+    assert [row[0].strip() for row in rows] == [steps.NAMES[key] for key in ("muon", "nanogpt", "floor")]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
 
 

@@ -38,6 +38,7 @@ STEPS = 6  # in a round: single ones spread over more than their median on a sha
 TRUSTED = 0.15  # the largest spread with which a table means something
 NAMES = {
     "ours": "this trainer",
+    "muon": "this trainer with Muon",
     "whole": "this trainer, compiled in one piece",
     "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
     "nanogpt": "nanoGPT-style GPT-2, torch.compile",
@@ -91,6 +92,8 @@ def start(name: str, folder: Path, settings: list[str]) -> Contender:
     home.mkdir()
     settings = [f"output_dir={home / 'out'}", f"logging_dir={home / 'logs'}", *settings]
     settings += [f"parallel={strategy}"] if strategy else []
+    if kind == "muon":
+        kind, settings = "ours", [*settings, "optimizer=muon"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -199,15 +202,17 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="all: but large, which wants 80 GB")
-    parser.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also whole, ours-ddp-N, whole-fsdp-N")
+    parser.add_argument(
+        "--contenders", default="ours,seed,nanogpt,floor", help="also muon, whole, ours-ddp-N, muon-fsdp-N"
+    )
     parser.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
     parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn")
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+        if not re.fullmatch(r"(ours|muon|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
             raise ConfigError(
-                f"contender {name!r} is none of seed, nanogpt, floor, ours, whole, ours-ddp-N, whole-fsdp-N"
+                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, whole, ours-ddp-N, muon-fsdp-N"
             )
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())
