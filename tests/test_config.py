@@ -113,6 +113,17 @@ def test_global_batch():
         dataclasses.replace(cfg, global_batch_size=100).batch(2)
 
 
+def test_the_recommended_configuration():
+    """production_muon.py: the model and the tokens of production_8gpu.py, in steps of 1 to 2 million on its 8 GPUs."""
+    ours, theirs = (load([f"configs/production_{name}.py"])[0] for name in ("muon", "8gpu"))
+    model = [key for key, _ in dict(configs.describe())["model: GPT-NeoX, names as in Hugging Face's config.json"]]
+    assert [getattr(ours, key) for key in model] == [getattr(theirs, key) for key in model] and len(model) > 10
+    steps = [cfg.batch(8)[1] * cfg.sequence_length for cfg in (ours, theirs)]
+    assert 1e6 <= steps[0] <= 2.1e6 and ours.max_steps * steps[0] == pytest.approx(
+        theirs.max_steps * steps[1], rel=1e-4
+    )
+
+
 def test_the_three_configurations():
     """The values that users of the predecessor know, unchanged."""
     table = {
