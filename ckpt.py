@@ -34,6 +34,7 @@ from refocused.checkpoint.saver import Saver
 from refocused.measure import evaluation
 from refocused.run import exits, processes
 from refocused.run.processes import Env
+from refocused.shards import tokenizers
 
 
 class Checkpoints:
@@ -81,7 +82,7 @@ class Checkpoints:
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
         self._saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
-            generation=processes.on_rank_0(self._generation),
+            generation=processes.on_rank_0(self._generation), files=tokenizers.own_files(cfg),
         )  # fmt: skip
         saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
@@ -171,9 +172,15 @@ def init_from(place: str, cfg: Config, tree: dict[str, Tensor]) -> str:
         needed = " ".join(f"{k}={getattr(source.cfg, k)}" for k in different)
         ours = " ".join(f"{k}={getattr(cfg, k)}" for k in different)
         raise ConfigError(f"init_from={place} is another model: set {needed} (now {ours})")
+    if not cfg.allow_data_change and processes.on_rank_0(tokenizers.differ, source.cfg.tokenizer, cfg.tokenizer):
+        raise ConfigError(
+            f"init_from={place} was trained with another tokenizer than tokenizer={cfg.tokenizer}; set tokenizer="
+            f"{source.cfg.tokenizer}, and make shards with it (data.py tokenize); allow_data_change=true does without"
+        )
     tensors.load(source.path, {key: t for key, t in tree.items() if key.startswith("model.")})
     processes.on_rank_0(manifest.check_unchanged, source.path)
-    return f"init      {source}: weights only, the optimizer starts fresh at step 0"
+    guess = f"; its tokenizer is not known, taken for tokenizer={cfg.tokenizer}" * (source.cfg.tokenizer is None)
+    return f"init      {source}: weights only, the optimizer starts fresh at step 0{guess}"
 
 
 def find(place: str) -> Source:

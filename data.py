@@ -35,10 +35,9 @@ import torch
 from configs import KEYS, Config
 from refocused import entry
 from refocused.bucket import download
-from refocused.shards import demo, prepare, text, verify
+from refocused.shards import demo, prepare, text, tokenizers, verify
 from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
 from refocused.shards.source import Source
-from refocused.shards.tokenizers import END_OF_TEXT
 from refocused.shards.walk import find_files
 from refocused.shards.write import locked
 
@@ -48,7 +47,7 @@ HELD_OUT_TAIL = 0.05  # of a single shard
 def cache_folder(cfg: Config) -> Path:
     """Where shards of cfg.data_dir lie once they are unpacked; inside cfg.cache_dir."""
     source = Path(cfg.data_dir).resolve()
-    settings = [str(source), cfg.vocab_size, END_OF_TEXT[cfg.tokenizer]]
+    settings = [str(source), cfg.vocab_size, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else None]
     return Path(cfg.cache_dir) / f"{source.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
 
@@ -129,6 +128,7 @@ class Dataset:
         shift_windows: bool = False,
     ):
         self.T, self.vocab_size, self.seed, self.shift_windows = sequence_length, vocab_size, seed, shift_windows
+        self.tokenizer: str | None = None  # by its identity, once a config names it
         windows = [max(0, shard.num_tokens - 1) // self.T for shard in shards]
         held = min(eval_files, len(shards)) if len(shards) > 1 else 0
         if held and held == len(shards):
@@ -166,7 +166,10 @@ class Dataset:
         paths = chosen_shards(cfg)
         allow_open_files(len(paths))
         shards = [Shard.open(folder or cfg.data_dir, path) for path in paths]
-        return cls(shards, cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files, cfg.shift_windows)
+        tokenizer = tokenizers.check_shards(shards, cfg)
+        dataset = cls(shards, cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files, cfg.shift_windows)
+        dataset.tokenizer = tokenizer
+        return dataset
 
     @cached_property
     def manifest(self) -> list[dict[str, Any]]:
@@ -210,6 +213,9 @@ class Dataset:
             was = state["config"].get(key, KEYS[key].default)
             if was != getattr(cfg, key):
                 changes += f"\n{key} {was} -> {getattr(cfg, key)}"
+        was = state["data"].get("tokenizer", state["config"].get("tokenizer"))
+        if was and self.tokenizer and was != self.tokenizer:
+            changes += f"\ntokenizer {was} -> {self.tokenizer}"
         if changes and not cfg.allow_data_change:
             raise DataError(
                 f"the checkpoint was trained on other data or in another order:\n{changes}\n"
@@ -330,7 +336,8 @@ def open_dataset(cfg: Config) -> Dataset:
         return Dataset.open(cfg)
     except PackedShard:
         pass
-    source, settings = Path(cfg.data_dir).resolve(), (cfg.vocab_size, END_OF_TEXT[cfg.tokenizer])
+    settings = (cfg.vocab_size, tokenizers.end_of_text(cfg.tokenizer, "unpacking shards"))
+    source = Path(cfg.data_dir).resolve()
     cache = cache_folder(cfg)
     with locked(cache):
         todo = [path for path in chosen_shards(cfg) if not prepare.is_unpacked(source / path, cache / path)]
@@ -517,16 +524,13 @@ def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, sec
 
 def bench_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py bench", description="tokens/s of the loader beside other ways to read"
-    )
-    parser.add_argument("DIR", type=Path)
-    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
-    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="threads")
+        prog="data.py bench", description="tokens/s of the loader beside other ways to read",
+        parents=[prepare.common_arguments("DIR")],
+    )  # fmt: skip
     parser.add_argument("--sequence_length", type=entry.positive, default=Config.sequence_length)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each way")
     args = parser.parse_args(argv)
-    vocab_size = args.vocab_size or END_OF_TEXT[args.tokenizer] + 1
+    vocab_size = args.vocab_size or tokenizers.find(args.tokenizer or str(Config.tokenizer)).size
     bench(args.DIR, vocab_size, args.sequence_length, args.workers, args.seconds)
     return 0
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,8 @@ from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, manifest
 from refocused.checkpoint.folder import Source
 from refocused.run import strategy
-from refocused.shards.tokenizers import get_tokenizer
+from refocused.shards import tokenizers
+from refocused.shards.tokenizers import Tokenizer
 
 GREEDY = 1e-6  # a temperature below it leaves no choice, and may divide beyond what a float can hold
 SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
@@ -177,49 +177,23 @@ def generate(
 
 def open_ended(model: GPTNeoX, cfg: Config) -> str:
     """What a model in training writes when nothing is given, cfg.sample_tokens long. Raises DataError without a tokenizer."""
-    tokenizer = get_tokenizer(cfg.tokenizer)
-    if (end := tokenizer.eot_token) >= cfg.vocab_size:
+    if not (tokenizer := tokenizers.fits(cfg.tokenizer, cfg.vocab_size)):
         return ""
+    end = tokenizer.end
     # top_p adds up probabilities, for which a GPU has no deterministic kernel
     options = Options(max_new_tokens=cfg.sample_tokens, top_p=1.0 if cfg.deterministic else Options.top_p)
     model.eval()
     with strategy.eager(cfg):  # a graph for each length of the text would not pay
         ids = [token for [token] in generate(model, [[end]], options, end) if token is not None]
     model.train()
-    return tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
-
-
-class Tokenizer(NamedTuple):
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    end: int | None  # id of end-of-text, which also begins a document
+    return tokenizer.decode(ids)
 
 
 def tokenizer_of(source: Source) -> Tokenizer:
-    """The tokenizer that a model was trained with. "<|endoftext|>" in a text is that token, as in Transformers."""
-    if source.tokenizer:
-        known = get_tokenizer(source.tokenizer)
-        # ids that only pad the vocabulary decode to nothing
-        return Tokenizer(
-            lambda text: known.encode(text, allowed_special="all"),
-            lambda ids: known.decode([i for i in ids if i < known.n_vocab]),
-            known.eot_token,
-        )
-    if not source.is_hf:
-        raise ConfigError(f"{source.path} has imported weights and no tokenizer; sample from the folder they came from")
-    file = source.path / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"{source.path} has no tokenizer.json: nothing says which text its tokens are")
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ConfigError("a Hugging Face folder needs one more package: pip install tokenizers") from error
-    known = tokenizers.Tokenizer.from_file(str(file))
-    return Tokenizer(
-        lambda text: known.encode(text, add_special_tokens=False).ids,
-        lambda ids: known.decode(ids, skip_special_tokens=False),
-        source.end,
-    )
+    """The tokenizer that a model was trained with. Raises ConfigError."""
+    if not source.cfg.tokenizer:
+        raise ConfigError(f"{source.path} does not know its tokenizer: nothing says which text its tokens are")
+    return tokenizers.find(source.cfg.tokenizer)
 
 
 class Writer:
@@ -309,11 +283,10 @@ def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[i
     rows = []
     for prompt in prompts:
         row = tokenizer.encode(prompt)
-        if not row and tokenizer.end is not None:
-            row = [tokenizer.end]  # no text: what follows the end of a document
-        if not row or max(row) >= cfg.vocab_size:
+        row = row or [tokenizer.end]  # no text: what follows the end of a document
+        if max(row) >= cfg.vocab_size:
             raise ConfigError(
-                f"prompt {prompt[:40]!r} has token {max(row, default=None)}, the model's vocabulary "
+                f"prompt {prompt[:40]!r} has token {max(row)}, the model's vocabulary "
                 f"{cfg.vocab_size} ids: not the tokenizer that it was trained with"
             )
         rows.append(row)
@@ -357,7 +330,7 @@ def write(model, source, tokenizer, prompts, rows, options) -> None:
         ]
         writer = Writer(tokenizer.decode, heads, lambda text: print(text, end="", flush=True))
         begin = now = time.perf_counter()
-        for step, tokens in enumerate(generate(model, rows[part], options, tokenizer.end)):
+        for step, tokens in enumerate(generate(model, rows[part], options, source.end)):
             writer.add(tokens)
             count += sum(token is not None for token in tokens)
             now = time.perf_counter()

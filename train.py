@@ -115,7 +115,12 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
             "global_batch": global_batch,
             **monitor.state(),
             **judge.state(),
-            "data": {"fingerprint": dataset.fingerprint, "manifest": dataset.manifest, "position": at},
+            "data": {
+                "fingerprint": dataset.fingerprint,
+                "manifest": dataset.manifest,
+                "tokenizer": dataset.tokenizer,
+                "position": at,
+            },
             "config": dataclasses.asdict(cfg),
             "run": made,
         }

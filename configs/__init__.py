@@ -53,7 +53,7 @@ class Config:
     max_files: int = -1  # use the first so many shards; -1 for all
     cache_dir: str = "data/cache"  # where compressed shards are unpacked to, once per machine; a large, fast disk
     sequence_length: int = 1024  # tokens per sample, T; at most max_position_embeddings
-    tokenizer: str = "gpt2"  # what the shards were made with: gpt2 or byte; for text samples
+    tokenizer: str | None = "gpt2"  # what the shards were made with: gpt2, byte, ..., a tokenizer.json; none if unknown
     mask_documents: bool = False  # a token sees its own document only; true where they are shorter than a window
     shift_windows: bool = False  # cut windows elsewhere in every epoch; true where epochs repeat
     eval_files: int = 1  # last shards that are never trained on; with a single shard, its tail
@@ -122,7 +122,7 @@ class Config:
     async_save: bool = True  # write behind training (not with cpu_offload); false to wait for the disk
     resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
     init_from: str | None = None  # checkpoint whose weights a fresh run starts from; to go on from another model
-    allow_data_change: bool = False  # resume although the shards are not those of the checkpoint
+    allow_data_change: bool = False  # train on although shards are not the checkpoint's, or of another tokenizer
     allow_batch_change: bool = False  # resume with another number of sequences per step than the checkpoint's
 
     # bucket: the second home of data and checkpoints
@@ -168,7 +168,6 @@ types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
 CHOICES = {
     "hidden_act": ("gelu", "gelu_new", "gelu_fast", "relu"),
-    "tokenizer": ("gpt2", "byte"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
     "optimizer": ("adamw", "muon"),
     "adam_moments": ("fp32", "bf16"),
@@ -192,7 +191,7 @@ NOT_NEGATIVE = (
     "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
 ).split()
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds", "spike_sigma")
-PATHS = ("data_dir", "cache_dir", "output_dir", "logging_dir", "resume", "init_from")  # ~ and $NAME are expanded
+PATHS = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir", "resume", "init_from")  # ~, $NAME: expanded
 
 
 def _check(cfg: Config) -> None:
@@ -259,6 +258,10 @@ def _check(cfg: Config) -> None:
     require(
         not cfg.muon_learning_rate or cfg.learning_rate > 0,
         f"muon_learning_rate={cfg.muon_learning_rate:g} follows learning_rate's schedule, and learning_rate=0 has none",
+    )
+    require(
+        cfg.tokenizer is not None or not cfg.mask_documents,
+        "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer",
     )
     require(
         not cfg.cpu_offload or cfg.parallel == "fsdp",

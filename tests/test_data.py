@@ -32,7 +32,7 @@ from refocused.run import words
 from refocused.shards import shard as shard_module
 from refocused.shards.demo import short_documents
 from refocused.shards.shard import DataError, PackedShard, Shard
-from refocused.shards.tokenizers import get_tokenizer
+from refocused.shards.tokenizers import find
 from refocused.shards.walk import find_files
 from refocused.shards.write import write_shard
 
@@ -607,14 +607,14 @@ print(opened, sorted(seeks)[len(seeks) // 2], after - before, anonymous, (file -
 
 def test_byte_tokenizer():
     """Text through the byte encoding against its UTF-8 bytes and back; end-of-text is id 256 of 257."""
-    encoding, text = get_tokenizer("byte"), "naïve\n\n<|endoftext|> Ω"
+    encoding, text = find("byte").known, "naïve\n\n<|endoftext|> Ω"
     assert encoding.encode_ordinary(text) == list(text.encode()) and encoding.decode(list(text.encode())) == text
     assert encoding.eot_token == 256 and encoding.n_vocab == 257
 
 
 def test_gpt2_vocabulary_that_cannot_be_had(tmp_path):
     """tiktoken with an empty cache and a dead proxy, against one error that names the way out."""
-    code = "from refocused.shards import tokenizers; tokenizers.get_tokenizer('gpt2')"
+    code = "from refocused.shards import tokenizers; tokenizers.find('gpt2').known"
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=GUARD)
     assert "DataError: tiktoken cannot fetch the gpt2 vocabulary" in out.stderr and "TIKTOKEN_CACHE_DIR" in out.stderr

@@ -100,12 +100,12 @@ def test_equals_the_run(run):
 
 def test_bytes_of_tokens(run, tmp_path):
     """Bytes per id: by name, and by the tokenizer.json of an export; special tokens count for none."""
-    byte = tokenizers.token_bytes("byte")
-    assert byte == [1] * 256 + [0] == tokenizers.file_bytes(run[0] / "hf/tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram"}, "decoder": {"type": "ByteLevel"}}')
-    for file in (tmp_path / "tokenizer.json", tmp_path / "none.json"):
-        with pytest.raises(tokenizers.DataError, match=file.name):
-            tokenizers.file_bytes(file)
+    byte = tokenizers.find("byte").byte_lengths()
+    assert byte == [1] * 256 + [0] == tokenizers.find(str(run[0] / "hf")).byte_lengths()
+    unigram = {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.0]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": unigram, "decoder": {"type": "ByteLevel"}}))
+    with pytest.raises(tokenizers.DataError, match="tokenizer.json is no byte-level BPE"):
+        tokenizers.find(str(tmp_path)).byte_lengths()
 
 
 def test_refused(run, two):

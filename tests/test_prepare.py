@@ -24,7 +24,7 @@ from refocused.shards import documents, prepare, source, text, verify
 from refocused.shards.documents import Rules
 from refocused.shards.shard import DataError, Shard
 from refocused.shards.source import Source
-from refocused.shards.tokenizers import get_tokenizer
+from refocused.shards.tokenizers import find
 from refocused.shards.write import write_shard
 
 ROOT = Path(__file__).parent.parent
@@ -573,7 +573,7 @@ def test_tokenize(tmp_path):
     expected_documents = write_texts(tmp_path / "in")
     arguments = ("byte", Rules(FIELDS), 5000)
     totals = text.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=3)
-    encoding = get_tokenizer("byte")
+    encoding = find("byte").known
     expected = [token for document in expected_documents for token in [*encoding.encode_ordinary(document), 256]]
     names = sorted(content(tmp_path / "out"))
     assert tokens_in(tmp_path / "out") == expected and len(names) == totals["files"] > 3
@@ -642,7 +642,7 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
         words = words[:place] + "\n<|endoftext|>\n" + words[place:]
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + words.encode())
-    encoding = get_tokenizer("gpt2")
+    encoding = find("gpt2").known
     whole = split_whole(words, split) if split else [words]
     totals = text.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000, workers=2)
     expected = [token for document in whole for token in [*encoding.encode_ordinary(document), 50256]]

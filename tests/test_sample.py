@@ -125,7 +125,7 @@ def test_writer():
 
     first, second = "a\u00e9\U0001f600".encode(), b"\xff\xfe\xffxy"
     out = []
-    writer = sample.Writer(tokenizers.get_tokenizer("byte").decode, ["1:", "2:"], out.append)
+    writer = sample.Writer(tokenizers.find("byte").decode, ["1:", "2:"], out.append)
     for i in range(8):
         writer.add([first[i] if i < len(first) else None, second[i] if i < len(second) else None])
         if i == 0:
@@ -244,4 +244,4 @@ def test_mistakes(checkpoint, tmp_path, capsys):
         got, _, err = main(capsys, *args)
         assert (got, words in err) == (code, True), (args, got, err)
     with pytest.raises(ConfigError, match="not the tokenizer"):
-        sample.encode(["é"], sample.Tokenizer(lambda text: list(text.encode()), str, None), Config(vocab_size=150))
+        sample.encode(["é"], tokenizers.find("byte"), Config(vocab_size=150))

@@ -20,7 +20,7 @@ import configs
 from refocused.bucket import gcs
 from refocused.bucket.transfer import Bar, check_space, exclusive, has_size, in_parallel, part_size
 from refocused.shards import prepare, shard
-from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.tokenizers import end_of_text
 
 STREAMS = 8  # files at once; the client's connection pool holds 10
 INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a file counts
@@ -130,7 +130,7 @@ def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> None:
     try:
         shard.Shard.open(folder, path)
     except shard.PackedShard:
-        settings = {"vocab_size": cfg.vocab_size, "end_of_text": END_OF_TEXT[cfg.tokenizer]}
+        settings = {"vocab_size": cfg.vocab_size, "end_of_text": end_of_text(cfg.tokenizer, "unpacking")}
         prepare.convert(folder / path, folder, path, settings)
 
 

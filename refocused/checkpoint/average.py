@@ -22,6 +22,7 @@ from refocused.checkpoint import manifest, tensors
 from refocused.checkpoint.export import check_free, coming
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.shards import tokenizers
 
 
 class Weights:
@@ -89,7 +90,9 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
         "run": {"torch": torch.__version__},
     }
     shapes = {key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in members[0].there.items()}
-    tensors.save_alone(final, shapes, state, Mean(members, weights))
+    names = (tokenizers.FILE, tokenizers.SETTINGS)
+    files = {name: (newest.path / name).read_bytes() for name in names if (newest.path / name).is_file()}
+    tensors.save_alone(final, shapes, state, Mean(members, weights), files)
     return final
 
 

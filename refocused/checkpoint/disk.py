@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from refocused.checkpoint import order
 from refocused.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    STATE,
     CheckpointError,
     digest,
     encode_manifest,
@@ -39,10 +38,16 @@ TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is wr
 
 
 def commit(
-    temporary: Path, final: Path, save_id: str, files: dict[str, dict[str, Any]], state: bytes, generation: int
+    temporary: Path,
+    final: Path,
+    save_id: str,
+    files: dict[str, dict[str, Any]],
+    more: Mapping[str, bytes],
+    generation: int,
 ) -> None:
-    """Complete the temporary directory, whose `files` are durable, and make it the checkpoint `final`."""
-    write_file(temporary / STATE, state)
+    """Complete the temporary directory, whose `files` are durable, by `more`: that is the checkpoint `final`."""
+    for name, content in more.items():
+        write_file(temporary / name, content)
     manifest = {
         "format": FORMAT,
         "name": final.name,
@@ -50,7 +55,7 @@ def commit(
         "step": step_of(final.name),
         "generation": generation,
         "time": int(time.time()),
-        "files": {**files, STATE: digest(temporary / STATE)},
+        "files": {**files, **{name: digest(temporary / name) for name in more}},
     }
     put(temporary, final, save_id, encode_manifest(manifest))
 

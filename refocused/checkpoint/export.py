@@ -33,7 +33,6 @@ from refocused.checkpoint.folder import (
     load,
     read_folder,
     write_configs,
-    write_json,
     write_weights,
 )
 from refocused.checkpoint.manifest import CheckpointError
@@ -93,10 +92,13 @@ def card(source: Source, dtype: str) -> str:
     cfg, state = source.cfg, source.state
     total, body = num_parameters(cfg)
     run, trained_on = state.get("run", {}), state.get("data", {})
+    known = tokenizers.fits(cfg.tokenizer, cfg.vocab_size)
+    tokenizer = f"{known.size:,} ids, {known.identity}" if known else "not known"
     facts = [
         ("architecture", f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)"),
         ("shape", f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads"),
-        ("tokenizer", f"{source.tokenizer or 'of the imported model'}, {cfg.vocab_size:,} ids"),
+        ("tokenizer", tokenizer),
+        ("vocabulary", f"{cfg.vocab_size:,} ids"),
         ("context", f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}"),
         ("checkpoint", source.path.name),
         ("optimizer steps", f"{state['step']:,}"),
@@ -130,6 +132,22 @@ model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 ```
 """
+
+
+def write_tokenizer(cfg: Config, folder: Path) -> str:
+    """The files of the tokenizer that the model was trained with, if that is known; a line that says which it is."""
+    without = "without tokenizer files"
+    if not cfg.tokenizer:
+        return f"{without}: the checkpoint does not know which tokenizer made the ids that it was trained on"
+    known = tokenizers.find(cfg.tokenizer)
+    if known.size > cfg.vocab_size:
+        return f"{without}: tokenizer={known.name} has {known.size:,} ids, the model {cfg.vocab_size:,}: not the one"
+    try:
+        for name, content in known.files(cfg.max_position_embeddings).items():
+            (folder / name).write_bytes(content)
+    except DataError as error:
+        return f"{without}: {error}"
+    return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}"
 
 
 def check_free(out: Path) -> None:
@@ -205,15 +223,7 @@ def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
         write_configs(source, folder, dtype)
         write_weights(model, folder, dtype)
         (folder / "README.md").write_text(card(source, args.dtype), encoding="utf-8")
-        if source.tokenizer is None:
-            print("without tokenizer files: copy those of the imported folder")
-        else:
-            try:
-                files = tokenizers.transformers_files(source.tokenizer, source.cfg.max_position_embeddings)
-                for name, content in files.items():
-                    write_json(folder / name, content)
-            except DataError as error:
-                print(f"without tokenizer files: {error}")
+        print(write_tokenizer(source.cfg, folder))
         if args.onnx:
             difference = write_onnx(model, folder / "onnx/model.onnx")
             print(
@@ -243,9 +253,16 @@ def main_import(argv: list[str]) -> int:
         "run": {"torch": torch.__version__},
     }
     final = manifest.name(0, 0, 0)
+    known = tokenizers.find(source.cfg.tokenizer) if source.cfg.tokenizer else None
+    files = known.files(source.cfg.max_position_embeddings) if known else {}
     with coming(args.out) as folder:
-        tensors.save_alone(folder / final, tensors.state_tree(model), state)
-    print(f"{source} -> {args.out / final}\ntrain from it with: {train_command(args.out, source.cfg)}")
+        tensors.save_alone(folder / final, tensors.state_tree(model), state, files=files)
+    print(f"{source} -> {args.out / final}")
+    if known:
+        print(f"make shards for it with: python data.py tokenize TEXTS SHARDS --tokenizer {shlex.quote(str(args.out))}")
+    else:
+        print(f"without a tokenizer: {args.folder} has no {tokenizers.FILE}; nothing says which text its ids are")
+    print(f"train from it with: {train_command(args.out, source.cfg)}")
     return 0
 
 
@@ -258,6 +275,7 @@ def train_command(start: Path, cfg: Config) -> str:
         "output_dir": f"out/{start.name}",
         "logging_dir": f"logs/{start.name}",
         "data_dir": "SHARDS",
+        "tokenizer": start if cfg.tokenizer else "none",
     }
     settings = [*places.items(), *((key, getattr(cfg, key)) for key in keys)]
     return f"python train.py {shlex.join(['configs/demo.py', *(f'{key}={value}' for key, value in settings)])}"

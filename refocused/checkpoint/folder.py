@@ -1,5 +1,6 @@
 """The model alone: a verified checkpoint or a Hugging Face folder, read and written. Nothing here needs Transformers."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -16,7 +17,7 @@ from configs import Config
 from model import SAME_NAME, GPTNeoX, from_hf_config, num_parameters, to_hf_config
 from refocused.checkpoint import manifest, schema, tensors
 from refocused.checkpoint.manifest import CheckpointError
-from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards import tokenizers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 5_000_000_000  # per model file, the hub's custom
@@ -37,24 +38,22 @@ class Source(NamedTuple):
     def of(cls, path: Path, state: dict[str, Any]) -> "Source":
         """A checkpoint with its state.json; keys of its config that this version does not know are left out.
 
-        Raises CheckpointError where its config is none.
+        Its tokenizer is the file that it holds, else the one that the config names; of an import without, unknown.
+        Raises CheckpointError where its config is none, ConfigError where its tokenizer's file is none.
         """
         try:
             cfg = Config(**{key: value for key, value in state["config"].items() if key in configs.KEYS})
         except MALFORMED as error:
             raise CheckpointError(f"{path} holds no config that can be used: {error}") from error
-        return cls(
-            path, cfg, state, state.get("eos_token_id") if "imported_from" in state else END_OF_TEXT[cfg.tokenizer]
-        )
+        if (own := path / tokenizers.FILE).is_file():
+            cfg = dataclasses.replace(cfg, tokenizer=str(own))
+        elif "imported_from" in state:
+            cfg = dataclasses.replace(cfg, tokenizer=None)
+        return cls(path, cfg, state, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else state.get("eos_token_id"))
 
     @property
     def is_hf(self) -> bool:
         return not self.state
-
-    @property
-    def tokenizer(self) -> str | None:
-        """The name of the tokenizer; None where a folder, not we, knows it."""
-        return None if self.is_hf or "imported_from" in self.state else self.cfg.tokenizer
 
     def __str__(self) -> str:
         trained = "" if self.is_hf else f", step {self.state['step']:,}"
@@ -75,7 +74,8 @@ def hf_source(path: Path) -> Source:
             raise ValueError(f"eos_token_id={str(hf['eos_token_id'])[:80]} is no id of a token")
         ours = {key: configs.convert(key, value) for key, value in from_hf_config(hf).items()}
         length = min(Config.sequence_length, ours.get("max_position_embeddings", Config.sequence_length))
-        cfg = Config(**ours, sequence_length=length)
+        tokenizer = str(path / tokenizers.FILE) if (path / tokenizers.FILE).is_file() else None
+        cfg = Config(**ours, sequence_length=length, tokenizer=tokenizer)
     except MALFORMED as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from error
     return Source(path, cfg, {}, end)

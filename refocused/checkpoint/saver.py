@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Saver:
     """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
 
     A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank. One of
-    tensors that are not all finite fails so too. `generation` is the highest of any save that the run knows of.
+    tensors that are not all finite fails so too. `generation` is the highest of any save that the run knows of;
+    `files`, by name, what else every checkpoint holds.
     A save may wait, written but not committed, for settle(): weights that an update has just ruined look like any others
     until a loss is computed with them, and would take the place of the good ones.
     Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
@@ -37,9 +39,11 @@ class Saver:
         save_total_limit: int = 0,
         keep_every: int = 0,
         generation: int | None = None,
+        files: Mapping[str, bytes] | None = None,
     ):
         self.output_dir = Path(output_dir)
         self.generation = manifest.generation(output_dir) if generation is None else generation
+        self.files = files or {}
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
         self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -75,7 +79,8 @@ class Saver:
         source = self._host.copy(part) if self.async_save else {key: local_part(t) for key, t in part.items()}
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
         need = sum(t.nbytes for t in tree.values())
-        self._saving = self._thread.submit(self._write, start, name, part, source, text.encode(), need)
+        more = {manifest.STATE: text.encode(), **self.files}
+        self._saving = self._thread.submit(self._write, start, name, part, source, more, need)
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
@@ -121,13 +126,19 @@ class Saver:
             self._saving = None
 
     def _write(
-        self, start: float, name: str, part: dict[str, Tensor], source: dict[str, Tensor], state: bytes, need: int
+        self,
+        start: float,
+        name: str,
+        part: dict[str, Tensor],
+        source: dict[str, Tensor],
+        more: dict[str, bytes],
+        need: int,
     ) -> None:
         try:
             box = [secrets.token_hex(8)]
             dist.broadcast_object_list(box, group=self.group, group_src=0)
             self.generation += 1
-            writer = Writer(self.output_dir / name, box[0], state, need, self.generation)
+            writer = Writer(self.output_dir / name, box[0], more, need, self.generation)
             dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
             if not self._proof.result():  # no failure: it counts no more than what it would have replaced
                 if os.environ.get("LOCAL_RANK", "0") == "0":

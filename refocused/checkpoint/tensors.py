@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,10 +112,10 @@ class Writer(dcp.HuggingFaceStorageWriter):
     the training loop, for 1.5 s per 512 MB; safetensors' save_file does neither.
     """
 
-    def __init__(self, final: Path, save_id: str, state: bytes, need: int, generation: int):
+    def __init__(self, final: Path, save_id: str, more: Mapping[str, bytes], need: int, generation: int):
         self.folder = final.with_name(f"{disk.TEMPORARY}{save_id}-{final.name}")
         super().__init__(str(self.folder), save_distributed=True)
-        self.final, self.id, self.state, self.need, self.generation = final, save_id, state, need, generation
+        self.final, self.id, self.more, self.need, self.generation = final, save_id, more, need, generation
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         os.makedirs(self.folder, exist_ok=True)
@@ -157,7 +158,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         self.files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
 
     def commit(self) -> None:
-        disk.commit(self.folder, self.final, self.id, self.files, self.state, self.generation)
+        disk.commit(self.folder, self.final, self.id, self.files, self.more, self.generation)
 
 
 def check_finite(key: str, t: Tensor) -> None:
@@ -168,13 +169,21 @@ def check_finite(key: str, t: Tensor) -> None:
             raise CheckpointError(f"{key} has values that are not finite")
 
 
-def save_alone(final: Path, tree: dict[str, Tensor], state: dict[str, Any], source: Source | None = None) -> None:
+def save_alone(
+    final: Path,
+    tree: dict[str, Tensor],
+    state: dict[str, Any],
+    source: Source | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """One blocking save by one process, which needs no process group. Raises CheckpointError.
 
     source: where the values are, if the tree is only their shapes; each is asked for once, when it is written.
+    files: what else belongs to the checkpoint, by name.
     """
     need, generation = sum(t.nbytes for t in tree.values()), manifest.generation(final.parent) + 1
-    writer = Writer(final, secrets.token_hex(8), json.dumps(state).encode(), need, generation)
+    more = {manifest.STATE: json.dumps(state).encode(), **(files or {})}
+    writer = Writer(final, secrets.token_hex(8), more, need, generation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
         try:

@@ -23,7 +23,7 @@ from refocused.entry import parse_with_settings
 from refocused.run import exits, failures, processes
 from refocused.run.evaluate import Score, byte_table, score
 from refocused.shards.shard import DataError
-from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.tokenizers import end_of_text
 
 
 def figures(found: Score) -> dict[str, Any]:
@@ -37,27 +37,24 @@ def figures(found: Score) -> dict[str, Any]:
 
 
 def line(found: Score) -> str:
-    bits = "n/a, tokenizer= is not known" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+    bits = "n/a, by this tokenizer" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
     return (
         f"loss {found.mean:.4f} | perplexity {math.exp(min(found.mean, 700)):.2f} | bits per byte {bits} | "
         f"{int(found.tokens):,} tokens, {int(found.bytes):,} bytes"
     )
 
 
-def evaluate(
-    source: Source, cfg: Config, tokenizer: str | None, env: processes.Env
-) -> tuple[data.Dataset, dict[str, Score]]:
+def evaluate(source: Source, cfg: Config, env: processes.Env) -> tuple[data.Dataset, dict[str, Score]]:
     """The data, and for each of its held-out shards the score of the model at `source` on that one's fixed windows.
 
-    tokenizer: the name of the one that made the shards, None for that of the source's folder. Collective.
-    Raises CheckpointError, DataError.
+    Collective. Raises CheckpointError, DataError.
     """
     dataset = data.open_dataset(cfg)
     if not dataset.num_eval_samples:
         raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")
     model = folder.load(source).to(env.device)
-    model.end = END_OF_TEXT[cfg.tokenizer] if cfg.mask_documents else None
-    lengths = byte_table(tokenizer or source.path / "tokenizer.json", cfg.vocab_size)
+    model.end = end_of_text(cfg.tokenizer, "mask_documents") if cfg.mask_documents else None
+    lengths = byte_table(cfg.tokenizer, cfg.vocab_size)
     ids = dataset.eval_ids(cfg.eval_samples)
     shards = np.array([path for path, _ in dataset.locate(ids)])
     scores = {}
@@ -86,7 +83,7 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
         source = processes.on_rank_0(find, options.checkpoint)
         cfg = dataclasses.replace(source.cfg, **values)
         processes.check_precision(cfg, env.device)
-        dataset, scores = evaluate(source, cfg, values.get("tokenizer", source.tokenizer), env)
+        dataset, scores = evaluate(source, cfg, env)
     except Exception as error:
         code, text = failures.explain(error)
         failures.say(error, lambda: print(text, file=sys.stderr, flush=True))

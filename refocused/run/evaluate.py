@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from configs import Config
 from refocused.run import processes, strategy
 from refocused.run.signals import StopSignal
 from refocused.shards.shard import DataError
-from refocused.shards.tokenizers import file_bytes, token_bytes
+from refocused.shards.tokenizers import fits
 
 
 class Score(NamedTuple):
@@ -35,16 +34,18 @@ class Score(NamedTuple):
 
 
 @functools.cache
-def byte_table(tokenizer: str | Path, vocab_size: int) -> Tensor | None:
-    """int64 (vocab_size or more): bytes per id; None where no tokenizer can be had. Collective, once.
+def byte_table(tokenizer: str | None, vocab_size: int) -> Tensor | None:
+    """int64 (vocab_size): bytes per id; None where the tokenizer cannot say or is not the model's. Collective, once."""
 
-    tokenizer: a name, or the tokenizer.json of a Hugging Face folder.
-    """
+    def lengths() -> list[int] | None:
+        known = fits(tokenizer, vocab_size)
+        return known.byte_lengths() if known else None
+
     try:
-        known = processes.on_rank_0(token_bytes if isinstance(tokenizer, str) else file_bytes, tokenizer)
+        known = processes.on_rank_0(lengths)
     except DataError:
         return None
-    return torch.tensor(known + [0] * (vocab_size - len(known)))
+    return torch.tensor(known + [0] * (vocab_size - len(known))) if known else None
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from configs import Config, ConfigError
 from model import GPTNeoX, Head, initial_value, softmax_loss
 from refocused.run.processes import DTYPES, Env
-from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.tokenizers import end_of_text
 
 
 def build(cfg: Config, env: Env) -> torch.nn.Module:
     """The model, wrapped, initialised from (seed, parameter name) and compiled; its parameters are on the device."""
     with torch.device("meta"):
-        model = GPTNeoX(cfg, END_OF_TEXT[cfg.tokenizer] if cfg.mask_documents else None)
+        model = GPTNeoX(cfg, end_of_text(cfg.tokenizer, "mask_documents") if cfg.mask_documents else None)
     whole: torch.nn.Module = model
     if cfg.parallel == "fsdp":
         shard(model, cfg, env)

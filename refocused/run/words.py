@@ -10,6 +10,7 @@ from refocused.checkpoint import manifest
 from refocused.checkpoint.choice import Choice
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.optim import learning_rate
+from refocused.shards.tokenizers import find
 
 
 def count(n: float) -> str:
@@ -69,8 +70,16 @@ def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
         )
     if not isinstance(dataset, str):
         notes += dataset.notes
-    if cfg.tokenizer == "byte" and cfg.vocab_size > 512:
-        notes.append(f"tokenizer=byte has 257 ids: of vocab_size={cfg.vocab_size:,} the others are never used")
+    ids = find(cfg.tokenizer).size if cfg.tokenizer else cfg.vocab_size
+    if ids > cfg.vocab_size:
+        notes.append(
+            f"tokenizer={cfg.tokenizer} has {ids:,} ids, vocab_size={cfg.vocab_size:,}: not the one of these shards; no text "
+            "samples, no bits per byte, no tokenizer in an export (tokenizer=none says so)"
+        )
+    elif 2 * ids < cfg.vocab_size:
+        notes.append(
+            f"tokenizer={cfg.tokenizer} has {ids:,} ids: of vocab_size={cfg.vocab_size:,} the others are never used"
+        )
     if cfg.intermediate_size > 8 * cfg.hidden_size:
         notes.append(
             f"intermediate_size={cfg.intermediate_size} is {cfg.intermediate_size / cfg.hidden_size:g} times "

@@ -19,7 +19,7 @@ from configs import Config
 from refocused.shards import write
 from refocused.shards.prepare import is_intact
 from refocused.shards.shard import DataError, Shard
-from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.tokenizers import ENCODINGS
 
 DEMO_SHARDS = 6
 DEMO_HELD_OUT = 0.04  # of the text, in one more shard
@@ -103,10 +103,10 @@ def demo(folder: Path, short: bool = False) -> None:
             last = int(np.searchsorted(ends, cut, "right"))
             chunks = [np.frombuffer(text + b"\0", np.uint8).astype(np.uint16) for _, text in documents[first:last]]
             for chunk in chunks:
-                chunk[-1] = END_OF_TEXT["byte"]
+                chunk[-1] = ENCODINGS["byte"][0]
             part = f"{kind}/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
             path = f"{part}/tokenized_cleaned_{part.replace('/', '_')}.npz"
-            write.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {})
+            write.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {"tokenizer": "byte"})
             made[path] = f"{Shard.open(building, path).crc32:08x}"
             first = last
         write.write_atomically(building / made_file.name, lambda file: file.write(json.dumps(made, indent=1).encode()))

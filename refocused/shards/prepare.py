@@ -27,7 +27,7 @@ from refocused.shards import shard, write
 from refocused.shards.flat import BIN_DTYPES
 from refocused.shards.shard import DataError, Shard, WriteError
 from refocused.shards.source import FLAT, KINDS, MAX_RATIO, Source, zip_identity
-from refocused.shards.tokenizers import END_OF_TEXT, get_tokenizer
+from refocused.shards.tokenizers import HELP, find
 from refocused.shards.walk import find_files, find_sources
 
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
@@ -52,11 +52,13 @@ def prepare(
     workers: int = 0,
     max_ratio: float = MAX_RATIO,
     bin_dtype: str | None = None,
+    maker: tuple[str, str] | None = None,
 ) -> dict[str, int]:
     """Converts .npz, .npy and .bin files, source or all below it, to mapped shards of the same relative name in target.
 
     What is there already, from the same source and intact, is kept. A bad file does not stop the others; the DataError
-    at the end names all of them. Returns totals: files, kept, tokens, documents, padding, largest_id, skipped.
+    at the end names all of them. maker: (identity, name) of the tokenizer, for the shards to note; else what a source
+    notes. Returns totals: files, kept, tokens, documents, padding, largest_id, skipped.
     """
     if not 0 <= end_of_text < vocab_size:
         raise DataError(
@@ -73,7 +75,7 @@ def prepare(
         if (twin := made.setdefault(mapped_name(path), path)) != path:
             raise DataError(f"{path} and {twin} would become one shard; rename one of them")
     with write.locked(target):
-        return convert_all(source, target, paths, vocab_size, end_of_text, workers, max_ratio, bin_dtype)
+        return convert_all(source, target, paths, vocab_size, end_of_text, workers, max_ratio, bin_dtype, maker)
 
 
 def others(paths: list[str]) -> str:
@@ -93,11 +95,12 @@ def convert_all(
     workers: int = 0,
     max_ratio: float = MAX_RATIO,
     bin_dtype: str | None = None,
+    maker: tuple[str, str] | None = None,
 ) -> dict[str, int]:
     """prepare for these paths, the target being locked."""
     write.remove_stale(target)
     settings = {"vocab_size": vocab_size, "end_of_text": end_of_text}
-    jobs = [(source / path, target, path, settings, max_ratio, bin_dtype) for path in paths]
+    jobs = [(source / path, target, path, settings, max_ratio, bin_dtype, maker) for path in paths]
     return run_jobs(convert, jobs, workers, f"preparing {target}")
 
 
@@ -108,6 +111,7 @@ def convert(
     settings: dict[str, int],
     max_ratio: float = MAX_RATIO,
     bin_dtype: str | None = None,
+    maker: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Makes target/path from file; settings are vocab_size and end_of_text. Returns the report, with kept=1 if it is there.
 
@@ -115,11 +119,12 @@ def convert(
     """
     source = Source(file, **settings, max_ratio=max_ratio, bin_dtype=bin_dtype)
     path = mapped_name(path)
-    old = write.read_note(target / path)
-    if old and source.note.items() <= old.items() and is_intact(target, path):
+    maker, old = maker or shard.made_with(write.read_note(file)), write.read_note(target / path)
+    settled = {**source.note, **({"tokenizer": maker[0], "tokenizer_name": maker[1]} if maker else {})}
+    if settled.items() <= old.items() and is_intact(target, path):
         return {**old["report"], "kept": 1}
     report: dict[str, Any] = {}
-    note = {**source.note, "report": report}
+    note = {**settled, "report": report}
     write.write_shard(target / path, source.out_dtype, source.count, source.chunks(report), note)
     return report
 
@@ -206,29 +211,40 @@ def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[
     if any(not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_files(folder, "*.npz")):
         keys.append("'tokenized_file_pattern=*.npz'")
     if tokenizer != Config.tokenizer:
-        keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or get_tokenizer(tokenizer).n_vocab}"]
+        keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or find(tokenizer).size}"]
     elif vocab_size:
         keys.append(f"vocab_size={vocab_size}")
     return keys
 
 
+def common_arguments(*folders: str) -> argparse.ArgumentParser:
+    """What the commands about shards have in common: a parent for their parsers."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for folder in folders:
+        parser.add_argument(folder, type=Path)
+    parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP}; {Config.tokenizer} unless said")
+    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
+    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="so many at once")
+    return parser
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py prepare", description="Compressed or padded .npz, .npy and .bin -> shards that are mapped."
-    )
-    parser.add_argument("SRC", type=Path)
-    parser.add_argument("DST", type=Path)
-    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="processes")
+        prog="data.py prepare", description="Compressed or padded .npz, .npy and .bin -> shards that are mapped.",
+        parents=[common_arguments("SRC", "DST")],
+    )  # fmt: skip
     parser.add_argument("--bin_dtype", choices=BIN_DTYPES, help="of .bin files; by default what their content shows")
     parser.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
     parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
-    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
-    end_of_text = END_OF_TEXT[args.tokenizer]
-    vocab_size = args.vocab_size or end_of_text + 1
-    end_of_text = end_of_text if args.end_of_text is None else args.end_of_text
-    totals = prepare(args.SRC, args.DST, vocab_size, end_of_text, args.workers, args.max_ratio, args.bin_dtype)
-    announce(totals, args.DST, args.tokenizer, args.vocab_size, time.perf_counter() - begin)
+    tokenizer = args.tokenizer or str(Config.tokenizer)
+    known = find(tokenizer)
+    end_of_text = known.end if args.end_of_text is None else args.end_of_text
+    named = args.tokenizer and args.end_of_text is None  # what nobody named is not known
+    maker = (known.identity, known.name) if named else None
+    totals = prepare(
+        args.SRC, args.DST, args.vocab_size or known.size, end_of_text, args.workers, args.max_ratio, args.bin_dtype, maker
+    )  # fmt: skip
+    announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
     return 0

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import mmap
 import os
 import struct
@@ -58,6 +59,21 @@ def zip_members(file: IO[bytes], path: Path) -> dict[str, zipfile.ZipInfo]:
     if encrypted := [entry.filename for entry in entries if entry.flag_bits & 1]:
         raise DataError(f"{path} has encrypted members: {', '.join(encrypted)}")
     return members
+
+
+def zip_note(file: IO[bytes]) -> dict[str, Any]:
+    """What write_shard noted in a zip, in its comment; {} for any other."""
+    try:
+        note = json.loads(zipfile.ZipFile(file).comment)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def made_with(note: dict[str, Any]) -> tuple[str, str] | None:
+    """(identity, name) of the tokenizer of which a shard's note says that it made it; None where it does not say."""
+    identity = note.get("tokenizer")
+    return (identity, str(note.get("tokenizer_name", identity))) if isinstance(identity, str) else None
 
 
 def token_member(members: dict[str, zipfile.ZipInfo], path: Path) -> zipfile.ZipInfo:
@@ -127,6 +143,7 @@ class Shard:
     file: Path
     shape: tuple[int, ...]  # (tokens,) or (rows, width)
     crc32: int  # of the member, from the zip directory
+    tokenizer: tuple[str, str] | None  # (identity, name) of the one that made it, if the file says so
     begin: int  # of the member's content, a .npy, in bytes
     offset: int  # of the first token
     size: int  # of the file, with its time of change: a file that differs from what was opened is not read
@@ -148,13 +165,15 @@ class Shard:
             status = os.fstat(fd)
             with open(fd, "rb", closefd=False) as stream:
                 shape, dtype, begin, offset, member = cls._find_tokens(stream, file, status.st_size)
+                maker = made_with(zip_note(stream))
             mapped = cls._map(fd, file)
         except OSError as error:  # such as a header that would lie before the file's first byte
             raise DataError(f"{file} is damaged or ends early: {error}") from error
         finally:
             os.close(fd)  # the map has one of its own
         tokens = np.ndarray(int(np.prod(shape)), dtype, mapped, offset)
-        return cls(path, file, shape, member.CRC, begin, offset, status.st_size, status.st_mtime_ns, mapped, tokens)
+        size, time_ns = status.st_size, status.st_mtime_ns
+        return cls(path, file, shape, member.CRC, maker, begin, offset, size, time_ns, mapped, tokens)
 
     @staticmethod
     def _map(fd: int, file: Path) -> mmap.mmap:

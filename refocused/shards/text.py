@@ -1,4 +1,4 @@
-"""Text files -> shards, through tiktoken."""
+"""Text files -> shards, through a tokenizer."""
 
 import argparse
 import hashlib
@@ -21,9 +21,9 @@ from refocused import entry
 from refocused.shards import write
 from refocused.shards.documents import END_OF_TEXT as MARK
 from refocused.shards.documents import PACKED, Rules, documents, kind
-from refocused.shards.prepare import TOTALS, add, announce, is_intact, others
+from refocused.shards.prepare import TOTALS, add, announce, common_arguments, is_intact, others
 from refocused.shards.shard import DataError
-from refocused.shards.tokenizers import END_OF_TEXT, get_tokenizer
+from refocused.shards.tokenizers import find
 from refocused.shards.walk import find_sources
 
 BATCH = 1 << 20  # bytes of text that a thread encodes at once; shards end where a batch ends
@@ -79,16 +79,17 @@ def tokenize(
     if left := [path for path in everything if not kind(path)]:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         print(f"left out, neither .txt nor .jsonl: {', '.join(left[:5])}{more}", file=sys.stderr)
-    encoding = get_tokenizer(tokenizer)
+    known = find(tokenizer)
+    dtype, end = np.dtype("<u2" if known.size <= 1 << 16 else "<u4"), [known.end]
     files = [source / path for path in paths]
     threads = workers or os.cpu_count() or 1
 
     def encode(batch: Batch) -> tuple[Batch, np.ndarray]:
-        parts = []
-        for text, complete in batch.texts:  # special tokens in a text are text
-            parts += [encoding.encode_to_numpy(text, disallowed_special=())] if text else []
-            parts += [[encoding.eot_token]] if complete else []
-        return batch, np.concatenate(parts).astype(np.uint16) if parts else np.empty(0, np.uint16)
+        parts = [np.empty(0, dtype)]
+        ids = known.encode_documents([text for text, _ in batch.texts])
+        for tokens, (_, complete) in zip(ids, batch.texts, strict=True):
+            parts += [tokens.astype(dtype), np.array(end if complete else [], dtype)]
+        return batch, np.concatenate(parts)
 
     with write.locked(target), ThreadPoolExecutor(threads) as pool:
         write.remove_stale(target)
@@ -98,7 +99,7 @@ def tokenize(
             raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
         settings = {
             "sources": hashlib.sha256(json.dumps([*zip(paths, contents, strict=True)]).encode()).hexdigest(),
-            "tokenizer": tokenizer,
+            "tokenizer": known.identity,
             "fields": rules.fields,
             "split": rules.split,
             "on_error": "skip" if rules.skip_errors else "stop",
@@ -119,9 +120,10 @@ def tokenize(
                 report["largest_id"] = max(report["largest_id"], int(tokens.max(initial=0)))
                 last = batch.next[0] == len(files)
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
-                    note = {**settings, "begin": begin, "next": batch.next, "report": report}
+                    note = {**settings, "tokenizer_name": known.name}
+                    note |= {"begin": begin, "next": batch.next, "report": report}
                     file = target / shard_name(totals["files"])
-                    write.write_shard(file, np.dtype("<u2"), report["tokens"], parts, note)
+                    write.write_shard(file, dtype, report["tokens"], parts, note)
                     add(totals, report)
                     begin, parts, report = batch.next, [], dict(new)
                 bar.update(batch.size)
@@ -144,7 +146,7 @@ def finished(target: Path, settings: dict[str, Any]) -> tuple[dict[str, int], Pl
     """Totals of the intact shards that an earlier run left, and where it stopped in the sources. Raises DataError."""
     totals, start = dict.fromkeys(TOTALS, 0), (0, 0, 0)
     while (file := target / shard_name(totals["files"])).exists():
-        note = write.read_note(file) or {}
+        note = write.read_note(file)
         if differing := [key for key, value in settings.items() if note.get(key) != value]:
             raise DataError(
                 f"{file} was made from other {', '.join(differing)}; name another folder, or empty this one"
@@ -169,12 +171,9 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterator[A
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py tokenize", description="Text files (.txt, .jsonl, also as .gz or .zst) -> shards."
-    )
-    parser.add_argument("SRC", type=Path)
-    parser.add_argument("DST", type=Path)
-    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="threads")
+        prog="data.py tokenize", description="Text files (.txt, .jsonl, also as .gz or .zst) -> shards.",
+        parents=[common_arguments("SRC", "DST")],
+    )  # fmt: skip
     parser.add_argument("--fields", default="text", help="of a JSON line, joined; Reddit: body, or title,selftext")
     parser.add_argument(
         "--split", default="", metavar="MARK", help=f"between documents of a .txt, such as '{MARK.decode()}'"
@@ -184,6 +183,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     begin = time.perf_counter()
     rules = Rules(args.fields.split(","), args.split, args.on_error == "skip")
-    totals = tokenize(args.SRC, args.DST, args.tokenizer, rules, args.shard_tokens, args.workers)
-    announce(totals, args.DST, args.tokenizer, None, time.perf_counter() - begin)
+    tokenizer = args.tokenizer or str(Config.tokenizer)
+    totals = tokenize(args.SRC, args.DST, tokenizer, rules, args.shard_tokens, args.workers)
+    announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
     return 0

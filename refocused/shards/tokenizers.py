@@ -1,57 +1,304 @@
-"""The tokenizers: tiktoken's, and the files by which Transformers knows them."""
+"""The tokenizers: tiktoken's by their names, any other by its Hugging Face tokenizer.json; and how Transformers knows them."""
 
+import functools
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from refocused.shards.shard import DataError
+import numpy as np
 
-END_OF_TEXT = {"byte": 256, "gpt2": 50256}
+from configs import Config, ConfigError, nearest
+from refocused.shards.shard import DataError, Shard
+
+# {name: (id of end-of-text, number of ids)}, known without the vocabulary, which has to be fetched for all but byte
+ENCODINGS = {
+    "gpt2": (50256, 50257),
+    "byte": (256, 257),
+    "r50k_base": (50256, 50257),
+    "p50k_base": (50256, 50281),
+    "cl100k_base": (100257, 100277),
+    "o200k_base": (199999, 200019),
+}
+HELP = f"{', '.join(ENCODINGS)}, or a tokenizer.json, or a folder that has one"
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # what models call it, where nothing says so
+LARGEST = 1 << 24  # of an id; there is no vocabulary of millions
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+OURS = "tokenizer_of_the_run"  # in the settings that are written: [name, SHA-256 of the tokenizer.json beside them]
+# what a file of other content than meant comes to
+MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-def get_tokenizer(name: str) -> Any:
-    """The tiktoken.Encoding "byte" (256 bytes and end-of-text; needs no download) or "gpt2". Raises DataError."""
-    import tiktoken
+class Encoding:
+    """One of tiktoken's, or "byte", which needs no download.
 
-    if name == "byte":
-        return tiktoken.Encoding(
-            name="byte",
-            pat_str=r"(?s:.)",
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-            explicit_n_vocab=257,
+    name: for a reader; identity: by which shards and checkpoints know it; end: id of end-of-text; size: ids are below it.
+    """
+
+    def __init__(self, name: str):
+        self.name = self.identity = name
+        self.end, self.size = ENCODINGS[name]
+
+    @cached_property
+    def known(self) -> Any:
+        """The tiktoken.Encoding. Raises DataError."""
+        import tiktoken
+
+        if self.name == "byte":
+            return tiktoken.Encoding(
+                name="byte",
+                pat_str=r"(?s:.)",
+                mergeable_ranks={bytes([i]): i for i in range(256)},
+                special_tokens={"<|endoftext|>": 256},
+                explicit_n_vocab=257,
+            )
+        try:
+            return tiktoken.get_encoding(self.name)
+        except Exception as error:  # whatever its HTTP client raises
+            raise DataError(
+                f"tiktoken cannot fetch the {self.name} vocabulary; connect once, point TIKTOKEN_CACHE_DIR at a folder "
+                f"that holds it, or use the byte tokenizer, which needs none: {type(error).__name__}: {error}"
+            ) from error
+
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        return frozenset((*self.known._mergeable_ranks.values(), *self.known._special_tokens.values()))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt; special tokens in it are these tokens, as in Transformers."""
+        return self.known.encode(text, allowed_special="all")
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of texts in which special tokens are but text."""
+        return [self.known.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text; ids that only pad the vocabulary decode to nothing."""
+        return self.known.decode([i for i in ids if i in self.ids])
+
+    def byte_lengths(self) -> list[int]:
+        """Of each id, how many bytes of text it stands for; 0 for end-of-text and what else is no text."""
+        lengths = [0] * self.size
+        for token, rank in self.known._mergeable_ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
+    def files(self, max_length: int) -> dict[str, bytes]:
+        """{file name: content} by which Transformers loads it."""
+        content = as_json(tokenizer_json(self.name, self.known))
+        ours = [self.name, hashlib.sha256(content).hexdigest()]
+        return {FILE: content, SETTINGS: as_json(settings("<|endoftext|>", max_length, {}) | {OURS: ours})}
+
+
+class File:
+    """A tokenizer.json, with what an Encoding has. Only text to ids and back needs the package `tokenizers`.
+
+    Reading it, its end and its identity raise ConfigError; what needs the package DataError.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.name = f"{file.absolute().parent.name}/{file.name}"
+        try:
+            self.content = file.read_bytes()
+            self.json = json.loads(self.content)
+            vocab = self.json["model"]["vocab"]
+            if isinstance(vocab, list):  # Unigram's, with scores
+                vocab = {token: i for i, (token, _) in enumerate(vocab)}
+            self.added = {token["content"]: token for token in self.json.get("added_tokens") or ()}
+            self.vocab = {**vocab, **{token: entry["id"] for token, entry in self.added.items()}}
+            if not self.vocab or not all(type(i) is int and 0 <= i < LARGEST for i in self.vocab.values()):
+                raise ValueError("its vocabulary is empty or has ids that are none")
+            if not all(type(token) is str for token in self.vocab):
+                raise ValueError("its vocabulary has tokens that are no text")
+            self.own = {**beside(file, "special_tokens_map.json"), **beside(file, SETTINGS)}
+        except MALFORMED as error:
+            raise ConfigError(f"{file} is no tokenizer.json: {type(error).__name__}: {error}") from error
+        self.size = max(self.vocab.values()) + 1
+
+    @cached_property
+    def end(self) -> int:
+        """By the settings beside it, else a model's config.json there, else a special token that is usually called so."""
+        token = text_of(self.own.get("eos_token"))
+        if token in self.vocab:
+            return self.vocab[token]
+        try:
+            by_model = beside(self.file, "config.json").get("eos_token_id")
+        except MALFORMED:
+            by_model = None
+        by_model = by_model[0] if isinstance(by_model, list) and by_model else by_model
+        if type(by_model) is int and by_model in self.vocab.values():
+            return by_model
+        for token in ENDS:
+            if token in self.added:
+                return self.vocab[token]
+        special = ", ".join(list(self.added)[:5]) or "none"
+        raise ConfigError(
+            f"{self.file} does not say which token ends a text (its special tokens: {special}); name it in a file "
+            f'{SETTINGS} beside it: {{"eos_token": "..."}}'
         )
-    if name != "gpt2":
-        raise DataError(f"tokenizer={name} is unknown; there are byte and gpt2")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever its HTTP client raises
+
+    @cached_property
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.content).hexdigest()
+        for name in ENCODINGS:
+            if self.own.get(OURS) == [name, digest]:
+                return name  # an export of it
+        return f"sha256:{digest}, end-of-text {self.end}"
+
+    def load(self) -> Any:
+        """A tokenizers.Tokenizer. Raises DataError."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise DataError(f"{self.name} needs one more package: pip install tokenizers") from error
+        try:
+            known = tokenizers.Tokenizer.from_str(self.content.decode())
+        except Exception as error:  # it has no type of its own
+            raise DataError(f"{self.file} cannot be used: {error}") from error
+        known.no_truncation()  # which a file may ask for, from when it was used last
+        known.no_padding()
+        return known
+
+    @cached_property
+    def known(self) -> Any:
+        return self.load()
+
+    @cached_property
+    def plain(self) -> Any:
+        known = self.load()
+        known.encode_special_tokens = True  # as text
+        return known
+
+    def encode(self, text: str) -> list[int]:
+        return self.known.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        found = self.plain.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in found]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.known.decode(ids, skip_special_tokens=False)
+
+    def byte_lengths(self) -> list[int]:
+        """For a byte-level BPE, in which each letter of a token is a byte."""
+        decoder = self.json.get("decoder")
+        byte_level = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+        if not byte_level or self.json["model"].get("type") != "BPE":
+            raise DataError(f"{self.file} is no byte-level BPE: nothing says how many bytes a token is")
+        lengths = [0] * self.size
+        for token, i in self.vocab.items():
+            lengths[i] = len(token)
+        for token, entry in self.added.items():
+            lengths[entry["id"]] = 0 if entry.get("special") else len(token.encode(errors="replace"))
+        return lengths
+
+    def files(self, max_length: int) -> dict[str, bytes]:
+        spelled = {i: token for token, i in self.vocab.items()}
+        found = settings(spelled[self.end], max_length, self.own)
+        if self.identity in ENCODINGS:
+            found[OURS] = self.own[OURS]
+        return {FILE: self.content, SETTINGS: as_json(found)}
+
+
+Tokenizer = Encoding | File
+
+
+@functools.cache
+def find(name: str) -> Tokenizer:
+    """The tokenizer that tokenizer= names: what a file says is read once. Raises ConfigError.
+
+    A file may be named by its folder, or by a folder of checkpoints of which each has it.
+    """
+    if name in ENCODINGS:
+        return Encoding(name)
+    path = Path(name).expanduser()
+    candidates = [path, path / FILE, *sorted(path.glob(f"checkpoint-*/{FILE}"))[-1:]]
+    if not (file := next((candidate for candidate in candidates if candidate.is_file()), None)):
+        raise ConfigError(
+            f"tokenizer={name} is none of {', '.join(ENCODINGS)}, no tokenizer.json and no folder that has one"
+            f"{nearest(name, ENCODINGS)}; each checkpoint of a run keeps a copy of the run's file"
+        )
+    return File(file)
+
+
+def end_of_text(name: str | None, use: str) -> int:
+    """The id. Raises ConfigError, naming what needs it, where no tokenizer is known."""
+    if name is None:
+        raise ConfigError(f"{use} needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer")
+    return find(name).end
+
+
+def differ(one: str | None, other: str | None) -> bool:
+    """Whether both are known, and are two. Raises ConfigError."""
+    return bool(one and other) and find(str(one)).identity != find(str(other)).identity
+
+
+def fits(name: str | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer, if one is known and the model has all of its ids: else it was trained with another."""
+    known = find(name) if name else None
+    return known if known and known.size <= vocab_size else None
+
+
+def own_files(cfg: Config) -> dict[str, bytes]:
+    """What each checkpoint of a run holds of its tokenizer, so that both go to other machines together: a file's copy."""
+    known = find(cfg.tokenizer) if cfg.tokenizer else None
+    return known.files(cfg.max_position_embeddings) if isinstance(known, File) else {}
+
+
+def check_shards(shards: list[Shard], cfg: Config) -> str | None:
+    """The identity of cfg.tokenizer. Raises DataError where shards say that another one made them, ConfigError."""
+    if cfg.tokenizer is None:
+        return None
+    ours = find(cfg.tokenizer)
+    others = [shard for shard in shards if shard.tokenizer and shard.tokenizer[0] != ours.identity]
+    if others and not cfg.allow_data_change:
+        identity, name = others[0].tokenizer or ("", "")
+        known = name if identity == name else f"{name} ({identity})"
+        keys = f"tokenizer={name} vocab_size={ENCODINGS[name][1]}" if name in ENCODINGS else "tokenizer= to its path"
         raise DataError(
-            "tiktoken cannot fetch the gpt2 vocabulary; connect once, point TIKTOKEN_CACHE_DIR at a folder that holds it, "
-            f"or use the byte tokenizer, which needs none: {type(error).__name__}: {error}"
-        ) from error
+            f"{len(others)} of {len(shards)} shards of {cfg.data_dir}, such as {others[0].path}, were made with {known}, "
+            f"this run has tokenizer={cfg.tokenizer} ({ours.identity}), to which their ids are other text; set {keys}, "
+            "or make them anew with `python data.py tokenize`; allow_data_change=true trains on them all the same"
+        )
+    return ours.identity
 
 
-def token_bytes(name: str) -> list[int]:
-    """Of each id of "byte" or "gpt2", how many bytes of text it stands for; 0 for end-of-text. Raises DataError."""
-    lengths = [0] * (END_OF_TEXT[name] + 1)
-    for token, rank in get_tokenizer(name)._mergeable_ranks.items():
-        lengths[rank] = len(token)
-    return lengths
+# ---- files
 
 
-def file_bytes(file: Path) -> list[int]:
-    """token_bytes of a byte-level tokenizer.json, in which each letter of a token is a byte. Raises DataError."""
-    try:
-        content = json.loads(file.read_bytes())
-        if content["model"]["type"] != "BPE" or content["decoder"]["type"] != "ByteLevel":
-            raise DataError(f"{file} is no byte-level BPE")
-        sizes = {rank: len(token) for token, rank in content["model"]["vocab"].items()}
-        for token in content["added_tokens"]:
-            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no tokenizer.json: {error}") from error
-    return [sizes.get(rank, 0) for rank in range(max(sizes) + 1)]
+def as_json(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # half an emoji becomes the escape that JSON has for it
+
+
+def beside(file: Path, name: str) -> dict[str, Any]:
+    """The JSON object in another file of the same folder; {} if there is none. Raises what MALFORMED lists."""
+    other = file.with_name(name)
+    return dict(json.loads(other.read_bytes())) if other.is_file() else {}
+
+
+def text_of(token: Any) -> str | None:
+    """A token as Transformers writes it: its text, or an object with it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def settings(end: str, max_length: int, own: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json for Transformers 4 and 5; end: what end-of-text is written as, own: the file's that was."""
+    tokens = {key: text_of(own.get(key)) or end for key in SPECIAL}  # CTranslate2 wants a text for each
+    kept = {"chat_template": own["chat_template"]} if own.get("chat_template") else {}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        **tokens,
+        "eos_token": end,
+        "model_input_names": ["input_ids", "attention_mask"],  # else Transformers 4 makes token_type_ids
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        **kept,
+    }
 
 
 def byte_letters() -> list[str]:
@@ -63,34 +310,44 @@ def byte_letters() -> list[str]:
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge rules, in order, of a BPE known by its tokens' ranks: a token's two halves are what is left when its
-    bytes are merged by the earlier rules alone."""
+    bytes are merged by the earlier rules alone. A token that these do not lead to has no rule."""
     merges = []
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append((parts[0], parts[1]))
+        if parts[0] in ranks and parts[1] in ranks:
+            merges.append((parts[0], parts[1]))
     return merges
 
 
-def transformers_files(name: str, max_length: int) -> dict[str, dict[str, Any]]:
-    """{file name: its JSON} by which Transformers loads "byte" or "gpt2". Raises DataError where tiktoken has no vocabulary."""
-    known = get_tokenizer(name)
-    ranks, letters, end = known._mergeable_ranks, byte_letters(), "<|endoftext|>"
+def tokenizer_json(name: str, known: Any) -> dict[str, Any]:
+    """The content of tokenizer.json for a tiktoken.Encoding."""
+    ranks, letters = known._mergeable_ranks, byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(letters[b] for b in token)
 
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
+    old = name not in ("cl100k_base", "o200k_base")  # whose pattern is GPT-2's, or any byte by itself
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": old and name != "byte",
+    }
+    # Oniguruma takes {1,3}+ for a repetition of its own
+    pattern = {"Regex": known._pat_str.replace("{1,3}+", "{1,3}")}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    tokenizer = {
+    specials = sorted(known._special_tokens.items(), key=lambda item: item[1])
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": known.eot_token, "content": end, **special}],
+        "added_tokens": [{"id": i, "content": token, **special} for token, i in specials],
         "normalizer": None,
-        "pre_tokenizer": byte_level,
+        "pre_tokenizer": byte_level if old else {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
         "model": {
@@ -101,19 +358,8 @@ def transformers_files(name: str, max_length: int) -> dict[str, dict[str, Any]]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {spell(token): rank for token, rank in ranks.items()} | {end: known.eot_token},
+            "ignore_merges": not old,  # as tiktoken takes a piece that is a token whole
+            "vocab": {spell(token): rank for token, rank in ranks.items()} | dict(specials),
             "merges": [[spell(a), spell(b)] for a, b in merges_of(ranks)],
         },
     }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "pad_token": end,
-        "unk_token": end,  # never needed; CTranslate2 wants a text here, as GPT-2's own files have
-        "model_input_names": ["input_ids", "attention_mask"],  # else Transformers 4 makes token_type_ids
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}

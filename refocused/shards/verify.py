@@ -1,7 +1,6 @@
 """Every byte of a set against its checksum, every id against the vocabulary."""
 
 import argparse
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 from tqdm import tqdm
 
 from configs import Config
-from refocused import entry
-from refocused.shards.prepare import others, process_pool
+from refocused.shards.prepare import common_arguments, others, process_pool
 from refocused.shards.shard import DTYPES, DataError, Shard
 from refocused.shards.source import MAX_RATIO, Source
-from refocused.shards.tokenizers import END_OF_TEXT
+from refocused.shards.tokenizers import find
 from refocused.shards.walk import find_files
 
 
@@ -65,13 +63,11 @@ def examine(folder: Path, path: str, vocab_size: int, fast: bool, max_ratio: flo
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary."
-    )
-    parser.add_argument("DIR", type=Path)
-    parser.add_argument("--tokenizer", choices=END_OF_TEXT, default=Config.tokenizer)
-    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="processes")
+        prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary.",
+        parents=[common_arguments("DIR")],
+    )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="headers only")
     parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
-    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
     args = parser.parse_args(argv)
-    return verify(args.DIR, args.vocab_size or END_OF_TEXT[args.tokenizer] + 1, args.fast, args.workers, args.max_ratio)
+    vocab_size = args.vocab_size or find(args.tokenizer or str(Config.tokenizer)).size
+    return verify(args.DIR, vocab_size, args.fast, args.workers, args.max_ratio)

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from refocused.shards.shard import WriteError
+from refocused.shards.shard import WriteError, zip_note
 
 ALIGNMENT = 64  # of the first token in a file that is written here
 
@@ -79,14 +79,13 @@ def remove_stale(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
-    """The note of a shard that write_shard made, None for any other file."""
+def read_note(path: Path) -> dict[str, Any]:
+    """The note of a shard that write_shard made, {} for any other file and for none."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            note = json.loads(archive.comment)
-        return note if isinstance(note, dict) else None
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return None
+        with open(path, "rb") as file:
+            return zip_note(file)
+    except OSError:
+        return {}
 
 
 @contextmanager
