@@ -234,9 +234,10 @@ def _check(cfg: Config) -> None:
     below = D // H * H
     near = f"{below} and {below + H}" if below else f"{H}"
     require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
+    require(cfg.rotary_pct <= 1, f"rotary_pct={cfg.rotary_pct} must be at most 1: more than a whole head cannot be rotated")
     rotary = int(cfg.head_dim * cfg.rotary_pct)
     require(
-        cfg.rotary_pct <= 1 and rotary % 2 == 0,
+        rotary % 2 == 0,
         f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {cfg.head_dim} dimensions per head; "
         f"it must be an even number between 0 and {cfg.head_dim}, e.g. rotary_pct={(rotary // 2 * 2 or 2) / cfg.head_dim:g}",
     )

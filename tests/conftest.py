@@ -62,3 +62,5 @@ def server(monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=200, help="SIGKILLs of the long storm, with -m slow")
+    parser.addoption("--minutes", type=float, default=30, help="how long tests/test_storm.py goes on, with -m slow")
+    parser.addoption("--seed", type=int, default=0, help="the same storm once more, with -m slow")

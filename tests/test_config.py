@@ -66,6 +66,7 @@ def test_values(text, value):
         (["parallel=dp"], "did you mean ddp"),
         (["hidden_size=100", "num_attention_heads=16"], "nearest sizes: 96 and 112"),
         (["rotary_pct=0.02"], "even number"),
+        (["rotary_pct=1e308"], "at most 1"),  # times a head's size it is no number
         (["upload_deadline_seconds=inf"], "upload_deadline_seconds"),
         (["parallel=fsdp", "cpu_offload=true", "mixed_precision=fp16"], "scaler cannot follow; use bf16"),
         (["parallel=fsdp", "cpu_offload=true", "optimizer=muon"], "cpu_offload=true with optimizer=muon"),

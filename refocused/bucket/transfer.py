@@ -92,7 +92,8 @@ def check_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free - RESERVE
     if need > free:
         raise gcs.BucketError(
-            f"{need / 1e9:,.2f} GB are still to come and {folder} has {max(0, free) / 1e9:,.2f} GB free; "
+            f"{need / 1e9:,.2f} GB are still to come and {folder} has room for {max(0, free) / 1e9:,.2f} GB, "
+            f"with {RESERVE >> 20} MiB left free; "
             "free some space, or choose another folder or fewer files"
         )
 

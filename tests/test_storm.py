@@ -1,0 +1,441 @@
+"""The storm: a run that is killed, stopped, starved and misled at random ends as if nothing had happened.
+
+pytest tests/test_storm.py                                    a few faults, as part of the suite
+pytest -m slow -n 0 -s tests/test_storm.py --minutes 30       the long one, with --seed N the same once more
+
+The storm plays the supervisor: it starts one command with resume=latest until that says that it is done. Of every start
+it demands that no complete checkpoint is lost and that steps which are run again are the same steps.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_shards
+from launch import GUARD, TINY, train
+from test_resume import newest, steps, tensors
+from test_sync import WatchedGCS
+
+from refocused.bucket import gcs, remote
+from refocused.checkpoint import manifest
+from refocused.run import goodput
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+WATCHDOG, LIMIT = 8, 3  # seconds; checkpoints kept, on the disk and in the bucket
+KEYS = (
+    f"resume=latest global_batch_size=8 save_steps=20 save_seconds=2 save_total_limit={LIMIT} "
+    f"bucket_name=bucket bucket_total_limit={LIMIT} checkpoint_bucket_path=run watchdog_seconds={WATCHDOG} "
+    "max_failed_starts=3"
+).split()
+
+# what a run survives, and what ends it, so that it is started again
+SOFT = ["the clock jumps", "everything stands still", "the bucket fails", "shards are touched", "the logs are removed"]
+SOFT += ["the disk of the checkpoints is full", "the disk of the logs is full"]
+HARD = ["a rank is killed", "torchrun is killed", "everything is killed", "SIGTERM", "a rank hangs"]
+HARD += ["the machine is lost", "a bit of the newest checkpoint flips", "a shard goes bad"]
+LOSSES = {"the machine is lost", "a bit of the newest checkpoint flips"}
+CODES = {"SIGTERM": {75, -15, 143}, "torchrun is killed": {75}, "a shard goes bad": {66}}  # besides 0, 70 and -9
+WAYS = ["torch.distributed.run", "refocused.run.launch"]
+MOMENTS = ["a step", "a step", "a save", "an upload", "the start"]
+
+
+class Launch:
+    """One start of the run in a layout, by torchrun, by refocused.run.launch, or of one process by neither."""
+
+    def __init__(self, storm: "Storm", layout: str, way: str):
+        strategy, world = layout.split()
+        self.way, self.world = way if world != "1" else "python", int(world)
+        program = [] if world == "1" else ["-m", way, "--standalone", f"--nproc_per_node={world}"]
+        command = [sys.executable, *program, str(ROOT / "train.py"), str(storm.config), *TINY, *KEYS, *storm.keys]
+        command += [f"parallel={strategy}", f"per_device_train_batch_size={8 // self.world}"]
+        self.token = f"STORM={time.monotonic_ns()}"  # in the environment of all processes, whose child they may be
+        environment = {**os.environ, **storm.environment, "STORM": self.token.partition("=")[2]}
+        self.begin = time.monotonic()
+        with storm.log.open("ab") as log:
+            log.write(f"\n=== {layout}, {self.way}\n".encode())
+            self.at = log.tell()
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def processes(self, only_ranks: bool = False) -> list[int]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                rank = self.way == "python" or any(value.startswith(b"LOCAL_RANK=") for value in environment)
+                if self.token.encode() in environment and (rank or not only_ranks):
+                    found.append(int(entry.name))
+        return found
+
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    def send(self, number: int, only_ranks: bool = False) -> None:
+        for pid in self.processes(only_ranks):
+            kill(pid, number)
+
+
+def kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+class Storm:
+    """A run of `steps` steps in a folder, and what happens to it."""
+
+    def __init__(self, folder: Path, layouts: list[str], steps: int, dice: random.Random, server: WatchedGCS):
+        self.folder, self.layouts, self.steps, self.dice, self.server = folder, layouts, steps, dice, server
+        self.data, self.out, self.logs = write_shards(folder / "data"), folder / "out", folder / "logs"
+        self.log, self.config, self.clock = folder / "storm.log", folder / "config.py", folder / "clock"
+        self.config.touch()
+        build = ["cc", "-shared", "-fPIC", "-o", folder / "clock.so", ROOT / "tests" / "clock.c", "-ldl"]
+        self.has_clock = bool(shutil.which("cc")) and subprocess.run(build).returncode == 0
+        self.keys = [f"data_dir={self.data}", f"output_dir={self.out}", f"logging_dir={self.logs}"]
+        self.keys += [f"max_steps={steps}", f"upload_deadline_seconds={GUARD}"]
+        self.environment = {"STORAGE_EMULATOR_HOST": server.url, "OMP_NUM_THREADS": "1"}
+        self.jump(0)
+        if self.has_clock:
+            self.environment |= {"LD_PRELOAD": str(folder / "clock.so"), "CLOCK_OFFSET": str(self.clock)}
+        self.decks: dict[str, list[str]] = {}
+        self.counts: Counter[str] = Counter()
+        self.kept: list[str] = []  # lines of traces that were removed
+        self.blind: set[int] = set()  # steps whose lines in the trace may be missing
+        self.held = 0  # the last step of what is complete somewhere
+        self.restarts: list[float] = []  # seconds to the first step
+        self.hangs: list[float] = []  # seconds until the ranks that wait leave
+
+    # --- what can be seen of the run
+
+    def lines(self) -> list[dict]:
+        """Of all traces so far; of a line that is being written nothing."""
+        here = self.logs / "trace.jsonl"
+        whole = here.read_text().splitlines(keepends=True) if here.exists() else []
+        return [json.loads(line) for line in [*self.kept, *whole] if line.endswith("\n")]
+
+    def text(self, launch: Launch) -> str:
+        with self.log.open("rb") as file:
+            file.seek(launch.at)
+            return file.read().decode(errors="replace")
+
+    def step(self, launch: Launch) -> int:
+        """The last one that the launch has printed; 0 before the first."""
+        with self.log.open("rb") as file:
+            file.seek(max(launch.at, self.log.stat().st_size - 8192))
+            found = re.findall(rb"^Step (\d+): loss", file.read(), re.M)
+        return int(found[-1]) if found else 0
+
+    def until(self, launch: Launch, happened: Callable[[], object], pause: float = 0.02) -> bool:
+        """Whether it happened before the launch was over."""
+        end = time.monotonic() + GUARD
+        while not happened():
+            if launch.over():
+                return False
+            if time.monotonic() > end:
+                launch.send(signal.SIGKILL)
+                raise AssertionError(f"it did not happen in {GUARD} s: {self.text(launch)[-5000:]}")
+            time.sleep(pause)
+        return True
+
+    def complete(self) -> list[int]:
+        """The steps of checkpoints that can be loaded, ascending, from the disk and from the bucket.
+
+        What is not complete is absent, unless this storm has damaged it.
+        """
+        place = remote.Place(gcs.Bucket("bucket"), "run")
+        found = [manifest.step_of(r.name) for r in place.checkpoints(place.objects()) if not r.problem]
+        for name in manifest.names(self.out):
+            try:
+                found.append(manifest.verify(self.out / name)["step"])
+            except manifest.CheckpointError:
+                assert name == self.damaged, f"{name} is neither complete nor absent"
+        return sorted(found)
+
+    # --- what happens
+
+    def draw(self, deck: list[str], possible: Callable[[str], bool] = lambda card: True) -> str:
+        """The next card of a shuffled deck that is possible now; a deck is gone through before a card comes again."""
+        cards = self.decks.setdefault(deck[0], [])
+        if not any(map(possible, cards)):
+            cards += self.dice.sample(deck, len(deck))
+        card = next(filter(possible, cards))
+        cards.remove(card)
+        return card
+
+    def wait(self, launch: Launch, moment: str) -> bool:
+        """Until the moment has come; False if the run was over before."""
+        if moment == "the start":
+            time.sleep(self.dice.uniform(0.0, 8.0))
+            return not launch.over()
+        if not self.until(launch, lambda: self.step(launch)):
+            return False
+        self.restarts.append(time.monotonic() - launch.begin)
+        goal = self.step(launch) + self.dice.randrange(1, max(2, self.steps // 8))
+        if not self.until(launch, lambda: self.step(launch) >= goal):
+            return False
+        requests = len(self.server.requests)
+        if moment == "a save":
+            return self.until(launch, lambda: list(self.out.glob(".tmp-*")))
+        if moment == "an upload":
+            return self.until(launch, lambda: any(m != "GET" for m, *_ in self.server.requests[requests:]))
+        return True
+
+    def jump(self, days: int) -> None:
+        """Set the clock of all launches, of those that run too, so many days off; the file is changed in place."""
+        with self.clock.open("r+b" if self.clock.exists() else "xb") as file:
+            file.write(struct.pack("q", 86400 * days))
+
+    def disturb(self, launch: Launch, fault: str) -> None:
+        """Something that the run lives through."""
+        if fault == "the clock jumps":
+            self.jump(self.dice.randrange(-400, 400))
+        elif fault == "everything stands still":
+            launch.send(signal.SIGSTOP)
+            time.sleep(1.5 * WATCHDOG)
+            launch.send(signal.SIGCONT)
+        elif fault == "the bucket fails":
+            for _ in range(self.dice.randrange(1, 5)):
+                what = self.dice.choice(
+                    [{"status": 503}, {"status": 429}, {"reset": True}, {"lost": True}, {"cut": 1000}]
+                )
+                self.server.fault(
+                    self.dice.choice(["GET", "PUT|POST", "DELETE"]), "", times=self.dice.randrange(1, 4), **what
+                )
+        elif fault == "shards are touched":
+            for shard in self.data.rglob("*.npz"):
+                os.utime(shard)
+        elif fault == "the logs are removed":
+            self.keep_lines()
+            for entry in self.logs.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        else:
+            filler = (self.out if "checkpoints" in fault else self.logs) / "filler"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                for size in (1 << 20, 4096):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(size))
+            time.sleep(self.dice.uniform(0.5, 4.0))
+            filler.unlink(missing_ok=True)
+
+    def end(self, launch: Launch, fault: str) -> None:
+        """Something that ends the run."""
+        ranks = launch.processes(only_ranks=True)
+        if fault == "a rank is killed":
+            kill(self.dice.choice(ranks or [launch.process.pid]), signal.SIGKILL)
+        elif fault == "torchrun is killed":
+            launch.process.kill()
+        elif fault == "SIGTERM":
+            launch.process.terminate()
+        elif fault == "a rank hangs":
+            stopped = self.dice.choice(ranks)
+            begin = time.monotonic()
+            kill(stopped, signal.SIGSTOP)
+            self.until(launch, lambda: set(launch.processes(only_ranks=True)) <= {stopped}, 0.2)
+            self.hangs.append(time.monotonic() - begin)
+            kill(stopped, self.dice.choice([signal.SIGCONT, signal.SIGKILL]))
+        elif fault == "a shard goes bad":
+            shard = self.dice.choice(sorted(self.data.rglob("*.npz"))[:-1])  # the last one is held out
+            good, status = shard.read_bytes(), shard.stat()
+            np.savez(self.folder / "bad.npz", input_ids=np.full(3000, 60000, np.uint16))
+            os.replace(self.folder / "bad.npz", shard)
+            self.until(launch, lambda: False)
+            shard.write_bytes(good)
+            os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+        else:
+            launch.send(signal.SIGKILL)
+        self.gone(launch)
+        if fault == "the machine is lost":  # its logs are on a disk that is not
+            for entry in self.out.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif fault == "a bit of the newest checkpoint flips" and len(self.complete()) > 1 and manifest.names(self.out):
+            self.damaged = manifest.names(self.out)[0]
+            victim = self.dice.choice(sorted((self.out / self.damaged).iterdir()))
+            data = bytearray(victim.read_bytes())
+            data[self.dice.randrange(len(data))] ^= 1 << self.dice.randrange(8)
+            victim.write_bytes(data)
+
+    damaged = ""
+
+    def gone(self, launch: Launch) -> None:
+        """Wait until no process of the launch is left: torchrun's death does not end its ranks at once."""
+        end = time.monotonic() + GUARD
+        while not launch.over() or launch.processes():
+            if time.monotonic() > end:
+                launch.send(signal.SIGKILL)
+                raise AssertionError(f"still running after {GUARD} s: {self.text(launch)[-5000:]}")
+            time.sleep(0.1)
+
+    def keep_lines(self) -> None:
+        here = self.logs / "trace.jsonl"
+        self.kept += here.read_text().splitlines(keepends=True) if here.exists() else []
+
+    def play(self, faults: int) -> None:
+        """Start it until it is done; `faults` of the starts end in a fault."""
+        started = True  # the last one came to its first step: else the crash-loop guard is right to count
+        struck = 0
+        for start in itertools.count():
+            assert start < 3 * faults + 20, "it does not get anywhere"
+            known, hit = len(self.lines()), []
+            layout, way = self.draw(self.layouts), self.draw(WAYS)
+            launch = Launch(self, layout, way)
+            self.counts["starts"] += 1
+            if struck < faults:
+                moment = self.draw(MOMENTS, lambda moment, started=started: started or moment != "the start")
+                started = moment != "the start"
+                if self.wait(launch, moment):
+                    for _ in range(self.dice.randrange(3) if started else 0):
+                        hit.append(self.draw(SOFT, self.possible))
+                        self.disturb(launch, hit[-1])
+                    if not launch.over():
+                        may_hang = started and launch.world > 1
+                        hit.append(self.draw(HARD, lambda fault, may=may_hang: fault != "a rank hangs" or may))
+                        struck += 1
+                        self.end(launch, hit[-1])
+            self.gone(launch)
+            self.server.faults.clear()
+            self.counts.update(hit)
+            print(
+                f"  {layout}, {launch.way}: {', '.join(hit) or 'nothing'}; exit code {launch.process.returncode}",
+                flush=True,
+            )
+            self.judge(launch, hit, known)
+            if f"done: {self.steps:,} steps" in self.text(launch):
+                return
+
+    def possible(self, fault: str) -> bool:
+        return self.has_clock if "clock" in fault else "disk" not in fault or os.path.ismount(self.out)
+
+    def judge(self, launch: Launch, hit: list[str], known: int) -> None:
+        """What must hold after each start."""
+        text, code, before = self.text(launch), launch.process.returncode, self.held
+        said = f"after {hit or 'nothing'}, exit code {code}:\n{text[-20000:]}"
+        assert "this is a bug" not in text, said
+        assert len(self.layouts) > 1 or "not the same run" not in text, said
+        for line in self.lines()[known:]:
+            if line.get("event") in ("start", "resume"):
+                assert line["step"] >= before, f"step {before} was complete, it began from {line['step']} {said}"
+        if any("logs" in fault for fault in hit):
+            self.blind |= set(range(before, self.step(launch) + 2))
+        self.counts["replays, identical"] += len(re.findall(r"replayed (\d+) steps, \1 identical", text))
+        self.held = max(self.complete(), default=0)
+        assert self.held >= before or LOSSES & set(hit), f"step {before} was complete, now {self.held} is {said}"
+        if launch.way != "torch.distributed.run":  # which turns every code into 1
+            assert code in {0, 70, -9} | CODES.get(hit[-1] if hit else "", set()), said
+        if hit == ["SIGTERM"] and (stopped := re.search(r"stopped at step ([\d,]+)", text)):
+            assert self.held == int(stopped[1].replace(",", "")), said
+
+
+def compare(storm: Storm, calm: Path) -> None:
+    """The samples of every step are those of an undisturbed run; with one layout, so is every bit."""
+    expected, found = steps(calm), {}
+    for line in storm.lines():
+        if "event" not in line:
+            bits = tuple(line[key] for key in ("loss_hex", "grad_norm_hex", "lr_hex", "samples"))
+            assert bits[3] == expected[line["step"]][3], line
+            assert found.setdefault(line["step"], bits) == bits or len(storm.layouts) > 1, line
+    assert set(range(1, storm.steps + 1)) - set(found) <= storm.blind
+    last = newest(storm.folder)
+    state = manifest.read_state(last)
+    assert (state["step"], state["samples_seen"]) == (storm.steps, 8 * storm.steps)
+    if len(storm.layouts) == 1:
+        assert all(expected[step] == bits for step, bits in found.items())
+        a, b = tensors(newest(calm)), tensors(last)
+        assert [name for name in a if not (a[name] == b[name]).all()] == []
+    assert storm.complete()[-1] == storm.steps and len(manifest.names(storm.out)) <= LIMIT
+    there = [name for name in storm.server.names("run/") if name.endswith(manifest.MANIFEST)]
+    assert f"run/{last.name}/{manifest.MANIFEST}" in there and len(there) <= LIMIT + 1, there
+    assert not [p for p in storm.out.iterdir() if p.name.startswith((".tmp-", ".old-", ".pull-"))]
+    assert storm.server.violations == []
+
+
+@contextlib.contextmanager
+def small_disks(*folders: Path) -> Iterator[bool]:
+    """Each folder on a disk of its own, where this user may mount one: of 90 MB, as a pull leaves 64 MiB; whether so."""
+    mounted = []
+    try:
+        for folder in folders:
+            folder.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(folder)]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                mounted.append(folder)
+        yield len(mounted) == len(folders)
+    finally:
+        for folder in mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def weather(folder: Path, layouts: list[str], length: int, faults: int, seed: int, monkeypatch) -> tuple[Storm, dict]:
+    """One run in a storm, compared with a calm one; the storm, and where its time went."""
+    print(f"seed {seed}")
+    with WatchedGCS() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        folder.mkdir()
+        storm = Storm(folder, layouts, length, random.Random(seed), server)
+        strategy, world = layouts[0].split()
+        keys = [f"data_dir={storm.data}", f"max_steps={length}", f"parallel={strategy}", "global_batch_size=8"]
+        train(folder / "calm", *keys, f"per_device_train_batch_size={8 // int(world)}", nproc=int(world))
+        with small_disks(storm.out, storm.logs) as small:
+            begin = time.monotonic()
+            storm.play(faults)
+            paid = time.monotonic() - begin
+            compare(storm, folder / "calm")
+            seconds = goodput.goodput(line for line in storm.lines() if line.get("event") == "clock")
+        storm.counts["without small disks"] += not small
+        storm.counts["without clock jumps"] += not storm.has_clock
+    seconds["gap_seconds"] += paid - seconds["paid_seconds"]  # by a clock that does not jump
+    return storm, seconds | {"paid_seconds": paid}
+
+
+def test_one_layout(tmp_path, monkeypatch):
+    """Two processes, three faults of those that end a run and some that do not: the same bits."""
+    weather(tmp_path / "storm", ["ddp 2"], 160, 3, 1, monkeypatch)
+
+
+def test_many_layouts(tmp_path, monkeypatch):
+    """Every start has another world size and strategy: the same samples."""
+    weather(tmp_path / "storm", ["ddp 1", "fsdp 2", "ddp 2"], 120, 2, 2, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_long_storm(tmp_path, monkeypatch, pytestconfig):
+    """The same for --minutes, run after run; prints what happened and what became of the time."""
+    seed = pytestconfig.getoption("seed") or time.time_ns()
+    end = time.monotonic() + 60 * pytestconfig.getoption("minutes")
+    counts: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    restarts, hangs = [], []
+    for number, layouts in enumerate(itertools.cycle([["ddp 2"], ["ddp 1", "fsdp 2", "ddp 2"], ["fsdp 2"], ["ddp 1"]])):
+        storm, seconds = weather(tmp_path / f"{number}", layouts, 400, 12, seed + number, monkeypatch)
+        counts.update(storm.counts, runs=1)
+        total.update(seconds)
+        restarts, hangs = restarts + storm.restarts, hangs + storm.hangs
+        print(f"{layouts}: as if nothing had happened; {dict(storm.counts)}")
+        shutil.rmtree(tmp_path / f"{number}")
+        if time.monotonic() > end:
+            break
+    print(*(f"{count:5} {what}" for what, count in counts.most_common() if count), sep="\n")
+    print(goodput.sentence(total))
+    print(f"start to first step: {spread(restarts)}; hang to exit, with a limit of {WATCHDOG} s: {spread(hangs)}")
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+def spread(seconds: list[float]) -> str:
+    return (
+        f"median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s of {len(seconds)}" if seconds else "-"
+    )
