@@ -65,7 +65,7 @@ def evaluate(place: Path, mean: bool, env: processes.Env) -> tuple[float, int]:
         source = ckpt.find(str(average.average(sources, [1.0] * len(sources), place / "mean")))
     with contextlib.redirect_stdout(io.StringIO()):
         export.main_export([str(source.path), str(place / "hf"), "--dtype", "fp32"], ckpt.find)
-    _, scores = evaluation.evaluate(folder.hf_source(place / "hf"), cfg, cfg.tokenizer, env)
+    _, scores = evaluation.evaluate(folder.hf_source(place / "hf"), cfg, env)
     return Score(*(sum(values) for values in zip(*scores.values(), strict=True))).mean, tokens
 
 
