@@ -234,7 +234,9 @@ def _check(cfg: Config) -> None:
     below = D // H * H
     near = f"{below} and {below + H}" if below else f"{H}"
     require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
-    require(cfg.rotary_pct <= 1, f"rotary_pct={cfg.rotary_pct} must be at most 1: more than a whole head cannot be rotated")
+    require(
+        cfg.rotary_pct <= 1, f"rotary_pct={cfg.rotary_pct} must be at most 1: more than a whole head cannot be rotated"
+    )
     rotary = int(cfg.head_dim * cfg.rotary_pct)
     require(
         rotary % 2 == 0,

@@ -20,7 +20,7 @@ from conftest import ROOT
 from launch import GUARD, TINY, Run, train, until
 
 from configs import ConfigError
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, saver
 from refocused.measure import hardware
 from refocused.run import guard, optim, processes, strategy
 from refocused.shards.shard import DataError
@@ -73,6 +73,7 @@ FAULTS = {
         setattr(processes, "FIRST_SECONDS", 3600),
         setattr(processes, "agree", lambda *_: time.sleep(3600)),
     ),
+    "slow": lambda: setattr(saver.Saver, "save", lambda *_: time.sleep(3600)),
     "impatient": lambda: setattr(processes, "FIRST_SECONDS", 2),
 }
 START = launch._rank
@@ -139,6 +140,31 @@ def test_a_hang_is_found(faulty, limit, words):
     run.signal(signal.SIGCONT, rank=1)
     assert run.wait() == [70, 70] and re.search(f"error: rank 0 on .* {words}", run.text), run.text
     assert ("most recent call first" in run.text) == ("watchdog" in limit)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_hang_in_what_may_take_long_is_found(faulty, slow):
+    """A rank is slow in a save for longer than the watchdog's limit: the other waits. Then it is stopped, 0 together
+    with the store that it serves: the other leaves with 70."""
+    run = faulty(
+        "max_steps=1000000", "save_steps=5", "async_save=false", "watchdog_seconds=2", **{f"FAULT{slow}": "slow"}
+    )
+    waiting = run.ranks[1 - slow]
+    run.wait_for("Step 5: ")
+    waiting.join(10)
+    assert waiting.is_alive(), run.text
+    run.signal(signal.SIGSTOP, rank=slow)
+    waiting.join(GUARD)
+    run.kill()
+    assert waiting.exitcode == 70 and re.search("after step 5; (rank 1 .*|the store) does not answer", run.text), (
+        run.text
+    )
+
+
+def test_ranks_whose_torchrun_died_while_they_started_leave(faulty):
+    """torchrun's store, there before any rank, does not answer: soon 70, where torch would look for ten minutes."""
+    run = faulty(TORCHELASTIC_USE_AGENT_STORE="True")
+    assert run.wait() == [70, 70] and "the torchrun of this process is gone" in run.text, run.text
 
 
 def test_a_second_signal_ends_a_hang(faulty):

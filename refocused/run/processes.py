@@ -29,6 +29,7 @@ from refocused.run.exits import INTERNAL, leave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 FIRST_SECONDS = 60.0  # in which the first collective must be over
+STORE_SECONDS = 10.0  # in which torchrun's store must be found
 DEVICE, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
 
 
@@ -183,6 +184,7 @@ def join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> No
             f"--max-restarts={restarts} on {nodes} nodes: they count restarts apart and would not find each other again; "
             "leave it out, and start the command again on all nodes with resume=latest"
         )
+    find_store()
     try:
         shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun's store outlives its ranks: after a restart the addresses of those before would be found in it
@@ -190,6 +192,28 @@ def join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> No
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except RuntimeError as error:
         raise PeersError(f"rank {rank} does not reach the others: {str(error).splitlines()[0]}; {advice()}") from error
+
+
+def find_store() -> None:
+    """Raise PeersError where torchrun's store, which was there before its ranks were, has gone with its torchrun.
+
+    A rank that was still importing would not see its parent die, and torch would look for the store for ten minutes.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    end, place = time.monotonic() + STORE_SECONDS, (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    while True:
+        try:
+            socket.create_connection(place, STORE_SECONDS).close()
+            return
+        except ConnectionRefusedError as error:
+            if time.monotonic() > end:
+                raise PeersError(
+                    f"the torchrun of this process is gone: nothing answers at {place[0]}:{place[1]}"
+                ) from error
+            time.sleep(0.5)
+        except OSError:  # what else there may be, torch says
+            return
 
 
 def advice() -> str:

@@ -24,7 +24,8 @@ class Watchdog:
 
     What counts as life is a meeting of all ranks (processes.agree), of which every step and every batch of an
     evaluation has one. None for max(watchdog_seconds, 20 median steps): the stacks of all threads go to stderr, then a
-    line with who is missing, by the beats that each rank leaves in the store; then the process leaves.
+    line with who is missing, by the beats that each rank leaves in the store; then the process leaves. In what may
+    take long that limit holds only where a rank has fallen silent; else it is LONGEST.
     """
 
     LONGEST = 7200.0  # seconds that a save, or a wait for the bucket, may take
@@ -54,8 +55,7 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds without a meeting that are a hang."""
-        usual = max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
-        return max(usual, self.LONGEST) if progress.patient else usual
+        return max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
 
     def beat(self) -> None:
         count = 0
@@ -77,8 +77,32 @@ class Watchdog:
             now = time.monotonic()
             if now - asleep > 2 * self.period + 1:  # the whole process was stopped, perhaps the machine
                 progress.at = now
-            elif now - progress.at > self.limit:
-                self.bark(now - progress.at)
+            elif (idle := now - progress.at) > self.limit:
+                if not progress.patient or idle > self.LONGEST or self.waits_in_vain():
+                    self.bark(time.monotonic() - progress.at)
+
+    def waits_in_vain(self) -> bool:
+        """Of a patient rank: whether another one, or the store, gives no sign of life either, though several were due."""
+        if self.beats is None:
+            return False
+        began, begin, pause = progress.at, time.monotonic(), max(2.5 * self.period, min(60.0, self.limit))
+        looks: list[dict[int, list | None]] = []
+
+        def look() -> None:
+            looks.append(self.look())
+            time.sleep(pause)
+            looks.append(self.look())
+
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(pause + 4 * self.period + 5)
+        if self.over.is_set() or progress.at != began or time.monotonic() - begin > 2 * pause + 4 * self.period + 5:
+            return False  # it has gone on, or this machine was stopped, perhaps with the others
+        if len(looks) < 2:
+            return True
+        before, after = looks
+        silent = [rank for rank, beat in after.items() if beat and beat == before[rank]]
+        return bool(silent) and self.env.rank not in silent
 
     def bark(self, idle: float) -> None:
         with contextlib.suppress(Exception):  # a closed stderr
