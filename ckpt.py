@@ -133,9 +133,13 @@ class Checkpoints:
         self._saver.settle(good)
 
     def poll(self) -> tuple[bool, bool]:
-        """Of this process, without waiting: (save_seconds have passed since the last save, the last save failed)."""
-        late = 0 < self.cfg.save_seconds < time.monotonic() - self._saved_at
-        return late and self.env.main, self._saver.poll() is not None
+        """Of this process, without waiting: (save_seconds have passed since the last save, the last save failed).
+
+        Saves that take longer than that follow one another without a pause, and training waits for none.
+        """
+        late = self.env.main and 0 < self.cfg.save_seconds < time.monotonic() - self._saved_at
+        under_way = self._saver.busy or (self._syncer is not None and self._syncer.owes(self._saver.last_generation))
+        return late and not under_way, self._saver.poll() is not None
 
     def failure(self) -> str | None:
         """Why the last save failed, once all ranks know that it has."""

@@ -1,5 +1,6 @@
 """The trainer and a bucket: an empty disk continues the same run, failures never stop it, nothing half-sent is trusted."""
 
+import json
 import random
 import shutil
 import time
@@ -87,3 +88,12 @@ def test_waiting_for_every_upload(shards, tmp_path, server):
     args = ["max_steps=6", "save_steps=2", "background_upload=false"]
     train(tmp_path, f"data_dir={shards}", *args, *BUCKET, env=environment(server))
     assert [manifest.parse(name).step for name in server.commits] == [2, 4, 6]
+
+
+def test_saves_that_take_longer_than_save_seconds(shards, tmp_path, server):
+    """Saves that are always overdue: the next one begins when the last is in the bucket, so that each comes there."""
+    keys = ["max_steps=600", "save_seconds=1e-9", "save_total_limit=0", "bucket_total_limit=2"]
+    train(tmp_path, f"data_dir={shards}", *keys, *BUCKET, env=environment(server))
+    trace = map(json.loads, (tmp_path / "logs" / "trace.jsonl").read_text().splitlines())
+    saved = [line["step"] for line in trace if line.get("event") == "checkpoint"]
+    assert sorted(manifest.parse(name).step for name in server.commits) == saved and len(saved) > 1

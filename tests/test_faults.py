@@ -1,6 +1,7 @@
 """Nothing lost: what goes wrong while training, and which checkpoints are there afterwards."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -104,3 +105,51 @@ def test_the_batch_is_kept(shards, tmp_path):
     train(tmp_path, f"data_dir={shards}", "max_steps=6", *keys, nproc=2)
     train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", "allow_batch_change=true", nproc=2)
     assert manifest.read_state(newest(tmp_path))["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
+
+
+def _slow_disk(args: list[str], log: str, steps: int) -> None:
+    """A run on a disk where a save takes as long as `steps` steps, or longer where those do not come."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import train
+    from refocused.checkpoint import disk
+
+    progress, commit = train.processes.progress, disk.commit
+
+    def slow(*arguments) -> None:
+        goal, end = min(progress.step + steps, 200), time.monotonic() + 20
+        while progress.step < goal and time.monotonic() < end:
+            time.sleep(0.001)
+        print("TRAINED ON" if progress.step >= goal else "TRAINING WAITED", flush=True)
+        commit(*arguments)
+
+    disk.commit = slow
+    raise SystemExit(train.main(args))
+
+
+def test_saves_that_take_longer_than_save_seconds(shards, tmp_path):
+    """Saves that are always overdue, each as long as 20 steps: one after the other, and training waits for none."""
+    config = tmp_path / "config.py"
+    config.write_text("")
+    keys = [f"data_dir={shards}", "save_seconds=1e-9", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs"]
+    run = CONTEXT.Process(
+        target=_slow_disk, args=([str(config), *TINY, *keys, "max_steps=200"], str(tmp_path / "log"), 20)
+    )
+    run.start()
+    run.join()
+    log = (tmp_path / "log").read_text()
+    assert run.exitcode == 0 and "TRAINING WAITED" not in log and 3 <= log.count("TRAINED ON") <= 11, log
+
+
+def test_git_is_asked_once(shards, tmp_path):
+    """However many saves there are; what they note is the commit at the start, and that a file was changed since."""
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text(
+        f'#!/bin/sh\necho "$1" >> {tmp_path}/asked\n[ "$1" = status ] && echo " M train.py" || echo c0ffee\n'
+    )
+    git.chmod(0o755)
+    train(tmp_path, f"data_dir={shards}", "save_steps=1", env={"PATH": f"{git.parent}:{os.environ['PATH']}"})
+    assert manifest.read_state(newest(tmp_path))["run"]["git_commit"] == "c0ffee-dirty"
+    assert sorted((tmp_path / "asked").read_text().split()) == ["rev-parse", "status"]

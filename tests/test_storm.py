@@ -315,7 +315,7 @@ class Storm:
                 flush=True,
             )
             self.judge(launch, hit, known)
-            if f"done: {self.steps:,} steps" in self.text(launch):
+            if launch.process.returncode == 0:  # done, now or, killed before it could say so, the time before
                 return
 
     def possible(self, fault: str) -> bool:
@@ -421,7 +421,7 @@ def test_the_long_storm(tmp_path, monkeypatch, pytestconfig):
     total: Counter[str] = Counter()
     restarts, hangs = [], []
     for number, layouts in enumerate(itertools.cycle([["ddp 2"], ["ddp 1", "fsdp 2", "ddp 2"], ["fsdp 2"], ["ddp 1"]])):
-        storm, seconds = weather(tmp_path / f"{number}", layouts, 400, 12, seed + number, monkeypatch)
+        storm, seconds = weather(tmp_path / f"{number}", layouts, 300, 8, seed + number, monkeypatch)
         counts.update(storm.counts, runs=1)
         total.update(seconds)
         restarts, hangs = restarts + storm.restarts, hangs + storm.hangs

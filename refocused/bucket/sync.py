@@ -57,6 +57,7 @@ class Syncer:
         self.started, self.token = int(time.time()), secrets.token_hex(8)
         self.backlog = 0  # complete checkpoints that are still to be published
         self.failure: str | None = None  # why the last try failed; None once one succeeded
+        self.reached = 0  # the highest generation that is in the bucket, or that is not to be sent
         self._place: Place | None = None
         self._settled: set[str] = set()  # save ids that are in the bucket, or are not to be sent
         self._waiting: set[str] = set()  # save ids that are to be sent and are not there yet
@@ -75,6 +76,10 @@ class Syncer:
         waiting = f"{self.backlog} waiting for the bucket" if self.backlog else ""
         notice, self._notice = self._notice, ""
         return ", ".join(part for part in (waiting, self.failure, notice) if part)
+
+    def owes(self, generation: int) -> bool:
+        """Whether that save is on its way to a bucket which takes what it is sent."""
+        return self.reached < generation and not self.failure
 
     def flush(self, seconds: float) -> bool:
         """Wait until every checkpoint that is complete now is in the bucket; False if it is not after so long.
@@ -129,6 +134,7 @@ class Syncer:
             self._place = place
         here = self._complete()
         waiting = [m for m in here if m["save_id"] not in self._settled]
+        self.reached = max([m.get("generation", 0) for m in here if m not in waiting], default=self.reached)
         self.backlog = len(waiting)
         if not waiting:
             return False
@@ -170,6 +176,7 @@ class Syncer:
     def _settle(self, manifest: dict[str, Any], newest: dict[str, Any]) -> None:
         """Note that a checkpoint is in the bucket; with the newest one there, older ones may go."""
         self._settled.add(manifest["save_id"])
+        self.reached = max(self.reached, manifest.get("generation", 0))
         self._waiting.discard(manifest["save_id"])
         self.backlog = len(self._waiting)
         if newest["save_id"] in self._waiting:

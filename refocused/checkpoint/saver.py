@@ -49,6 +49,7 @@ class Saver:
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.stall_seconds = self.write_seconds = 0.0
         self.last: str | None = None  # name of the last complete save
+        self.last_generation = 0  # and its number; 0 while this run has none
         self._host = _Host()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
@@ -84,6 +85,11 @@ class Saver:
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last save is still under way here; another one would have to wait for it."""
+        return self._saving is not None and not self._saving.done()
 
     @property
     def settled(self) -> bool:
@@ -145,7 +151,8 @@ class Saver:
                     shutil.rmtree(writer.folder, ignore_errors=True)
                 return
             self._commit(writer)
-            self.last, self.write_seconds = name, time.perf_counter() - start
+            self.last, self.last_generation = name, self.generation
+            self.write_seconds = time.perf_counter() - start
             if self.rank == 0:
                 disk.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
         except BaseException as error:  # CheckpointException is no Exception
