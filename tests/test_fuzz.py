@@ -7,9 +7,12 @@ signature would hide what comes behind it. Nothing may be executed: a payload's 
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FUZZ_CASES
+from conftest import FUZZ_CASES, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -296,3 +299,10 @@ def test_pickles_are_never_opened(place, part, file):
     in_own_words(lambda: choice.choose(place, "latest"))
     (place / "config.json").write_bytes(hostile)
     in_own_words(lambda: folder.hf_source(place))
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_cases():
+    """Of each parser, hours: this file once more."""
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    assert subprocess.run(command, cwd=ROOT, env={**os.environ, "FUZZ_CASES": "100000"}).returncode == 0

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, write_shards
-from launch import GUARD, TINY, train
+from launch import GUARD, TINY, Run, train
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
@@ -433,6 +433,39 @@ def test_the_long_storm(tmp_path, monkeypatch, pytestconfig):
     print(goodput.sentence(total))
     print(f"start to first step: {spread(restarts)}; hang to exit, with a limit of {WATCHDOG} s: {spread(hangs)}")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+@pytest.mark.slow
+def test_nothing_grows(shards, tmp_path, capsys):
+    """3,000 steps, a save after every ten, each to the bucket: memory, descriptors, threads and files of rank 0, by the
+    medians of steps 300 to 900 and of the last 600."""
+    (tmp_path / "tmp").mkdir()
+    with WatchedGCS() as server:
+        keys = [f"data_dir={shards}", "max_steps=3000", "save_steps=10", "bucket_name=bucket", "bucket_total_limit=3"]
+        environment = {"STORAGE_EMULATOR_HOST": server.url, "TMPDIR": str(tmp_path / "tmp")}
+        run = Run([*keys, "checkpoint_bucket_path=run"], 2, tmp_path, environment)
+        process = Path(f"/proc/{run.ranks[0].pid}")
+        seen = []
+        for step in range(300, 2990, 10):
+            run.wait_for(rf"Step {step}: ")
+            with contextlib.suppress(OSError):  # a file that goes while it is counted
+                status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+                files = sum(len(found) for _, _, found in os.walk(tmp_path))
+                mib = int(status["VmRSS"].split()[0]) / 1024
+                seen.append((mib, len(os.listdir(process / "fd")), int(status["Threads"]), files))
+        assert run.wait() == [0, 0] and len(server.commits) > 10, run.text
+    assert not list((tmp_path / "tmp").iterdir()) and server.violations == []
+    first, last = (
+        [statistics.median(column) for column in zip(*part, strict=True)] for part in (seen[:60], seen[-60:])
+    )
+    with capsys.disabled():
+        print(
+            f"\nMiB, descriptors, threads, files: {first}, at the end {last}; {len(server.commits)} came to the bucket"
+        )
+    assert last[0] < 1.03 * first[0] + 5 and all(b <= a + 2 for a, b in zip(first[1:], last[1:], strict=True)), (
+        first,
+        last,
+    )
 
 
 def spread(seconds: list[float]) -> str:
