@@ -218,7 +218,7 @@ class Dataset:
             changes += f"\ntokenizer {was} -> {self.tokenizer}"
         if changes and not cfg.allow_data_change:
             raise DataError(
-                f"the checkpoint was trained on other data or in another order:\n{changes}\n"
+                f"the checkpoint was trained on other data or in another order:\n{changes.strip()}\n"
                 "restore it, or set allow_data_change=true to go on with what is there now"
             )
 

@@ -1,6 +1,7 @@
 """Makes shards for tests: the bucket's own format, mapped ones, and huge sparse ones."""
 
 import importlib.util
+import json
 import shutil
 import struct
 import zipfile
@@ -8,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from refocused.shards.write import write_shard
 
@@ -98,3 +100,21 @@ def use_gpt2(folder: Path, monkeypatch) -> None:
     shutil.copy(data / "vocab.bpe", folder / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
     shutil.copy(data / "encoder.json", folder / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+
+
+def own_tokenizer(folder: Path, texts: list[str], size: int = 500) -> None:
+    """A byte-level BPE in Pythia's manner, with the traces of its last use, and the settings that Pythia has."""
+    known = Tokenizer(models.BPE())
+    known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|padding|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    known.train_from_iterator(texts, trainer)
+    known.enable_truncation(16)
+    known.enable_padding(length=16)
+    known.save(str(folder / "tokenizer.json"))
+    token = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "__type": "AddedToken"}
+    settings = {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": token, "unk_token": None, "add_prefix_space": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

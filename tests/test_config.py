@@ -74,6 +74,7 @@ def test_values(text, value):
         (["reduce_every_micro_step=true"], "needs parallel=fsdp, not ddp"),
         (["sequence_length=4096"], "exceeds max_position_embeddings"),
         (["max_files=0"], "no shard"),
+        (["tokenizer=none", "mask_documents=true"], "tokenizer=none does not say; name the tokenizer"),
         (["max_steps=10", "warmup_steps=11"], "exceeds max_steps=10"),
         (["min_learning_rate=1"], "exceeds learning_rate"),
         (["hidden_dropout=1"], "below 1"),

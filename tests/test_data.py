@@ -26,7 +26,7 @@ import shards
 import torch
 from launch import GUARD
 
-from configs import Config
+from configs import Config, ConfigError
 from data import Dataset, Loader, explain_change, permutation
 from refocused.run import words
 from refocused.shards import shard as shard_module
@@ -271,6 +271,75 @@ def test_fingerprint_and_what_changed(folder, dataset):
     assert "changed 1: part_1/tokenized_cleaned_004.npz (crc32 " in message
 
 
+# ---- the tokenizer
+
+
+def test_shards_of_another_tokenizer(tmp_path):
+    """Shards that say which tokenizer made them, one file among older ones without: another is refused, before any wait,
+    with both names and the way out; one that is renamed, or moved, is the same."""
+    shards.write_mapped(tmp_path / "set", [400, 900])
+    note = {"tokenizer": "byte"}
+    write_shard(tmp_path / "set/tokenized_cleaned_new.npz", np.dtype("<u2"), 500, [np.zeros(500)], note)
+    with pytest.raises(DataError) as caught:
+        Dataset.open(config(tmp_path / "set"))
+    for text in ("1 of 3 shards", "tokenized_cleaned_new.npz, were made with byte, this run has tokenizer=gpt2"):
+        assert text in str(caught.value)
+    for text in ("set tokenizer=byte vocab_size=257,", "allow_data_change=true"):
+        assert text in str(caught.value)
+    for keys in ({"tokenizer": "byte"}, {"tokenizer": None}, {"allow_data_change": True}):
+        assert Dataset.open(config(tmp_path / "set", **keys)).num_samples
+    for name, texts in (("a", ["some text"]), ("b", ["other text"])):
+        (tmp_path / name).mkdir()
+        shards.own_tokenizer(tmp_path / name, texts, 300)
+    ours = find(str(tmp_path / "a/tokenizer.json"))
+    note = {"tokenizer": ours.identity, "tokenizer_name": ours.name}
+    write_shard(tmp_path / "set/tokenized_cleaned_new.npz", np.dtype("<u2"), 500, [np.zeros(500)], note)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    dataset = Dataset.open(config(tmp_path / "set", tokenizer=str(tmp_path / "copy")))
+    assert dataset.tokenizer == ours.identity and ours.identity.endswith(", end-of-text 0")
+    for other in ("gpt2", str(tmp_path / "b")):
+        with pytest.raises(DataError, match=r"were made with a/tokenizer.json \(sha256:.*set tokenizer= to its path"):
+            Dataset.open(config(tmp_path / "set", tokenizer=other))
+
+    def state(**data) -> dict:
+        return {"data": {"manifest": dataset.manifest, **data}, "config": {**dataset_keys, "tokenizer": "a path"}}
+
+    dataset_keys = {key: getattr(config(tmp_path), key) for key in ("seed", "sequence_length", "eval_files")}
+    ours_now = config(tmp_path / "set", tokenizer=str(tmp_path / "copy"))
+    dataset.check_same(state(tokenizer=dataset.tokenizer), ours_now)
+    dataset.check_same(state(tokenizer=None), ours_now)
+    for other in (state(tokenizer="byte"), state()):  # the last: from before there was a note, by the config's name
+        with pytest.raises(DataError, match="(?s)tokenizer (byte|a path) -> sha256:.*allow_data_change"):
+            dataset.check_same(other, ours_now)
+        dataset.check_same(other, dataclasses.replace(ours_now, allow_data_change=True))
+
+
+def test_tokenizers_that_are_none(tmp_path):
+    """A name with a typo, a folder without the file, a file that is none or does not say what ends a text."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    vocab = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 0, "content": "a"}]}
+    shards.write_mapped(tmp_path / "set", [400])
+    cases = {
+        "gpt": "tokenizer=gpt is none of gpt2, byte,.*did you mean gpt2",
+        f"{tmp_path}/set": "no folder that has one.*each checkpoint of a run keeps a copy",
+        f"{tmp_path}": "tokenizer.json is no tokenizer.json: KeyError",
+    }
+    for name, text in cases.items():
+        with pytest.raises(ConfigError, match=text):
+            Dataset.open(config(tmp_path / "set", tokenizer=name))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocab))
+    with pytest.raises(ConfigError, match=r'does not say which token ends a text.*special tokens: a.*"eos_token"'):
+        Dataset.open(config(tmp_path / "set", tokenizer=str(tmp_path)))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "b"}')
+    assert find(f"{tmp_path}/tokenizer.json").end == 1
+    code = "import sys; sys.modules['tokenizers'] = None; from refocused.shards.tokenizers import find; "
+    out = subprocess.run(
+        [sys.executable, "-c", code + f"t = find({str(tmp_path)!r}); print(t.end, t.size); t.encode('a')"],
+        cwd=ROOT, capture_output=True, text=True, timeout=GUARD,
+    )  # fmt: skip
+    assert out.stdout == "1 2\n" and "needs one more package: pip install tokenizers" in out.stderr, out.stderr
+
+
 # ---- bad sets
 
 
@@ -482,7 +551,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, tokens):
     code = f"""
 import os, sys, threading
 from data import Dataset
-from configs import Config
+from configs import Config, ConfigError
 from refocused.shards.sigbus import explain_bus_errors
 dataset = Dataset.open(Config(data_dir={str(tmp_path)!r}, sequence_length={tokens}))
 explain_bus_errors([*dataset.shards, *dataset.eval_shards])
@@ -572,7 +641,7 @@ import resource, sys, time
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(700, hard), hard))
 import numpy as np
-from configs import Config
+from configs import Config, ConfigError
 from data import Dataset, Loader
 
 def figures(file, *names):
@@ -635,7 +704,7 @@ def test_demo(tmp_path):
     files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
     assert "intact" in demo("a") and "the other demo's set" in demo("a", "--short")
-    dataset = Dataset.open(config(tmp_path / "a", max_files=-1))
+    dataset = Dataset.open(config(tmp_path / "a", max_files=-1, tokenizer="byte"))
     assert [s.path for s in dataset.eval_shards] == ["validation/00/tokenized_cleaned_validation_00.npz"]
     assert 5e6 < dataset.num_tokens < 5e7 and dataset.gather(np.arange(100)).max() <= 256
 

@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT
 from launch import GUARD
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from shards import own_tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import ckpt
@@ -297,24 +298,6 @@ def test_hostile_config(tmp_path):
         (tmp_path / "hf/model.safetensors.index.json").write_text(text)
         with pytest.raises(CheckpointError, match="no index of weights"):
             folders.load(folders.hf_source(tmp_path / "hf"))
-
-
-def own_tokenizer(folder: Path, texts: list[str], size: int = 500) -> None:
-    """A byte-level BPE in Pythia's manner, with the traces of its last use, and the settings that Pythia has."""
-    known = Tokenizer(models.BPE())
-    known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known.decoder = decoders.ByteLevel()
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|padding|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    known.train_from_iterator(texts, trainer)
-    known.enable_truncation(16)
-    known.enable_padding(length=16)
-    known.save(str(folder / "tokenizer.json"))
-    token = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "__type": "AddedToken"}
-    settings = {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": token, "unk_token": None, "add_prefix_space": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 GENERATE = """

@@ -30,6 +30,7 @@ from refocused.bucket import gcs, remote
 from refocused.checkpoint import choice, folder, manifest, tensors
 from refocused.run.logs import Logs
 from refocused.run.trace import Trace
+from refocused.shards import tokenizers
 from refocused.shards.shard import Shard
 from refocused.shards.source import Source
 
@@ -256,6 +257,29 @@ HF = {"model_type": "gpt_neox", "vocab_size": 257, "hidden_size": 64, "num_hidde
 def test_hf_config(place, content):
     (place / "config.json").write_bytes(content)
     in_own_words(lambda: folder.hf_source(place))
+
+
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"},
+             "added_tokens": [{"id": 3, "content": "</s>", "special": True, "normalized": False}]}  # fmt: skip
+SETTINGS = {"eos_token": {"content": "</s>"}, "unk_token": None, "chat_template": "x", tokenizers.OURS: ["byte", "00"]}
+
+
+@FUZZ
+@given(
+    st.one_of(mutated_json(TOKENIZER).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(TOKENIZER).encode())),
+    st.one_of(st.just(SETTINGS), mutated_json(SETTINGS)),
+)
+def test_tokenizer(place, content, settings):
+    (place / tokenizers.FILE).write_bytes(content)
+    (place / tokenizers.SETTINGS).write_text(json.dumps(settings))
+
+    def use() -> None:
+        known = tokenizers.File(place / tokenizers.FILE)
+        assert 0 <= known.end < known.size and known.identity
+        assert json.loads(known.files(64)[tokenizers.SETTINGS])["model_max_length"] == 64
+        known.byte_lengths()
+
+    in_own_words(use)
 
 
 @FUZZ

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import shards
 from launch import GUARD
+from tokenizers import Tokenizer
 
 import data
 from configs import Config
@@ -603,6 +605,55 @@ def test_tokenize(tmp_path):
     assert source.stat().st_size == before.st_size
     with pytest.raises(DataError, match="made from other sources; name another folder"):
         text.tokenize(tmp_path / "in", tmp_path / "out", *arguments)
+
+
+def test_tokenize_by_a_file(tmp_path, monkeypatch):
+    """A tokenizer.json, and one of more ids than 16 bits hold: the shards against each whole document's ids, in pieces,
+    and what is special in a text is text. They note it, and keep the note when they are prepared once more."""
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    monkeypatch.setattr(text, "BATCH", 3000)
+    words = "naïve words <|endoftext|> and don't  stop\n\n日本語 12.5\t" * 200
+    for name in ("in", "own", "large"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "in/a.txt").write_text(words)
+    shards.own_tokenizer(tmp_path / "own", [words], 400)
+    large = {"type": "WordLevel", "vocab": {"[UNK]": 0, "stop": 70_000, "and": 1}, "unk_token": "[UNK]"}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "model": large,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "added_tokens": [{"id": 9, "content": "</s>", **special}],
+    }
+    (tmp_path / "large/tokenizer.json").write_text(json.dumps(content))
+    for name, end, dtype in (("own", 0, "uint16"), ("large", 9, "uint32")):
+        known = Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+        known.no_truncation()
+        known.no_padding()
+        known.encode_special_tokens = True
+        text.tokenize(tmp_path / "in", tmp_path / f"{name} out", str(tmp_path / name), Rules([]), 4000)
+        assert tokens_in(tmp_path / f"{name} out") == [*known.encode(words, add_special_tokens=False).ids, end]
+        first = Shard.open(tmp_path / f"{name} out", "tokenized_cleaned_00000.npz")
+        assert first.stream.dtype == dtype and find(str(tmp_path / name)).identity == first.tokenizer[0]
+        assert first.tokenizer[1] == f"{name}/tokenizer.json"
+    shutil.copytree(tmp_path / "own", tmp_path / "moved")
+    again = text.tokenize(tmp_path / "in", tmp_path / "own out", str(tmp_path / "moved"), Rules([]), 4000)
+    assert again["kept"] == again["files"], "it is the same tokenizer"
+    with pytest.raises(DataError, match="made from other tokenizer"):
+        text.tokenize(tmp_path / "in", tmp_path / "own out", "byte", Rules([]), 4000)
+
+    args = ["prepare", str(tmp_path / "large out"), str(tmp_path / "prepared")]
+    assert prepare.main([*args[1:], "--vocab_size", "80000"]) == 0
+    name = "tokenized_cleaned_00000.npz"
+    assert Shard.open(tmp_path / "prepared", name).tokenizer == Shard.open(tmp_path / "large out", name).tokenizer
+    shards.write_padded(tmp_path / "bucket/a.npz", [np.arange(50)], 64)
+    for command, maker in (
+        ([], None),
+        (["--tokenizer", "byte"], None),
+        (["--tokenizer", "r50k_base"], ("r50k_base",) * 2),
+    ):
+        ends = [] if maker else ["--end_of_text", "0", "--vocab_size", "64"]
+        assert prepare.main([str(tmp_path / "bucket"), str(tmp_path / "p"), *command, *ends]) == 0
+        assert Shard.open(tmp_path / "p", "a.npz").tokenizer == maker, "what nobody named is not known"
 
 
 def split_whole(words: str, mark: str) -> list[str]:
