@@ -47,7 +47,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     """The run, on every rank alike; returns the exit code."""
     # --- setup
     env = processes.start(cfg)
-    guard.check_ranks(cfg, dataset.fingerprint)
+    guard.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     checkpoints = ckpt.Checkpoints(cfg, env)

@@ -320,6 +320,7 @@ def test_tokenizers_that_are_none(tmp_path):
     vocab = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 0, "content": "a"}]}
     shards.write_mapped(tmp_path / "set", [400])
     cases = {
+        "~nobody-of-that-name/x" + "x" * 300: "no folder that has one",
         "gpt": "tokenizer=gpt is none of gpt2, byte,.*did you mean gpt2",
         f"{tmp_path}/set": "no folder that has one.*each checkpoint of a run keeps a copy",
         f"{tmp_path}": "tokenizer.json is no tokenizer.json: KeyError",

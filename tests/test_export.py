@@ -348,6 +348,9 @@ def test_one_tokenizer_from_text_to_export(tmp_path, capsys):
     again = train(tmp_path, *moved, "resume=latest", "max_steps=12")
     assert "Step 12: " in again.text
 
+    both = [str(path) for path in sorted((tmp_path / "out").glob("checkpoint-*"))]
+    assert len(both) == 2 and ckpt.main(["average", *both, str(tmp_path / "mean")]) == 0
+    assert ckpt.find(str(tmp_path / "mean")).cfg.tokenizer.startswith(str(tmp_path / "mean"))
     assert ckpt.main(["export", str(tmp_path / "out"), str(tmp_path / "hf2"), "--dtype", "fp32"]) == 0
     assert "tokenizer out/" not in (card := (tmp_path / "hf2/README.md").read_text()) and "500 ids, sha256:" in card
     trained, prompt = ckpt.find(str(tmp_path / "out")), "def convert(text: str) -> None:\n    # naïve"

@@ -16,7 +16,7 @@ from configs import KEYS, Config, ConfigError
 from refocused.run import processes
 from refocused.run.exits import INTERNAL
 
-PLACES = ("data_dir", "cache_dir", "output_dir", "logging_dir")  # nodes may keep things in different places
+PLACES = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir")  # nodes may keep things in different places
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 
 
@@ -38,10 +38,10 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def check_ranks(cfg: Config, fingerprint: str) -> None:
-    """Raise ConfigError, on every rank alike, unless all have the same config, shards (by fingerprint), torch and code."""
+def check_ranks(cfg: Config, fingerprint: str, tokenizer: str | None) -> None:
+    """Raise ConfigError, on every rank alike, unless all have the same config, shards and tokenizer, torch and code."""
     mine = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in PLACES}
-    mine["the shards in data_dir"] = fingerprint
+    mine |= {"the shards in data_dir": fingerprint, "the tokenizer": tokenizer}
     mine["the version of torch"] = torch.__version__
     mine["the code (a hash of train.py, model.py and the like)"] = sources()
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()

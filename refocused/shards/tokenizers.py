@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -214,14 +215,18 @@ def find(name: str) -> Tokenizer:
     """
     if name in ENCODINGS:
         return Encoding(name)
-    path = Path(name).expanduser()
-    candidates = [path, path / FILE, *sorted(path.glob(f"checkpoint-*/{FILE}"))[-1:]]
-    if not (file := next((candidate for candidate in candidates if candidate.is_file()), None)):
+    path = Path(os.path.expanduser(name))
+    try:
+        candidates = [path, path / FILE, *sorted(path.glob(f"checkpoint-*/{FILE}"))[-1:]]
+        found = [candidate for candidate in candidates if candidate.is_file()]
+    except OSError:  # a name that is too long, a folder that may not be read
+        found = []
+    if not found:
         raise ConfigError(
             f"tokenizer={name} is none of {', '.join(ENCODINGS)}, no tokenizer.json and no folder that has one"
             f"{nearest(name, ENCODINGS)}; each checkpoint of a run keeps a copy of the run's file"
         )
-    return File(file)
+    return File(found[0])
 
 
 def end_of_text(name: str | None, use: str) -> int:
