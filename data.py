@@ -11,6 +11,9 @@ every sample is a random read of about 2 KB.
     python data.py demo | download | tokenize | prepare | verify | bench
 """
 
+from refocused import entry  # before all others: it says what this machine lacks
+
+# isort: split
 import argparse
 import hashlib
 import itertools
@@ -33,7 +36,6 @@ import numpy as np
 import torch
 
 from configs import KEYS, Config
-from refocused import entry
 from refocused.bucket import download
 from refocused.shards import demo, prepare, text, tokenizers, verify
 from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
@@ -54,7 +56,8 @@ def cache_folder(cfg: Config) -> Path:
 def chosen_shards(cfg: Config) -> list[str]:
     """Relative paths of the first max_files shards of cfg.data_dir, training and held-out ones together."""
     if not os.path.isdir(cfg.data_dir):
-        raise DataError(f"data_dir={cfg.data_dir} is no folder; `python data.py demo` makes a small set in data/demo")
+        way = entry.here(f"python data.py {'demo' if cfg.tokenizer == 'byte' else 'tokenize TEXTS'} {cfg.data_dir}")
+        raise DataError(f"data_dir={cfg.data_dir} is no folder; `{way}` makes it")
     caches = (cfg.cache_dir, cache_folder(cfg))
     paths = find_files(cfg.data_dir, cfg.tokenized_file_pattern, but=caches)
     if not paths:
@@ -219,7 +222,8 @@ class Dataset:
         if changes and not cfg.allow_data_change:
             raise DataError(
                 f"the checkpoint was trained on other data or in another order:\n{changes.strip()}\n"
-                "restore it, or set allow_data_change=true to go on with what is there now"
+                "restore it, set allow_data_change=true to go on with what is there now, or name another output_dir and "
+                "logging_dir for a new run"
             )
 
     def sample_ids(self, first: int, count: int) -> np.ndarray:

@@ -7,6 +7,9 @@
 A batch of prompts is read at once, then each step adds a token to every text behind a cache of keys and values.
 """
 
+from refocused import entry  # before all others: it says what this machine lacks
+
+# isort: split
 import dataclasses
 import os
 import sys
@@ -22,7 +25,6 @@ import ckpt
 import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters, rotary_tables
-from refocused import entry
 from refocused.bucket import sync
 from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, manifest
@@ -244,7 +246,7 @@ def parse(argv: list[str]) -> tuple[Config, Options]:
     for key in (a.removeprefix("--").split("=")[0] for a in argv if configs.is_setting(a)):
         if key not in known and key not in configs.KEYS:
             near = configs.nearest(key, [*known, *configs.KEYS])
-            raise ConfigError(f"unknown key {key!r}{near}; python sample.py --help lists them")
+            raise ConfigError(f"unknown key {key!r}{near}; `{entry.here('python sample.py --help')}` lists them")
     mine = [a for a in argv if "=" in a and a.removeprefix("--").split("=")[0] in known]
     cfg, _ = configs.load([a for a in argv if a not in mine])
     texts = dict(a.removeprefix("--").split("=", 1) for a in mine)
@@ -295,7 +297,11 @@ def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[i
 
 def command(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(__doc__, *configs.key_table(Options), "", "and every key of python train.py --help", sep="\n")
+        usage, way = (
+            __doc__.replace("python sample.py", entry.here("python sample.py")),
+            entry.here("python train.py --help"),
+        )
+        print(usage, *configs.key_table(Options), "", f"and every key of `{way}`", sep="\n")
         return 0
     cfg, options = parse(argv)
     prompts = [p for p in read_prompts(options.prompt) for _ in range(options.num_samples)]

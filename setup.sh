@@ -191,7 +191,7 @@ if ! $only_check; then
         echo "Not installed: $missing thing(s) missing, see above." >&2
         exit 1
     fi
-    echo "making .venv"
+    echo "making .venv; PyTorch is large, this takes minutes"
     [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
     # no cache: pip's would lie outside this folder
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements.txt || exit 1

@@ -18,6 +18,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from refocused.entry import here
+
 DEMO = Path(__file__).parent / "demo.py"
 
 
@@ -377,7 +379,8 @@ def read_file(path: Path) -> dict[str, typing.Any]:
 
 def _known(key: str, owner: type = Config) -> str:
     if key not in types_of(owner):
-        raise ConfigError(f"unknown key {key!r}{nearest(key, types_of(owner))}; python train.py --help lists them")
+        way = here("python train.py --help")
+        raise ConfigError(f"unknown key {key!r}{nearest(key, types_of(owner))}; `{way}` lists them")
     return key
 
 
@@ -464,7 +467,8 @@ def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def help_text() -> str:
     lines = [
-        "usage: [torchrun --standalone --nproc_per_node=N] train.py [CONFIG.py] [key=value ...] [--show]",
+        f"usage: {here('python train.py [CONFIG.py] [key=value ...] [--show]')}",
+        f"       {here('torchrun --standalone --nproc_per_node=N train.py [CONFIG.py] [key=value ...]')}",
         "",
         "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent",
         "  --show      print the resolved config and the plan of the run, and exit",

@@ -1,11 +1,74 @@
-"""The door of every command: one sentence for a mistake, a traceback for a bug, silence for a closed pipe."""
+"""The door of every command: one sentence for a mistake, a traceback for a bug, silence for a closed pipe.
+
+It is imported before anything that a machine may lack, and says then what is lacking.
+"""
+
+from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
+import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("torch", "numpy", "safetensors", "tqdm")  # what importing the commands takes
+
+
+def near(path: str | Path) -> str:
+    """The path of a file as a shell takes it, from the current folder where it lies below that."""
+    relative = os.path.relpath(path)
+    return shlex.quote(os.path.abspath(path) if relative.startswith(os.pardir) else relative)
+
+
+def here(command: str) -> str:
+    """The command as it runs from where its reader stands.
+
+    The first word is a program of this interpreter's environment: it gets its path where PATH has another one or none, as
+    it has until the environment is activated. The files at the root get theirs where that is not the current folder.
+    """
+    program, *words = command.split(" ")
+    if program == "pip":
+        program, words = "python", ["-m", "pip", *words]
+    own = Path(sys.executable) if program == "python" else Path(sys.executable).with_name(program)
+    found = Path(shutil.which(program) or os.devnull)
+    # python is a link in every environment, so the folders have to be one, too
+    if own.exists() and not (found.samefile(own) and found.parent.samefile(own.parent)):
+        program = near(own)
+    if not os.path.samefile(ROOT, os.curdir):
+        words = [near(ROOT / word) if "/" not in word and (ROOT / word).is_file() else word for word in words]
+    return " ".join([program, *words])
+
+
+def lacking() -> str:
+    """Why no command can run with this interpreter, and the one line that mends it; "" where nothing is in the way."""
+    if sys.platform == "win32":
+        return (
+            "this runs on Linux and macOS, on Windows inside WSL2: `wsl --install`, then the same commands in its shell"
+        )
+    old = sys.version_info < (3, 11)
+    absent = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    if not (old or absent):
+        return ""
+    what = f"is Python {sys.version_info[0]}.{sys.version_info[1]}, not 3.11 to 3.13" if old else f"has no {absent[0]}"
+    if (ROOT / ".venv/runtime").exists() and not sys.prefix == str(ROOT / ".venv"):
+        arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
+        way = f"`{near(ROOT / '.venv/bin/python')} {shlex.join(arguments)}`"
+    elif sys.prefix != sys.base_prefix and not old:
+        way = f"`{here('pip install -r requirements.txt')}`"
+    else:
+        way = f"`{near(ROOT / 'setup.sh') if Path.cwd() != ROOT else './setup.sh'}`, which makes .venv with all of it"
+    return f"{sys.executable} {what}; run {way}"
+
+
+if why := lacking():
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 Command = Callable[[list[str]], int]
 
@@ -34,9 +97,19 @@ def run(command: Command, argv: list[str]) -> int:
         if isinstance(error, ValueError) and hasattr(error, "exit_code"):
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        if text := absent(error):
+            print(f"error: {text}", file=sys.stderr)
+            return 2
         traceback.print_exc()
         print("this is a bug, please report it with the lines above", file=sys.stderr)
         return 70
+
+
+def absent(error: BaseException) -> str:
+    """Of an import that failed for want of a package: which one, and the line that installs it; "" of any other error."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name or (ROOT / error.name.split(".")[0]).exists():
+        return ""
+    return f"{error.name} is not installed: `{here('pip install -r requirements.txt')}`"
 
 
 def open_streams() -> None:
@@ -53,9 +126,10 @@ def open_streams() -> None:
 
 def dispatch(program: str, commands: Mapping[str, tuple[str, Command]], argv: list[str]) -> int:
     """The command that argv[0] names, run with the rest; commands: {name: (what it does, function)}."""
-    lines = [f"usage: python {program} COMMAND ...", ""]
+    usage = here(f"python {program}")
+    lines = [f"usage: {usage} COMMAND ...", ""]
     lines += [f"  {name:<10} {meaning}" for name, (meaning, _) in commands.items()]
-    lines += ["", f"python {program} COMMAND --help says more."]
+    lines += ["", f"{usage} COMMAND --help says more."]
 
     def command(argv: list[str]) -> int:
         if argv[:1] in ([], ["-h"], ["--help"]):

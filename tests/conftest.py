@@ -3,7 +3,11 @@ import os
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
+
+# as in an activated environment: `python` in what is printed, and in children's shells, is this one
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -346,7 +346,7 @@ def test_tokenizers_that_are_none(tmp_path):
 
 def test_missing_and_empty_folders(tmp_path):
     """A folder that is not there, one without shards, one with short shards only, against their messages."""
-    with pytest.raises(DataError, match="nowhere is no folder; `python data.py demo`"):
+    with pytest.raises(DataError, match="nowhere is no folder; `python .*data.py tokenize TEXTS .*nowhere` makes"):
         Dataset.open(config(tmp_path / "nowhere"))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/notes.txt").touch()

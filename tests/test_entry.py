@@ -1,8 +1,13 @@
 """The door of every command, in processes of their own whose streams are closed, narrow or cut off."""
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import venv
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -66,3 +71,110 @@ def test_mistake_or_bug():
     for bug in ("assert False", "raise ValueError('no exit code')", "1 / 0"):
         done = run(bug)
         assert done.returncode == 70 and "Traceback" in done.stderr and done.stderr.endswith("with the lines above\n")
+
+
+COMMANDS = [
+    "train.py",
+    "data.py demo",
+    "ckpt.py list out",
+    "sample.py 'prompt=def '",
+    "bench.py plan",
+    "-m refocused.run.launch x",
+]
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The programs in a folder of their own, whose name has a blank."""
+    folder = tmp_path / "a copy"
+    folder.mkdir()
+    for path in (*ROOT.glob("*.py"), ROOT / "configs", ROOT / "refocused"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    return folder
+
+
+def shell(line: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        line, shell=True, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=GUARD
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_machine_without_torch(copy, command):
+    """Each program where no package is installed (-S): exit 2 and one line that names the command which mends it; with an
+    environment made by make or setup.sh that is the same command in it, and runs as printed, from anywhere."""
+    python = shlex.quote(sys.executable)
+    done = shell(f"{python} -S {command}", copy)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert done.stderr == f"error: {sys.executable} has no torch; run `./setup.sh`, which makes .venv with all of it\n"
+    made = copy / ".venv/bin/python"
+    made.parent.mkdir(parents=True)
+    made.write_text('#!/bin/sh\nprintf "%s." "$@"\n')
+    made.chmod(0o755)
+    (copy / ".venv/runtime").touch()
+    above = command.startswith("-m")
+    program = command if above else command.replace(command.split()[0], f"'{copy}/{command.split()[0]}'", 1)
+    done = shell(f"{python} -S {program}", copy if above else copy.parent)
+    [line] = re.findall(r"has no torch; run `(.*)`$", done.stderr)
+    assert done.returncode == 2 and shell(line, copy if above else copy.parent).stdout == ".".join(
+        ["-S", *shlex.split(program), ""]
+    )
+
+
+def test_an_environment_without_torch(copy):
+    """In an environment of one's own, and as Python 3.10: pip's line, and setup.sh's."""
+    venv.create(copy.parent / "mine", symlinks=True)
+    done = shell("../mine/bin/python ckpt.py list", copy)
+    assert done.returncode == 2 and "has no torch; run `" in done.stderr
+    [line] = re.findall("`(.*)`", done.stderr)
+    assert line == f"{copy.parent}/mine/bin/python -m pip install -r requirements.txt"
+    done = shell(f"{sys.executable} -S -c 'import sys; sys.version_info = (3, 10, 1); import data'", copy)
+    assert done.returncode == 2 and "is Python 3.10, not 3.11 to 3.13; run `./setup.sh`" in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_windows(command):
+    """Where sys.platform says win32: one sentence that names WSL2, and exit 2."""
+    name, *words = shlex.split(command.removeprefix("-m "))
+    how = "module" if command.startswith("-m") else "path"
+    code = f"import sys, runpy; sys.platform = 'win32'; sys.argv = {[name, *words]}\n"
+    code += f"runpy.run_{how}({name!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: this runs on Linux and macOS")
+    assert "WSL2" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_missing_package_in_mid_run():
+    """One that is only needed later is a line too; a module of ours that is missing is a bug."""
+    done = run("sys.modules['tiktoken'] = None; import tiktoken")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: tiktoken is not installed: `python -m pip install -r "
+    )
+    assert run("import refocused.nothing").returncode == 70
+
+
+def test_commands_as_they_are_printed(copy, monkeypatch):
+    """here(): programs by name where PATH finds this environment's, else by path; files of the root from another folder."""
+    other = copy.parent / "bin"
+    other.mkdir()
+    (other / "python").write_text("#!/bin/sh\nexit 9\n")
+    (other / "python").chmod(0o755)
+    bare, own = f"{other}{os.pathsep}/usr/bin{os.pathsep}/bin", os.path.dirname(sys.executable)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from refocused import entry; print(entry.here(sys.argv[2]))"
+
+    def here(command: str, folder: Path, path: str) -> str:
+        line = shlex.join([sys.executable, "-c", code, str(copy), command])
+        return shell(line, folder, PATH=path).stdout.strip()
+
+    active = f"{own}{os.pathsep}{bare}"
+    assert here("python train.py a='b c'", copy, active) == "python train.py a='b c'"
+    assert here("tensorboard --logdir logs", copy, active) == "tensorboard --logdir logs"
+    assert here("python train.py configs/demo.py", copy, bare) == f"{sys.executable} train.py configs/demo.py"
+    assert here("torchrun train.py", copy, bare) == f"{own}/torchrun train.py"
+    assert here("pip install -r requirements.txt", copy, active) == "python -m pip install -r requirements.txt"
+    assert here("python train.py configs/demo.py", copy.parent, active) == "python 'a copy/train.py' configs/demo.py"
+    assert here("python data.py", other, active) == f"python '{copy}/data.py'"
+    (copy / ".venv").symlink_to(sys.prefix)
+    line = shlex.join([".venv/bin/python", "-c", code, str(copy), "python data.py demo"])
+    assert shell(line, copy, PATH=bare).stdout == ".venv/bin/python data.py demo\n"
+    assert shell(f"PATH=.venv/bin; {line}", copy).stdout == "python data.py demo\n"

@@ -774,7 +774,7 @@ def test_tokenize_command(tmp_path):
     command = ("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
     out = run(*command)
     assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "302 documents" in out.stdout, out.stderr
-    assert out.stdout.endswith(f"train on it with data_dir={tmp_path}/out tokenizer=byte vocab_size=257\n")
+    assert "train on it: python " in out.stdout and f"data_dir={tmp_path}/out " in out.stdout
     assert "left out, neither .txt nor .jsonl: x/notes.json" in out.stderr
     assert "note: 2 times <|endoftext|> in .txt files became ordinary text; --split '<|endoftext|>'" in out.stderr
     stories = next((tmp_path / "in/x").glob("s*.txt"))

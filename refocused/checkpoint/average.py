@@ -22,6 +22,7 @@ from refocused.checkpoint import manifest, tensors
 from refocused.checkpoint.export import check_free, coming
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.entry import here
 from refocused.shards import tokenizers
 
 
@@ -118,7 +119,8 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
     sources = [find(checkpoint) for checkpoint in args.checkpoints]
     for source in sources:
         if source.is_hf:
-            raise ConfigError(f"{source.path} is a Hugging Face folder; first: python ckpt.py import {source.path} OUT")
+            way = here(f"python ckpt.py import {source.path} OUT")
+            raise ConfigError(f"{source.path} is a Hugging Face folder; first: `{way}`")
     with coming(args.out) as folder:
         made = average(sources, weights, folder)
         for source in sources:

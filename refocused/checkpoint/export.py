@@ -36,6 +36,7 @@ from refocused.checkpoint.folder import (
     write_weights,
 )
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.entry import here
 from refocused.shards import tokenizers
 from refocused.shards.shard import DataError
 from refocused.shards.write import sync_folder
@@ -206,7 +207,8 @@ def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
     check_free(args.out)
     absent = [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]
     if absent:
-        raise ConfigError(f"--onnx needs packages that are not here: pip install {' '.join(absent)}")
+        way = here(f"pip install {' '.join(absent)}")
+        raise ConfigError(f"--onnx needs packages that are not here: `{way}`")
     source = find(args.checkpoint)
     if source.is_hf:
         raise CheckpointError(f"{source.path} is a Hugging Face folder already")
@@ -259,7 +261,8 @@ def main_import(argv: list[str]) -> int:
         tensors.save_alone(folder / final, tensors.state_tree(model), state, files=files)
     print(f"{source} -> {args.out / final}")
     if known:
-        print(f"make shards for it with: python data.py tokenize TEXTS SHARDS --tokenizer {shlex.quote(str(args.out))}")
+        tokenizer = shlex.quote(str(args.out))
+        print(f"make shards for it with: {here(f'python data.py tokenize TEXTS SHARDS --tokenizer {tokenizer}')}")
     else:
         print(f"without a tokenizer: {args.folder} has no {tokenizers.FILE}; nothing says which text its ids are")
     print(f"train from it with: {train_command(args.out, source.cfg)}")
@@ -278,4 +281,4 @@ def train_command(start: Path, cfg: Config) -> str:
         "tokenizer": start if cfg.tokenizer else "none",
     }
     settings = [*places.items(), *((key, getattr(cfg, key)) for key in keys)]
-    return f"python train.py {shlex.join(['configs/demo.py', *(f'{key}={value}' for key, value in settings)])}"
+    return here(f"python train.py configs/demo.py {shlex.join(f'{key}={value}' for key, value in settings)}")

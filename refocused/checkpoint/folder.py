@@ -17,6 +17,7 @@ from configs import Config
 from model import SAME_NAME, GPTNeoX, from_hf_config, num_parameters, to_hf_config
 from refocused.checkpoint import manifest, schema, tensors
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.entry import here
 from refocused.shards import tokenizers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -117,9 +118,10 @@ def read_folder(path: Path, model: GPTNeoX) -> None:
     computed = re.compile(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)")
     for file in files:
         if not (path / file).is_file():
+            way = here('python -c "from transformers import AutoModelForCausalLM as A; ')
             raise CheckpointError(
-                f'{path / file} is missing; pickled weights (.bin) are not read, convert them once: python -c "from '
-                f"transformers import AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('NEW')\""
+                f"{path / file} is missing; pickled weights (.bin) are not read, convert them once: "
+                f"{way}A.from_pretrained('{path}').save_pretrained('NEW')\""
             )
         try:
             with safe_open(path / file, "pt") as tensors, torch.no_grad():

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refocused.entry import here
 from refocused.run.goodput import goodput, sentence
 from refocused.run.logs import TRACE
 from refocused.run.trace import Lines
@@ -327,7 +328,7 @@ def main(argv: list[str]) -> int:
         label(runs)
         png = draw(runs)
     except ImportError:
-        print("error: pictures need matplotlib: python -m pip install matplotlib", file=sys.stderr)
+        print(f"error: pictures need matplotlib: `{here('pip install matplotlib')}`", file=sys.stderr)
         return 2
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)

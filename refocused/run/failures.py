@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from refocused.entry import absent
 from refocused.run import processes
-from refocused.run.exits import INTERNAL
+from refocused.run.exits import INTERNAL, MISTAKE
 
 GRACE = 5.0  # seconds that another rank is given to speak first
 # gloo's errors have no class of their own; NCCL's and the store's do
@@ -33,6 +34,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return error.exit_code, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):  # before there was a StopSignal
         return 128 + signal.SIGINT, "interrupted"
+    if text := absent(error):
+        return MISTAKE, f"error: {text}"
     if lost_peers(error):
         rank, step = os.environ.get("RANK", "0"), processes.progress.step
         when = f"at step {step:,}" if step is not None else "before the first step"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from refocused.entry import here
 from refocused.shards.shard import DataError
 
 PIECE = 1 << 20  # bytes of a .txt that are handled at once
@@ -62,9 +63,8 @@ class Inflating(io.RawIOBase):
         try:
             import zstandard  # optional: only Reddit's dumps need it
         except ImportError as error:
-            raise DataError(
-                f"{path}: `pip install zstandard` reads it, or unpack it first: `zstd -d {path}`"
-            ) from error
+            way = here("pip install zstandard")
+            raise DataError(f"{path}: `{way}` makes it readable, or unpack it first: `zstd -d {path}`") from error
         self.file, self.path, self.error = file, path, zstandard.ZstdError
         self.new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self.frame: Any = self.new()

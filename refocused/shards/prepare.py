@@ -10,6 +10,7 @@ import argparse
 import fnmatch
 import multiprocessing
 import os
+import shlex
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from configs import Config
 from refocused import entry
+from refocused.entry import here
 from refocused.shards import shard, write
 from refocused.shards.flat import BIN_DTYPES
 from refocused.shards.shard import DataError, Shard, WriteError
@@ -82,7 +84,8 @@ def others(paths: list[str]) -> str:
     """What lies there instead, and what reads it, behind a message that something is missing."""
     for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl"), "tokenize")):
         if fitting := [path for path in paths if path.lower().endswith(kinds)]:
-            return f"; `python data.py {command} SRC DST` makes shards of its {len(fitting)} such as {fitting[0]}"
+            way = here(f"python data.py {command} SRC DST")
+            return f"; `{way}` makes shards of its {len(fitting)} such as {fitting[0]}"
     return f", but {len(paths)} others such as {paths[0]}" if paths else ""
 
 
@@ -202,19 +205,18 @@ def announce(totals: dict[str, int], folder: Path, tokenizer: str, vocab_size: i
         f"padding dropped, {totals['documents']:,} documents, {totals['skipped']:,} empty or bad ones skipped, largest "
         f"id {totals['largest_id']}, {seconds:.1f} s"
     )
-    print(f"train on it with {' '.join(training_keys(folder, tokenizer, vocab_size))}")
+    print(f"train on it: {training_command(folder, tokenizer, vocab_size)}")
 
 
-def training_keys(folder: Path, tokenizer: str, vocab_size: int | None) -> list[str]:
-    """What train.py must be told of a set, beyond its defaults."""
-    keys = [f"data_dir={folder}"]
+def training_command(folder: Path, tokenizer: str, vocab_size: int | None) -> str:
+    """A whole command that trains the demo's small model on a set, in folders of its own."""
+    name = folder.absolute().name
+    keys = {"data_dir": folder, "output_dir": f"out/{name}", "logging_dir": f"logs/{name}", "tokenizer": tokenizer}
+    keys["vocab_size"] = vocab_size or find(tokenizer).size
     if any(not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_files(folder, "*.npz")):
-        keys.append("'tokenized_file_pattern=*.npz'")
-    if tokenizer != Config.tokenizer:
-        keys += [f"tokenizer={tokenizer}", f"vocab_size={vocab_size or find(tokenizer).size}"]
-    elif vocab_size:
-        keys.append(f"vocab_size={vocab_size}")
-    return keys
+        keys["tokenized_file_pattern"] = "*.npz"
+    settings = shlex.join(f"{key}={value}" for key, value in keys.items())
+    return here(f"python train.py configs/demo.py {settings}")
 
 
 def common_arguments(*folders: str) -> argparse.ArgumentParser:

@@ -17,11 +17,14 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from refocused.entry import here
+
 TOKEN_ARRAYS = ("input_ids", "tokens")
 PADDING_ARRAYS = ("attention_mask", "sequence_lengths")
 DTYPES = ("<u2", "<u4", "<i4")  # that are mapped
 INTEGERS = ("|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", ">i2", ">u2", ">i4", ">u4", ">i8", ">u8")
 MAX_MEMBERS = 16
+PREPARE = "python data.py prepare SRC DST"  # what makes shards of other files
 BLOCK = 1 << 22  # bytes handled at once
 MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network's disk may say once and not again
 PAUSES = (1.0, 3.0)  # seconds before asking it again
@@ -190,11 +193,11 @@ class Shard:
         stream: IO[bytes], file: Path, size: int
     ) -> tuple[tuple[int, ...], np.dtype, int, int, zipfile.ZipInfo]:
         if file.suffix.lower() in (".bin", ".npy"):
-            raise DataError(f"{file} is no .npz; `python data.py prepare SRC DST` makes shards of .bin and .npy files")
+            raise DataError(f"{file} is no .npz; `{here(PREPARE)}` makes shards of .bin and .npy files")
         members = zip_members(stream, file)
         member = token_member(members, file)
         padding = [name for name in PADDING_ARRAYS if name in members]
-        way = "`python data.py prepare SRC DST` makes shards to be read in place"
+        way = f"`{here(PREPARE)}` makes shards to be read in place"
         if member.compress_type != zipfile.ZIP_STORED or padding:
             why = f"padded (it has {' and '.join(padding)})" if padding else "compressed"
             raise PackedShard(f"{file} is {why}; {way}")

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from refocused.entry import here
 from refocused.shards import flat, shard
 from refocused.shards.shard import BLOCK, INTEGERS, DataError
 
@@ -93,8 +94,8 @@ class Source:
         if member.file_size > self.max_ratio * packed:
             raise DataError(
                 f"{self.file}: {member.filename} claims {member.file_size} bytes out of {packed}, a ratio "
-                f"over {self.max_ratio:g}; if that is honest padding, run `python data.py prepare` with a larger "
-                "--max_ratio"
+                f"over {self.max_ratio:g}; if that is honest padding, with a larger --max_ratio: "
+                f"`{here(f'python data.py prepare SRC DST --max_ratio {2 * member.file_size // packed}')}`"
             )
         padding = [name for name in shard.PADDING_ARRAYS if name in self.members]
         self.padded = bool(padding)

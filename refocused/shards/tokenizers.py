@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from configs import Config, ConfigError, nearest
+from refocused.entry import here
 from refocused.shards.shard import DataError, Shard
 
 # {name: (id of end-of-text, number of ids)}, known without the vocabulary, which has to be fetched for all but byte
@@ -154,7 +156,7 @@ class File:
         try:
             import tokenizers
         except ImportError as error:
-            raise DataError(f"{self.name} needs one more package: pip install tokenizers") from error
+            raise DataError(f"{self.name} needs one more package: `{here('pip install tokenizers')}`") from error
         try:
             known = tokenizers.Tokenizer.from_str(self.content.decode())
         except Exception as error:  # it has no type of its own
@@ -263,10 +265,11 @@ def check_shards(shards: list[Shard], cfg: Config) -> str | None:
         identity, name = others[0].tokenizer or ("", "")
         known = name if identity == name else f"{name} ({identity})"
         keys = f"tokenizer={name} vocab_size={ENCODINGS[name][1]}" if name in ENCODINGS else "tokenizer= to its path"
+        way = here(f"python data.py tokenize SRC DST --tokenizer {shlex.quote(cfg.tokenizer)}")
         raise DataError(
             f"{len(others)} of {len(shards)} shards of {cfg.data_dir}, such as {others[0].path}, were made with {known}, "
             f"this run has tokenizer={cfg.tokenizer} ({ours.identity}), to which their ids are other text; set {keys}, "
-            "or make them anew with `python data.py tokenize`; allow_data_change=true trains on them all the same"
+            f"or make them anew with `{way}`; allow_data_change=true trains on them all the same"
         )
     return ours.identity
 
