@@ -338,6 +338,7 @@ def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):
     assert run.process.wait(GUARD) == 75, run.text
     last = run.text.splitlines()[-1]
     assert re.search(r"launch: rank \d of this node ended with 75: stopped at step", last), run.text
+    assert "death signal" not in run.text  # torch's words about it
     step = int(re.search(r"stopped at step ([\d,]+)", last)[1].replace(",", ""))
     assert manifest.parse(manifest.names(tmp_path / "out")[0]).step == step
 

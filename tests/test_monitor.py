@@ -14,9 +14,11 @@ from launch import GUARD, Run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run, newest, steps, take, tensors
 
+import configs
 from configs import ConfigError, step_ranges
 from refocused.checkpoint import manifest
 from refocused.measure import gpus
+from refocused.run.words import fitted, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -237,3 +239,25 @@ def test_show_into_a_closed_pipe():
     command = f"{sys.executable} train.py configs/production.py --show | head -1"
     run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
     assert run.stderr == "" and run.stdout.startswith("model ")
+
+
+def test_lines_fit_the_terminal():
+    """At 80 columns: no line is longer, the plan's go on below their text, words stay whole, and so do commands."""
+    long = plan(configs.load([])[0], 2, "a folder with a long name " * 4, "here")
+    resume = (
+        "resume    checkpoint-epoch0-step500-files0 (what was saved last), step 500\n"
+        + " " * 10
+        + "data: "
+        + "at x " * 20
+    )
+    for text in (
+        long,
+        resume,
+        "stopped at step 101 1.4 s after the signal; resume=latest continues from checkpoint-epoch0-step1",
+    ):
+        shown = fitted(text, 80)
+        assert max(map(len, shown.splitlines())) < 80 and shown.split() == text.split()
+        assert len(shown.splitlines()) > len(text.splitlines()) and fitted(text, 1000) == text
+    assert "\n          " in fitted(long, 80) and "\n            " in fitted(resume, 80)
+    for command in (f"error: `{'a b ' * 40}`", f"  {'a b ' * 40}"):
+        assert fitted(command, 80) == command

@@ -61,7 +61,8 @@ def launch(argv: list[str]) -> int:
     args = torchrun.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, in three lines of warning
     if "TORCH_LOGS" not in os.environ:
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the last line says it all
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own; the last line says it all
     begin = time.time() - 1
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         args.log_dir = args.log_dir or folder  # where the ranks' reports go

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from refocused.run.board import Board
 from refocused.run.evaluate import Score
 from refocused.run.logs import LOG, TRACE, Logs, console, mute, stamped
 from refocused.run.trace import Diverged, Trace
-from refocused.run.words import count, duration
+from refocused.run.words import count, duration, fitted
 from refocused.shards.shard import DataError
 
 WIDTH = 100  # columns of a step's line
@@ -117,8 +118,9 @@ class Monitor:
         """A line on rank 0's console and in train.log, there as `log` if given; nothing for an empty text."""
         if self.log and text:
             file = file or sys.stdout
+            shown = fitted(text, shutil.get_terminal_size().columns) if file.isatty() else text
             with console():
-                self.bar.write(text, file=file)
+                self.bar.write(shown, file=file)
                 file.flush()
             self.log.write(stamped(log or text))
 

@@ -28,6 +28,7 @@ from configs import Config, ConfigError
 from refocused.run.exits import INTERNAL, leave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+BUSY = 1.25  # load per core from which waiting threads take the time of those that work
 FIRST_SECONDS = 60.0  # in which the first collective must be over
 STORE_SECONDS = 10.0  # in which torchrun's store must be found
 DEVICE, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
@@ -373,6 +374,18 @@ def peak_memory(env: Env) -> int:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def busy(env: Env) -> str:
+    """A note where other work has this machine's cores: OpenMP's threads wait for each other in a loop, and for a core."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    if env.device.type != "cpu" or env.threads == 1 or passive or load < BUSY * cores:
+        return ""
+    return (
+        f"{load:.0f} processes want this machine's {cores} cores: OMP_WAIT_POLICY=PASSIVE in front of the command, or "
+        "cpu_threads=1, may make it many times faster (on idle cores slower)"
+    )
 
 
 def describe(env: Env, cfg: Config) -> str:

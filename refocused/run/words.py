@@ -1,6 +1,9 @@
 """A run in words: the plan before its first step, where a resume goes on, how it ended."""
 
 import dataclasses
+import shlex
+import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
 import configs
@@ -8,9 +11,12 @@ import model as neox
 from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.choice import Choice
+from refocused.entry import here
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.optim import learning_rate
 from refocused.shards.tokenizers import find
+
+COLUMN = 10  # where the plan's text begins, behind a line's name
 
 
 def count(n: float) -> str:
@@ -31,8 +37,22 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
-    """The run in a few aligned lines. dataset: a data.Dataset, or the reason why there is none."""
+def fitted(text: str, columns: int) -> str:
+    """The text in lines of a terminal so wide: the plan's go on below their text. Commands stay whole, to be copied."""
+    lines = []
+    for line in text.splitlines():
+        if len(line) < columns or "`" in line or line.startswith("  ") and not line.startswith(" " * COLUMN):
+            lines.append(line)
+            continue
+        indent = " " * (COLUMN + 2 * line.startswith(" ") if line[COLUMN - 1 : COLUMN] == " " else 2)
+        lines += textwrap.wrap(
+            line, columns - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> str:
+    """The run in a few aligned lines. dataset: a data.Dataset, or the reason why there is none; note: of the machine."""
     parameters, body = neox.num_parameters(cfg)
     accumulation, global_batch = cfg.batch(world_size)
     tokens = global_batch * cfg.sequence_length
@@ -62,7 +82,7 @@ def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
         "hardware": where,
         "output": f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}",
     }
-    notes = []
+    notes = [note] if note else []
     if cfg.num_processes and cfg.num_processes != world_size and not cfg.global_batch_size:
         notes.append(
             f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
@@ -85,7 +105,9 @@ def plan(cfg: Config, world_size: int, dataset, where: str) -> str:
             f"intermediate_size={cfg.intermediate_size} is {cfg.intermediate_size / cfg.hidden_size:g} times "
             "hidden_size; 4 times is usual"
         )
-    return "\n".join(f"{name:<9} {text}" for name, text in [*lines.items(), *(("note", note) for note in notes)])
+    return "\n".join(
+        f"{name:<{COLUMN - 1}} {text}" for name, text in [*lines.items(), *(("note", note) for note in notes)]
+    )
 
 
 def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
@@ -160,7 +182,13 @@ def farewell(ended: Ended, choice: Choice, cfg: Config) -> str:
             f"nothing to do: {choice.name} is at step {start:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
             "or name another output_dir and logging_dir for another run"
         )
-    return (
-        f"done: {step:,} steps. Next: the curves with `tensorboard --logdir {cfg.logging_dir}`; more training with "
-        f'max_steps={2 * max(1, step)} resume=latest behind the same command (make: ARGS="max_steps=...")'
+    logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
+    out, logs = shlex.quote(cfg.output_dir), logs.parent if logs.parent.name == "logs" else logs
+    return "\n  ".join(
+        (
+            f"done: {step:,} steps. Next:",
+            here(f"python sample.py resume={out}"),
+            here(f"tensorboard --logdir {shlex.quote(str(logs))}"),
+            f"or more training: the same command with max_steps={2 * max(1, step)} resume=latest",
+        )
     )
