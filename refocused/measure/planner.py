@@ -29,7 +29,7 @@ import data
 import model as neox
 from configs import Config
 from refocused.checkpoint.tensors import local_part
-from refocused.entry import parse_with_settings
+from refocused.entry import here, parse_with_settings
 from refocused.measure import gpus
 from refocused.measure.gpus import GPUS
 from refocused.run import optim, processes, strategy, words
@@ -284,6 +284,13 @@ def settings(cfg: Config, other: Config) -> str:
     return " ".join(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, _, new in changes)
 
 
+def smallest(cfg: Config, world_size: int) -> float:
+    """GB of the smallest kind of card that the config fits as it is; of the largest where it fits none."""
+    sizes = sorted({size for _, size, _ in GPUS.values()})
+    need = estimate(cfg, world_size).needed
+    return next((size for size in sizes if need <= gpus.usable(size) * 2**30), sizes[-1])
+
+
 def memory_table(cfg: Config, world_size: int, memory: float) -> str:
     """Predicted GiB per GPU; where a card of `memory` GiB is too small, also what the memory-saving settings need."""
     usable = gpus.usable(memory)
@@ -370,7 +377,7 @@ def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) ->
         f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
         f"{cfg.batch(world_size)[0] * (2 if B > 1 else 1)} (now {B} and {cfg.batch(world_size)[0]}), "
         f"activation_checkpointing=full (now {cfg.activation_checkpointing}), "
-        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; python bench.py plan compares them"
+        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; `{here('python bench.py plan CONFIG.py')}` compares them"
     )
 
 
@@ -378,7 +385,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py plan", description="Memory, network, time and cost, without a GPU.")
     parser.add_argument("config", help="a config file, e.g. configs/production.py")
     parser.add_argument("--gpus", type=int, help="default: the config's num_processes")
-    parser.add_argument("--memory", type=float, default=24, help="GB of each GPU, as it is sold")
+    parser.add_argument(
+        "--memory", type=float, help="GB of each GPU, as sold; the smallest known kind that it fits if absent"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, for hours and cost")
     parser.add_argument("--price", type=float, help="$ per GPU and hour, instead of the table's")
     parser.add_argument("--tokens", type=float, help="tokens of the data set, for epochs where it is not here")
@@ -391,7 +400,9 @@ def main(argv: list[str]) -> int:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
     except ValueError as error:
         dataset = f"not here ({str(error).splitlines()[0]})"
-    where = f"{world_size} GPU{'s' * (world_size > 1)} of {options.memory:g} GiB, planned without one"
+    memory = options.memory or smallest(cfg, world_size)
+    chosen = "" if options.memory else ", the smallest known kind that it fits (--memory names another)"
+    where = f"{world_size} GPU{'s' * (world_size > 1)} of {memory:g} GB{chosen}, planned without one"
     print(words.plan(cfg, world_size, dataset, where))
     if options.tokens:
         epochs = cfg.max_steps * cfg.batch(world_size)[1] * cfg.sequence_length / options.tokens
@@ -402,12 +413,12 @@ def main(argv: list[str]) -> int:
     print(f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step{f': {seconds}' * bool(seconds)}")
     if options.steps_per_second:
         print(f"wish      {wish(cfg, world_size, options.steps_per_second)}")
-    print(f"\n{memory_table(cfg, world_size, options.memory)}\n")
+    print(f"\n{memory_table(cfg, world_size, memory)}\n")
     print(
         "Predicted from the eager graph. Allocator: a pool of memory per stream serves that stream alone, so their peaks "
         f"add up. In all: with {estimate(cfg, world_size).beside / 2**30:.2f} GiB of CUDA context, workspaces"
-        f"{' and NCCL buffers' * (world_size > 1)} (assumed). A card sold as {options.memory:g} GB gives torch "
-        f"{gpus.usable(options.memory):.1f} GiB. Host: all processes, pinned blocks rounded up, "
+        f"{' and NCCL buffers' * (world_size > 1)} (assumed). A card sold as {memory:g} GB gives torch "
+        f"{gpus.usable(memory):.1f} GiB. Host: all processes, pinned blocks rounded up, "
         f"{PROCESS / 2**30:.0f} GiB of each process's own (assumed).\n"
     )
     print(time_table(cfg, world_size, options.mfu, options.price))

@@ -12,7 +12,7 @@ import ckpt
 import sample
 from configs import ConfigError
 from refocused.checkpoint import folder as folders
-from refocused.entry import positive
+from refocused.entry import here, positive
 from refocused.run.origin import hardware
 
 
@@ -22,21 +22,23 @@ def main(argv: list[str]) -> int:
         prog="bench.py sample", description="tokens/s of sampling, beside transformers.generate."
     )
     parser.add_argument("checkpoint", help="one of ours, or a folder of them")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=positive, help="512, or as many as the model's positions, if absent")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=positive, default=3)
     options = parser.parse_args(argv)
     try:
         import transformers
     except ImportError as error:
-        raise ConfigError("bench.py sample needs its peer: pip install -r requirements-dev.txt") from error
+        way = here("pip install -r requirements-dev.txt")
+        raise ConfigError(f"bench.py sample needs its peer: `{way}`") from error
 
     source = ckpt.find(options.checkpoint)
     if source.is_hf:
         raise ConfigError(f"{source.path} is a Hugging Face folder; name one of our checkpoints")
-    model, count = folders.load(source), options.tokens
-    if (most := source.cfg.max_position_embeddings) < count:
-        raise ConfigError(f"--tokens={count} does not fit max_position_embeddings={most}")
+    most = source.cfg.max_position_embeddings
+    model, count = folders.load(source), options.tokens or min(512, most)
+    if most < count:
+        raise ConfigError(f"--tokens={count} does not fit max_position_embeddings={most}; --tokens {most} does")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         folders.write_configs(source, Path(folder), torch.float32)
         folders.write_weights(model, Path(folder), torch.float32)
