@@ -14,6 +14,9 @@ checkpoints.close(say)
 python ckpt.py list | verify | pull | push | prune | export | import | average | eval
 """
 
+from refocused import entry  # before all others: it says what this machine lacks
+
+# isort: split
 import os
 import sys
 import time
@@ -24,7 +27,6 @@ from typing import Any
 from torch import Tensor
 
 from configs import Config, ConfigError
-from refocused import entry
 from refocused.bucket import commands, sync
 from refocused.checkpoint import average, choice, disk, export, folder, manifest, tensors
 from refocused.checkpoint.choice import Choice
@@ -47,6 +49,7 @@ class Checkpoints:
         self.cfg, self.env = cfg, env
         self.bucket = bool(cfg.bucket_name and cfg.checkpoint_bucket_path)
         self.choice = Choice(None, {}, [])
+        self.start: Source | None = None  # the model that init_from names, where the run is a fresh one
         self._syncer: sync.Syncer | None = None
         owner = processes.on_rank_0(disk.lock, cfg.output_dir)
         processes.on_each_node(env, disk.lock, cfg.output_dir, owner, but_rank_0=True)
@@ -54,6 +57,7 @@ class Checkpoints:
     def choose(self) -> Choice:
         """The checkpoint that cfg.resume means, the same on all ranks, every byte of it verified on every node.
 
+        Where there is none yet, what init_from names is looked at: minutes later a run may have been compiled in vain.
         Raises CheckpointError, ConfigError, BucketError.
         """
         cfg, env = self.cfg, self.env
@@ -66,6 +70,8 @@ class Checkpoints:
                     "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
                 )
             processes.on_each_node(env, sync.bring, cfg, self.choice.path, self.choice.save_id, but_rank_0=True)
+        elif cfg.init_from:
+            self.start = beginning(cfg.init_from, cfg)
         return self.choice
 
     def load(self, tree: dict[str, Tensor]) -> str:
@@ -78,7 +84,7 @@ class Checkpoints:
             tensors.load(self.choice.path, tree)
             processes.on_each_node(self.env, manifest.check_unchanged, self.choice.path)
         elif cfg.init_from:
-            said = init_from(cfg.init_from, cfg, tree)
+            said = init_from(cfg.init_from, cfg, tree, self.start)
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
         self._saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
@@ -86,8 +92,6 @@ class Checkpoints:
         )  # fmt: skip
         saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
-        need = sum(t.nbytes for t in tree.values())
-        processes.on_rank_0(disk.check_space, cfg.output_dir, need)  # a full disk is found now
         said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
         self._tree, self._saved_at = tree, time.monotonic()
         if self.bucket and self.env.local_rank == 0:
@@ -162,14 +166,12 @@ class Checkpoints:
         return failure, (syncer and syncer.failure or "another node's part is missing") if missing else None
 
 
-def init_from(place: str, cfg: Config, tree: dict[str, Tensor]) -> str:
-    """Start a fresh run's weights, the `model.` part of its tree, from the checkpoint at `place`. Collective.
-
-    Returns a line to print. Raises ConfigError where the checkpoint's model is another function than cfg's.
-    """
+def beginning(place: str, cfg: Config) -> Source:
+    """The checkpoint at `place`, for a run to start from. Collective. Raises ConfigError where it is another function's."""
     source = processes.on_rank_0(find, place)
     if source.is_hf:
-        raise ConfigError(f"init_from={place} is a Hugging Face folder; first: python ckpt.py import {place} OUT")
+        way = entry.here(f"python ckpt.py import {place} OUT")
+        raise ConfigError(f"init_from={place} is a Hugging Face folder; first: `{way}`")
     free = ("attention_dropout", "hidden_dropout", "max_position_embeddings", "initializer_range")
     different = [k for k in MODEL_KEYS if k not in free and getattr(source.cfg, k) != getattr(cfg, k)]
     if different:
@@ -181,6 +183,16 @@ def init_from(place: str, cfg: Config, tree: dict[str, Tensor]) -> str:
             f"init_from={place} was trained with another tokenizer than tokenizer={cfg.tokenizer}; set tokenizer="
             f"{source.cfg.tokenizer}, and make shards with it (data.py tokenize); allow_data_change=true does without"
         )
+    return source
+
+
+def init_from(place: str, cfg: Config, tree: dict[str, Tensor], source: Source | None = None) -> str:
+    """Start a fresh run's weights, the `model.` part of its tree, from the checkpoint at `place`, which source is if
+    known. Collective.
+
+    Returns a line to print. Raises ConfigError where the checkpoint's model is another function than cfg's.
+    """
+    source = source or beginning(place, cfg)
     tensors.load(source.path, {key: t for key, t in tree.items() if key.startswith("model.")})
     processes.on_rank_0(manifest.check_unchanged, source.path)
     guess = f"; its tokenizer is not known, taken for tokenizer={cfg.tokenizer}" * (source.cfg.tokenizer is None)

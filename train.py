@@ -5,6 +5,9 @@ torchrun --standalone --nproc_per_node=2 train.py configs/production.py max_step
 python train.py --help
 """
 
+from refocused import entry  # before all others: it says what this machine lacks
+
+# isort: split
 import dataclasses
 import hashlib
 import os
@@ -19,11 +22,10 @@ import configs
 import data
 import sample
 from configs import Config
-from refocused import entry
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, hardware, planner
-from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, strategy, words
+from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
 from refocused.run.evaluate import evaluate, sound
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.logs import check_folder, complain, tell
@@ -55,7 +57,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     monitor = Monitor(cfg, env, gpus.peak_flops(env.device_name))
     monitor.plan(
-        words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg)), configs.show_changes(cfg, origins)
+        words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env)),
+        configs.show_changes(cfg, origins),
     )
     if cfg.check_hardware and env.device.type == "cuda":
         monitor.say(hardware.sniff(cfg, env))
@@ -64,7 +67,8 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     if choice.path:
         dataset.check_same(state, cfg)
         guard.check_same_batch(state, cfg, global_batch)
-        guard.check_same_optimizer(state, cfg)
+        guard.check_same_model(state, cfg)
+    room.check(cfg, env, state.get("step", 0))
     monitor.say(words.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)
@@ -230,6 +234,8 @@ def main(argv: list[str]) -> int:
     entry.open_streams()
     if {"--show", "--help", "-h"} & set(argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
+        if int(os.environ.get("RANK", 0)):
+            return DONE  # under torchrun one of them prints it
     cfg = None
     try:
         if "--help" in argv or "-h" in argv:

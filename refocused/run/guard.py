@@ -17,6 +17,10 @@ from refocused.run import processes
 from refocused.run.exits import INTERNAL
 
 PLACES = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir")  # nodes may keep things in different places
+SHAPE = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size tie_word_embeddings "
+    "optimizer adam_moments"
+).split()  # keys that say what a checkpoint's tensors are
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 
 
@@ -68,15 +72,17 @@ def check_same_batch(state: dict[str, Any], cfg: Config, global_batch: int) -> N
         )
 
 
-def check_same_optimizer(state: dict[str, Any], cfg: Config) -> None:
-    """Raise ConfigError unless the checkpoint's optimizer state is of the kind that this run goes on with."""
-    for key in ("optimizer", "adam_moments"):
-        before, now = state["config"].get(key, getattr(Config, key)), getattr(cfg, key)
-        if before != now:
-            raise ConfigError(
-                f"the checkpoint was made with {key}={before}, this run has {key}={now}: keep it, or begin a run of its "
-                "own from these weights with init_from=CHECKPOINT"
-            )
+def check_same_model(state: dict[str, Any], cfg: Config) -> None:
+    """Raise ConfigError where the tensors of a checkpoint's run, or what they mean, are not this run's."""
+    was = {key: state["config"].get(key, KEYS[key].default) for key in SHAPE}
+    changes = [(key, old, getattr(cfg, key)) for key, old in was.items() if old != getattr(cfg, key)]
+    if changes:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
+        raise ConfigError(
+            f"the checkpoint is of another model or optimizer: {listed}; go on with "
+            f"{' '.join(f'{key}={old}' for key, old, _ in changes)}, or begin a new run: name another output_dir and "
+            "logging_dir (init_from=CHECKPOINT takes its weights where the model is the same)"
+        )
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""Whether a machine has room for a run, asked before minutes go into building it: its memory, the disk of its saves."""
+
+import contextlib
+import math
+import os
+import shutil
+from pathlib import Path
+
+from configs import Config, ConfigError
+from model import num_parameters
+from refocused.checkpoint import manifest
+from refocused.run import processes
+from refocused.run.optim import checkpoint_bytes
+from refocused.run.processes import Env
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # a container's, of both versions
+
+
+def host_bytes(cfg: Config, env: Env) -> tuple[float, float]:
+    """What the processes of this machine keep in its memory at least: (weights, gradients and moments where they are not
+    on a GPU, the copy that a save behind training is written from)."""
+    here = env.device.type != "cuda" or cfg.cpu_offload
+    share = env.local_world_size / (cfg.shard_size or env.world_size)  # of one model; ddp's saves are shared out too
+    copies = env.local_world_size if cfg.parallel == "ddp" else share
+    held = copies * (checkpoint_bytes(cfg) + 4 * num_parameters(cfg)[0]) if here else 0.0
+    return held, share * checkpoint_bytes(cfg) * cfg.saves_behind
+
+
+def memory() -> float:
+    """Bytes of memory that this machine, or the container, has."""
+    found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # the other version; "max"
+            found.append(float(Path(path).read_text()))
+    return min(found)
+
+
+def check_memory(cfg: Config, env: Env) -> None:
+    """Raise ConfigError where less memory is here than is needed at least: the kernel would end the run without a word."""
+    (held, copy), have = host_bytes(cfg, env), memory()
+    if held + copy <= have:
+        return
+    needs = [f"{held / 2**30:.1f} GiB for weights, gradients and moments" if held else ""]
+    needs += [
+        f"{copy / 2**30:.1f} GiB for the copy that a save is written from (async_save=false needs none)" * (copy > 0)
+    ]
+    ways = (
+        "another machine"
+        if env.device.type == "cuda"
+        else "a machine with GPUs, or a smaller hidden_size or num_hidden_layers"
+    )
+    raise ConfigError(
+        f"the run needs at least {(held + copy) / 2**30:.1f} GiB of this machine's memory and it has {have / 2**30:.1f}: "
+        f"{' and '.join(filter(None, needs))}; it takes {ways}"
+    )
+
+
+def check_disk(cfg: Config, step: int) -> None:
+    """Raise ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more: the
+    oldest goes once the newest is complete."""
+    size, there, free = (
+        checkpoint_bytes(cfg),
+        len(manifest.names(cfg.output_dir)),
+        shutil.disk_usage(cfg.output_dir).free,
+    )
+    left = max(0, cfg.max_steps - step)
+    saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
+    if limit := cfg.save_total_limit:
+        kept = cfg.max_steps // cfg.keep_every - step // cfg.keep_every if cfg.keep_every else 0
+        most = limit + 1 + max(0, kept) - there
+        saves = max(1, most if cfg.save_seconds else min(saves, most)) if saves else 0
+    if saves * size * 1.01 + (1 << 20) > free and saves:
+        fits = int(free / size / 1.01) + there - 1
+        fewer = f", set save_total_limit={fits}" if 0 < fits < (limit or saves) and not cfg.keep_every else ""
+        raise ConfigError(
+            f"{saves} checkpoint{'s' * (saves > 1)} of {size / 1e9:.3g} GB will come to lie in output_dir={cfg.output_dir} "
+            f"besides the {there} that are there (save_total_limit={limit}, and the one that is written), and it has "
+            f"{free / 1e9:.3g} GB free: free some, choose another output_dir{fewer}"
+        )
+
+
+def check(cfg: Config, env: Env, step: int) -> None:
+    """Both, of a run from this step on; the same on every rank. Collective. Raises ConfigError."""
+    processes.on_each_node(env, check_memory, cfg, env)
+    processes.on_rank_0(check_disk, cfg, step)

@@ -1,0 +1,89 @@
+"""What a run is refused for before anything is built or compiled: memory, disk, another model than the one to go on from."""
+
+import os
+import shutil
+
+import pytest
+from conftest import ROOT
+from launch import TINY, train
+
+import configs
+import model as neox
+from refocused.run import optim, processes, room
+
+DEVICE = {kind: processes.torch.device(kind) for kind in ("cpu", "cuda")}
+
+
+def env(device: str = "cpu", world: int = 1, local: int = 0, threads: int = 1) -> processes.Env:
+    return processes.Env(0, world, 0, local or world, DEVICE[device], threads)
+
+
+def config(*keys: str) -> configs.Config:
+    return configs.load([str(ROOT / "configs/demo.py"), *TINY, "global_batch_size=0", *keys])[0]
+
+
+def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
+    """By hand, in bytes per parameter: 16 for a whole model, 12 for the copy of all that a save writes; a container's limit."""
+    N = neox.num_parameters(config())[0]
+
+    def per_parameter(e: processes.Env, *keys: str) -> tuple[float, ...]:
+        return tuple(size / N for size in room.host_bytes(config(*keys), e))
+
+    assert per_parameter(env()) == (16, 12) and per_parameter(env(), "async_save=false") == (16, 0)
+    assert per_parameter(env(world=2)) == (32, 12) and per_parameter(env(world=2), "parallel=fsdp") == (16, 12)
+    assert per_parameter(env(world=4, local=2), "parallel=fsdp", "shard_size=2") == (16, 12)
+    assert per_parameter(env("cuda", world=8, local=4)) == (0, 6)
+    assert per_parameter(env("cuda"), "parallel=fsdp", "cpu_offload=true") == (16, 0)
+    (tmp_path / "limit").write_text("1000000\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(room, "LIMITS", (tmp_path / "absent", tmp_path / "none"))
+    assert room.memory() > 1 << 28
+    monkeypatch.setattr(room, "LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    assert room.memory() == 1e6
+    with pytest.raises(
+        configs.ConfigError, match=r"needs at least 36.9 GiB .* has 0.0: 21.1 GiB .*and 15.8 GiB .*async_save"
+    ):
+        room.check_memory(configs.load([str(ROOT / "configs/production.py")])[0], env())
+
+
+def test_refused_before_anything_is_built(shards, tmp_path):
+    """A model larger than any memory, more checkpoints than the disk holds, another optimizer or shape than the
+    checkpoint's, an init_from of another shape: exit 2, what to change in one line, and nothing was compiled."""
+    data = f"data_dir={shards}"
+    train(tmp_path / "first", data, "max_steps=2")
+    there = len(list((tmp_path / "first/out").glob("checkpoint-*")))
+    fits = int(shutil.disk_usage(tmp_path).free / optim.checkpoint_bytes(config()))
+    huge = ["hidden_size=65536", "num_hidden_layers=100"]
+    many = ["save_steps=1", f"save_total_limit={2 * fits}", f"max_steps={3 * fits}"]
+    resume = ["resume=latest", "max_steps=4"]
+    for name, keys, words in (
+        ("huge", huge, "GiB of this machine's memory and it has "),
+        ("many", many, f"(save_total_limit={2 * fits}, and the one that is written)"),
+        ("start", [f"init_from={tmp_path}/first/out", "hidden_size=64"], "is another model: set hidden_size=32 (now"),
+        (
+            "first",
+            [*resume, "optimizer=muon"],
+            "optimizer adamw -> muon; go on with optimizer=adamw, or begin a new run: name another output_dir",
+        ),
+        ("first", [*resume, "num_attention_heads=2"], "num_attention_heads 4 -> 2"),
+    ):
+        run = train(tmp_path / name, data, *keys, "compile_model=true", code=2)
+        assert words in run.text and "compiling" not in run.text, run.text
+        assert len([line for line in run.text.splitlines() if line.startswith("error: ")]) == 1, run.text
+    assert "set save_total_limit=" in train(tmp_path / "many", data, *many, code=2, nproc=2).text
+    assert len(list((tmp_path / "first/out").glob("checkpoint-*"))) == there == 1
+
+
+def test_a_busy_machine_is_pointed_out(monkeypatch):
+    """A load above the cores is said where threads would spin for it: not of one thread, nor where they sleep."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cores = os.cpu_count() or 1
+    for load, threads, policy, said in (
+        (5, 2, "", True),
+        (0.5, 2, "", False),
+        (5, 1, "", False),
+        (5, 2, "passive", False),
+    ):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load * cores, 0.0, 0.0))
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        assert ("OMP_WAIT_POLICY=PASSIVE" in processes.busy(env(threads=threads))) == said
