@@ -16,7 +16,13 @@ from configs import KEYS, Config, ConfigError
 from refocused.run import processes
 from refocused.run.exits import INTERNAL
 
-PLACES = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir")  # nodes may keep things in different places
+PLACES = (
+    "data_dir",
+    "cache_dir",
+    "tokenizer",
+    "output_dir",
+    "logging_dir",
+)  # nodes may keep things in different places
 SHAPE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size tie_word_embeddings "
     "optimizer adam_moments"
