@@ -40,17 +40,17 @@ class Source(NamedTuple):
         """A checkpoint with its state.json; keys of its config that this version does not know are left out.
 
         Its tokenizer is the file that it holds, else the one that the config names; of an import without, unknown.
-        Raises CheckpointError where its config is none, ConfigError where its tokenizer's file is none.
+        Raises CheckpointError where its config, or its tokenizer, is none.
         """
+        own = path / tokenizers.FILE
         try:
             cfg = Config(**{key: value for key, value in state["config"].items() if key in configs.KEYS})
+            if own.is_file() or "imported_from" in state:
+                cfg = dataclasses.replace(cfg, tokenizer=str(own) if own.is_file() else None)
+            end = tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else state.get("eos_token_id")
         except MALFORMED as error:
             raise CheckpointError(f"{path} holds no config that can be used: {error}") from error
-        if (own := path / tokenizers.FILE).is_file():
-            cfg = dataclasses.replace(cfg, tokenizer=str(own))
-        elif "imported_from" in state:
-            cfg = dataclasses.replace(cfg, tokenizer=None)
-        return cls(path, cfg, state, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else state.get("eos_token_id"))
+        return cls(path, cfg, state, end)
 
     @property
     def is_hf(self) -> bool:
