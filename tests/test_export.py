@@ -142,6 +142,10 @@ def test_byte_tokenizer(checkpoint, tmp_path):
     assert set(known("a")) == {"input_ids", "attention_mask"} and known.unk_token == known.eos_token
     settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())  # what Transformers 4 goes by
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert tokenizers.find(str(tmp_path)).identity == "byte", "shards that note byte are of this file"
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    assert tokenizers.File(file).identity.startswith("sha256:"), "of a changed one they are not"
     assert known.encode("é") == list("é".encode()) and known.eos_token_id == 256 and len(known) == 257
     assert known.convert_tokens_to_ids(known.convert_ids_to_tokens(list(range(257)))) == list(range(257))
 

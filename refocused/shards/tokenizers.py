@@ -263,12 +263,13 @@ def check_shards(shards: list[Shard], cfg: Config) -> str | None:
     others = [shard for shard in shards if shard.tokenizer and shard.tokenizer[0] != ours.identity]
     if others and not cfg.allow_data_change:
         identity, name = others[0].tokenizer or ("", "")
-        known = name if identity == name else f"{name} ({identity})"
+        theirs = name if identity == name else f"{name} ({identity})"
+        mine = "" if ours.identity == cfg.tokenizer else f" ({ours.identity})"
         keys = f"tokenizer={name} vocab_size={ENCODINGS[name][1]}" if name in ENCODINGS else "tokenizer= to its path"
         way = here(f"python data.py tokenize SRC DST --tokenizer {shlex.quote(cfg.tokenizer)}")
         raise DataError(
-            f"{len(others)} of {len(shards)} shards of {cfg.data_dir}, such as {others[0].path}, were made with {known}, "
-            f"this run has tokenizer={cfg.tokenizer} ({ours.identity}), to which their ids are other text; set {keys}, "
+            f"{len(others)} of {len(shards)} shards of {cfg.data_dir}, such as {others[0].path}, were made with {theirs}, "
+            f"this run has tokenizer={cfg.tokenizer}{mine}, to which their ids are other text; set {keys}, "
             f"or make them anew with `{way}`; allow_data_change=true trains on them all the same"
         )
     return ours.identity
