@@ -53,7 +53,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     checkpoints = ckpt.Checkpoints(cfg, env)
-    starts = processes.on_rank_0(Starts, cfg)
+    watch = Watchdog(cfg, env, processes.on_rank_0(Starts, cfg))
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     monitor = Monitor(cfg, env, gpus.peak_flops(env.device_name))
     monitor.plan(
@@ -133,7 +133,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
     stop.begun = True
-    watch = Watchdog(cfg, env, step, starts)
+    watch.begin(step)
     model.train()
     for batch in loader:
         lr = optim.set_rate(optimizers, step, cfg)

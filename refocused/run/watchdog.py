@@ -20,27 +20,33 @@ from refocused.run.starts import Starts
 
 
 class Watchdog:
-    """From the first step to the last, threads that see whether the ranks still meet.
+    """From the start to the last step, threads that see whether the ranks still meet.
 
     What counts as life is a meeting of all ranks (processes.agree), of which every step and every batch of an
     evaluation has one. None for max(watchdog_seconds, 20 median steps): the stacks of all threads go to stderr, then a
     line with who is missing, by the beats that each rank leaves in the store; then the process leaves. In what may
-    take long that limit holds only where a rank has fallen silent; else it is LONGEST.
+    take long, as all does before begin(), that limit holds only where a rank has fallen silent; else it is LONGEST.
     """
 
     LONGEST = 7200.0  # seconds that a save, or a wait for the bucket, may take
 
-    def __init__(self, cfg: Config, env: Env, step: int, starts: Starts | None):
+    def __init__(self, cfg: Config, env: Env, starts: Starts | None):
         self.cfg, self.env, self.starts = cfg, env, starts if env.main else None
         self.period = min(10.0, max(0.1, cfg.watchdog_seconds / 10)) if cfg.watchdog_seconds else 10.0
         self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
         self.over = threading.Event()
-        progress.step, progress.at = step, time.monotonic()
-        self.last = progress.at
+        progress.at = self.last = time.monotonic()
+        progress.patient += 1
         if cfg.watchdog_seconds:
             threading.Thread(target=self.watch, daemon=True, name="watchdog").start()
         self.beats = processes.store.clone() if processes.store is not None else None  # a client per thread: one waits
         threading.Thread(target=self.beat, daemon=True, name="heartbeat").start()
+
+    def begin(self, step: int) -> None:
+        """The loop begins behind this step."""
+        progress.step, progress.at = step, time.monotonic()
+        self.last = progress.at
+        progress.patient -= 1
 
     def step(self, step: int) -> None:
         """A step is finished."""
@@ -112,7 +118,8 @@ class Watchdog:
         look.start()
         look.join(4 * self.period + 5)
         where = f"rank {self.env.rank} on {socket.gethostname()}"
-        words = f"error: {where} hangs: nothing for {idle:.0f} s after step {progress.step:,}; {found[0]}"
+        when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
+        words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {found[0]}"
         complain(self.cfg, words)
         leave(INTERNAL, words, at_once=True)
 
@@ -144,4 +151,4 @@ class Watchdog:
 
     @staticmethod
     def name(rank: int, beat: list | None) -> str:
-        return f"rank {rank} (on {beat[3]}, step {beat[2]:,})" if beat else f"rank {rank}"
+        return f"rank {rank} (on {beat[3]}, step {beat[2] or 0:,})" if beat else f"rank {rank}"
