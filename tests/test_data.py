@@ -696,14 +696,17 @@ def test_gpt2_vocabulary_that_cannot_be_had(tmp_path):
 
 
 def test_demo(tmp_path):
-    """Two builds of the demo's set against each other; an intact one is kept, a damaged one rebuilt, others refused."""
+    """Two builds of the demo's set against each other; an intact one is kept, a damaged one rebuilt, others refused; what
+    a killed one left goes."""
 
     def demo(name: str, *more: str) -> str:
         command = [sys.executable, str(ROOT / "data.py"), "demo", str(tmp_path / name), *more]
         out = subprocess.run(command, capture_output=True, text=True, timeout=GUARD)
         return out.stdout if out.returncode == 0 else f"{out.returncode} {out.stderr}"
 
+    (tmp_path / ".a.4711.tmp" / "text").mkdir(parents=True)
     assert "7 shards" in demo("a") and "7 shards" in demo("b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "b"): p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
     assert "intact" in demo("a") and "the other demo's set" in demo("a", "--short")
