@@ -47,9 +47,9 @@ def at_call(module, name: str, number: int, change) -> None:
     """The number-th result of module.name goes through change(result, *args)."""
     before, calls = getattr(module, name), []
 
-    def function(*args):
+    def function(*args, **kwargs):
         calls.append(1)
-        result = before(*args)
+        result = before(*args, **kwargs)
         return change(result, *args) if len(calls) == number else result
 
     setattr(module, name, function)
@@ -67,7 +67,7 @@ FAULTS = {
     "now": lambda: raise_at(None, KeyError("no such thing")),
     "bug": lambda: raise_at(4, KeyError("no such thing")),
     "flip": lambda: at_call(strategy, "clear_gradients", 6, flip_a_bit),
-    "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda norm, *_: norm * torch.inf),
+    "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda found, *_: (found[0] * torch.inf, found[1])),
     "torch": lambda: setattr(guard, "sources", lambda: "other sources"),
     "absent": lambda: (
         setattr(processes, "FIRST_SECONDS", 3600),
