@@ -25,6 +25,7 @@ from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, hardware, planner
+from refocused.measure.expectation import Expectation
 from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
 from refocused.run.evaluate import evaluate, sound
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
@@ -60,8 +61,9 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env)),
         configs.show_changes(cfg, origins),
     )
+    expectation, sniffed = Expectation(cfg, env), ""
     if cfg.check_hardware and env.device.type == "cuda":
-        monitor.say(hardware.sniff(cfg, env))
+        monitor.say(sniffed := hardware.sniff(cfg, env))
     choice = checkpoints.choose()
     state = choice.state
     if choice.path:
@@ -87,6 +89,7 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
         return exits.leave(STOPPED)
     monitor.ready(time.perf_counter() - begin)
+    monitor.expect(expectation.seconds(), tokens_per_step, sniffed)
     monitor.say(checkpoints.load(state_tree(model, *optimizers)))
     if scaler.is_enabled() and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])

@@ -40,7 +40,7 @@ import train
 from refocused.checkpoint import disk, manifest
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
-from refocused.measure import gpus, planner
+from refocused.measure import gpus, planner, predictions
 from refocused.measure import sampling as sampler
 from refocused.measure.peers import Gate
 from refocused.run import optim, processes, strategy
@@ -759,6 +759,19 @@ KERNELS = {
 }
 
 
+def predicted_steps(m: Machine) -> Result:
+    """The plan's step times against runs of one process on this machine: the table of `bench.py plan --check`."""
+    layouts = [layout for layout in predictions.LAYOUTS if layout[1] == 1]
+    if m.tiny:
+        settings, first = predictions.TINY.split(), layouts[:1]
+        found = predictions.predicted(first, settings, time.perf_counter)
+        seen = predictions.measured(first[0], settings, 1, m.folder / "cache", "seconds")
+        return fact(f"{found[0]:.3g} s predicted, {seen:.3g} s measured")
+    text, good = predictions.check(layouts, [], 5, False)
+    print(text, flush=True)
+    return good, text.splitlines()[-1], f"each within {predictions.ERROR:.0%}, rank correlation {predictions.RANK}"
+
+
 def head(m: Machine) -> Result:
     """Forward and both gradients of the head and its loss, padded or not, in one chunk and in several."""
     V, C, N = (1009, 32, 256) if m.tiny else (50257, 2048, 8192)
@@ -870,7 +883,7 @@ PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
     2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, unpinned_saves, loose_resume,
         bitwise_resume]),
     3: ("memory", [out_of_memory, steady, plan_against_memory, two_ranks_of_24, offload]),
-    4: ("speed", [no_host_sync, head, attention_order, speed, split, dip, sampling, peers]),
+    4: ("speed", [no_host_sync, head, attention_order, speed, split, predicted_steps, dip, sampling, peers]),
     5: ("two ranks", [layouts_agree, one_rank_fails, one_rank_is_told, clean_exits]),
 }  # fmt: skip
 

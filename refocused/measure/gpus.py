@@ -1,26 +1,79 @@
-"""What is known of GPUs: the one table of peaks, sizes and prices."""
+"""What is known of GPUs: the one table of rates, sizes, links and prices."""
 
-# part of a GPU's name: (dense bf16 FLOP/s with fp32 accumulation, GB as sold, assumed $ per hour); makers' data sheets
+import re
+from typing import NamedTuple
+
+from configs import ConfigError
+
+
+class GPU(NamedTuple):
+    """One of them. Prices are assumed, as are links where no comment names a measurement."""
+
+    peak: float  # dense bf16 FLOP/s with fp32 accumulation, as the maker says
+    sold: float  # GB as sold
+    found: float  # GiB of it that torch reports, as users' out-of-memory messages say
+    bandwidth: float  # bytes/s of its memory, as the maker says
+    link: float  # bytes/s that each of a node's GPUs sends in a ring
+    network: float  # bytes/s of a node's network
+    price: float  # $ per hour
+    ceiling: float | None = None  # FLOP/s that the best of large bf16 products was measured at
+
+
+# links: PCIe 4.0 without peer access goes through host memory, 5 to 15 GB/s in users' NCCL tests; with it about 20, half
+# of it for 5.0 and 40; NVLink about 0.8 of 300, 450 and 900 GB/s in NCCL's own tests
+HOST4, HOST5, PEER4, PEER5 = 10e9, 20e9, 20e9, 40e9
+ETHERNET = 1.25e9  # 10 Gbit/s, where machines are rented one by one
+CLOUD = 12.5e9  # 100 Gbit/s: AWS's g5 and g6 of eight GPUs
+
+# words of a GPU's name, all of which are in it; the first line that fits counts
 GPUS = {
-    "RTX 3080": (59.5e12, 10, 0.20),
-    "RTX 4090": (165.2e12, 24, 0.45),
-    "A100": (312e12, 80, 1.60),
-    "H100 PCIe": (756e12, 80, 2.30),
-    "H100 NVL": (835e12, 94, 2.60),
-    "H100": (989.4e12, 80, 2.60),
-    "H200": (989.4e12, 141, 3.60),
+    "RTX 3080": GPU(59.5e12, 10, 9.6, 760e9, HOST4, ETHERNET, 0.20),  # GA102 whitepaper
+    "RTX 3090": GPU(71e12, 24, 23.6, 936e9, HOST4, ETHERNET, 0.25),  # GA102 whitepaper; its NVLink is not counted
+    "RTX 4090": GPU(165.2e12, 24, 23.6, 1008e9, HOST4, ETHERNET, 0.45),  # Ada whitepaper
+    "RTX 5090": GPU(209.5e12, 32, 31.4, 1792e9, HOST5, ETHERNET, 0.75),  # RTX Blackwell whitepaper
+    "A6000": GPU(154.8e12, 48, 47.4, 768e9, PEER4, ETHERNET, 0.50),  # RTX A6000 data sheet; without its NVLink
+    "L40S": GPU(362e12, 48, 44.4, 864e9, PEER4, CLOUD, 0.90),  # L40S data sheet
+    "L4": GPU(121e12, 24, 22.0, 300e9, PEER4, CLOUD, 0.45),  # L4 data sheet; 72 W: far less where it is not cold
+    "A10G": GPU(70e12, 24, 22.0, 600e9, PEER4, CLOUD, 0.80),  # A10G data sheet
+    "A10": GPU(125e12, 24, 22.0, 600e9, PEER4, CLOUD, 0.60),  # A10 data sheet
+    # A100 data sheet; measured: ml-engineering (Stas Bekman), "Maximum Achievable Matmul FLOPS"; network: AWS p4d
+    "A100 40GB": GPU(312e12, 40, 39.4, 1555e9, 230e9, 50e9, 1.20, 271.2e12),
+    "A100 PCIe": GPU(312e12, 80, 79.1, 1935e9, PEER4, CLOUD, 1.40, 252.9e12),
+    "A100": GPU(312e12, 80, 79.1, 2039e9, 230e9, 50e9, 1.60, 271.2e12),
+    # H100 data sheet; measured: the same table; network: AWS p5, 3,200 Gbit/s
+    "H100 PCIe": GPU(756e12, 80, 79.1, 2000e9, PEER5, CLOUD, 2.30),
+    "H100 NVL": GPU(835e12, 94, 93.1, 3900e9, PEER5, CLOUD, 2.60),  # only pairs of them have NVLink
+    "H100": GPU(989.4e12, 80, 79.1, 3350e9, 360e9, 400e9, 2.60, 794.5e12),
+    "H200": GPU(989.4e12, 141, 139.8, 4800e9, 360e9, 400e9, 3.60, 794.5e12),  # H200 data sheet; H100's products
+    "B200": GPU(2250e12, 192, 178.4, 8000e9, 700e9, 400e9, 5.50, 1745e12),  # HGX B200 data sheet; the same table
 }
+
+
+def find(name: str) -> GPU | None:
+    """The GPU of a device's name, such as NVIDIA A100-SXM4-80GB, or of a line here."""
+    words = set(re.findall(r"\w+", name.lower()))
+    return next((gpu for key, gpu in GPUS.items() if words >= set(key.lower().split())), None)
+
+
+def named(name: str) -> GPU:
+    """The GPU that the user names. Raises ConfigError."""
+    if (gpu := find(name)) is None:
+        raise ConfigError(f"--gpu {name!r} is none of {', '.join(GPUS)}")
+    return gpu
 
 
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name, None where unknown: an invented peak would be an invented MFU."""
-    return next((flops for part, (flops, _, _) in GPUS.items() if part in name), None)
-
-
-# GB as a card is sold: GiB that torch finds on it, as its users' out-of-memory messages say
-FOUND: dict[float, float] = {10: 9.6, 24: 23.6, 80: 79.1}
+    gpu = find(name)
+    return gpu and gpu.peak
 
 
 def usable(sold: float) -> float:
     """GiB that torch finds on a card sold with so many GB; a fiftieth less than its name where nobody has said."""
-    return FOUND.get(sold, 0.98 * sold)
+    return next((gpu.found for gpu in GPUS.values() if gpu.sold == sold), 0.98 * sold)
+
+
+def smallest(needed: float) -> float:
+    """GB of the smallest kind of card, as sold, that has so many bytes; of the largest where none has."""
+    sizes = sorted({gpu.sold for gpu in GPUS.values()})
+    return next((size for size in sizes if needed <= usable(size) * 2**30), sizes[-1])

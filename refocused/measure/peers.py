@@ -44,7 +44,7 @@ class Gate(StopSignal):
         line = sys.stdin.readline()
         if not line:
             os._exit(0)
-        self.left, self.begin = int(line), time.perf_counter()
+        self.left, self.begin, self.cpu = int(line), time.perf_counter(), time.process_time()
 
     def pass_on(self, stopping: float) -> None:
         self.tick()
@@ -55,14 +55,15 @@ class Gate(StopSignal):
             return
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        seconds = time.perf_counter() - self.begin
+        seconds, busy = time.perf_counter() - self.begin, time.process_time() - self.cpu
         cpu = not torch.accelerator.is_available()
         memory = (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             if cpu
             else torch.accelerator.max_memory_allocated()
         )
-        self.channel.write(json.dumps({"seconds": seconds, "memory": memory}) + "\n")
+        report = {"seconds": seconds, "memory": memory, "busy": busy / torch.get_num_threads()}
+        self.channel.write(json.dumps(report) + "\n")
         self.wait()
 
 

@@ -4,14 +4,15 @@ Two optimizer steps of the model that train.py builds run under FakeTensorMode i
 and lifetimes are real, the memory is not, so 1.4 billion parameters are planned in half a gigabyte.
 """
 
-import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import weakref
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,21 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import configs
-import data
 import model as neox
 from configs import Config
 from refocused.checkpoint.tensors import local_part
-from refocused.entry import here, parse_with_settings
-from refocused.measure import gpus
-from refocused.measure.gpus import GPUS
-from refocused.run import optim, processes, strategy, words
+from refocused.entry import here
+from refocused.measure.cost import Entry, Meter, Op, Work
+from refocused.run import optim, processes, strategy
 
+FEW = 8  # passes that take no longer than starting processes for them
 KINDS = ("parameters", "gradients", "unreduced", "optimizer", "activations", "loss", "communication", "temporaries")
 HOST = ("parameters", "gradients", "optimizer")  # what cpu_offload keeps in host memory
 # bytes beside what torch allocates, as others report them: the context with its kernels, NCCL's buffers
 # (with more than one process), matrix-product workspaces; and of a process's own in host memory
-LINKS = ((10, "PCIe without peer access"), (300, "NVLink"))  # GB/s that a GPU sends, assumed
 CONTEXT, NCCL, WORKSPACES, PROCESS = 0.5 * 2**30, 0.3 * 2**30, 0.05 * 2**30, 4 * 2**30
 
 
@@ -49,8 +47,9 @@ class Ledger(TorchDispatchMode):
     gathers and scatters on streams of its own, also where the device is a CPU whose streams do nothing.
     """
 
-    def __init__(self, on_host: tuple[str, ...] = ()):
+    def __init__(self, on_host: tuple[str, ...] = (), meter: Meter | None = None):
         super().__init__()
+        self.meter = meter
         self.entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage -> Entry
         self.kind = "activations"  # of what is made now
         self.now: Counter[tuple[str, Any]] = Counter()  # (kind, stream) -> bytes
@@ -97,11 +96,15 @@ class Ledger(TorchDispatchMode):
         if entry is None:
             entry = self.entries[storage] = Entry(kind, storage.nbytes(), torch.cpu.current_stream())
             self.now[kind, entry.stream] += entry.size
-            weakref.finalize(storage, lambda: self.now.subtract({(entry.kind, entry.stream): entry.size}))
+            weakref.finalize(storage, self.gone, entry)
         elif again:
             self.relabel(entry, kind)
 
-    def relabel(self, entry: "Entry", kind: str) -> None:
+    def gone(self, entry: Entry) -> None:
+        self.now[entry.kind, entry.stream] -= entry.size
+        entry.alive = False
+
+    def relabel(self, entry: Entry, kind: str) -> None:
         self.now[entry.kind, entry.stream] -= entry.size
         self.now[kind, entry.stream] += entry.size
         entry.kind = kind
@@ -112,9 +115,12 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.dummies:
             return result
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.account(tensor, self.kind, again=False)
+        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        fresh = [t for t in results if t.untyped_storage() not in self.entries]
+        for tensor in results:
+            self.account(tensor, self.kind, again=False)
+        if self.meter:
+            self.meter.see(func, args, kwargs or {}, fresh, self.entries, result)
         if func is torch.ops.c10d._allgather_base_.default:
             self.account(args[0], "communication")
             self.gathered += args[0].nbytes
@@ -142,15 +148,6 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclasses.dataclass
-class Entry:
-    """What the ledger knows of a storage."""
-
-    kind: str
-    size: int
-    stream: Any
-
-
-@dataclasses.dataclass
 class Estimate:
     """Bytes per process: on the device at the peak, by kind; pools: what torch's allocator needs for that, a peak for
     each stream; beside: what is not torch's; in host memory with cpu_offload; sent per step."""
@@ -160,6 +157,7 @@ class Estimate:
     beside: float
     host: float
     sent: int
+    meter: Meter
 
     @property
     def total(self) -> int:
@@ -169,11 +167,6 @@ class Estimate:
     def needed(self) -> float:
         """Of a GPU's memory."""
         return self.pools + self.beside
-
-
-def compiled_softmax_loss(logits, targets):
-    """What softmax_loss allocates once it is one compiled kernel."""
-    return logits.new_zeros((), dtype=torch.float32)
 
 
 @functools.cache
@@ -195,9 +188,25 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
         strategy.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
     ddp = cfg.parallel == "ddp" and env.world_size > 1
     strategy.tune_head(model.embed_out, device_type)
+    meter = Meter(cfg.compile_model)
+
+    def compiled_softmax_loss(logits, targets):
+        """What softmax_loss allocates and moves once it is compiled: three readings of the logits, one writing."""
+        meter.add(Op("loss", 0, 4 * logits.nbytes))
+        return logits.new_zeros((), dtype=torch.float32)
+
+    def leave(block, inputs, outputs):
+        meter.border(False)
+        if outputs.requires_grad:  # where backward enters it
+            outputs.register_hook(lambda _: meter.border(True))
+
     if cfg.compile_model:
         model.embed_out.kernel = compiled_softmax_loss
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(HOST if cfg.cpu_offload else ()) as ledger:
+    for block in model.layers:
+        block.attention.in_pieces = strategy.in_pieces(cfg, device_type)
+        block.register_forward_pre_hook(lambda *_: meter.border(True))
+        block.register_forward_hook(leave)
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(HOST if cfg.cpu_offload else (), meter) as ledger:
         model.to_empty(device="cpu")
         model.tie_weights()
         optimizers = optim.make_optimizers(model, cfg)
@@ -206,24 +215,35 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
             p.register_post_accumulate_grad_hook(lambda p: ledger.account(p.grad, "gradients"))
         model.embed_out.register_forward_pre_hook(lambda *_: setattr(ledger, "kind", "loss"))
         x = torch.zeros(B, T, dtype=torch.int64)
-        for _ in range(2):  # the first step makes the optimizer's state, and DTensor's plans out of large dummies
-            ledger.restart()
-            for micro_step in range(accumulation):
-                ledger.kind = "activations"
-                strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
-                with strategy.autocast(cfg, env):
-                    loss = model(x, x)
-                ledger.kind = "temporaries"
-                loss.backward()
-                del loss
-                for entry in list(ledger.entries.values()):
-                    if entry.kind == "temporaries":  # what outlives a backward: FSDP2's gradients of whole parameters
-                        ledger.relabel(entry, "unreduced")
-            strategy.clip_gradients(model, cfg.max_grad_norm)
-            ledger.kind = "optimizer"
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
+        for p in model.parameters():  # an update makes the optimizer's state, and DTensor's plans out of large dummies
+            p.grad = torch.zeros_like(p)
+            ledger.account(p.grad, "gradients")
+        strategy.clip_gradients(model, cfg.max_grad_norm)
+        ledger.kind = "optimizer"
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
+        ledger.restart()
+        meter.restart()
+        for micro_step in range(accumulation):
+            ledger.kind, meter.phase = "activations", f"forward {micro_step}"
+            strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
+            with strategy.autocast(cfg, env):
+                loss = model(x, x)
+            ledger.kind, meter.phase = "temporaries", f"backward {micro_step}"
+            meter.border(False)
+            loss.backward()
+            meter.border(False)
+            del loss
+            for entry in list(ledger.entries.values()):
+                if entry.kind == "temporaries":  # what outlives a backward: FSDP2's gradients of whole parameters
+                    ledger.relabel(entry, "unreduced")
+        meter.phase = "update"
+        strategy.clip_gradients(model, cfg.max_grad_norm, later=device_type == "cuda" and cfg.optimizer == "adamw")
+        ledger.kind = "optimizer"
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
     device = {kind: 0 if kind in ledger.on_host else ledger.at_peak[kind] for kind in KINDS}
     others = (env.world_size - 1) / env.world_size  # a ring sends each part to all others
     if ddp:
@@ -238,127 +258,50 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
         local = [local_part(p).nbytes for p in model.parameters()]
         host = PROCESS + ledger.host_peak + 2 * sum(2 ** math.ceil(math.log2(n)) - n for n in local if n)
     beside = CONTEXT + WORKSPACES + NCCL * (env.world_size > 1)
-    return Estimate(device, sum(ledger.pools.values()), beside, host, int(sent))
+    return Estimate(device, sum(ledger.pools.values()), beside, host, int(sent), meter)
 
 
-ALTERNATIVES: tuple[dict[str, Any], ...] = (
-    {"activation_checkpointing": "activation"},
-    {"activation_checkpointing": "selective"},
-    {"activation_checkpointing": "full"},
-    {"parallel": "fsdp"},
-    {"parallel": "fsdp", "reduce_every_micro_step": True},
-    {"parallel": "fsdp", "activation_checkpointing": "full"},
-    {"parallel": "fsdp", "activation_checkpointing": "full", "cpu_offload": True},
-)
+class Seen(NamedTuple):
+    """What passes over two blocks and three tell of a config of any depth."""
+
+    work: Work
+    needed: float  # bytes of a GPU's memory
+    host: float  # bytes of host memory, per process
 
 
-def alternatives(cfg: Config, world_size: int) -> list[tuple[str, Config]]:
-    """(settings, config) of what saves memory at the same global batch, the mildest first."""
-    found: list[tuple[str, Config]] = []
-    B, accumulation = cfg.per_device_train_batch_size, cfg.batch(world_size)[0]
-    offloads = cfg.mixed_precision != "fp16" and cfg.optimizer == "adamw" and not cfg.shard_size
-
-    def add(keys: dict[str, Any]) -> None:
-        other = dataclasses.replace(cfg, **keys)
-        if other != cfg and all(other != known for _, known in found):
-            found.append((settings(cfg, other), other))
-
-    def batched(size: int) -> dict[str, Any]:
-        keys = {} if cfg.global_batch_size else {"gradient_accumulation_steps": accumulation * B // size}
-        return {"per_device_train_batch_size": size, **keys}
-
-    for keys in ALTERNATIVES:
-        if keys.get("cpu_offload"):
-            if offloads:  # each micro-step carries all parameters over the bus, so the fewest are the fastest
-                add(keys | batched(B * accumulation))
-                add(keys)
-        elif (world_size > 1 or "parallel" not in keys) and (accumulation > 1 or "reduce_every_micro_step" not in keys):
-            add(keys)
-    if B > 1:
-        add({"parallel": "fsdp", "activation_checkpointing": "full", "cpu_offload": offloads, **batched(1)})
-    return found
+def seen(cfg: Config, world_size: int, device: str = "cuda") -> Seen:
+    """A step's operations and memory without a pass over all layers: they are alike, so a third shows what each adds."""
+    fewer, more = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size, device) for n in (2, 3))
+    beyond = cfg.num_hidden_layers - 2
+    needed = fewer.needed + beyond * (more.needed - fewer.needed)
+    host = fewer.host + beyond * (more.host - fewer.host)
+    return Seen(Work.between(fewer.meter, more.meter, 2), needed, host)
 
 
-def settings(cfg: Config, other: Config) -> str:
-    changes = configs.difference(dataclasses.asdict(cfg), dataclasses.asdict(other))
-    return " ".join(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, _, new in changes)
+class Passes:
+    """seen() of many configs, in `workers` processes (0: in this one)."""
 
+    def __init__(self, world_size: int, workers: int = 0, device: str = "cuda"):
+        self.world_size, self.device, self.width = world_size, device, max(1, workers)
+        self.known: dict[Config, Seen] = {}
+        self.workers, self.pool = workers, None
 
-def smallest(cfg: Config, world_size: int) -> float:
-    """GB of the smallest kind of card that the config fits as it is; of the largest where it fits none."""
-    sizes = sorted({size for _, size, _ in GPUS.values()})
-    need = estimate(cfg, world_size).needed
-    return next((size for size in sizes if need <= gpus.usable(size) * 2**30), sizes[-1])
+    def __enter__(self) -> "Passes":
+        return self
 
+    def __exit__(self, *error) -> None:
+        if self.pool:
+            self.pool.terminate()
+            self.pool.join()
 
-def memory_table(cfg: Config, world_size: int, memory: float) -> str:
-    """Predicted GiB per GPU; where a card of `memory` GiB is too small, also what the memory-saving settings need."""
-    usable = gpus.usable(memory)
-    lines = [
-        "| GiB per GPU | " + " | ".join(KINDS) + f" | alive | allocator | in all | fits {usable:.1f} | host |",
-        "|---|" + "---:|" * (len(KINDS) + 3) + "---|---:|",
-    ]
-
-    def row(label: str, cfg: Config) -> bool:
-        found = estimate(cfg, world_size)
-        fits = found.needed <= usable * 2**30
-        cells = [*found.device.values(), found.total, found.pools, found.needed]
-        host = f"{found.host * world_size / 2**30:.1f}" if found.host else ""
-        sizes = " | ".join(f"{size / 2**30:.2f}" for size in cells)
-        lines.append(f"| {label} | {sizes} | {'yes' if fits else 'no'} | {host} |")
-        return fits
-
-    chosen = f"{cfg.parallel}, activation_checkpointing={cfg.activation_checkpointing}"
-    chosen += ", cpu_offload=true" if cfg.cpu_offload else ""
-    if not row(f"as configured ({chosen})", cfg):
-        fitting = [label for label, other in alternatives(cfg, world_size) if row(label, other)]
-        lines += ["", f"does not fit as configured; try {fitting[0]}" if fitting else "does not fit: needs more GPUs"]
-    return "\n".join(lines)
-
-
-def time_table(cfg: Config, world_size: int, mfu: float, price: float | None) -> str:
-    """Hours and dollars of the whole run for each known GPU, and whether it fits."""
-    need = estimate(cfg, world_size).needed
-    tokens = cfg.max_steps * cfg.batch(world_size)[1] * cfg.sequence_length
-    flops = neox.flops_per_token(cfg)
-    lines = [
-        "| GPU | GB | fits | peak, TFLOP/s | tokens/s | hours | $ per GPU-hour | cost, $ |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, (peak, size, usual) in GPUS.items():
-        rate = world_size * peak * mfu / flops
-        hours, dollars = tokens / rate / 3600, usual if price is None else price
-        fits = "yes" if need <= gpus.usable(size) * 2**30 else "no"
-        lines.append(
-            f"| {world_size} x {name} | {size} | {fits} | {peak / 1e12:.4g} | {rate:,.0f} "
-            f"| {hours:,.1f} | {dollars:.2f} | {hours * world_size * dollars:,.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def wish(cfg: Config, world_size: int, steps_per_second: float) -> str:
-    """What a wished-for speed asks of each GPU, as a multiple of what it can do at most."""
-    tokens = cfg.batch(world_size)[1] * cfg.sequence_length
-    need = steps_per_second * tokens * neox.flops_per_token(cfg) / world_size
-    verdicts = []
-    for name, (peak, _, _) in GPUS.items():
-        share = need / peak
-        verdicts.append(f"{name}: " + (f"{share:.1f} times its peak" if share > 1 else f"MFU {share:.0%}"))
-    return (
-        f"{steps_per_second:g} steps/s of {tokens:,} tokens on {world_size} GPUs need {need / 1e12:,.0f} TFLOP/s "
-        f"of each; " + "; ".join(verdicts)
-    )
-
-
-def checkpoints(cfg: Config) -> str:
-    """Bytes of one checkpoint and of all that are kept or written."""
-    size = optim.checkpoint_bytes(cfg)
-    saves = math.ceil(cfg.max_steps / cfg.save_steps) if cfg.save_steps else 1
-    kept = min(saves, cfg.save_total_limit or saves)
-    return (
-        f"{size / 1e9:.2f} GB each; {kept} kept on disk = {kept * size / 1e9:.1f} GB; "
-        f"{saves} saves write {saves * size / 1e12:.2f} TB in all"
-    )
+    def all(self, configs: Sequence[Config]) -> list[Seen]:
+        fresh = [cfg for cfg in dict.fromkeys(configs) if cfg not in self.known]
+        jobs = [(cfg, self.world_size, self.device) for cfg in fresh]
+        if self.workers and not self.pool and len(jobs) > FEW:  # spawned: this process has threads
+            self.pool = multiprocessing.get_context("spawn").Pool(self.workers)
+        found = self.pool.starmap(seen, jobs, chunksize=1) if self.pool else itertools.starmap(seen, jobs)
+        self.known |= zip(fresh, found, strict=True)
+        return [self.known[cfg] for cfg in configs]
 
 
 def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) -> str:
@@ -377,54 +320,6 @@ def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) ->
         f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
         f"{cfg.batch(world_size)[0] * (2 if B > 1 else 1)} (now {B} and {cfg.batch(world_size)[0]}), "
         f"activation_checkpointing=full (now {cfg.activation_checkpointing}), "
-        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; `{here('python bench.py plan CONFIG.py')}` compares them"
+        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; "
+        f"`{here('python bench.py plan CONFIG.py')} --search` compares them"
     )
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py plan", description="Memory, network, time and cost, without a GPU.")
-    parser.add_argument("config", help="a config file, e.g. configs/production.py")
-    parser.add_argument("--gpus", type=int, help="default: the config's num_processes")
-    parser.add_argument(
-        "--memory", type=float, help="GB of each GPU, as sold; the smallest known kind that it fits if absent"
-    )
-    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak, for hours and cost")
-    parser.add_argument("--price", type=float, help="$ per GPU and hour, instead of the table's")
-    parser.add_argument("--tokens", type=float, help="tokens of the data set, for epochs where it is not here")
-    parser.add_argument("--steps-per-second", type=float, help="a wished-for speed to hold against the hardware")
-    options = parse_with_settings(parser, argv)
-    cfg, _ = configs.load([options.config, *options.settings])
-    world_size = options.gpus or cfg.num_processes or 1
-    cfg.batch(world_size)
-    try:
-        dataset: data.Dataset | str = data.Dataset.open(cfg)
-    except ValueError as error:
-        dataset = f"not here ({str(error).splitlines()[0]})"
-    memory = options.memory or smallest(cfg, world_size)
-    chosen = "" if options.memory else ", the smallest known kind that it fits (--memory names another)"
-    where = f"{world_size} GPU{'s' * (world_size > 1)} of {memory:g} GB{chosen}, planned without one"
-    print(words.plan(cfg, world_size, dataset, where))
-    if options.tokens:
-        epochs = cfg.max_steps * cfg.batch(world_size)[1] * cfg.sequence_length / options.tokens
-        print(f"epochs    {epochs:.3g} of {words.count(options.tokens)} tokens")
-    print(f"saves     {checkpoints(cfg)}")
-    sent = estimate(cfg, world_size).sent if world_size > 1 else 0
-    seconds = ", ".join(f"{sent / rate / 1e9:.2g} s at {rate} GB/s ({link})" for rate, link in LINKS if sent)
-    print(f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step{f': {seconds}' * bool(seconds)}")
-    if options.steps_per_second:
-        print(f"wish      {wish(cfg, world_size, options.steps_per_second)}")
-    print(f"\n{memory_table(cfg, world_size, memory)}\n")
-    print(
-        "Predicted from the eager graph. Allocator: a pool of memory per stream serves that stream alone, so their peaks "
-        f"add up. In all: with {estimate(cfg, world_size).beside / 2**30:.2f} GiB of CUDA context, workspaces"
-        f"{' and NCCL buffers' * (world_size > 1)} (assumed). A card sold as {memory:g} GB gives torch "
-        f"{gpus.usable(memory):.1f} GiB. Host: all processes, pinned blocks rounded up, "
-        f"{PROCESS / 2**30:.0f} GiB of each process's own (assumed).\n"
-    )
-    print(time_table(cfg, world_size, options.mfu, options.price))
-    again = " Recomputation is not counted as work, so expect a lower MFU with it." * (
-        cfg.activation_checkpointing != "none"
-    )
-    usual = "given" if options.price is not None else "assumed"
-    print(f"\nAt an assumed MFU of {options.mfu:.0%} of the dense bf16 peak; prices {usual}.{again}")
-    return 0

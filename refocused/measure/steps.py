@@ -60,7 +60,7 @@ class Contender:
     log: Path
 
     def turn(self, steps: int) -> dict[str, float]:
-        """Run so many steps; {"seconds": in all, "memory": peak bytes of the hungriest process so far}."""
+        """Run so many steps; {"seconds": in all, "busy": of its CPU threads, "memory": peak bytes of the hungriest}."""
         lines = []
         with contextlib.suppress(BrokenPipeError):  # it died while it waited
             for process in self.processes:
@@ -71,7 +71,7 @@ class Contender:
         if not (lines and all(lines)):
             raise ContenderError(self.last_words())
         reports = [json.loads(line) for line in lines]
-        return {key: max(report[key] for report in reports) for key in ("seconds", "memory")}
+        return {key: max(report[key] for report in reports) for key in reports[0]}
 
     def last_words(self) -> str:
         codes = []
@@ -83,8 +83,11 @@ class Contender:
         return f"{self.name} ended early with {codes}{killed if -9 in codes else ''}; the end of its log:\n{tail}"
 
 
-def start(name: str, folder: Path, settings: list[str]) -> Contender:
-    """`ours-fsdp-2` is this trainer with parallel=fsdp on two processes; other names stand for one process."""
+def start(name: str, folder: Path, settings: list[str], cache: Path | None = None) -> Contender:
+    """`ours-fsdp-2` is this trainer with parallel=fsdp on two processes; other names stand for one process.
+
+    cache: of compiled kernels; an empty one of its own if None, so that compile time is real.
+    """
     kind, _, rest = name.partition("-")
     strategy, _, world = rest.partition("-")
     world_size = int(world or 1)
@@ -100,10 +103,10 @@ def start(name: str, folder: Path, settings: list[str]) -> Contender:
     processes = []
     log = home / "log"
     for rank in range(world_size):
-        # cold, so that compile time is real; and it finds the trainer from any folder
+        # it finds the trainer from any folder
         env = {
             **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(home / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache or home / "cache"),
             "PYTHONPATH": str(configs.DEMO.parent.parent),
         }
         if world_size > 1:

@@ -22,10 +22,11 @@ from refocused.run.board import Board
 from refocused.run.evaluate import Score
 from refocused.run.logs import LOG, TRACE, Logs, console, mute, stamped
 from refocused.run.trace import Diverged, Trace
-from refocused.run.words import count, duration, fitted
+from refocused.run.words import count, duration, fitted, suspect
 from refocused.shards.shard import DataError
 
 WIDTH = 100  # columns of a step's line
+SLOW = 0.8  # of the expected speed
 CLOCK_SECONDS = 60.0  # at most so often a log line brings a clock into the trace
 # keys that no figure of a step depends on, besides those about output, checkpoints and the bucket
 HARMLESS = (
@@ -56,6 +57,8 @@ class Monitor:
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
         self.logs = Logs(cfg) if env.main else None
         self.log = self.logs.file(LOG) if self.logs else None
+        self.expected: float | None = None  # seconds per step
+        self.sniffed, self.suspected = "", False
 
     def plan(self, plan: str, changes: str) -> None:
         """The plan and what the command line set on the screen; every key that something set in train.log."""
@@ -67,6 +70,17 @@ class Monitor:
         """Compilation and warm-up are over; they took so long."""
         self.spent["compile_seconds"] = seconds
         self.say(f"ready in {seconds:.1f} s of compilation and warm-up")
+
+    def expect(self, seconds: float | None, tokens_per_step: int, sniffed: str) -> None:
+        """What a step should take, None where nobody knows; sniffed: what the look at the hardware has found."""
+        self.expected, self.sniffed = seconds, sniffed
+        if seconds:
+            tokens = tokens_per_step / seconds
+            self.say(f"expects   {seconds:.3g} s per step, {count(tokens)} tok/s, MFU {self.mfu(tokens) or 0:.1%}")
+
+    def mfu(self, tokens: float) -> float | None:
+        """At so many tokens/s."""
+        return tokens * neox.flops_per_token(self.cfg) / (self.env.world_size * self.peak) if self.peak else None
 
     def start(self, step: int, tokens_per_step: int, state: dict[str, Any], checkpoint: str | None) -> None:
         """Just before the loop: go on from a checkpoint's state, {} for a fresh run."""
@@ -235,7 +249,7 @@ class Monitor:
         now = time.perf_counter()
         seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
         tokens = rate * self.tokens_per_step
-        mfu = tokens * neox.flops_per_token(self.cfg) / (self.env.world_size * self.peak) if self.peak else None
+        mfu, share = self.mfu(tokens), self.expected and self.expected * rate
         memory, reserved, retries = processes.peak_memory(self.env), None, strategy.alloc_retries()
         if self.env.device.type == "cuda":
             reserved = torch.accelerator.max_memory_reserved()
@@ -246,6 +260,7 @@ class Monitor:
             f"Step {step}: loss={loss:.4f}, lr={lr:.2e}",
             f"{count(tokens)} tok/s",
             f"MFU {mfu:.1%}" if mfu is not None else "",
+            f"{share:.0%} of the plan" if share else "",
             f"save stall {self.stall:.2f}s" if self.stall >= 0.01 else "",
             f"{retries - self.retries} allocator retries" if retries > self.retries else "",
             f"{duration(left)} left",
@@ -255,6 +270,13 @@ class Monitor:
             self.say(" | ".join(filter(None, (text, status))))
         else:
             self.say(f"{text}\n  {status}")
+        if share:
+            lost = {"data": wait_share, "save": self.stall / seconds, "retries": retries - self.retries}
+            if share < SLOW and not self.suspected:
+                self.say(
+                    f"note      slower than expected; {suspect(1 - share, lost, self.sniffed, self.env.world_size)}"
+                )
+            self.suspected = share < SLOW
         self.record(
             mean_loss=loss,
             best=self.best,

@@ -33,11 +33,15 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
     if cfg.compile_model:
         # after wrapping, so that hooks stay outside; per block, so that time does not grow with depth
         for block in model.layers:
-            # shorter windows gain less than the longer compilation costs
-            block.attention.in_pieces = env.device.type == "cpu" and cfg.sequence_length >= 512
+            block.attention.in_pieces = in_pieces(cfg, env.device.type)
             block.compile(dynamic=False)
         model.embed_out.kernel = torch.compile(softmax_loss, dynamic=False)
     return whole
+
+
+def in_pieces(cfg: Config, device_type: str) -> bool:
+    """Whether attention is plain products: compiled for a CPU; shorter windows gain less than compiling them costs."""
+    return cfg.compile_model and device_type == "cpu" and cfg.sequence_length >= 512
 
 
 def tune_head(head: Head, device_type: str) -> None:

@@ -142,6 +142,26 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     return "\n".join(lines)
 
 
+def suspect(lost: float, seen: dict[str, float], sniffed: str, world_size: int) -> str:
+    """What to look at first where a share of the expected speed is lost.
+
+    seen: shares of the time that data and saves were waited for, and how often the allocator tried again.
+    """
+    if seen["data"] > lost / 3:
+        return f"{seen['data']:.0%} of the time is spent waiting for data: a faster disk, more dataloader_num_workers"
+    if slow := [line.removeprefix("note").strip() for line in sniffed.splitlines() if " is slow: " in line]:
+        return slow[0]
+    if seen["retries"]:
+        return (
+            f"the allocator ran out of memory {seen['retries']:.0f} times and gave back what it had: a smaller layout"
+        )
+    if seen["save"] > lost / 3:
+        return f"saves held training up for {seen['save']:.0%} of the time: larger save_steps, async_save"
+    if world_size > 1:
+        return "look at the link between the GPUs first: `nvidia-smi topo -m`, NCCL_DEBUG=INFO, `bench.py plan --calibrate`"
+    return "look at the GPU's clock first: `nvidia-smi -q -d PERFORMANCE`, `bench.py plan --calibrate`"
+
+
 class Ended(NamedTuple):
     """How a run came to its end."""
 

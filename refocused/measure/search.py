@@ -1,0 +1,120 @@
+"""The fastest layouts that fit: how the same optimizer step can be laid out on a machine, timed by cost.py."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import model as neox
+from configs import CHOICES, Config, ConfigError
+from refocused.measure import cost, planner
+from refocused.measure.cost import Cost, Hardware, Work
+
+SHOWN = 5
+
+
+class Found(NamedTuple):
+    """A layout with its step's time and the bytes that a process needs on its device and in host memory."""
+
+    cfg: Config
+    cost: Cost
+    needed: float
+    host: float
+    work: Work
+
+
+@dataclasses.dataclass
+class Result:
+    fastest: list[Found]  # that fit
+    too_large: Found | None  # the fastest of those that do not, if it is faster
+    looked: int  # layouts that were timed
+
+
+def sequences(cfg: Config, world: int) -> int:
+    """Per optimizer step and process, at the batch that the config is meant for. Raises ConfigError."""
+    whole = cfg.batch(cfg.num_processes or world)[1]
+    if whole % world:
+        raise ConfigError(f"{whole} sequences per step cannot be shared by {world} GPUs; set global_batch_size")
+    return whole // world
+
+
+def layouts(cfg: Config, world: int, node: int) -> Iterator[Config]:
+    """Every way to make the config's step with `world` processes, `node` on each machine."""
+    each = sequences(cfg, world)
+    sizes = [node] if world > node else [s for s in (2, 4) if s < world and world % s == 0]
+    offloads = cfg.mixed_precision != "fp16" and cfg.optimizer == "adamw"
+    for B in (n for n in range(1, each + 1) if each % n == 0):
+        batch = dict(per_device_train_batch_size=B, num_processes=world, gradient_accumulation_steps=each // B)
+        for level in CHOICES["activation_checkpointing"]:
+            plain = dict(shard_size=0, reduce_every_micro_step=False, cpu_offload=False, activation_checkpointing=level)
+            yield dataclasses.replace(cfg, parallel="ddp", **batch, **plain)
+            ways = [{"shard_size": size} for size in (0, *sizes)] if world > 1 else []
+            ways += [way | {"reduce_every_micro_step": True} for way in ways if each > B]
+            for way in ways + [{"cpu_offload": True}] * offloads:
+                yield dataclasses.replace(cfg, parallel="fsdp", **batch, **(plain | way))
+
+
+def like(cfg: Config) -> Config:
+    """The layout whose passes tell this one's operations: they differ in what is sent, and where it lies."""
+    accumulation = min(2, cfg.gradient_accumulation_steps)
+    return dataclasses.replace(
+        cfg, shard_size=0, reduce_every_micro_step=False, cpu_offload=False, num_processes=0, global_batch_size=0,
+        gradient_accumulation_steps=accumulation, resume=None,
+    )  # fmt: skip
+
+
+def search(
+    cfg: Config,
+    world: int,
+    machine: Hardware,
+    memory: float,
+    host_memory: float,
+    workers: int = 0,
+    device: str = "cuda",
+) -> Result:
+    """The fastest layouts of the config's step that fit; memory, host_memory: bytes of a device and of a machine.
+
+    Passes are made for each kind of computation; of what differs in communication alone only the fastest are looked
+    at, until enough have been found that fit. Where bf16 moments make one fit they are taken. workers: processes
+    beside this one; device: its kind.
+    """
+    candidates = list(layouts(cfg, world, machine.node))
+    models = list(dict.fromkeys(map(like, candidates)))
+    parameters = neox.num_parameters(cfg)[0]
+    moments = 4 if cfg.adam_moments == "bf16" else 8  # bytes of a parameter's
+    halves = moments == 8 and max(cfg.adam_beta1, cfg.adam_beta2) <= 0.99
+    fastest: list[Found] = []
+    too_large: list[Found] = []
+    with planner.Passes(world, workers, device) as passes:
+        known = dict(zip(models, passes.all(models), strict=True))
+
+        def look(some: list[Config]) -> list[Found]:
+            looked = zip(some, passes.all([own(c) for c in some]), strict=True)
+            found = [Found(c, cost.step(s.work, c, world, machine), s.needed, s.host, s.work) for c, s in looked]
+            for f in found:
+                on_host = f.host * min(world, machine.node)
+                (fastest if f.needed <= memory and on_host <= host_memory else too_large).append(f)
+            return found
+
+        def can_fit(c: Config) -> bool:  # weights and moments are the least that anyone keeps
+            parts = (c.shard_size or world) if c.parallel == "fsdp" else 1
+            return c.cpu_offload or (4 + (4 if halves else moments)) * parameters / parts <= memory
+
+        timed = [(cost.step(known[like(c)].work, c, world, machine).seconds, c) for c in candidates if can_fit(c)]
+        order = [c for _, c in sorted(timed, key=lambda pair: pair[0])]
+        while order and len(fastest) < SHOWN:
+            some, order = order[: passes.width], order[passes.width :]
+            large = [f for f in look(some) if f.needed > memory and halves and not f.cfg.cpu_offload]
+            saved = [4 * parameters / ((f.cfg.shard_size or world) if f.cfg.parallel == "fsdp" else 1) for f in large]
+            near = [f.cfg for f, less in zip(large, saved, strict=True) if f.needed - less <= memory]
+            look([dataclasses.replace(c, adam_moments="bf16") for c in near])
+    fastest = sorted(fastest, key=lambda f: f.cost.seconds)[:SHOWN]
+    larger = [f for f in too_large if fastest and f.cost.seconds < fastest[0].cost.seconds]
+    return Result(fastest, min(larger, key=lambda f: f.cost.seconds, default=None), len(candidates))
+
+
+def own(cfg: Config) -> Config:
+    """The same layout as `like` names them, so that no pass is made twice."""
+    return dataclasses.replace(
+        like(cfg), shard_size=cfg.shard_size, reduce_every_micro_step=cfg.reduce_every_micro_step,
+        cpu_offload=cfg.cpu_offload,
+    )  # fmt: skip
