@@ -59,7 +59,7 @@ def rates(cfg: Config, shapes: list[tuple], env: processes.Env, clock: Callable[
     found: dict[str, Any] = {"timed": {}}
     for shape in shapes:
         a, b = (factor(*parts, device=device) for parts in shape)
-        found["timed"][shape] = measure(lambda a=a, b=b: a @ b)
+        found["timed"][shape] = measure(functools.partial(torch.matmul, a, b))
     large = 1 << (24 if device.type == "cpu" else 28)
     x, y = torch.randn(large, device=device), torch.randn(large, device=device)
     found["bandwidth"] = 12 * large / measure(lambda: torch.add(x, y, out=x))
@@ -137,7 +137,7 @@ def calibrate(cfg: Config, world: int, shapes: Iterable[tuple], clock: Callable[
 
 def described(machine: Hardware) -> str:
     """The rates, in words."""
-    gigabytes = {"memory": machine.bandwidth} | machine.speeds
+    gigabytes = {"memory": machine.bandwidth, **machine.speeds}
     return f"products up to {machine.products / 1e12:.3g} TFLOP/s, GB/s: " + ", ".join(
         f"{key} {rate / 1e9:.3g}" for key, rate in gigabytes.items()
     )

@@ -31,7 +31,7 @@ class Expectation:
     def seconds(self) -> float | None:
         """None where there is none, for whatever reason: it is no part of the run."""
         try:
-            return self.future and self.future.result(timeout=120)
+            return self.future.result(timeout=120) if self.future else None
         except Exception:
             return None
         finally:

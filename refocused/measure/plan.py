@@ -266,9 +266,9 @@ def main(argv: list[str]) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         work = planner.seen(cfg, world, device).work
         machine = calibrate.calibrate(cfg, world, work.shapes())
-        found = cost.step(work, cfg, world, machine)
+        here = cost.step(work, cfg, world, machine)
         print(f"calibrated {machine.name}: {calibrate.described(machine)}")
-        print(f"step      {found.seconds:.3g} s: {', '.join(f'{k} {v:.3g}' for k, v in shares(found).items())}")
+        print(f"step      {here.seconds:.3g} s: {', '.join(f'{k} {v:.3g}' for k, v in shares(here).items())}")
     else:
         print(time_table(cfg, world, options.price))
         usual = "given" if options.price is not None else "assumed"

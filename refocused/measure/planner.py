@@ -12,6 +12,7 @@ import multiprocessing
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from multiprocessing.pool import Pool
 from typing import Any, NamedTuple
 
 import torch
@@ -284,7 +285,8 @@ class Passes:
     def __init__(self, world_size: int, workers: int = 0, device: str = "cuda"):
         self.world_size, self.device, self.width = world_size, device, max(1, workers)
         self.known: dict[Config, Seen] = {}
-        self.workers, self.pool = workers, None
+        self.workers = workers
+        self.pool: Pool | None = None
 
     def __enter__(self) -> "Passes":
         return self

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import model as neox
 from configs import CHOICES, Config, ConfigError
@@ -43,11 +43,15 @@ def layouts(cfg: Config, world: int, node: int) -> Iterator[Config]:
     sizes = [node] if world > node else [s for s in (2, 4) if s < world and world % s == 0]
     offloads = cfg.mixed_precision != "fp16" and cfg.optimizer == "adamw"
     for B in (n for n in range(1, each + 1) if each % n == 0):
-        batch = dict(per_device_train_batch_size=B, num_processes=world, gradient_accumulation_steps=each // B)
+        batch: dict[str, Any] = dict(
+            per_device_train_batch_size=B, num_processes=world, gradient_accumulation_steps=each // B
+        )
         for level in CHOICES["activation_checkpointing"]:
-            plain = dict(shard_size=0, reduce_every_micro_step=False, cpu_offload=False, activation_checkpointing=level)
+            plain: dict[str, Any] = dict(
+                shard_size=0, reduce_every_micro_step=False, cpu_offload=False, activation_checkpointing=level
+            )
             yield dataclasses.replace(cfg, parallel="ddp", **batch, **plain)
-            ways = [{"shard_size": size} for size in (0, *sizes)] if world > 1 else []
+            ways: list[dict[str, Any]] = [{"shard_size": size} for size in (0, *sizes)] if world > 1 else []
             ways += [way | {"reduce_every_micro_step": True} for way in ways if each > B]
             for way in ways + [{"cpu_offload": True}] * offloads:
                 yield dataclasses.replace(cfg, parallel="fsdp", **batch, **(plain | way))
