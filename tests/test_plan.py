@@ -119,7 +119,7 @@ def test_what_the_command_refuses_and_says(capsys):
     with pytest.raises(SystemExit):
         bench.main(["plan", config, "--deadline", "soon"])
     capsys.readouterr()
-    words = ["--gpus", "1", "--gpu", "L4", "--search", "--budget", "100", "--deadline", "2d", *keys]
+    words = ["num_processes=1", "--gpus", "1", "--gpu", "L4", "--search", "--budget", "100", "--deadline", "2d", *keys]
     assert bench.main(["plan", config, *words]) == 0
     out = capsys.readouterr().out
     assert "layouts of the same step that fit 22.0 GiB" in out and "1: python train.py" in out
