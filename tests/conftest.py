@@ -3,11 +3,15 @@ import os
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # as in an activated environment: `python` in what is printed, and in children's shells, is this one
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # `nohup pytest`: the runs that tests start would ignore it too
+    signal.signal(signal.SIGHUP, lambda *_: None)  # as a handler it is not inherited
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
