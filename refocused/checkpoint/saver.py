@@ -42,6 +42,7 @@ class Saver:
         files: Mapping[str, bytes] | None = None,
     ):
         self.output_dir = Path(output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)  # on nodes that share no disk, and never again: see Writer
         self.generation = manifest.generation(output_dir) if generation is None else generation
         self.files = files or {}
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every

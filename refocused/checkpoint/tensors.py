@@ -4,6 +4,7 @@ torch.distributed.checkpoint plans who writes which part of which tensor, and re
 Its storage is safetensors, not its own .distcp: no byte of a checkpoint is ever unpickled.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -118,7 +119,8 @@ class Writer(dcp.HuggingFaceStorageWriter):
         self.final, self.id, self.more, self.need, self.generation = final, save_id, more, need, generation
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        os.makedirs(self.folder, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # of another rank
+            os.mkdir(self.folder)  # not its parent, should that be gone: it held the lock
         if self.rank == 0:
             disk.check_space(self.folder, self.need)
         return plan
@@ -181,6 +183,7 @@ def save_alone(
     source: where the values are, if the tree is only their shapes; each is asked for once, when it is written.
     files: what else belongs to the checkpoint, by name.
     """
+    final.parent.mkdir(parents=True, exist_ok=True)
     need, generation = sum(t.nbytes for t in tree.values()), manifest.generation(final.parent) + 1
     more = {manifest.STATE: json.dumps(state).encode(), **(files or {})}
     writer = Writer(final, secrets.token_hex(8), more, need, generation)
