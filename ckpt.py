@@ -83,8 +83,8 @@ class Checkpoints:
         if self.choice.path:
             tensors.load(self.choice.path, tree)
             processes.on_each_node(self.env, manifest.check_unchanged, self.choice.path)
-        elif cfg.init_from:
-            said = init_from(cfg.init_from, cfg, tree, self.start)
+        elif self.start:
+            said = init_from(self.start, cfg, tree)
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
         self._saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
@@ -186,13 +186,11 @@ def beginning(place: str, cfg: Config) -> Source:
     return source
 
 
-def init_from(place: str, cfg: Config, tree: dict[str, Tensor], source: Source | None = None) -> str:
-    """Start a fresh run's weights, the `model.` part of its tree, from the checkpoint at `place`, which source is if
-    known. Collective.
+def init_from(source: Source, cfg: Config, tree: dict[str, Tensor]) -> str:
+    """Start a fresh run's weights, the `model.` part of its tree, from what beginning() has found. Collective.
 
-    Returns a line to print. Raises ConfigError where the checkpoint's model is another function than cfg's.
+    Returns a line to print.
     """
-    source = source or beginning(place, cfg)
     tensors.load(source.path, {key: t for key, t in tree.items() if key.startswith("model.")})
     processes.on_rank_0(manifest.check_unchanged, source.path)
     guess = f"; its tokenizer is not known, taken for tokenizer={cfg.tokenizer}" * (source.cfg.tokenizer is None)

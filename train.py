@@ -61,9 +61,10 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env)),
         configs.show_changes(cfg, origins),
     )
-    expectation, sniffed = Expectation(cfg, env), ""
+    monitor.expectation = Expectation(cfg, env).seconds
     if cfg.check_hardware and env.device.type == "cuda":
-        monitor.say(sniffed := hardware.sniff(cfg, env))
+        monitor.sniffed = hardware.sniff(cfg, env)
+        monitor.say(monitor.sniffed)
     choice = checkpoints.choose()
     state = choice.state
     if choice.path:
@@ -89,7 +90,6 @@ def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: Sto
         monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
         return exits.leave(STOPPED)
     monitor.ready(time.perf_counter() - begin)
-    monitor.expect(expectation.seconds(), tokens_per_step, sniffed)
     monitor.say(checkpoints.load(state_tree(model, *optimizers)))
     if scaler.is_enabled() and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])

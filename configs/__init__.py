@@ -143,6 +143,11 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def moments_fit_bf16(self) -> bool:
+        """Whether bf16 resolves the change of AdamW's moments: it loses what is below 1/256 of a value."""
+        return max(self.adam_beta1, self.adam_beta2) <= 0.99
+
+    @property
     def saves_behind(self) -> bool:
         """async_save, but not where the tensors are in host memory already and their copy would need it twice."""
         return self.async_save and not self.cpu_offload
@@ -225,7 +230,7 @@ def _check(cfg: Config) -> None:
         "gradient yet becomes 0 / 0",
     )
     require(
-        cfg.adam_moments == "fp32" or max(cfg.adam_beta1, cfg.adam_beta2) <= 0.99,
+        cfg.adam_moments == "fp32" or cfg.moments_fit_bf16,
         f"adam_moments=bf16 with adam_beta1={cfg.adam_beta1} and adam_beta2={cfg.adam_beta2}: bf16 does not resolve the "
         "change of a moment that decays more slowly than by 0.99; lower the beta or use adam_moments=fp32",
     )

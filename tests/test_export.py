@@ -398,22 +398,25 @@ def test_init_from(tmp_path):
     cfg = ckpt.find(str(tmp_path / "start")).cfg
     model = GPTNeoX(cfg)
     tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters()))
-    line = ckpt.init_from(str(tmp_path / "start"), cfg, tree)
+
+    def begin(name: str, cfg: Config) -> str:
+        return ckpt.init_from(ckpt.beginning(str(tmp_path / name), cfg), cfg, tree)
+
+    line = begin("start", cfg)
     assert "weights only" in line and (logits(model, IDX) - logits(hf, IDX)).abs().max() < 1e-4
     assert all(not t.any() for key, t in tree.items() if key.startswith("optim."))
     with pytest.raises(ConfigError, match="rotary_pct=0.25 .now rotary_pct=0.5"):
-        ckpt.init_from(str(tmp_path / "start"), Config(**{**cfg.__dict__, "rotary_pct": 0.5}), tree)
+        begin("start", Config(**{**cfg.__dict__, "rotary_pct": 0.5}))
     with pytest.raises(ConfigError, match="ckpt.py import"):
-        ckpt.init_from(str(tmp_path / "hf"), cfg, tree)
-    assert "its tokenizer is not known, taken for tokenizer=byte" in ckpt.init_from(
-        str(tmp_path / "start"), Config(**{**cfg.__dict__, "tokenizer": "byte"}), tree
-    )
+        begin("hf", cfg)
+    guessed = begin("start", Config(**{**cfg.__dict__, "tokenizer": "byte"}))
+    assert "its tokenizer is not known, taken for tokenizer=byte" in guessed
     own_tokenizer(tmp_path / "hf", ["a text"], size=300)
     assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "with")]) == 0
     mine = Config(**{**cfg.__dict__, "tokenizer": "byte"})
     with pytest.raises(ConfigError, match="trained with another tokenizer than tokenizer=byte; set tokenizer=.*/with/"):
-        ckpt.init_from(str(tmp_path / "with"), mine, tree)
-    ckpt.init_from(str(tmp_path / "with"), Config(**{**mine.__dict__, "allow_data_change": True}), tree)
+        begin("with", mine)
+    begin("with", Config(**{**mine.__dict__, "allow_data_change": True}))
 
 
 def test_refused_folders(tmp_path):

@@ -51,13 +51,14 @@ def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str
     }
     tree = {f"model.{key}": p.detach() for p, key in keys.items()}
     for optimizer in optimizers:
-        _create_state(optimizer)
+        create_state(optimizer)
         for p, slots in optimizer.state.items():
             tree |= {f"optim.{slot}.{keys[p]}": value for slot, value in slots.items()}
     return tree
 
 
-def _create_state(optimizer: torch.optim.Optimizer) -> None:
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """What the first step would create, where it is not there yet; `moments`, where it has them, is their dtype."""
     kind, dtype = type(optimizer).__name__, getattr(optimizer, "moments", None)  # None for the parameter's
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -40,13 +40,13 @@ import train
 from refocused.checkpoint import disk, manifest
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
+from refocused.entry import ROOT
 from refocused.measure import gpus, planner, predictions
 from refocused.measure import sampling as sampler
 from refocused.measure.peers import Gate
 from refocused.run import optim, processes, strategy
 from refocused.run.origin import hardware
 
-ROOT = Path(__file__).parents[2]
 PART_SECONDS = 570.0  # after so many a part begins no further check
 # children are forked from one process that has imported everything and not touched the GPU
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
-from refocused.entry import parse_with_settings, positive
+from refocused.entry import ROOT, parse_with_settings, positive
 from refocused.run.trace import Lines, Trace
 
-ROOT = Path(__file__).parents[2]
 Steps = dict[int, dict[str, Any]]  # {step: what the trace says of it}
 
 

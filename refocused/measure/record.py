@@ -25,13 +25,12 @@ import configs
 import model as neox
 from configs import DEMO, Config, ConfigError
 from refocused.checkpoint import average, export, folder, manifest
-from refocused.entry import parse_with_settings, positive
+from refocused.entry import ROOT, parse_with_settings, positive
 from refocused.measure import evaluation, losses
 from refocused.run import processes
 from refocused.run.evaluate import Score
 from refocused.run.origin import commit
 
-ROOT = Path(__file__).parents[2]
 BOUND = 1.3835  # nats per byte: AdamW's loss after the demo's 3.07M tokens
 # what every entry is measured on, whatever it was trained with
 WINDOWS: dict[str, Any] = {"sequence_length": 256, "eval_files": 1, "eval_samples": 256, "mixed_precision": "bf16"}

@@ -85,7 +85,7 @@ def search(
     models = list(dict.fromkeys(map(like, candidates)))
     parameters = neox.num_parameters(cfg)[0]
     moments = 4 if cfg.adam_moments == "bf16" else 8  # bytes of a parameter's
-    halves = moments == 8 and max(cfg.adam_beta1, cfg.adam_beta2) <= 0.99
+    halves = moments == 8 and cfg.moments_fit_bf16
     fastest: list[Found] = []
     too_large: list[Found] = []
     with planner.Passes(world, workers, device) as passes:

@@ -4,7 +4,9 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from refocused.checkpoint.tensors import create_state, local_part
+from refocused.run.muon import bounded
 
 SCRATCH = 1 << 24  # elements of each moment that exist in fp32 at a time
 
@@ -22,21 +24,20 @@ class HalfAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        create_state(self)
         for group in self.param_groups:
             pieces: list[tuple[Tensor, ...]] = []
             stepped = [p for p in group["params"] if p.grad is not None]
             for p in stepped:
                 state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    state["exp_avg"] = torch.zeros_like(p, dtype=self.moments, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-                flat = [local(t).view(-1).split(SCRATCH) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                flat = [
+                    local_part(t).view(-1).split(SCRATCH) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                ]
                 pieces += zip(*flat, itertools.repeat(state["step"]), strict=False)
             if stepped:
                 counts = [self.state[p]["step"] for p in stepped]
                 torch._foreach_add_(counts, 1 if found_inf is None else 1 - found_inf)
-            for batch in batches(pieces):
+            for batch in bounded(pieces, lambda piece: piece[0].numel(), SCRATCH):
                 weights, gradients, firsts, seconds, steps = map(list, zip(*batch, strict=True))
                 first, second = [t.float() for t in firsts], [t.float() for t in seconds]
                 torch._fused_adamw_(
@@ -46,21 +47,3 @@ class HalfAdamW(torch.optim.AdamW):
                 )  # fmt: skip
                 torch._foreach_copy_(firsts, first)
                 torch._foreach_copy_(seconds, second)
-
-
-def local(t: Tensor) -> Tensor:
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def batches(pieces: list[tuple[Tensor, ...]]):
-    """Consecutive pieces of SCRATCH elements together at most; none is larger."""
-    batch: list[tuple[Tensor, ...]] = []
-    size = 0
-    for piece in pieces:
-        if batch and size + piece[0].numel() > SCRATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += piece[0].numel()
-    if batch:
-        yield batch

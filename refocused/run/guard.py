@@ -5,24 +5,18 @@ import functools
 import hashlib
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from configs import KEYS, Config, ConfigError
+from refocused.checkpoint.tensors import local_part
+from refocused.entry import ROOT
 from refocused.run import processes
 from refocused.run.exits import INTERNAL
 
-PLACES = (
-    "data_dir",
-    "cache_dir",
-    "tokenizer",
-    "output_dir",
-    "logging_dir",
-)  # nodes may keep things in different places
+PLACES = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir")  # each node has its own
 SHAPE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size tie_word_embeddings "
     "optimizer adam_moments"
@@ -40,11 +34,10 @@ class ReplicasDiffer(ValueError):
 @functools.cache
 def sources() -> str:
     """A hash of the code that trains."""
-    root = Path(__file__).resolve().parents[2]
-    files = [*(root / name for name in ("train.py", "model.py", "data.py", "ckpt.py")), *root.glob("refocused/**/*.py")]
+    files = [*(ROOT / name for name in ("train.py", "model.py", "data.py", "ckpt.py")), *ROOT.glob("refocused/**/*.py")]
     digest = hashlib.sha256()
     for path in sorted(file for file in files if file.exists()):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -104,7 +97,7 @@ def check_replicas(model: torch.nn.Module, cfg: Config, step: int) -> None:
         return
     sums = []
     for p in model.parameters():
-        bits = (p.to_local() if isinstance(p, DTensor) else p).detach().flatten().view(torch.uint8)
+        bits = local_part(p).detach().flatten().view(torch.uint8)
         whole = len(bits) // 4 * 4
         sums += [bits[:whole].view(torch.int32).sum(dtype=torch.int64), bits[whole:].sum(dtype=torch.int64)]
     digest = hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()

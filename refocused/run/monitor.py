@@ -57,7 +57,9 @@ class Monitor:
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
         self.logs = Logs(cfg) if env.main else None
         self.log = self.logs.file(LOG) if self.logs else None
-        self.expected: float | None = None  # seconds per step
+        # seconds per step by the plan, and who knows them, sooner or later; what the look at the hardware has found
+        self.expected: float | None = None
+        self.expectation: Callable[[], float | None] = lambda: None
         self.sniffed, self.suspected = "", False
 
     def plan(self, plan: str, changes: str) -> None:
@@ -71,11 +73,10 @@ class Monitor:
         self.spent["compile_seconds"] = seconds
         self.say(f"ready in {seconds:.1f} s of compilation and warm-up")
 
-    def expect(self, seconds: float | None, tokens_per_step: int, sniffed: str) -> None:
-        """What a step should take, None where nobody knows; sniffed: what the look at the hardware has found."""
-        self.expected, self.sniffed = seconds, sniffed
-        if seconds:
-            tokens = tokens_per_step / seconds
+    def expect(self) -> None:
+        """Say what a step should take, once that is known."""
+        if not self.expected and (seconds := self.expectation()):
+            self.expected, tokens = seconds, self.tokens_per_step / seconds
             self.say(f"expects   {seconds:.3g} s per step, {count(tokens)} tok/s, MFU {self.mfu(tokens) or 0:.1%}")
 
     def mfu(self, tokens: float) -> float | None:
@@ -243,6 +244,7 @@ class Monitor:
             self.logs.again()
         if not self.recent:  # every step was skipped
             return
+        self.expect()
         loss = self.loss = math.fsum(self.recent) / len(self.recent)
         self.recent = []
         self.best = min(self.best, loss)

@@ -2,13 +2,17 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+from refocused.checkpoint.tensors import local_part
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 1 << 29  # of bf16 updates that travel at once: few collectives, whatever the number of matrices
 
@@ -26,7 +30,8 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for bucket in buckets([p for p in group["params"] if p.grad is not None]):
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for bucket in bounded(parameters, lambda p: 2 * p.numel(), BUCKET_BYTES):
                 self.update(bucket, group)
 
     def update(self, bucket: list[Tensor], group: dict[str, Any]) -> None:
@@ -40,7 +45,7 @@ class Muon(torch.optim.Muon):
             assert p.grad is not None
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            gradient, momentum = local(p.grad), local(self.state[p]["momentum_buffer"])
+            gradient, momentum = local_part(p.grad), local_part(self.state[p]["momentum_buffer"])
             settle(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
             parts.append((gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum).bfloat16())
 
@@ -49,24 +54,22 @@ class Muon(torch.optim.Muon):
 
         for p, update in zip(bucket, shared(bucket, parts, orthogonal), strict=True):
             rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape)
-            weight = local(p)
+            weight = local_part(p)
             settle(weight, weight.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate))
 
 
-def local(t: Tensor) -> Tensor:
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive matrices of BUCKET_BYTES in bf16 at most, or one that is larger."""
-    bucket: list[Tensor] = []
-    for p in parameters:
-        if bucket and 2 * sum(q.numel() for q in [*bucket, p]) > BUCKET_BYTES:
-            yield bucket
-            bucket = []
-        bucket.append(p)
-    if bucket:
-        yield bucket
+def bounded(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Consecutive items whose sizes add up to `most` at most, or one that is larger."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        if batch and total + size(item) > most:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
+    if batch:
+        yield batch
 
 
 def owners(shapes: list[torch.Size], world: int) -> list[list[int]]:

@@ -109,8 +109,7 @@ def update(
         # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host
         # memory: it must have arrived before the host reads it, which the optimizer's own copy does not wait for
         where = optimizer.param_groups[0]["params"][0].device
-        vars(optimizer).update(
-            grad_scale=divisor, found_inf=(~apply).float().to(where)
-        )  # as GradScaler hands them over
+        found_inf = (~apply).float().to(where)
+        vars(optimizer).update(grad_scale=divisor, found_inf=found_inf)  # as GradScaler hands them over
         optimizer.step()
     scaler.update()

@@ -58,11 +58,8 @@ def check_memory(cfg: Config, env: Env) -> None:
 def check_disk(cfg: Config, step: int) -> None:
     """Raise ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more: the
     oldest goes once the newest is complete."""
-    size, there, free = (
-        checkpoint_bytes(cfg),
-        len(manifest.names(cfg.output_dir)),
-        shutil.disk_usage(cfg.output_dir).free,
-    )
+    size, there = checkpoint_bytes(cfg), len(manifest.names(cfg.output_dir))
+    free = shutil.disk_usage(cfg.output_dir).free
     left = max(0, cfg.max_steps - step)
     saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
     if limit := cfg.save_total_limit:
