@@ -83,7 +83,9 @@ class CausalSoftmax(torch.autograd.Function):
         hidden = torch.ones(rows, T, dtype=torch.bool, device=scores.device).triu(T - rows + 1)
         if first is not None:  # an index compared with a number per row: no (T, T) mask is ever read
             hidden = hidden | (torch.arange(T, device=scores.device, dtype=first.dtype) < first[:, None, :, None])
-        weights = torch.softmax((scores.float() * scale).masked_fill(hidden, float("-inf")), dim=-1).to(scores.dtype)
+        weights = torch.softmax((scores.float() * scale).masked_fill(hidden, float("-inf")), dim=-1)
+        if weights.dtype != scores.dtype:  # torch 2.11 compiles a cast to the same dtype into a gradient of zeros
+            weights = weights.to(scores.dtype)
         ctx.save_for_backward(weights)
         ctx.scale = scale
         return weights

@@ -74,6 +74,27 @@ def test_refused_before_anything_is_built(shards, tmp_path):
     assert len(list((tmp_path / "first/out").glob("checkpoint-*"))) == there == 1
 
 
+def test_checkpoints_that_will_come(monkeypatch, tmp_path):
+    """How many a run will keep, and one more while it is written: not more than steps are left, saves by the clock too."""
+    free = int(3.5 * optim.checkpoint_bytes(config()) * 1.01) + (1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # of three and a half
+    clock = ("save_seconds=60", "save_steps=0", f"output_dir={tmp_path}")
+    for keys, fits in (
+        (("save_steps=2", "max_steps=20", "save_total_limit=2"), True),
+        (("save_steps=2", "max_steps=20", "save_total_limit=3"), False),
+        (("save_steps=2", "max_steps=6", "save_total_limit=9"), True),
+        ((*clock, "max_steps=1000", "save_total_limit=3"), False),
+        ((*clock, "max_steps=3", "save_total_limit=3"), True),
+        ((*clock, "max_steps=1000", "save_total_limit=2"), True),
+    ):
+        cfg = config(*keys, f"output_dir={tmp_path}")
+        if fits:
+            room.check_disk(cfg, 0)
+        else:
+            with pytest.raises(configs.ConfigError, match="4 checkpoints of .* will come"):
+                room.check_disk(cfg, 0)
+
+
 def test_a_busy_machine_is_pointed_out(monkeypatch):
     """A load above the cores is said where threads would spin for it: not of one thread, nor where they sleep."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)

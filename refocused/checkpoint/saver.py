@@ -19,6 +19,8 @@ from torch import Tensor
 from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.tensors import CopyPlanner, Writer, cause, local_part, own_part
 
+FILES_AT_A_TIME = 4  # that a rank writes: with one, a core that hashes is slower than most disks
+
 
 class Saver:
     """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
@@ -145,7 +147,7 @@ class Saver:
             box = [secrets.token_hex(8)]
             dist.broadcast_object_list(box, group=self.group, group_src=0)
             self.generation += 1
-            writer = Writer(self.output_dir / name, box[0], more, need, self.generation)
+            writer = Writer(self.output_dir / name, box[0], more, need, self.generation, at_a_time=FILES_AT_A_TIME)
             dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
             if not self._proof.result():  # no failure: it counts no more than what it would have replaced
                 if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -5,12 +5,14 @@ Its storage is safetensors, not its own .distcp: no byte of a checkpoint is ever
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import secrets
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -114,10 +116,13 @@ class Writer(dcp.HuggingFaceStorageWriter):
     the training loop, for 1.5 s per 512 MB; safetensors' save_file does neither.
     """
 
-    def __init__(self, final: Path, save_id: str, more: Mapping[str, bytes], need: int, generation: int):
+    def __init__(
+        self, final: Path, save_id: str, more: Mapping[str, bytes], need: int, generation: int, at_a_time: int = 1
+    ):
         self.folder = final.with_name(f"{disk.TEMPORARY}{save_id}-{final.name}")
         super().__init__(str(self.folder), save_distributed=True)
         self.final, self.id, self.more, self.need, self.generation = final, save_id, more, need, generation
+        self.at_a_time = at_a_time  # files that a rank writes, each with its tensors in memory
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         with contextlib.suppress(FileExistsError):  # of another rank
@@ -131,30 +136,37 @@ class Writer(dcp.HuggingFaceStorageWriter):
 
         Raises CheckpointError, and so fails the save on all ranks, at a tensor that no run could go on from.
         """
-        results: list[WriteResult] = []
-        batch: dict[str, Tensor] = {}
-        offsets: dict[str, Any] = {}
-        size = 0
+        files: list[list[WriteItem]] = []
+        size = FILE_BYTES
         for item in plan.items:
-            t = planner.resolve_data(item)
-            assert isinstance(t, Tensor)
-            check_finite(item.index.fqn, t)
-            batch[item.index.fqn] = t = t.cpu().contiguous()
+            if size >= FILE_BYTES:
+                files.append([])
+                size = 0
+            files[-1].append(item)
             assert item.tensor_data is not None
-            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
-            size += t.nbytes
-            if size >= FILE_BYTES or item is plan.items[-1]:
-                path = self.folder / f"shard-{self.rank:05d}-{len(results):05d}.safetensors"
-                save_file(batch, path, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
-                path.chmod(self.folder.stat().st_mode & 0o666)  # save_file makes it readable by its owner alone
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-                found = manifest.digest(path)
-                results.append(WriteResult(MetadataIndex(path.name), found["size"], found))
-                batch, offsets, size = {}, {}, 0
+            size += item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        with ThreadPoolExecutor(self.at_a_time) as pool:
+            results = list(pool.map(self.write_file, range(len(files)), files, itertools.repeat(planner)))
         future: Future = Future()
         future.set_result(results)
         return future
+
+    def write_file(self, number: int, items: list[WriteItem], planner: SavePlanner) -> WriteResult:
+        batch: dict[str, Tensor] = {}
+        offsets: dict[str, Any] = {}
+        for item in items:
+            t = planner.resolve_data(item)
+            assert isinstance(t, Tensor) and item.tensor_data is not None
+            check_finite(item.index.fqn, t)
+            batch[item.index.fqn] = t.cpu().contiguous()
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        path = self.folder / f"shard-{self.rank:05d}-{number:05d}.safetensors"
+        save_file(batch, path, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
+        path.chmod(self.folder.stat().st_mode & 0o666)  # save_file makes it readable by its owner alone
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        found = manifest.digest(path)
+        return WriteResult(MetadataIndex(path.name), found["size"], found)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, once every rank has written; commit() makes it a checkpoint."""

@@ -8,6 +8,7 @@ never PASS; without a GPU all are. `--device cpu --tiny` runs the code of every 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,11 +21,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 import types
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,15 @@ from refocused.checkpoint import disk, manifest
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
 from refocused.entry import ROOT
-from refocused.measure import gpus, planner, predictions
+from refocused.measure import cost, gpus, planner, predictions
 from refocused.measure import sampling as sampler
 from refocused.measure.peers import Gate
 from refocused.run import optim, processes, strategy
 from refocused.run.origin import hardware
 
 PART_SECONDS = 570.0  # after so many a part begins no further check
+MAKING = threading.Lock()  # of what several runs need
+SIDE_BY_SIDE = 3  # runs of a check whose verdict is no matter of time; most of each is its start
 # children are forked from one process that has imported everything and not touched the GPU
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -62,7 +67,8 @@ SMALL = (
     "learning_rate=1e-3 compile_model=false mixed_precision=no"
 )
 COMMON = (
-    "dataloader_num_workers=1 max_steps=10 warmup_steps=2 logging_steps=1 save_steps=0 eval_samples=8 sample_tokens=0"
+    "dataloader_num_workers=1 max_steps=10 warmup_steps=2 logging_steps=1 save_steps=0 save_seconds=0 save_total_limit=2 "
+    "eval_samples=8 sample_tokens=0 check_hardware=false"
 )
 
 
@@ -128,7 +134,7 @@ class Run:
         return self
 
     def largest(self, key: str) -> float:
-        return max(float(line.get(key) or 0) for line in self.trace)
+        return max((float(line.get(key) or 0) for line in self.trace), default=0.0)
 
 
 Patch = Callable[[int], None]  # what is changed in a rank before it runs
@@ -246,13 +252,17 @@ def launch(
 
 
 def tokens(m: Machine, vocabulary: int) -> Path:
-    """A data_dir of random tokens, made once."""
+    """A data_dir of random tokens in documents of a hundred on average, made once."""
     folder = m.folder / f"tokens-{vocabulary}"
-    if not folder.exists():
+    with MAKING:
+        if folder.exists():
+            return folder
         folder.mkdir()
         count = 20_000 if m.tiny else 2_000_000
         for i in range(3):
-            stream = np.random.default_rng(i).integers(0, vocabulary, count, dtype=np.uint16)
+            rng = np.random.default_rng(i)
+            stream = rng.integers(0, vocabulary, count, dtype=np.uint16)
+            stream[rng.random(count) < 0.01] = vocabulary - 1  # end-of-text, of both tokenizers
             np.savez(folder / f"tokenized_cleaned_{i}.npz", input_ids=stream)
     return folder
 
@@ -378,15 +388,18 @@ def compiled_against_eager(m: Machine) -> Result:
 
 def no_recompilation(m: Machine) -> Result:
     m.needs_cuda("compiling for a CPU has tests of its own")
-    again = []
-    for parallel in ("ddp", "fsdp"):
-        for level in configs.CHOICES["activation_checkpointing"]:
-            keys = [f"parallel={parallel}", f"activation_checkpointing={level}", "compile_model=true", "max_steps=50"]
-            keys += ["mixed_precision=bf16", "eval_steps=2", "gradient_accumulation_steps=2"]
-            run = launch(m, f"recompile-{parallel}-{level}", *keys, patch=saying_recompiles).expect()
-            if "Recompiling" in run.text.partition("Step 2: eval_loss")[2]:
-                again.append(f"{parallel} {level}")
-    return not again, ", ".join(again) or "none", "no recompilation after the first evaluation, in 50 steps"
+
+    def again(case: tuple[str, str]) -> bool:
+        parallel, level = case
+        keys = [f"parallel={parallel}", f"activation_checkpointing={level}", "compile_model=true", "max_steps=50"]
+        keys += ["mixed_precision=bf16", "eval_steps=2", "gradient_accumulation_steps=2"]
+        run = launch(m, f"recompile-{parallel}-{level}", *keys, patch=saying_recompiles).expect()
+        return "Recompiling" in run.text.partition("Step 2: eval_loss")[2]
+
+    cases = list(itertools.product(("ddp", "fsdp"), configs.CHOICES["activation_checkpointing"]))
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        found = [f"{case[0]} {case[1]}" for case, bad in zip(cases, pool.map(again, cases), strict=True) if bad]
+    return not found, ", ".join(found) or "none", "no recompilation after the first evaluation, in 50 steps"
 
 
 def fused_loss(m: Machine) -> Result:
@@ -427,6 +440,36 @@ def attention_kernel(m: Machine) -> Result:
     return error < 1e-2, f"{error:.2g}; {', '.join(names)[:160]}", "1e-2 of the plain products"
 
 
+def documents_apart(m: Machine) -> Result:
+    """Attention within documents, its output and gradients, by CUDA's kernel in bf16 against the mask in fp32; compiled,
+    documents of other lengths compile nothing again."""
+    T, end = (64, 256) if m.tiny else (1024, 50256)
+    cfg, _ = configs.load([*m.base, *([] if m.tiny else ["hidden_size=2048", "num_attention_heads=16"])])
+    torch.manual_seed(0)
+    exact = neox.Attention(cfg).to(m.device)
+    half = neox.Attention(cfg).to(m.device, torch.bfloat16)
+    half.load_state_dict(exact.state_dict())
+    exact.load_state_dict(half.state_dict())
+    worst = 0.0
+    for compiled in (False, True)[: 2 if m.cuda else 1]:
+        if compiled:
+            half.compile(dynamic=False)
+        for share in (0.005, 0.03):  # of tokens that begin a document
+            idx = torch.where(torch.rand(4, T, device=m.device) < share, end, 0)
+            documents = neox.Documents.of(idx, end)
+            tables = neox.rotary_tables(torch.arange(T, device=m.device), cfg.head_dim // 4, 10_000)
+            x = torch.randn(4, T, cfg.hidden_size, device=m.device).bfloat16()
+            found = []
+            with torch._dynamo.config.patch(error_on_recompile=share == 0.03):
+                for attention in (exact, half):
+                    given = x.to(attention.dense.weight.dtype).requires_grad_()
+                    y = attention(given, *tables, documents=documents)
+                    gradients = torch.autograd.grad(y.float().square().sum(), (given, *attention.parameters()))
+                    found.append([t.float() for t in (y, *gradients)])
+            worst = max(worst, *(((b - a).norm() / a.norm()).item() for a, b in zip(*found, strict=True)))
+    return within(worst, 2e-2)
+
+
 def clipping(m: Machine) -> Result:
     """The update whose kernel divides the gradients, and whose moments are bf16 or fp32, against one clipped before."""
     errors = []
@@ -459,7 +502,10 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def killed_and_resumed(m: Machine, name: str, *keys: str, cold: bool = False) -> tuple[str, bool]:
-    """A run, and the same one killed at a random step and resumed: (what its replay says, the same final weights)."""
+    """A run, and the same one killed at a random step and resumed: (what its replay says, the same final weights).
+
+    Their checkpoints are removed: those of all cases would fill a disk.
+    """
     keys = (*keys, "save_steps=4", "max_steps=12", "async_save=false")
     whole = launch(m, f"{name}-whole", *keys).expect()
     step = random.randint(5, 10)
@@ -473,7 +519,13 @@ def killed_and_resumed(m: Machine, name: str, *keys: str, cold: bool = False) ->
     env = {"TORCHINDUCTOR_CACHE_DIR": str(m.folder / "cold")} if cold else {}
     resumed = launch(m, name, *keys, "resume=latest", env=env).expect()
     said = next((line for line in resumed.text.splitlines() if "replayed" in line), "nothing was replayed")
-    return said, same_weights(whole.folder / "out", resumed.folder / "out")
+    same = same_weights(whole.folder / "out", resumed.folder / "out")
+    usual = {line["step"]: line["loss_hex"] for line in whole.trace}
+    if other := [line["step"] for line in resumed.trace if line["loss_hex"] != usual[line["step"]]]:
+        said += f", from step {other[0]} on not the uninterrupted run's"
+    for run in (whole, resumed):
+        shutil.rmtree(run.folder / "out")
+    return said, same
 
 
 def bitwise_resume(m: Machine) -> Result:
@@ -484,15 +536,20 @@ def bitwise_resume(m: Machine) -> Result:
         for optimizer in ("adamw", "muon")
         if (precision, optimizer) != ("fp16", "muon")
     ]
-    cases += [(parallel, "bf16", "adamw adam_moments=bf16") for parallel in ("ddp", "fsdp")]
-    bad = []
+    for more in ("adam_moments=bf16", "mask_documents=true activation_checkpointing=activation"):
+        cases += [(parallel, "bf16", f"adamw {more}") for parallel in ("ddp", "fsdp")]
     cases = [("fsdp", "no", "adamw")] if m.tiny else cases
-    for i, (parallel, precision, optimizer) in enumerate(cases):
+
+    def judge(i: int) -> str:
+        parallel, precision, optimizer = cases[i]
         keys = f"parallel={parallel} mixed_precision={precision} optimizer={optimizer} deterministic=true".split()
         keys += [] if m.tiny else ["compile_model=true"]
         said, same = killed_and_resumed(m, f"resume-{i}", *keys, cold=i == 0)
-        if not same or "identical" not in said or "identically" in said:
-            bad.append(f"{parallel} {precision} {optimizer}: {said}")
+        good = same and "identical" in said and "identically" not in said
+        return "" if good else f"{parallel} {precision} {optimizer}: {said}, weights {'the same' if same else 'others'}"
+
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        bad = list(filter(None, pool.map(judge, range(len(cases)))))
     return not bad, "; ".join(bad) or f"{len(cases)} of {len(cases)}", "replay and final weights, bit for bit"
 
 
@@ -714,29 +771,32 @@ def dip(m: Machine) -> Result:
     return fact(f"stall {stall:.3g} s, ten steps after it {slower:.3g} s longer than ten usual ones of {usual:.3g} s")
 
 
+TINY_LAYOUT = ("per_device_train_batch_size=2 gradient_accumulation_steps=2",)
+LAYOUTS = (
+    "per_device_train_batch_size=8 gradient_accumulation_steps=4 activation_checkpointing=none",
+    "per_device_train_batch_size=8 gradient_accumulation_steps=1 activation_checkpointing=none",
+    "per_device_train_batch_size=16 gradient_accumulation_steps=2 activation_checkpointing=none",
+    "per_device_train_batch_size=16 gradient_accumulation_steps=2 activation_checkpointing=none mask_documents=true",
+    "per_device_train_batch_size=32 gradient_accumulation_steps=1 activation_checkpointing=selective",
+)
+
+
 def speed(m: Machine) -> Result:
     """tokens/s and MFU of whole optimizer steps; of the last log line, when compilation and warm-up are over."""
     rows, config = [], "" if m.tiny else str(ROOT / "configs/production.py")
-    layouts = [(8, 4, "none"), (16, 2, "none"), (32, 1, "selective")]
-    for B, accumulation, level in [(2, 2, "none")] if m.tiny else layouts:
-        keys = [
-            "parallel=ddp",
-            f"per_device_train_batch_size={B}",
-            f"gradient_accumulation_steps={accumulation}",
-            "max_steps=12",
-        ]
-        keys += [f"activation_checkpointing={level}", "logging_steps=4", "async_save=false"]
-        keys += ["profile=6-7"] if B == 8 or m.tiny else []
-        line = launch(m, f"speed-{B}", *keys, config=config, patch=unsaved, timeout=400).expect().trace[-1]
+    for i, layout in enumerate(TINY_LAYOUT if m.tiny else LAYOUTS):
+        keys = [*layout.split(), "parallel=ddp", "max_steps=12", "logging_steps=4", "async_save=false"]
+        keys += ["profile=6-7"] if i == 0 else []
+        line = launch(m, f"speed-{i}", *keys, config=config, patch=unsaved, timeout=400).expect().trace[-1]
         mfu = "n/a" if line["mfu"] is None else f"{line['mfu']:.1%}"
-        wait = f"data wait {line['data_wait_share']:.2%}"
-        rows.append(f"{B} x {accumulation} {level}: {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, {wait}")
+        memory = f"{line['memory_allocated'] / 2**30:.2f} GiB" if m.cuda else ""
+        rows.append(f"{layout}: {line['tokens_per_second']:,.0f} tokens/s, MFU {mfu} {memory}")
     return fact("; ".join(rows))
 
 
 def split(m: Machine) -> Result:
     """Where the device's time went in the profiled steps of the run before, by the kernels' names."""
-    folder = m.folder / ("speed-2" if m.tiny else "speed-8") / "logs/profile"
+    folder = m.folder / "speed-0" / "logs/profile"
     if not (found := list(folder.glob("*.json"))):
         raise Skip("no profile: the run before it failed")
     events = json.loads(found[0].read_text())["traceEvents"]
@@ -760,16 +820,26 @@ KERNELS = {
 
 
 def predicted_steps(m: Machine) -> Result:
-    """The plan's step times against runs of one process on this machine: the table of `bench.py plan --check`."""
-    layouts = [layout for layout in predictions.LAYOUTS if layout[1] == 1]
+    """The plan's step times against the runs of `speed`: the table of `bench.py plan --check`, of this GPU."""
+    name = torch.cuda.get_device_name() if m.cuda else "H100"
+    if not (gpu := gpus.find(name)):
+        raise Skip(f"{name} is not in refocused/measure/gpus.py")
+    layouts, planned, seen = [], [], []
+    for i, keys in enumerate(TINY_LAYOUT if m.tiny else LAYOUTS):
+        if not (trace := Run([0], "", m.folder / f"speed-{i}").trace):
+            raise Skip("a run of the speed check is missing")
+        config = [str(m.folder / "empty.py"), *m.base] if m.tiny else [str(ROOT / "configs/production.py")]
+        cfg, _ = configs.load([*config, "parallel=ddp", *keys.split()])
+        layouts.append(("tiny" if m.tiny else "1.4B", 1, "ddp", keys))
+        planned.append(cost.step(planner.seen(cfg, 1).work, cfg, 1, cost.Hardware.of(name, gpu, node=1)).seconds)
+        seen.append(1 / trace[-1]["steps_per_second"])
     if m.tiny:
-        settings, first = predictions.TINY.split(), layouts[:1]
-        found = predictions.predicted(first, settings, time.perf_counter)
-        seen = predictions.measured(first[0], settings, 1, m.folder / "cache", "seconds")
-        return fact(f"{found[0]:.3g} s predicted, {seen:.3g} s measured")
-    text, good = predictions.check(layouts, [], 5, False)
+        return fact(f"{planned[0]:.3g} s predicted of an H100, {seen[0]:.3g} s measured")
+    text, worst, rank = predictions.table(layouts, planned, seen)
     print(text, flush=True)
-    return good, text.splitlines()[-1], f"each within {predictions.ERROR:.0%}, rank correlation {predictions.RANK}"
+    good = worst <= predictions.ERROR and rank >= predictions.RANK
+    bound = f"each within {predictions.ERROR:.0%}, rank correlation {predictions.RANK}"
+    return good, f"largest error {worst:.0%}, rank correlation {rank:.2f}, the table is above", bound
 
 
 def head(m: Machine) -> Result:
@@ -801,7 +871,12 @@ def peers(m: Machine) -> Result:
     toy = "hidden_size=64 num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64"
     names = "floor" if m.tiny else "ours,seed,nanogpt,floor"
     command = ["step", "--size", "small" if m.tiny else "large", "--rounds", "1" if m.tiny else "3"]
-    command += ["--contenders", names, *(f"{toy} vocab_size=512 compile_model=false".split() if m.tiny else [])]
+    # all are in memory at once, four times the 1.4 billion parameters would not fit 80 GB
+    command += [
+        "--contenders",
+        names,
+        *(f"{toy} vocab_size=512 compile_model=false" if m.tiny else "num_hidden_layers=8").split(),
+    ]
     env = {**os.environ} if m.cuda else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "bench.py", *command], cwd=ROOT, env=env, capture_output=True, text=True)
     rows = [
@@ -869,7 +944,7 @@ def one_rank_is_told(m: Machine) -> Result:
 
 
 def clean_exits(m: Machine) -> Result:
-    times = 1 if m.tiny else 20
+    times = 1 if m.tiny else 10
     bad = 0
     for i in range(times):
         run = launch(m, f"exit-{i}", "max_steps=2", nproc=2)
@@ -879,7 +954,8 @@ def clean_exits(m: Machine) -> Result:
 
 PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
     1: ("environment and correctness", [environment, imports_without_google, ceiling, transfers, fused_loss,
-        attention_kernel, clipping, demo, device_against_cpu, compiled_against_eager, no_recompilation, cpu_suite]),
+        attention_kernel, documents_apart, clipping, demo, device_against_cpu, compiled_against_eager, no_recompilation,
+        cpu_suite]),
     2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, unpinned_saves, loose_resume,
         bitwise_resume]),
     3: ("memory", [out_of_memory, steady, plan_against_memory, two_ranks_of_24, offload]),

@@ -1,5 +1,6 @@
 """How fast a run should be, worked out beside it."""
 
+import contextlib
 import multiprocessing
 from multiprocessing.connection import Connection
 
@@ -10,8 +11,10 @@ from refocused.run.processes import Env
 
 
 def predict(cfg: Config, world: int, machine: Hardware, answer: Connection) -> None:
-    """Sends the seconds of a step."""
-    answer.send(cost.step(planner.seen(cfg, world).work, cfg, world, machine).seconds)
+    """Sends the seconds of a step, unless the run is over before they are known."""
+    seconds = cost.step(planner.seen(cfg, world).work, cfg, world, machine).seconds
+    with contextlib.suppress(BrokenPipeError):
+        answer.send(seconds)
 
 
 class Expectation:

@@ -1,4 +1,4 @@
-"""The plan's step times against runs: `python bench.py plan --check`, and on a GPU part 4 of `make gpu-check`."""
+"""The plan's step times against runs: `python bench.py plan --check`; part 4 of `make gpu-check` has a table of its own."""
 
 import contextlib
 import statistics
@@ -32,9 +32,6 @@ LAYOUTS = (
     ("wide", 2, "fsdp", "per_device_train_batch_size=2"),
 )
 ALL = ["sequence_length=512"]  # of the benchmark's sizes, for a check of minutes
-TINY = (
-    "hidden_size=64 num_attention_heads=4 intermediate_size=256 vocab_size=512 sequence_length=64 compile_model=false"
-)
 ERROR, RANK = 0.2, 0.9
 
 

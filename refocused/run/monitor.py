@@ -60,7 +60,7 @@ class Monitor:
         # seconds per step by the plan, and who knows them, sooner or later; what the look at the hardware has found
         self.expected: float | None = None
         self.expectation: Callable[[], float | None] = lambda: None
-        self.sniffed, self.suspected = "", False
+        self.sniffed, self.slow = "", 0  # windows in a row that were slower than expected
 
     def plan(self, plan: str, changes: str) -> None:
         """The plan and what the command line set on the screen; every key that something set in train.log."""
@@ -274,11 +274,11 @@ class Monitor:
             self.say(f"{text}\n  {status}")
         if share:
             lost = {"data": wait_share, "save": self.stall / seconds, "retries": retries - self.retries}
-            if share < SLOW and not self.suspected:
+            self.slow = self.slow + 1 if share < SLOW else 0
+            if self.slow == 2:  # one alone has the first steps of a process in it, or a profile
                 self.say(
                     f"note      slower than expected; {suspect(1 - share, lost, self.sniffed, self.env.world_size)}"
                 )
-            self.suspected = share < SLOW
         self.record(
             mean_loss=loss,
             best=self.best,

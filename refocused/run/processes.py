@@ -129,6 +129,11 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
 
 
+def cores() -> int:
+    """Of the CPU, that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(cfg: Config) -> Env:
     """Pick the device, set threads and numerics, join the process group. Raises ConfigError."""
     rank, world = int(os.environ.get("RANK", 0)), world_size()
@@ -141,8 +146,7 @@ def start(cfg: Config) -> Env:
     # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
     threads = torch.get_num_threads()
     if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = cfg.cpu_threads or max(1, cores // local_world)
+        threads = cfg.cpu_threads or max(1, cores() // local_world)
         torch.set_num_threads(threads)
     if device.type == "cpu":
         # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not

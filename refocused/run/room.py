@@ -65,7 +65,7 @@ def check_disk(cfg: Config, step: int) -> None:
     if limit := cfg.save_total_limit:
         kept = cfg.max_steps // cfg.keep_every - step // cfg.keep_every if cfg.keep_every else 0
         most = limit + 1 + max(0, kept) - there
-        saves = max(1, most if cfg.save_seconds else min(saves, most)) if saves else 0
+        saves = max(1, min(left if cfg.save_seconds else saves, most)) if saves else 0
     if saves * size * 1.01 + (1 << 20) > free and saves:
         fits = int(free / size / 1.01) + there - 1
         fewer = f", set save_total_limit={fits}" if 0 < fits < (limit or saves) and not cfg.keep_every else ""

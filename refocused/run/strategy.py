@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -11,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config, ConfigError
 from model import GPTNeoX, Head, initial_value, softmax_loss
+from refocused.run import processes
 from refocused.run.processes import DTYPES, Env
 from refocused.shards.tokenizers import end_of_text
 
@@ -24,7 +27,7 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
         shard(model, cfg, env)
     model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
     model.tie_weights()  # to_empty makes a tensor per module, which unties them
-    materialise(model)
+    materialise(model, max(1, processes.cores() // env.local_world_size))
     tune_head(model.embed_out, env.device.type)
     if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
         ids = None if env.device.type == "cpu" else [env.local_rank]
@@ -90,16 +93,29 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
     share(model, mp_policy=policy)
 
 
-def materialise(model: GPTNeoX) -> None:
-    """Give every parameter its initial value; each rank makes the full tensor and keeps its own part."""
-    with torch.no_grad():
+def materialise(model: GPTNeoX, cores: int) -> None:
+    """Give every parameter its initial value; each rank makes the full tensor and keeps its own part.
+
+    A tensor's random numbers are one core's work: as many are made at a time as there are cores for this process.
+    """
+    making: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()  # no more, as they are large
+
+    def fill() -> None:
+        p, made = making.popleft()
+        full = made.result().to(p.device)
+        if isinstance(p, DTensor):  # src_data_rank=None: no communication
+            full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local()
+            p.to_local().copy_(full)
+        else:
+            p.copy_(full)
+
+    with torch.no_grad(), ThreadPoolExecutor(cores) as pool:
         for name, p in model.named_parameters():
-            full = initial_value(name, p.shape, model.cfg).to(p.device)
-            if isinstance(p, DTensor):  # src_data_rank=None: no communication
-                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local()
-                p.to_local().copy_(full)
-            else:
-                p.copy_(full)
+            making.append((p, pool.submit(initial_value, name, p.shape, model.cfg)))
+            if len(making) > cores:
+                fill()
+        while making:
+            fill()
 
 
 def raw(model: torch.nn.Module) -> GPTNeoX:
