@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from launch import Run
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -244,6 +245,30 @@ def test_save_is_of_the_moment_of_the_call(alone, tmp_path):
         tensors.load(choice.path, tree)
         assert digest(tree) == before and choice.state["history"] == [1.0, 2.0][:step]
     saver.close()
+
+
+def test_files_are_written_side_by_side(alone, tmp_path, monkeypatch):
+    """A part of many files: each tensor is in one of them, loaded as it was; one bad tensor fails the whole save."""
+    monkeypatch.setattr(tensors, "FILE_BYTES", 5000)
+    model, optimizers = build(width=32)
+    tree = tensors.state_tree(model, *optimizers)
+    fill(tree, 1)
+    before = digest(tree)
+    saver = Saver(tmp_path)
+    saver.save(manifest.name(0, 1, 1), tree, {})
+    assert saver.wait() is None
+    path = tmp_path / manifest.name(0, 1, 1)
+    files = [file for file in manifest.verify(path)["files"] if file.endswith(".safetensors")]
+    held = [key for file in files for key in safe_open(path / file, "pt").keys()]
+    assert len(files) > 4 and sorted(held) == sorted(tree), files
+    fill(tree, 2)
+    tensors.load(choose(tmp_path, "latest").path, tree)
+    assert digest(tree) == before
+    bad = sorted(tree)[len(tree) // 2]
+    tree[bad].view(-1)[0] = float("inf")
+    saver.save(manifest.name(0, 2, 1), tree, {})
+    assert f"{bad} has values that are not finite" in saver.wait()
+    assert os.listdir(tmp_path) == [path.name] and saver.close() is None
 
 
 def test_tree_names_do_not_depend_on_wrapping(alone):
@@ -700,7 +725,8 @@ def test_a_run_stops_when_its_lock_is_gone(shards, tmp_path):
         run = Run([f"data_dir={shards}", "max_steps=1000000", "save_steps=20"], 1, folder)
         run.wait_for("Step 25: ")
         gone = folder / "out" / what
-        shutil.rmtree(folder / "out") if what == "." else gone.unlink()
+        # at once, as a save may be at work in it
+        (folder / "out").rename(folder / "removed") if what == "." else gone.unlink()
         assert run.wait() == [2] and "no longer this run's own: its .lock was removed" in run.text
         assert not (folder / "out").exists() if what == "." else gone.parent.exists()
 

@@ -55,6 +55,7 @@ MAKING = threading.Lock()  # of what several runs need
 SIDE_BY_SIDE = 3  # runs of a check whose verdict is no matter of time; most of each is its start
 # children are forked from one process that has imported everything and not touched the GPU
 CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["train", "refocused.measure.sampling", "torch.utils.tensorboard"]
 
 TINY = (
     "vocab_size=257 hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=64 sequence_length=32 "
@@ -944,7 +945,7 @@ def one_rank_is_told(m: Machine) -> Result:
 
 
 def clean_exits(m: Machine) -> Result:
-    times = 1 if m.tiny else 10
+    times = 1 if m.tiny else 20
     bad = 0
     for i in range(times):
         run = launch(m, f"exit-{i}", "max_steps=2", nproc=2)
@@ -967,6 +968,7 @@ PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
 def in_child(check: Callable[[Machine], Result], m: Machine, answers) -> None:
     """One check, in a process that its errors and the GPU memory it took end with."""
     os.chdir(m.folder)
+    CONTEXT.set_forkserver_preload(PRELOAD)  # its own runs come from a server of its own
     if not m.cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -1023,7 +1025,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", help="where runs and their logs go, and stay; else a temporary folder")
     parser.add_argument("--report", help="a file for the markdown report, beside the one that is printed")
     options = parser.parse_args(argv)
-    CONTEXT.set_forkserver_preload(["train", "refocused.measure.sampling", "torch.utils.tensorboard"])
+    CONTEXT.set_forkserver_preload(PRELOAD)
     here = options.device == "cpu" or torch.cuda.is_available()
     if not here:
         print("no GPU that torch can use: nothing is checked (--device cpu --tiny tries the checks themselves)")
