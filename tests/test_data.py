@@ -5,6 +5,7 @@ import ast
 import contextlib
 import dataclasses
 import errno
+import gc
 import io
 import json
 import multiprocessing
@@ -475,6 +476,7 @@ def test_too_many_open_files(tmp_path):
 
     message, _ = in_child(open_few)
     assert "Too many open files; `ulimit -n`" in message and "tokenized_cleaned_0" in message
+    gc.collect()  # what earlier tests left open
     before = len(os.listdir("/proc/self/fd"))
     dataset = Dataset.open(config(tmp_path))
     assert len(os.listdir("/proc/self/fd")) == before + 60  # one each, until they are garbage

@@ -171,7 +171,11 @@ def test_real_runs(copy):
 
 
 def test_machine_check(copy):
-    run(copy, "./setup.sh --check")
+    """All is well where the pinned torch is, and another one is named."""
+    pinned = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    ours = torch.__version__.partition("+")[0]
+    said = run(copy, "./setup.sh --check", code=int(ours != pinned))
+    assert (f"torch {ours}, wanted {pinned}" in said) == (ours != pinned)
     assert "nproc_per_node=2 train.py configs/demo.py" in run(copy, "make -n train NPROC=2", activated=False)
     assert ".venv/bin/python -m pytest" in run(copy, "make -n test", activated=False)
 
