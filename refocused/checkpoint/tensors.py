@@ -152,6 +152,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         return future
 
     def write_file(self, number: int, items: list[WriteItem], planner: SavePlanner) -> WriteResult:
+        """One of this rank's files, on the disk when it returns. Raises CheckpointError at a value that is not finite."""
         batch: dict[str, Tensor] = {}
         offsets: dict[str, Any] = {}
         for item in items:

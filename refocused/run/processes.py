@@ -129,9 +129,10 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
 
 
-def cores() -> int:
-    """Of the CPU, that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(local_world_size: int) -> int:
+    """Of the CPU, for each of so many processes on this machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // local_world_size)
 
 
 def start(cfg: Config) -> Env:
@@ -146,7 +147,7 @@ def start(cfg: Config) -> Env:
     # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
     threads = torch.get_num_threads()
     if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
-        threads = cfg.cpu_threads or max(1, cores() // local_world)
+        threads = cfg.cpu_threads or cores(local_world)
         torch.set_num_threads(threads)
     if device.type == "cpu":
         # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not

@@ -27,7 +27,7 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
         shard(model, cfg, env)
     model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
     model.tie_weights()  # to_empty makes a tensor per module, which unties them
-    materialise(model, max(1, processes.cores() // env.local_world_size))
+    materialise(model, processes.cores(env.local_world_size))
     tune_head(model.embed_out, env.device.type)
     if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
         ids = None if env.device.type == "cpu" else [env.local_rank]
