@@ -88,7 +88,7 @@ class Checkpoints:
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
         self._saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
-            generation=processes.on_rank_0(self._generation), files=tokenizers.own_files(cfg),
+            generation=self._generation(), files=tokenizers.own_files(cfg),
         )  # fmt: skip
         saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
@@ -110,8 +110,10 @@ class Checkpoints:
         return returns_complete or not self._saver.settled
 
     def _generation(self) -> int:
-        """The highest of any save that can be seen: what this run saves is later than all of these."""
-        return max(manifest.generation(self.cfg.output_dir), sync.generation(self.cfg) if self.bucket else 0)
+        """The highest of any save that a node can see: what this run saves is later than all of these."""
+        there = processes.on_rank_0(sync.generation, self.cfg) if self.bucket else 0
+        (highest,) = processes.agree(max(there, manifest.generation(self.cfg.output_dir)), group=processes.patient)
+        return int(highest)
 
     @processes.patiently()
     def save(self, name: str, state: dict[str, Any], proven: bool) -> float:

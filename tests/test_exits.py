@@ -22,7 +22,7 @@ from launch import GUARD, TINY, Run, train, until
 from configs import ConfigError
 from refocused.checkpoint import manifest, saver
 from refocused.measure import hardware
-from refocused.run import guard, optim, processes, strategy
+from refocused.run import failures, guard, optim, processes, strategy
 from refocused.shards.shard import DataError
 
 
@@ -76,6 +76,7 @@ FAULTS = {
     "slow": lambda: setattr(saver.Saver, "save", lambda *_: time.sleep(3600)),
     "absent-minded": lambda: setattr(strategy, "build", lambda *_: time.sleep(3600)),
     "impatient": lambda: setattr(processes, "FIRST_SECONDS", 2),
+    "late": lambda: setattr(failures, "say", lambda *args, say=failures.say: (time.sleep(2), say(*args))),
 }
 START = launch._rank
 
@@ -111,9 +112,11 @@ def test_a_rank_that_fails_alone_leaves_nobody_behind(faulty, fault, code, words
     assert words in log and "lost its peers" in log
 
 
-def test_what_all_ranks_know_is_said_once(faulty):
-    """An error that every rank raises in a group: rank 0 says it, and both leave with its code."""
-    run = faulty("resume=nothing", BLOCKS="1")
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_all_ranks_know_is_said_once(faulty, late):
+    """An error that every rank raises in a group: rank 0, which serves the store, says it, whoever comes to it first;
+    both leave with its code."""
+    run = faulty("resume=nothing", BLOCKS="1", **{f"FAULT{late}": "late"})
     assert run.wait() == [66, 66] and run.text.count("error: ") == 1, run.text
 
 

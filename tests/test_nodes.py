@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from launch import GUARD, TINY, train
+from saves import save
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
@@ -124,10 +125,13 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
         pair[0].kill()
         shutil.rmtree(tmp_path / "1" / "out")
         place = Place(gcs.Bucket("bucket"), "run")
-        # host 0 has all of the checkpoint, so only host 1 needs it; and on host 1 an earlier save was killed
+        # host 0 has all of the checkpoint, so only host 1 needs it; on host 1 an earlier save was killed, and each host
+        # has its part of a save that lost the rest with the other one's disk
         fetch(place, place.checkpoints(place.objects())[0].name, tmp_path / "0" / "out")
         left = tmp_path / "1" / "out" / ".tmp-0123456789abcdef-checkpoint-epoch0-step39-files0"
         left.mkdir(parents=True)
+        for i, generation in enumerate((20, 30)):
+            (save(tmp_path / f"{i}/out", 1000 + i, generation=generation) / "state.json").unlink()
         end = max(steps(tmp_path / "0")) + 10
         pair = start(29612, end)
         wait_for(lambda: all(h.process.poll() == 0 for h in pair), pair)

@@ -317,6 +317,20 @@ def test_several_nodes(server, place, tmp_path):
     assert content(remote.fetch(place, whole.name, tmp_path / "c")) == content(whole)
 
 
+@pytest.mark.parametrize("left", "ab")
+def test_what_one_node_alone_has_is_not_waited_for(left, server, place, tmp_path):
+    """The leader's disk, or the other node's, holds its part of an earlier save and no one the rest: once a newer save
+    is in the bucket, both are done."""
+    for step in (10, 20):
+        whole = save(tmp_path / "whole", step, files=2)
+        for i, node in enumerate("ab"):
+            if step == 20 or node == left:
+                shutil.copytree(whole, tmp_path / node / whole.name)
+                (tmp_path / node / whole.name / f"shard-00000-{1 - i:05d}.safetensors").unlink()
+    leader, other = sync.Syncer(config(tmp_path / "a")), sync.Syncer(config(tmp_path / "b"), leader=False)
+    assert leader.close(GUARD) and other.close(GUARD) and steps(place) == [20]
+
+
 def run_saves(folder: Path, count: int, size: int) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "tests/saves.py"), str(folder), "run", str(count), str(size)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)

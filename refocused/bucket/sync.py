@@ -148,8 +148,9 @@ class Syncer:
             # A save of this run beats one of the same name by another; one left on this disk does only if it is later.
             ours = manifest.get("generation", 0) > self._before
             outdated = other is not None and not ours and order.key(other) >= order.key(manifest)
-            # The leader goes on to its newest, so a node's part of one before a complete one is not waited for.
-            outdated |= not self.leader and any(order.key(t) > order.key(manifest) for t in there.values())
+            # In parts, one before a complete one is not waited for: a node may have lost its part, or sent a newer one.
+            in_parts = not self.leader or self._lacks_files(manifest)
+            outdated |= in_parts and any(order.key(t) > order.key(manifest) for t in there.values())
             arrived = other is not None and other["save_id"] == manifest["save_id"]
             if arrived or outdated or manifest["name"] not in keep:
                 self._settled.add(manifest["save_id"])
@@ -189,6 +190,9 @@ class Syncer:
     def _complete(self) -> list[dict[str, Any]]:
         """Manifests of what is complete here; on one of several nodes, of what this node has its part of."""
         return [m for m in local.read_manifests(self.output_dir)[0] if local.is_whole(self.output_dir / m["name"], m)]
+
+    def _lacks_files(self, manifest: dict[str, Any]) -> bool:
+        return not all((self.output_dir / manifest["name"] / file).exists() for file in manifest["files"])
 
     def _retained(self, manifests: Iterable[dict[str, Any]], newest: str) -> set[str]:
         keep = order.retained(manifests, self.cfg.bucket_total_limit, self.cfg.keep_every)

@@ -16,6 +16,7 @@ from refocused.run import processes
 from refocused.run.exits import INTERNAL, MISTAKE
 
 GRACE = 5.0  # seconds that another rank is given to speak first
+HEARING = 30.0  # seconds that all others are given to hear that rank 0 has
 # gloo's errors have no class of their own; NCCL's and the store's do
 GLOO = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "connectFullMesh",
         "Socket Timeout", "Connection refused", "gloo/transport")  # fmt: skip
@@ -56,19 +57,30 @@ def first(what: str) -> bool:
 def say(error: BaseException, speak: Callable[[], None]) -> None:
     """Call speak, once per launch for what is the same on all ranks: on rank 0, or on others where that fell silent.
 
-    A rank that merely lost its peers then waits, so that torchrun hears first of the one that knows why.
+    Rank 0 can be the store's host, so it stays until the others know. A rank that merely lost its peers then waits, so
+    that torchrun hears first of the one that knows why.
     """
     rank, store = int(os.environ.get("RANK", 0)), processes.store
-    if getattr(error, "same_on_all_ranks", False) and rank:
-        with contextlib.suppress(RuntimeError):  # its host has gone, so nobody knows
-            if store is not None:
-                store.wait(["said"], datetime.timedelta(seconds=GRACE))
-                return
-            time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
-    speak()
+    shared = getattr(error, "same_on_all_ranks", False)
+    if shared and rank and store is None:
+        time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
+    if not (shared and rank and store is not None and said(store)):
+        speak()
     if store is not None and not rank:
         with contextlib.suppress(RuntimeError):
             store.set("said", "1")
-            store.get("said")  # it has arrived
+            store.wait(["heard"] if shared else ["said"], datetime.timedelta(seconds=HEARING))
     if lost_peers(error):
         time.sleep(GRACE / 2)
+
+
+def said(store: dist.Store) -> bool:
+    """Whether rank 0 says in time that it has spoken; it hears of every other rank that has asked."""
+    spoken = False
+    with contextlib.suppress(RuntimeError):  # it has not, or the store's host has gone, so nobody knows
+        store.wait(["said"], datetime.timedelta(seconds=GRACE))
+        spoken = True
+    with contextlib.suppress(RuntimeError):
+        if store.add("hearing", 1) == processes.world_size() - 1:
+            store.set("heard", "1")
+    return spoken
