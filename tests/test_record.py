@@ -1,5 +1,7 @@
 """bench.py record: what it prints is what the runs gave, by the rules."""
 
+import json
+import math
 import re
 
 import pytest
@@ -15,20 +17,32 @@ def test_an_entry(tmp_path, capsys, monkeypatch):
     The same command with another sequence length is evaluated on the same windows.
     """
     data = write_shards(tmp_path / "data", shards=2, tokens=1500)
-    keys = f"data_dir={data} max_steps=3 warmup_steps=1 save_steps=1 logging_steps=1 sample_tokens=0 cpu_threads=1"
-    assert record.main(["--seeds", "2", "--nproc", "1", "--average", *keys.split()]) == 0
+    keys = f"data_dir={data} eval_steps=2 max_steps=3 warmup_steps=1 save_steps=1 logging_steps=1 sample_tokens=0 cpu_threads=1"
+    assert record.main(["--seeds", "2", "--nproc", "1", "--average", "--to", "99", *keys.split()]) == 0
     said = capsys.readouterr().out
     seeds = re.findall(r"seed \d: ([\d.]+) after 6,144 tokens", said)
     assert len(set(seeds)) == 2 and 3 < float(seeds[0]) < 6
     row = said.strip().splitlines()[-1]
     mean = sum(map(float, seeds)) / 2
-    assert re.search(r"\| 6,144 \| ([\d.]+) \((.+)\) \| `python bench.py record --nproc 1 --average data_dir=", row)
+    assert re.search(
+        r"\| 6,144 \| ([\d.]+) \((.+)\) \| `python bench.py record --nproc 1 --average --to 99 data_dir=", row
+    )
+    assert "4,096 tokens to 99 (4,096, 4,096)\n" in said  # at the first evaluation
     assert abs(float(row.split("|")[3].split()[0]) - mean) < 1e-4 and ", ".join(seeds) in row
+
+
+def test_tokens_to_a_loss(tmp_path):
+    """The first evaluation that is at or below it, of three in a trace; infinite where none is."""
+    evaluations = [{"event": "eval", "step": step, "loss": loss} for step, loss in ((2, 3.0), (4, 2.0), (6, 1.9))]
+    lines = map(json.dumps, [{"step": 1, "loss": 1.0}, *evaluations])
+    (tmp_path / "trace.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert [record.tokens_to(loss, tmp_path, 100) for loss in (2.0, 1.9, 1.8)] == [400, 600, math.inf]
 
 
 @pytest.mark.parametrize(
     "settings, words",
     [
+        (["--to", "2.0"], "say how often with eval_steps="),
         (["seed=7"], "seed=7 is not for an entry to set"),
         (["init_from=out/other"], "init_from"),
         (["intermediate_size=600"], "parameters are not within 1 percent of the demo's 859"),

@@ -30,6 +30,7 @@ from refocused.measure import evaluation, losses
 from refocused.run import processes
 from refocused.run.evaluate import Score
 from refocused.run.origin import commit
+from refocused.run.trace import Lines
 
 BOUND = 1.3835  # nats per byte: AdamW's loss after the demo's 3.07M tokens
 # what every entry is measured on, whatever it was trained with
@@ -58,6 +59,12 @@ def train(place: Path, seed: int, nproc: int, settings: list[str]) -> None:
         raise ConfigError(f"the run of seed {seed} failed: {(done.stdout + done.stderr).strip()[-1000:]}")
 
 
+def tokens_to(loss: float, logs: Path, tokens_per_step: int) -> float:
+    """After how many tokens a run's held-out loss was first at most that, at its evaluations; infinite if never."""
+    evaluations = [line for line in Lines(logs / "trace.jsonl") if line.get("event") == "eval"]
+    return min((e["step"] * tokens_per_step for e in evaluations if float(e["loss"]) <= loss), default=math.inf)
+
+
 def evaluate(place: Path, mean: bool, env: processes.Env) -> tuple[float, int]:
     """The loss of a run's export, with `mean` of the mean of all checkpoints that it left; the tokens it has seen."""
     sources = [ckpt.find(str(place / "out" / name)) for name in manifest.names(place / "out")]
@@ -76,12 +83,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nproc", type=positive, default=2, help="processes; 2 for an entry")
     parser.add_argument("--seeds", type=positive, default=3, help="how many; 3 for an entry, fewer to try something")
     parser.add_argument("--average", action="store_true", help="the mean of the checkpoints that a run keeps")
+    parser.add_argument("--to", type=float, metavar="LOSS", help="tokens to this loss, looked for every eval_steps=")
     args = parse_with_settings(parser, argv)
     cfg, _ = configs.load([str(DEMO), *args.settings])
     check(cfg, args.settings)
-    cfg.batch(args.nproc)
+    _, global_batch = cfg.batch(args.nproc)
+    if args.to and not any(word.removeprefix("--").startswith("eval_steps=") for word in args.settings):
+        raise ConfigError("--to looks at a run's evaluations: say how often with eval_steps=")
     env = processes.start(Config(cpu_threads=1))
-    found, speeds, tokens = [], [], 0
+    found, speeds, reached, tokens = [], [], [], 0
     for seed in range(1, args.seeds + 1):
         with tempfile.TemporaryDirectory(prefix="record-") as temporary:
             place = Path(temporary)
@@ -92,12 +102,17 @@ def main(argv: list[str]) -> int:
                 median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line] or [math.nan])
             )
             found.append(loss)
+            if args.to:
+                reached.append(tokens_to(args.to, place / "logs", global_batch * cfg.sequence_length))
         print(f"seed {seed}: {loss:.4f} after {tokens:,} tokens, {speeds[-1]:,.0f} tokens/s", flush=True)
     processes.stop()
-    words = [*[f"--nproc {args.nproc}"] * (args.nproc != 2), *["--average"] * args.average, *args.settings]
+    words = [*[f"--nproc {args.nproc}"] * (args.nproc != 2), *["--average"] * args.average]
+    words += [*[f"--to {args.to:g}"] * bool(args.to), *args.settings]
     each = ", ".join(f"{loss:.4f}" for loss in found)
     if cfg.data_dir == Config.data_dir:
         print(f"the mean is {'below' if fmean(found) < BOUND else 'not below'} {BOUND}")
+    if args.to:
+        print(f"{fmean(reached):,.0f} tokens to {args.to:g} ({', '.join(f'{count:,.0f}' for count in reached)})")
     print(f"{median(speeds):,.0f} tokens/s\n")
     print("| date | tokens | loss (of each seed) | command | commit |\n|---|---:|---|---|---|")
     cells = (
