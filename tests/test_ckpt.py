@@ -200,7 +200,8 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
 
 
 def _one_node_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
-    """Two nodes without a shared disk; the second cannot give its part the checkpoint's name: both say why."""
+    """Two nodes without a shared disk; the second cannot give its part the checkpoint's name: both say why, and the
+    first has no checkpoint that it would wait for the rest of."""
     os.environ["LOCAL_RANK"] = "0"
     folder.mkdir()
     saver = Saver(folder)
@@ -210,6 +211,7 @@ def _one_node_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
     error = saver.close()
     assert error and "saving checkpoint-epoch0-step1-files1: " in error and "NotADirectoryError" in error
     assert "(rank 1)" in error
+    assert manifest.names(folder) == [manifest.name(0, 1, 1)] * rank  # the file
 
 
 def test_every_layout_loads_into_every_other(tmp_path):

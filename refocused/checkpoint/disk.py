@@ -92,6 +92,13 @@ def delete(path: Path) -> None:
         remove(trash)  # what resists is removed by the next start
 
 
+def withdraw(path: Path, save_id: str) -> None:
+    """Delete a checkpoint if it is that save, which another node could not complete."""
+    with contextlib.suppress(CheckpointError, OSError):
+        if read_manifest(path)["save_id"] == save_id:
+            delete(path)
+
+
 def remove(path: Path) -> None:
     """Remove a directory with all that is in it, a file, or a link and not what it points to."""
     if path.is_dir() and not path.is_symlink():

@@ -187,6 +187,8 @@ class Saver:
         problems: list[str | None] = [None] * self.world
         dist.all_gather_object(problems, problem, group=self.group)
         if any(problems):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                disk.withdraw(writer.final, writer.id)
             raise OSError("; ".join(filter(None, problems)))
 
 
