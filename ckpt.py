@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from configs import Config, ConfigError
@@ -162,10 +163,13 @@ class Checkpoints:
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
             say(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
-        (missing,) = processes.agree(syncer is not None and not syncer.close(deadline), group=processes.patient)
+        reason = None if syncer is None or syncer.close(deadline) else syncer.failure
+        reasons: list[str | None] = [None] * self.env.world_size
+        dist.all_gather_object(reasons, reason, group=processes.patient)
+        missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None
         if syncer and not missing and (notice := syncer.status):
             say(notice)
-        return failure, (syncer and syncer.failure or "another node's part is missing") if missing else None
+        return failure, missing
 
 
 def beginning(place: str, cfg: Config) -> Source:

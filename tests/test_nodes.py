@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from launch import GUARD, TINY, train
 from saves import save
+from test_exits import Launch
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
@@ -144,3 +145,25 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
     assert steps(tmp_path / "0") == steps(tmp_path / "calm")
     x, y = tensors(whole), tensors(newest(tmp_path / "calm"))
     assert x.keys() == y.keys() and [name for name in x if not torch.equal(x[name], y[name])] == []
+
+
+def test_a_node_that_may_not_write_is_heard_on_the_first(shards, tmp_path):
+    """Two nodes, and the bucket refuses one of them: it says why, training goes on, 74, and so do rank 0's last words."""
+    before = (
+        "rank = os.environ['RANK']\nos.environ['LOCAL_RANK'] = '0'\n"
+        f"os.chdir(os.path.join({str(tmp_path)!r}, rank))\nos.environ['STORAGE_EMULATOR_HOST'] = os.environ['BUCKET' + rank]"
+    )
+    with WatchedGCS() as server, WatchedGCS() as door:
+        door.buckets, door.generations = server.buckets, server.generations  # the same bucket, by another address
+        door.fault("POST", "upload", status=403, times=10**6)
+        with pytest.MonkeyPatch.context() as patch:
+            for i, url in enumerate((server.url, door.url)):
+                (tmp_path / str(i)).mkdir()
+                patch.setenv(f"BUCKET{i}", url)
+            keys = ["output_dir=out", "logging_dir=logs", "bucket_name=bucket", "checkpoint_bucket_path=run"]
+            run = Launch(tmp_path, f"data_dir={shards}", *keys, "upload_deadline_seconds=10", before=before)
+        assert run.process.wait(GUARD) == 74, run.text
+        why = "cannot write .*shard-00001.*: 403, the account may not do this"
+        assert re.search(f"^on .*: {why}", run.text, re.M) and re.search(f"not in the bucket: .*{why}", run.text), (
+            run.text
+        )

@@ -113,8 +113,11 @@ class Syncer:
                 more = self._scan()
                 failures, self.failure = 0, None
             except Exception as error:  # whatever it is, training goes on and the log line says it
-                failures = 1 if isinstance(error, Incomplete) else failures + 1  # soon mended: asked again at once
+                before, waits = self.failure, isinstance(error, Incomplete)
+                failures = 1 if waits else failures + 1  # soon mended: asked again at once
                 self.failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                if not self.leader and not waits and self.failure != before:  # the log line is the leader's
+                    print(f"on {socket.gethostname()}: {self.failure}", file=sys.stderr, flush=True)
                 if isinstance(error, gcs.Refused | Superseded):
                     self._refused = serving
             with self._changed:
