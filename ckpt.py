@@ -95,7 +95,7 @@ class Checkpoints:
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
         self._tree, self._saved_at = tree, time.monotonic()
-        if self.bucket and self.env.local_rank == 0:
+        if self.bucket and disk.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
             self._syncer = sync.Syncer(cfg, self.choice.name, leader=self.env.main)
         return said
 
@@ -132,8 +132,8 @@ class Checkpoints:
         return self._saver.stall_seconds
 
     def _flush(self) -> None:
-        assert self._syncer is not None
-        self._syncer.flush(self.cfg.upload_deadline_seconds)  # status says what it came to
+        if self._syncer:
+            self._syncer.flush(self.cfg.upload_deadline_seconds)  # status says what it came to
 
     def settle(self, good: bool) -> None:
         """Say whether the last save counts, the same on all ranks: a finite step came after it, or none will."""

@@ -147,23 +147,38 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
     assert x.keys() == y.keys() and [name for name in x if not torch.equal(x[name], y[name])] == []
 
 
-def test_a_node_that_may_not_write_is_heard_on_the_first(shards, tmp_path):
+NODES = "rank = os.environ['RANK']\nos.environ['LOCAL_RANK'] = '0'\n"  # each rank of a launch is a node of its own
+BUCKET = ["bucket_name=bucket", "checkpoint_bucket_path=run"]
+
+
+def test_a_node_that_may_not_write_is_heard_on_the_first(shards, tmp_path, monkeypatch):
     """Two nodes, and the bucket refuses one of them: it says why, training goes on, 74, and so do rank 0's last words."""
     before = (
-        "rank = os.environ['RANK']\nos.environ['LOCAL_RANK'] = '0'\n"
-        f"os.chdir(os.path.join({str(tmp_path)!r}, rank))\nos.environ['STORAGE_EMULATOR_HOST'] = os.environ['BUCKET' + rank]"
+        f"{NODES}os.chdir(os.path.join({str(tmp_path)!r}, rank))\n"
+        "os.environ['STORAGE_EMULATOR_HOST'] = os.environ['BUCKET' + rank]"
     )
     with WatchedGCS() as server, WatchedGCS() as door:
         door.buckets, door.generations = server.buckets, server.generations  # the same bucket, by another address
         door.fault("POST", "upload", status=403, times=10**6)
-        with pytest.MonkeyPatch.context() as patch:
-            for i, url in enumerate((server.url, door.url)):
-                (tmp_path / str(i)).mkdir()
-                patch.setenv(f"BUCKET{i}", url)
-            keys = ["output_dir=out", "logging_dir=logs", "bucket_name=bucket", "checkpoint_bucket_path=run"]
-            run = Launch(tmp_path, f"data_dir={shards}", *keys, "upload_deadline_seconds=10", before=before)
+        for i, url in enumerate((server.url, door.url)):
+            (tmp_path / str(i)).mkdir()
+            monkeypatch.setenv(f"BUCKET{i}", url)
+        keys = ["output_dir=out", "logging_dir=logs", *BUCKET, "upload_deadline_seconds=10"]
+        run = Launch(tmp_path, f"data_dir={shards}", *keys, before=before)
         assert run.process.wait(GUARD) == 74, run.text
         why = "cannot write .*shard-00001.*: 403, the account may not do this"
         assert re.search(f"^on .*: {why}", run.text, re.M) and re.search(f"not in the bucket: .*{why}", run.text), (
             run.text
         )
+
+
+@pytest.mark.parametrize("behind", ["true", "false"])
+def test_nodes_that_share_a_disk_send_each_file_once(behind, shards, tmp_path, monkeypatch):
+    """Two nodes with one output_dir: three checkpoints are in the bucket, each of their files was sent one time."""
+    with WatchedGCS() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        keys = ["save_steps=4", "save_total_limit=1", f"background_upload={behind}", f"upload_deadline_seconds={GUARD}"]
+        run = Launch(tmp_path, f"data_dir={shards}", *BUCKET, *keys, before=NODES)
+        assert run.process.wait(GUARD) == 0, run.text
+        assert len(server.commits) == 3 and server.violations == []
+        assert server.count("POST", "upload") == len(server.names()), "the owner's note, manifests and files"

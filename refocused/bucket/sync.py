@@ -40,7 +40,7 @@ class Syncer:
     """A thread that publishes each complete checkpoint of output_dir, the newest first, and prunes in both places.
 
     It only looks at what is there, so it can be killed at any moment. It never raises into training: `status` says
-    for the log line what is waiting and what failed last. One per node (its local rank 0); only the leader (rank 0)
+    for the log line what is waiting and what failed last. One per disk (of a node's local rank 0); only the leader, rank 0,
     writes manifests and deletes. After each upload of the newest the leader prunes both places: a checkpoint leaves the
     disk only once a newer one is verified in the bucket, and it too unless bucket_total_limit would not keep it there.
     So give ckpt.Saver save_total_limit=0. A refused delete is said once and is no failed upload.

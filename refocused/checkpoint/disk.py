@@ -188,11 +188,16 @@ def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
         raise ConfigError(f"output_dir={output_dir} cannot be written: {reason}; choose another output_dir") from error
 
 
+def holds(output_dir: str | os.PathLike) -> bool:
+    """Whether this process has locked output_dir: the first of a node, unless the disk is shared with one before it."""
+    return os.path.join(os.path.realpath(output_dir), ".lock") in _locks
+
+
 def check_lock(output_dir: str | os.PathLike) -> None:
     """Raise ConfigError if this process had locked output_dir and the lock file has gone or is another one now."""
+    if not holds(output_dir):
+        return
     path = os.path.join(os.path.realpath(output_dir), ".lock")
-    if path not in _locks:
-        return  # on a disk that it shares with the node that did
     mine = os.fstat(_locks[path].fileno())
     try:
         same = os.path.samestat(mine, os.lstat(path))
