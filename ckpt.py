@@ -62,6 +62,8 @@ class Checkpoints:
         Raises CheckpointError, ConfigError, BucketError.
         """
         cfg, env = self.cfg, self.env
+        if self.bucket and cfg.resume:
+            self._bring_together()
         if self.bucket and (found := processes.on_rank_0(sync.find, cfg)):  # what is newer there comes down
             processes.on_each_node(env, sync.pull, cfg, found)
         self.choice = processes.on_rank_0(choice.choose, cfg.output_dir, cfg.resume)
@@ -74,6 +76,19 @@ class Checkpoints:
         elif cfg.init_from:
             self.start = beginning(cfg.init_from, cfg)
         return self.choice
+
+    def _bring_together(self) -> None:
+        """Publish the last save of which each node has a part, if it never came to the bucket: only there it is whole."""
+        for save in processes.on_rank_0(sync.in_parts, self.cfg):
+            parts = processes.on_each_node(self.env, sync.part, self.cfg, save)
+            if {file for part in parts for file in part or ()} == save["files"].keys():
+                if self.env.main:
+                    print(
+                        f"sending {save['name']} to the bucket: each node has a part of it", file=sys.stderr, flush=True
+                    )
+                processes.on_each_node(self.env, sync.send_part, self.cfg, save, False)
+                if not processes.on_rank_0(sync.send_part, self.cfg, save, True):
+                    return
 
     def load(self, tree: dict[str, Tensor]) -> str:
         """Fill the tree with the chosen checkpoint, or a fresh run's weights with init_from's; be ready to save it.
@@ -113,8 +128,8 @@ class Checkpoints:
     def _generation(self) -> int:
         """The highest of any save that a node can see: what this run saves is later than all of these."""
         there = processes.on_rank_0(sync.generation, self.cfg) if self.bucket else 0
-        (highest,) = processes.agree(max(there, manifest.generation(self.cfg.output_dir)), group=processes.patient)
-        return int(highest)
+        here = processes.on_each_node(self.env, manifest.generation, self.cfg.output_dir)
+        return max(there, *(number or 0 for number in here))
 
     @processes.patiently()
     def save(self, name: str, state: dict[str, Any], proven: bool) -> float:
@@ -163,7 +178,8 @@ class Checkpoints:
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
             say(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
-        reason = None if syncer is None or syncer.close(deadline) else syncer.failure
+        late = f"the upload was not finished after {deadline:g} s"
+        reason = None if syncer is None or syncer.close(deadline) else syncer.failure or late
         reasons: list[str | None] = [None] * self.env.world_size
         dist.all_gather_object(reasons, reason, group=processes.patient)
         missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None

@@ -120,6 +120,12 @@ def test_what_all_ranks_know_is_said_once(faulty, late):
     assert run.wait() == [66, 66] and run.text.count("error: ") == 1, run.text
 
 
+def test_who_is_alone_under_torchrun_waits_for_nobody(faulty):
+    """The same with one process and a store: nothing is waited for until a limit."""
+    run = faulty("resume=nothing", nproc=1, RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    assert run.wait() == [66] and run.text.count("error: ") == 1 and "[c10d]" not in run.text, run.text
+
+
 def test_a_first_collective_that_hangs_names_what_to_try(faulty):
     """Rank 1 has joined and takes no part: rank 0 leaves with 70 and the variables to set."""
     run = faulty(FAULT0="impatient", FAULT1="absent")

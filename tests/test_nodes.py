@@ -21,6 +21,7 @@ from test_sync import WatchedGCS
 
 from refocused.bucket import gcs
 from refocused.bucket.remote import Place, fetch
+from refocused.checkpoint import manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -151,8 +152,11 @@ NODES = "rank = os.environ['RANK']\nos.environ['LOCAL_RANK'] = '0'\n"  # each ra
 BUCKET = ["bucket_name=bucket", "checkpoint_bucket_path=run"]
 
 
-def test_a_node_that_may_not_write_is_heard_on_the_first(shards, tmp_path, monkeypatch):
-    """Two nodes, and the bucket refuses one of them: it says why, training goes on, 74, and so do rank 0's last words."""
+def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
+    """Two nodes, and the bucket refuses one of them: it says why, training goes on, 74, and so do rank 0's last words.
+
+    Mended, the same command brings the parts of what was saved together in the bucket and goes on from there.
+    """
     before = (
         f"{NODES}os.chdir(os.path.join({str(tmp_path)!r}, rank))\n"
         "os.environ['STORAGE_EMULATOR_HOST'] = os.environ['BUCKET' + rank]"
@@ -163,13 +167,18 @@ def test_a_node_that_may_not_write_is_heard_on_the_first(shards, tmp_path, monke
         for i, url in enumerate((server.url, door.url)):
             (tmp_path / str(i)).mkdir()
             monkeypatch.setenv(f"BUCKET{i}", url)
-        keys = ["output_dir=out", "logging_dir=logs", *BUCKET, "upload_deadline_seconds=10"]
-        run = Launch(tmp_path, f"data_dir={shards}", *keys, before=before)
+        keys = [f"data_dir={shards}", "output_dir=out", "logging_dir=logs", *BUCKET, "resume=latest"]
+        run = Launch(tmp_path, *keys, "upload_deadline_seconds=10", before=before)
         assert run.process.wait(GUARD) == 74, run.text
         why = "cannot write .*shard-00001.*: 403, the account may not do this"
         assert re.search(f"^on .*: {why}", run.text, re.M) and re.search(f"not in the bucket: .*{why}", run.text), (
             run.text
         )
+        assert server.commits == []
+        door.faults.clear()
+        run = Launch(tmp_path, *keys, "max_steps=12", f"upload_deadline_seconds={GUARD}", before=before)
+        assert run.process.wait(GUARD) == 0 and "each node has a part of it" in run.text, run.text
+        assert [manifest.step_of(name) for name in server.commits] == [10, 12] and server.violations == []
 
 
 @pytest.mark.parametrize("behind", ["true", "false"])

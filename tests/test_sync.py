@@ -21,7 +21,7 @@ import ckpt
 from configs import Config
 from refocused.bucket import gcs, remote, sync
 from refocused.bucket.transfer import exclusive
-from refocused.checkpoint import manifest
+from refocused.checkpoint import disk, manifest
 
 
 class WatchedGCS(FakeGCS):
@@ -317,18 +317,63 @@ def test_several_nodes(server, place, tmp_path):
     assert content(remote.fetch(place, whole.name, tmp_path / "c")) == content(whole)
 
 
+def save_in_parts(folder: Path, step: int, nodes: str = "ab", **settings) -> str:
+    """A checkpoint of which each of two nodes has one of two data files; `nodes` says on whose disk its part is left."""
+    whole = save(folder / "whole", step, files=2, **settings)
+    for i, node in enumerate("ab"):
+        if node in nodes:
+            coming = folder / node / f".tmp-{whole.name}"
+            shutil.copytree(whole, coming)
+            (coming / f"shard-00000-{1 - i:05d}.safetensors").unlink()
+            os.rename(coming, folder / node / whole.name)
+    return whole.name
+
+
+def two_syncers(folder: Path, **settings) -> tuple[sync.Syncer, sync.Syncer]:
+    return sync.Syncer(config(folder / "a", **settings)), sync.Syncer(config(folder / "b", **settings), leader=False)
+
+
 @pytest.mark.parametrize("left", "ab")
 def test_what_one_node_alone_has_is_not_waited_for(left, server, place, tmp_path):
-    """The leader's disk, or the other node's, holds its part of an earlier save and no one the rest: once a newer save
-    is in the bucket, both are done."""
-    for step in (10, 20):
-        whole = save(tmp_path / "whole", step, files=2)
-        for i, node in enumerate("ab"):
-            if step == 20 or node == left:
-                shutil.copytree(whole, tmp_path / node / whole.name)
-                (tmp_path / node / whole.name / f"shard-00000-{1 - i:05d}.safetensors").unlink()
-    leader, other = sync.Syncer(config(tmp_path / "a")), sync.Syncer(config(tmp_path / "b"), leader=False)
+    """The leader's disk, or the other node's, holds its part of an earlier run's save and no one the rest: once a newer
+    save is in the bucket, both are done."""
+    save_in_parts(tmp_path, 10, left)
+    leader, other = two_syncers(tmp_path)
+    save_in_parts(tmp_path, 20)
     assert leader.close(GUARD) and other.close(GUARD) and steps(place) == [20]
+
+
+def test_what_all_nodes_have_arrives(server, place, tmp_path):
+    """Two saves in parts wait while the bucket fails: both come there, the later one first, and each disk is pruned."""
+    fault = server.fault("POST|PUT", "upload", status=503, times=10**6)
+    leader, other = two_syncers(tmp_path, save_total_limit=1)
+    for step in (10, 20):
+        save_in_parts(tmp_path, step)
+    server.wait_until(lambda: fault.hits > 2)
+    server.faults.clear()
+    for step in (30, 40):
+        assert leader.flush(GUARD) and other.flush(GUARD)
+        save_in_parts(tmp_path, step)
+    assert leader.close(GUARD) and other.close(GUARD) and steps(place) == [40, 30, 20, 10]
+    until(lambda: not {10, 20, 30} & {*local_steps(tmp_path / "a"), *local_steps(tmp_path / "b")})
+
+
+def test_a_part_that_came_during_an_upload_stays(tmp_path):
+    """Of the parts on a disk, none of which is a checkpoint by itself, those go that are older than what arrived."""
+    names = [save_in_parts(tmp_path, step, "a") for step in (10, 20, 30)]
+    disk.prune(tmp_path / "a", names[1], 1, 0)
+    assert local_steps(tmp_path / "a") == [30]
+
+
+def test_a_superseded_run_keeps_its_part(server, place, tmp_path):
+    """Another run has taken the prefix over and saved more: the leader says so and its part stays on its disk."""
+    leader = sync.Syncer(config(tmp_path / "a"))
+    assert leader.flush(GUARD)
+    save(tmp_path / "z", 50, generation=9)
+    assert sync.Syncer(config(tmp_path / "z")).close(GUARD)
+    save_in_parts(tmp_path, 10, "a")
+    assert not leader.close(GUARD) and "took gs://bucket/run over" in leader.failure
+    assert local_steps(tmp_path / "a") == [10]
 
 
 def run_saves(folder: Path, count: int, size: int) -> subprocess.Popen:

@@ -5,6 +5,7 @@ Which files make a checkpoint in a bucket, and how one comes and goes, is in rem
     gs://BUCKET/PREFIX/OWNER.json    the run that may write below PREFIX: the last one that started
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -41,8 +42,8 @@ class Syncer:
 
     It only looks at what is there, so it can be killed at any moment. It never raises into training: `status` says
     for the log line what is waiting and what failed last. One per disk (of a node's local rank 0); only the leader, rank 0,
-    writes manifests and deletes. After each upload of the newest the leader prunes both places: a checkpoint leaves the
-    disk only once a newer one is verified in the bucket, and it too unless bucket_total_limit would not keep it there.
+    writes manifests and deletes in the bucket. After each upload of the newest both places are pruned: a checkpoint leaves
+    a disk only once a newer one is verified in the bucket, and it too unless bucket_total_limit would not keep it there.
     So give ckpt.Saver save_total_limit=0. A refused delete is said once and is no failed upload.
     """
 
@@ -117,7 +118,8 @@ class Syncer:
                 failures = 1 if waits else failures + 1  # soon mended: asked again at once
                 self.failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                 if not self.leader and not waits and self.failure != before:  # the log line is the leader's
-                    print(f"on {socket.gethostname()}: {self.failure}", file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError, ValueError):  # a closed terminal, a full disk
+                        print(f"on {socket.gethostname()}: {self.failure}", file=sys.stderr, flush=True)
                 if isinstance(error, gcs.Refused | Superseded):
                     self._refused = serving
             with self._changed:
@@ -145,23 +147,24 @@ class Syncer:
         newest = max(here, key=order.key)
         both = {m["name"]: m for m in sorted([*there.values(), *here], key=order.key)}  # of two of a name the later
         keep = self._retained(both.values(), newest["name"])
-        todo = []
+        todo, newest_arrived = [], False
         for manifest in waiting:
             other = there.get(manifest["name"])
             # A save of this run beats one of the same name by another; one left on this disk does only if it is later.
             ours = manifest.get("generation", 0) > self._before
             outdated = other is not None and not ours and order.key(other) >= order.key(manifest)
-            # In parts, one before a complete one is not waited for: a node may have lost its part, or sent a newer one.
-            in_parts = not self.leader or self._lacks_files(manifest)
+            # Of an earlier run's, which is in parts, another node may have lost its own: not waited for once a newer is there.
+            in_parts = not ours and (not self.leader or self._lacks_files(manifest))
             outdated |= in_parts and any(order.key(t) > order.key(manifest) for t in there.values())
             arrived = other is not None and other["save_id"] == manifest["save_id"]
+            newest_arrived |= arrived and manifest is newest
             if arrived or outdated or manifest["name"] not in keep:
                 self._settled.add(manifest["save_id"])
             else:
                 todo.append(manifest)
         self.backlog, self._waiting = len(todo), {m["save_id"] for m in todo}
-        if self.leader and newest in waiting and newest not in todo:
-            self._prune(newest["name"])  # the run before this one did not come to it
+        if newest_arrived:  # by the leader's hand, or by a run that was killed before it came to this
+            self._prune(newest["name"])
         if not todo:
             return False
         self._check_owner()
@@ -183,12 +186,8 @@ class Syncer:
         self.reached = max(self.reached, manifest.get("generation", 0))
         self._waiting.discard(manifest["save_id"])
         self.backlog = len(self._waiting)
-        if newest["save_id"] in self._waiting:
-            return
-        if self.leader:
+        if newest["save_id"] not in self._waiting:
             self._prune(newest["name"])
-        else:
-            self._prune_here(newest["name"])
 
     def _complete(self) -> list[dict[str, Any]]:
         """Manifests of what is complete here; on one of several nodes, of what this node has its part of."""
@@ -203,6 +202,11 @@ class Syncer:
 
     def _prune(self, newest: str) -> None:
         """Delete what is not retained beside `newest`, which is verified in the bucket; there, then here."""
+        if self.leader:
+            self._prune_there(newest)
+        disk.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every, self._waiting)
+
+    def _prune_there(self, newest: str) -> None:
         assert self._place is not None
         objects = self._place.objects()
         # One that is damaged neither counts nor goes: resume names it, and `ckpt.py prune` removes it.
@@ -217,10 +221,6 @@ class Syncer:
                     self._notice = "" if self._noticed else f"old checkpoints stay in the bucket: {error}"
                     self._noticed = True
                     break
-        self._prune_here(newest)
-
-    def _prune_here(self, newest: str) -> None:
-        disk.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every, self._waiting)
 
     def _take_over(self, place: Place) -> None:
         """Become the one run that writes below the prefix; also the first proof that the bucket can be written."""
@@ -300,6 +300,40 @@ def find(cfg: Config) -> Found | None:
     if problems:
         raise CheckpointError("\n  ".join([f"resume={cfg.resume}: no checkpoint can be loaded:", *problems]))
     return None
+
+
+def in_parts(cfg: Config) -> list[dict[str, Any]]:
+    """Manifests of saves of which this disk has a part, later than all that are complete in the bucket; the last first.
+
+    A run of several nodes that was killed before the upload leaves such. Raises BucketError.
+    """
+    place = open_place(cfg)
+    there = [order.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
+    mine = [m for m in local.read_manifests(cfg.output_dir)[0] if cfg.resume in ("latest", m["name"])]
+    mine = [m for m in mine if order.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
+    return sorted(mine, key=order.key, reverse=True)
+
+
+def part(cfg: Config, manifest: dict[str, Any]) -> list[str]:
+    """The files of that save that are on this disk."""
+    folder = Path(cfg.output_dir, manifest["name"])
+    try:
+        if local.read_manifest(folder) != manifest or not local.is_whole(folder, manifest):
+            return []
+    except CheckpointError:
+        return []
+    return [file for file in manifest["files"] if (folder / file).exists()]
+
+
+def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
+    """Publish what is on this disk of a save, with commit=True its manifest; why that did not succeed, or ""."""
+    if not part(cfg, manifest):
+        return ""
+    try:
+        done = publish(open_place(cfg), Path(cfg.output_dir, manifest["name"]), commit=commit, replace=True)
+    except gcs.BucketError as error:
+        return str(error)
+    return "" if done or not commit else "the bucket does not show what was sent"
 
 
 def generation(cfg: Config) -> int:

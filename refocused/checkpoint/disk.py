@@ -128,11 +128,12 @@ def prune(
     keep_every: int,
     waiting: Collection[str] = (),
 ) -> None:
-    """Keep `newest`, which must be complete, and the save_total_limit - 1 complete ones before it; 0 keeps all.
+    """Keep `newest`, which is complete here or in the bucket, and the save_total_limit - 1 complete ones before it; 0
+    keeps all.
 
     Those at multiples of keep_every stay and do not count. Those that were abandoned when a run went back to an earlier
-    step are the first to go. Save ids that are `waiting` for the bucket stay. Raises ConfigError where output_dir is
-    no longer this run's.
+    step are the first to go. What was saved after `newest`, and save ids that are `waiting` for the bucket, stay. Raises
+    ConfigError where output_dir is no longer this run's.
     """
     check_lock(output_dir)
     complete, rest = [], []
@@ -140,15 +141,22 @@ def prune(
         try:
             complete.append(verify(Path(output_dir, old), hashes=False))
         except CheckpointError:
-            rest.append(old)  # never loadable again, and a newer one is complete
+            rest.append(old)  # never loadable from here, and a newer one is complete
     keep = order.retained(complete, save_total_limit, keep_every) | {newest}
+    last = _key(output_dir, newest)
     for old in [m["name"] for m in complete if m["name"] not in keep] + rest:
-        try:
-            stays = read_manifest(Path(output_dir, old))["save_id"] in waiting
-        except CheckpointError:
-            stays = False
-        if not stays:
+        key, save_id = _key(output_dir, old)
+        if save_id not in waiting and key <= last[0]:
             delete(Path(output_dir, old))
+
+
+def _key(output_dir: str | os.PathLike, name: str) -> tuple[tuple, str]:
+    """(the place of a save among the others, before all of them where its manifest cannot be read; its save id)."""
+    try:
+        found = read_manifest(Path(output_dir, name))
+    except CheckpointError:
+        return (), ""
+    return order.key(found), found["save_id"]
 
 
 _locks: dict[str, Any] = {}  # open files by output_dir; the kernel drops a lock when its process ends, however it ends

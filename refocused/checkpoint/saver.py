@@ -50,6 +50,7 @@ class Saver:
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
         self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.owner = self.rank == 0 or disk.holds(output_dir)  # of its disk: the one process that names what is on it
         self.stall_seconds = self.write_seconds = 0.0
         self.last: str | None = None  # name of the last complete save
         self.last_generation = 0  # and its number; 0 while this run has none
@@ -150,7 +151,7 @@ class Saver:
             writer = Writer(self.output_dir / name, box[0], more, need, self.generation, at_a_time=FILES_AT_A_TIME)
             dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
             if not self._proof.result():  # no failure: it counts no more than what it would have replaced
-                if os.environ.get("LOCAL_RANK", "0") == "0":
+                if self.owner:
                     shutil.rmtree(writer.folder, ignore_errors=True)
                 return
             self._commit(writer)
@@ -160,7 +161,7 @@ class Saver:
                 disk.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
         except BaseException as error:  # CheckpointException is no Exception
             self._error = f"saving {name}: {cause(error)}"
-            if self.rank == 0:
+            if self.owner:
                 with contextlib.suppress(OSError):  # then the next start does it
                     disk.recover(self.output_dir)
 
@@ -177,17 +178,15 @@ class Saver:
         if isinstance(box[0], OSError):
             raise box[0]
         problem = None
-        if self.rank and os.environ.get("LOCAL_RANK") == "0" and writer.folder.exists():
+        if self.rank and self.owner:
             try:
                 disk.put(writer.folder, writer.final, writer.id, box[0])
-            except (FileExistsError, FileNotFoundError):
-                pass  # a shared disk: renamed by now, which NFS can show late
             except OSError as error:
                 problem = f"{cause(error)} (rank {self.rank})"
         problems: list[str | None] = [None] * self.world
         dist.all_gather_object(problems, problem, group=self.group)
         if any(problems):
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if self.owner:
                 disk.withdraw(writer.final, writer.id)
             raise OSError("; ".join(filter(None, problems)))
 

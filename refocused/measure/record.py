@@ -88,7 +88,8 @@ def main(argv: list[str]) -> int:
     cfg, _ = configs.load([str(DEMO), *args.settings])
     check(cfg, args.settings)
     _, global_batch = cfg.batch(args.nproc)
-    if args.to and not any(word.removeprefix("--").startswith("eval_steps=") for word in args.settings):
+    evaluates = any(word.removeprefix("--").startswith("eval_steps=") for word in args.settings) and cfg.eval_steps
+    if args.to is not None and not evaluates:
         raise ConfigError("--to looks at a run's evaluations: say how often with eval_steps=")
     env = processes.start(Config(cpu_threads=1))
     found, speeds, reached, tokens = [], [], [], 0
@@ -102,16 +103,16 @@ def main(argv: list[str]) -> int:
                 median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line] or [math.nan])
             )
             found.append(loss)
-            if args.to:
+            if args.to is not None:
                 reached.append(tokens_to(args.to, place / "logs", global_batch * cfg.sequence_length))
         print(f"seed {seed}: {loss:.4f} after {tokens:,} tokens, {speeds[-1]:,.0f} tokens/s", flush=True)
     processes.stop()
     words = [*[f"--nproc {args.nproc}"] * (args.nproc != 2), *["--average"] * args.average]
-    words += [*[f"--to {args.to:g}"] * bool(args.to), *args.settings]
+    words += [*[f"--to {args.to:g}"] * bool(reached), *args.settings]
     each = ", ".join(f"{loss:.4f}" for loss in found)
     if cfg.data_dir == Config.data_dir:
         print(f"the mean is {'below' if fmean(found) < BOUND else 'not below'} {BOUND}")
-    if args.to:
+    if reached:
         print(f"{fmean(reached):,.0f} tokens to {args.to:g} ({', '.join(f'{count:,.0f}' for count in reached)})")
     print(f"{median(speeds):,.0f} tokens/s\n")
     print("| date | tokens | loss (of each seed) | command | commit |\n|---|---:|---|---|---|")

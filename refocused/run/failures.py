@@ -16,7 +16,6 @@ from refocused.run import processes
 from refocused.run.exits import INTERNAL, MISTAKE
 
 GRACE = 5.0  # seconds that another rank is given to speak first
-HEARING = 30.0  # seconds that all others are given to hear that rank 0 has
 # gloo's errors have no class of their own; NCCL's and the store's do
 GLOO = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "connectFullMesh",
         "Socket Timeout", "Connection refused", "gloo/transport")  # fmt: skip
@@ -61,26 +60,27 @@ def say(error: BaseException, speak: Callable[[], None]) -> None:
     that torchrun hears first of the one that knows why.
     """
     rank, store = int(os.environ.get("RANK", 0)), processes.store
-    shared = getattr(error, "same_on_all_ranks", False)
+    shared = getattr(error, "same_on_all_ranks", False) and processes.world_size() > 1
     if shared and rank and store is None:
         time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
-    if not (shared and rank and store is not None and said(store)):
+    heard = shared and rank and store is not None and hear(store)
+    if not heard:
         speak()
     if store is not None and not rank:
         with contextlib.suppress(RuntimeError):
             store.set("said", "1")
-            store.wait(["heard"] if shared else ["said"], datetime.timedelta(seconds=HEARING))
+            store.wait(["heard"] if shared else ["said"], datetime.timedelta(seconds=2 * GRACE))
     if lost_peers(error):
         time.sleep(GRACE / 2)
 
 
-def said(store: dist.Store) -> bool:
-    """Whether rank 0 says in time that it has spoken; it hears of every other rank that has asked."""
-    spoken = False
+def hear(store: dist.Store) -> bool:
+    """Whether rank 0 says in time that it has spoken; once all others have asked, it is told so."""
+    heard = False
     with contextlib.suppress(RuntimeError):  # it has not, or the store's host has gone, so nobody knows
         store.wait(["said"], datetime.timedelta(seconds=GRACE))
-        spoken = True
+        heard = True
     with contextlib.suppress(RuntimeError):
         if store.add("hearing", 1) == processes.world_size() - 1:
             store.set("heard", "1")
-    return spoken
+    return heard

@@ -330,20 +330,24 @@ def patiently() -> Iterator[None]:
         progress.at = time.monotonic()
 
 
-def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = False) -> None:
-    """Run function(*args), however long, on the first process of every node; a failure is raised on all. Collective."""
-    error = None
+def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = False) -> list[Any]:
+    """Run function(*args), however long, on the first process of every node; a failure is raised on all. Collective.
+
+    Returns each rank's result, None for those that did not run it.
+    """
+    result, error = None, None
     with patiently():
         if env.local_rank == 0 and not (env.main and but_rank_0):
             try:
-                function(*args)
+                result = function(*args)
             except Exception as caught:
                 error = caught
-        errors: list[Exception | None] = [None] * env.world_size
-        dist.all_gather_object(errors, error, group=patient)
-    for error in errors:
+        outcomes: list[Any] = [None] * env.world_size
+        dist.all_gather_object(outcomes, (result, error), group=patient)
+    for _, error in outcomes:
         if error is not None:
             raise error
+    return [result for result, _ in outcomes]
 
 
 def on_rank_0(function: Callable, *args: Any) -> Any:
