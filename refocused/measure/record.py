@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
         print(f"seed {seed}: {loss:.4f} after {tokens:,} tokens, {speeds[-1]:,.0f} tokens/s", flush=True)
     processes.stop()
     words = [*[f"--nproc {args.nproc}"] * (args.nproc != 2), *["--average"] * args.average]
-    words += [*[f"--to {args.to:g}"] * bool(reached), *args.settings]
+    words += [f"--to {args.to:g}"] if reached else []
     each = ", ".join(f"{loss:.4f}" for loss in found)
     if cfg.data_dir == Config.data_dir:
         print(f"the mean is {'below' if fmean(found) < BOUND else 'not below'} {BOUND}")
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
         datetime.date.today(),
         f"{tokens:,}",
         f"{fmean(found):.4f} ({each})",
-        f"`python bench.py record {' '.join(words)}`",
+        f"`python bench.py record {' '.join([*words, *args.settings])}`",
     )
     print("| " + " | ".join(map(str, (*cells, (commit() or "unknown")[:8]))) + " |")
     return 0
