@@ -17,6 +17,7 @@ python ckpt.py list | verify | pull | push | prune | export | import | average |
 from refocused import entry  # before all others: it says what this machine lacks
 
 # isort: split
+import functools
 import os
 import sys
 import time
@@ -53,7 +54,13 @@ class Checkpoints:
         self.start: Source | None = None  # the model that init_from names, where the run is a fresh one
         self._syncer: sync.Syncer | None = None
         owner = processes.on_rank_0(disk.lock, cfg.output_dir)
-        processes.on_each_node(env, disk.lock, cfg.output_dir, owner, but_rank_0=True)
+        owners = processes.on_each_node(env, disk.lock, cfg.output_dir, owner, but_rank_0=True)
+        if not self.bucket and (others := {*owners} - {None, owner}):
+            raise ConfigError(
+                f"output_dir={cfg.output_dir} is not on one disk for {owner}, and {min(others)}: each would keep a part of "
+                "every checkpoint and none could load it; choose a folder on a disk that all nodes share, or set "
+                "bucket_name and checkpoint_bucket_path"
+            )
 
     def choose(self) -> Choice:
         """The checkpoint that cfg.resume means, the same on all ranks, every byte of it verified on every node.
@@ -63,7 +70,9 @@ class Checkpoints:
         """
         cfg, env = self.cfg, self.env
         if self.bucket and cfg.resume:
-            self._bring_together()
+            said = sync.bring_together(cfg, functools.partial(processes.on_each_node, env))
+            if said and env.main:
+                print(said, file=sys.stderr, flush=True)
         if self.bucket and (found := processes.on_rank_0(sync.find, cfg)):  # what is newer there comes down
             processes.on_each_node(env, sync.pull, cfg, found)
         self.choice = processes.on_rank_0(choice.choose, cfg.output_dir, cfg.resume)
@@ -76,19 +85,6 @@ class Checkpoints:
         elif cfg.init_from:
             self.start = beginning(cfg.init_from, cfg)
         return self.choice
-
-    def _bring_together(self) -> None:
-        """Publish the last save of which each node has a part, if it never came to the bucket: only there it is whole."""
-        for save in processes.on_rank_0(sync.in_parts, self.cfg):
-            parts = processes.on_each_node(self.env, sync.part, self.cfg, save)
-            if {file for part in parts for file in part or ()} == save["files"].keys():
-                if self.env.main:
-                    print(
-                        f"sending {save['name']} to the bucket: each node has a part of it", file=sys.stderr, flush=True
-                    )
-                processes.on_each_node(self.env, sync.send_part, self.cfg, save, False)
-                if not processes.on_rank_0(sync.send_part, self.cfg, save, True):
-                    return
 
     def load(self, tree: dict[str, Tensor]) -> str:
         """Fill the tree with the chosen checkpoint, or a fresh run's weights with init_from's; be ready to save it.

@@ -32,8 +32,9 @@ def save(
     files: int = 3,
     at: float | None = None,
     generation: int | None = None,
+    state: dict | None = None,
 ) -> Path:
-    """A complete checkpoint of `files` data files; replaces one of the same name."""
+    """A complete checkpoint of `files` data files, with `state` beside the usual; replaces one of the same name."""
     final = Path(output_dir, manifest.name(0, step, 1))
     save_id = secrets.token_hex(8)
     building = final.with_name(f".tmp-{save_id}-{final.name}")
@@ -41,7 +42,8 @@ def save(
     for i in range(files):
         manifest.write_file(building / f"shard-00000-{i:05d}.safetensors", shard(size))
     manifest.write_file(
-        building / manifest.STATE, json.dumps({"step": step, "tokens": step * 512, "loss": 1.5}).encode()
+        building / manifest.STATE,
+        json.dumps({"step": step, "tokens": step * 512, "loss": 1.5, **(state or {})}).encode(),
     )
     entries = {path.name: manifest.digest(path) for path in building.iterdir()}
     content = {

@@ -609,6 +609,15 @@ def test_lock(tmp_path):
     assert disk.lock(tmp_path, me) == me  # another node of the same run, on the same disk
 
 
+def test_a_shared_disk_whose_locks_each_node_sees_alone(tmp_path, monkeypatch):
+    """Both nodes get the lock: by what the first has written in it the second knows that the disk is not its own."""
+    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
+    (tmp_path / ".lock").write_text("host first, pid 1\n")
+    assert disk.lock(tmp_path, "host first, pid 1") == "host first, pid 1" and not disk.holds(tmp_path)
+    assert (tmp_path / ".lock").read_text() == "host first, pid 1\n"
+    assert disk.lock(tmp_path, "host other, pid 1") != "host other, pid 1" and disk.holds(tmp_path)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB of its own."""

@@ -177,8 +177,9 @@ def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
         assert server.commits == []
         door.faults.clear()
         run = Launch(tmp_path, *keys, "max_steps=12", f"upload_deadline_seconds={GUARD}", before=before)
-        assert run.process.wait(GUARD) == 0 and "each node has a part of it" in run.text, run.text
-        assert [manifest.step_of(name) for name in server.commits] == [10, 12] and server.violations == []
+        assert run.process.wait(GUARD) == 0 and "each node has a part of" in run.text, run.text
+        assert "passed over" not in run.text
+        assert [manifest.step_of(name) for name in door.commits + server.commits] == [10, 12] and not server.violations
 
 
 @pytest.mark.parametrize("behind", ["true", "false"])
@@ -191,3 +192,12 @@ def test_nodes_that_share_a_disk_send_each_file_once(behind, shards, tmp_path, m
         assert run.process.wait(GUARD) == 0, run.text
         assert len(server.commits) == 3 and server.violations == []
         assert server.count("POST", "upload") == len(server.names()), "the owner's note, manifests and files"
+
+
+def test_disks_of_their_own_need_a_bucket(shards, tmp_path):
+    """Two nodes, each with an output_dir of its own and no bucket: refused with 2, as no checkpoint could be loaded."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    before = f"{NODES}os.chdir(os.path.join({str(tmp_path)!r}, rank))"
+    run = Launch(tmp_path, f"data_dir={shards}", "output_dir=out", "logging_dir=logs", before=before)
+    assert run.process.wait(GUARD) == 2 and "output_dir=out is not on one disk for host" in run.text, run.text

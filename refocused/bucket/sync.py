@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from refocused.bucket import gcs
 from refocused.bucket.remote import Place, delete, fetch, publish
 from refocused.checkpoint import disk, order
 from refocused.checkpoint import manifest as local
-from refocused.checkpoint.manifest import CheckpointError
+from refocused.checkpoint.manifest import STATE, CheckpointError
 
 OWNER = "OWNER.json"
 SCAN_SECONDS = 1.0  # a scan that finds nothing new reads one folder
@@ -62,6 +62,8 @@ class Syncer:
         self._place: Place | None = None
         self._settled: set[str] = set()  # save ids that are in the bucket, or are not to be sent
         self._waiting: set[str] = set()  # save ids that are to be sent and are not there yet
+        self._failed: set[str] = set()  # save ids that could not be sent from here
+        self._arrived: dict[str, Any] = {"step": -1, "name": ""}  # manifest of the last save that is in the bucket
         self._notice = ""  # that something cannot be deleted; said once
         self._noticed = False
         self._changed = threading.Condition()
@@ -140,68 +142,96 @@ class Syncer:
         here = self._complete()
         waiting = [m for m in here if m["save_id"] not in self._settled]
         self.reached = max([m.get("generation", 0) for m in here if m not in waiting], default=self.reached)
-        self.backlog = len(waiting)
+        self.backlog, self._waiting = len(waiting), {m["save_id"] for m in waiting}
         if not waiting:
             return False
-        there = {r.name: r.manifest for r in self._place.checkpoints(self._place.objects()) if not r.problem}
+        objects = self._place.objects()
+        there = {r.name: r.manifest for r in self._place.checkpoints(objects) if not r.problem}
         newest = max(here, key=order.key)
         both = {m["name"]: m for m in sorted([*there.values(), *here], key=order.key)}  # of two of a name the later
         keep = self._retained(both.values(), newest["name"])
-        todo, newest_arrived = [], False
+        todo, before = [], self._arrived
         for manifest in waiting:
             other = there.get(manifest["name"])
             # A save of this run beats one of the same name by another; one left on this disk does only if it is later.
             ours = manifest.get("generation", 0) > self._before
             outdated = other is not None and not ours and order.key(other) >= order.key(manifest)
-            # Of an earlier run's, which is in parts, another node may have lost its own: not waited for once a newer is there.
-            in_parts = not ours and (not self.leader or self._lacks_files(manifest))
-            outdated |= in_parts and any(order.key(t) > order.key(manifest) for t in there.values())
+            outdated |= self._overtaken(manifest, ours, there.values())
             arrived = other is not None and other["save_id"] == manifest["save_id"]
-            newest_arrived |= arrived and manifest is newest
+            if arrived:
+                self._arrived = max(self._arrived, manifest, key=order.key)
             if arrived or outdated or manifest["name"] not in keep:
                 self._settled.add(manifest["save_id"])
             else:
                 todo.append(manifest)
         self.backlog, self._waiting = len(todo), {m["save_id"] for m in todo}
-        if newest_arrived:  # by the leader's hand, or by a run that was killed before it came to this
-            self._prune(newest["name"])
+        if self._arrived is not before:  # by the leader's hand, or by a run that was killed before it came to this
+            self._prune()
         if not todo:
             return False
         self._check_owner()
-        for manifest in sorted(todo, key=order.key, reverse=True):
+        # What another node has begun comes first, or each would send parts that the others do not: then the newest.
+        for manifest in sorted(todo, key=lambda m: (self._begun(m, objects), order.key(m)), reverse=True):
+            mine = self._here(manifest)
+            sends = mine - sent(manifest, objects)
             try:
                 done = publish(
                     self._place, self.output_dir / manifest["name"], self.throttle, self.leader, replace=True
                 )
             except FileNotFoundError:
                 return True  # it was deleted here, so it no longer waits
+            except gcs.BucketError:
+                self._failed.add(manifest["save_id"])
+                raise
             if done:
-                self._settle(manifest, newest)
+                self._settle(manifest)
                 return True
+            if sends and len(mine) < len(manifest["files"]):
+                return True  # a part went up: look what the others have sent since
         raise Incomplete(f"{self.where}/{manifest['name']} waits for files that are not on this machine")
 
-    def _settle(self, manifest: dict[str, Any], newest: dict[str, Any]) -> None:
-        """Note that a checkpoint is in the bucket; with the newest one there, older ones may go."""
+    def _overtaken(self, manifest: dict[str, Any], ours: bool, there: Iterable[dict[str, Any]]) -> bool:
+        """Whether a save in parts is given up, by the same rule on every node: a newer one is complete in the bucket.
+
+        What an earlier run left may lack a part for ever. Of this run's saves, only one of its own can be the newer, and
+        those that keep_every keeps are sent all the same.
+        """
+        if self.leader and len(self._here(manifest)) == len(manifest["files"]):
+            return False  # not in parts
+        if ours and self.cfg.keep_every and manifest["step"] % self.cfg.keep_every == 0:
+            return False
+        mine = self._settled | self._waiting
+        newer = (t for t in there if order.key(t) > order.key(manifest))
+        return any(not ours or t["save_id"] in mine for t in newer)
+
+    def _settle(self, manifest: dict[str, Any]) -> None:
+        """Note that a checkpoint is in the bucket; with it there, older ones may go."""
         self._settled.add(manifest["save_id"])
         self.reached = max(self.reached, manifest.get("generation", 0))
         self._waiting.discard(manifest["save_id"])
         self.backlog = len(self._waiting)
-        if newest["save_id"] not in self._waiting:
-            self._prune(newest["name"])
+        self._arrived = max(self._arrived, manifest, key=order.key)
+        self._prune()
+
+    def _begun(self, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> int:
+        """How many files of a save other nodes have sent; 0 of one that could not be sent from here."""
+        return 0 if manifest["save_id"] in self._failed else len(sent(manifest, objects) - self._here(manifest))
+
+    def _here(self, manifest: dict[str, Any]) -> set[str]:
+        """The files of that save that are on this disk."""
+        return {file for file in manifest["files"] if (self.output_dir / manifest["name"] / file).exists()}
 
     def _complete(self) -> list[dict[str, Any]]:
         """Manifests of what is complete here; on one of several nodes, of what this node has its part of."""
         return [m for m in local.read_manifests(self.output_dir)[0] if local.is_whole(self.output_dir / m["name"], m)]
 
-    def _lacks_files(self, manifest: dict[str, Any]) -> bool:
-        return not all((self.output_dir / manifest["name"] / file).exists() for file in manifest["files"])
-
     def _retained(self, manifests: Iterable[dict[str, Any]], newest: str) -> set[str]:
         keep = order.retained(manifests, self.cfg.bucket_total_limit, self.cfg.keep_every)
         return keep | {newest, self.resumed_from or newest}
 
-    def _prune(self, newest: str) -> None:
-        """Delete what is not retained beside `newest`, which is verified in the bucket; there, then here."""
+    def _prune(self) -> None:
+        """Delete what is not retained beside the last save that is verified in the bucket; there, then here."""
+        newest = self._arrived["name"]
         if self.leader:
             self._prune_there(newest)
         disk.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every, self._waiting)
@@ -244,6 +274,11 @@ class Syncer:
             )
 
 
+def sent(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> set[str]:
+    """The files of that save that are listed in the bucket."""
+    return {file for file in manifest["files"] if f"{manifest['name']}/{manifest['save_id']}/{file}" in objects}
+
+
 class Found(NamedTuple):
     """A checkpoint that is to come down before training starts."""
 
@@ -281,9 +316,9 @@ def find(cfg: Config) -> Found | None:
                 f"{', '.join(both) or 'no checkpoints'}"
             )
         both = [cfg.resume]
-    problems = []
+    problems: list[str] = []
     for name in both:
-        mine, remote = None, there.get(name)
+        mine, remote, passed = None, there.get(name), problems.copy()
         if name in here:
             try:
                 mine = local.verify(Path(cfg.output_dir, name))
@@ -292,8 +327,8 @@ def find(cfg: Config) -> Found | None:
         if remote and remote.problem:
             problems.append(remote.problem)
         elif remote and (mine is None or order.key(mine) < order.key(remote.manifest)):
-            if problems:
-                print("passed over:", *problems, sep="\n  ", file=sys.stderr)
+            if passed:
+                print("passed over:", *passed, sep="\n  ", file=sys.stderr)
             return Found(name, remote.manifest["save_id"])
         if mine:
             return None  # ckpt.choose names what it passes over
@@ -302,27 +337,51 @@ def find(cfg: Config) -> Found | None:
     return None
 
 
+def bring_together(cfg: Config, on_each_node: Callable[..., list[Any]]) -> str:
+    """Publish the last save of which each node has a part, if it never came to the bucket: only there it is whole.
+
+    Collective, by processes.on_each_node. Returns a line to print, or "". Raises BucketError.
+    """
+    saves = {save["save_id"]: save for found in on_each_node(in_parts, cfg) for save in found or ()}
+    said = ""
+    for save in sorted(saves.values(), key=order.key, reverse=True):
+        parts = on_each_node(part, cfg, save)
+        if {file for files in parts for file in files or ()} != save["files"].keys():
+            continue
+        problems = [w for commit in (False, True) for w in on_each_node(send_part, cfg, save, commit) if w]
+        said = f"each node has a part of {save['name']}: sent to the bucket{', in vain: ' * bool(problems)}"
+        said += "; ".join(dict.fromkeys(problems))
+        if not problems:
+            break
+    return said
+
+
 def in_parts(cfg: Config) -> list[dict[str, Any]]:
-    """Manifests of saves of which this disk has a part, later than all that are complete in the bucket; the last first.
+    """Manifests of saves of which this disk has a part, later than all that are complete in the bucket.
 
     A run of several nodes that was killed before the upload leaves such. Raises BucketError.
     """
     place = open_place(cfg)
     there = [order.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
     mine = [m for m in local.read_manifests(cfg.output_dir)[0] if cfg.resume in ("latest", m["name"])]
-    mine = [m for m in mine if order.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
-    return sorted(mine, key=order.key, reverse=True)
+    return [m for m in mine if order.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
 
 
 def part(cfg: Config, manifest: dict[str, Any]) -> list[str]:
-    """The files of that save that are on this disk."""
+    """The files of that save that are on this disk; none if its state says that it was to go to another place."""
     folder = Path(cfg.output_dir, manifest["name"])
     try:
         if local.read_manifest(folder) != manifest or not local.is_whole(folder, manifest):
             return []
-    except CheckpointError:
+        here = [file for file in manifest["files"] if (folder / file).exists()]
+        state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}
+    except (CheckpointError, OSError):
         return []
-    return [file for file in manifest["files"] if (folder / file).exists()]
+    place = state.get("config", {})
+    same = all(
+        place.get(key, getattr(cfg, key)) == getattr(cfg, key) for key in ("bucket_name", "checkpoint_bucket_path")
+    )
+    return here if same else []
 
 
 def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
@@ -331,7 +390,7 @@ def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
         return ""
     try:
         done = publish(open_place(cfg), Path(cfg.output_dir, manifest["name"]), commit=commit, replace=True)
-    except gcs.BucketError as error:
+    except (gcs.BucketError, OSError) as error:
         return str(error)
     return "" if done or not commit else "the bucket does not show what was sent"
 

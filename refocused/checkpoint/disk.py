@@ -184,6 +184,10 @@ def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
             raise ConfigError(
                 f"output_dir={output_dir} is in use by {owner}; stop that run or choose another output_dir"
             ) from None
+        if leader and file.read().strip() == leader:  # a shared disk whose locks each node sees alone
+            file.close()
+            return leader
+        file.seek(0)
         file.truncate(0)
         file.write(me + "\n")
         file.flush()
