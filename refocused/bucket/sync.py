@@ -172,7 +172,7 @@ class Syncer:
         self._check_owner()
         # What another node has begun comes first, or each would send parts that the others do not: then the newest.
         for manifest in sorted(todo, key=lambda m: (self._begun(m, objects), order.key(m)), reverse=True):
-            mine = self._here(manifest)
+            mine = present(manifest, self.output_dir)
             sends = mine - sent(manifest, objects)
             try:
                 done = publish(
@@ -196,7 +196,7 @@ class Syncer:
         What an earlier run left may lack a part for ever. Of this run's saves, only one of its own can be the newer, and
         those that keep_every keeps are sent all the same.
         """
-        if self.leader and len(self._here(manifest)) == len(manifest["files"]):
+        if self.leader and len(present(manifest, self.output_dir)) == len(manifest["files"]):
             return False  # not in parts
         if ours and self.cfg.keep_every and manifest["step"] % self.cfg.keep_every == 0:
             return False
@@ -215,11 +215,11 @@ class Syncer:
 
     def _begun(self, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> int:
         """How many files of a save other nodes have sent; 0 of one that could not be sent from here."""
-        return 0 if manifest["save_id"] in self._failed else len(sent(manifest, objects) - self._here(manifest))
-
-    def _here(self, manifest: dict[str, Any]) -> set[str]:
-        """The files of that save that are on this disk."""
-        return {file for file in manifest["files"] if (self.output_dir / manifest["name"] / file).exists()}
+        return (
+            0
+            if manifest["save_id"] in self._failed
+            else len(sent(manifest, objects) - present(manifest, self.output_dir))
+        )
 
     def _complete(self) -> list[dict[str, Any]]:
         """Manifests of what is complete here; on one of several nodes, of what this node has its part of."""
@@ -272,6 +272,11 @@ class Syncer:
                 f"another run (host {owner.get('host')}, pid {owner.get('pid')}) took {self.where} over, so this one "
                 "uploads no more; give each run its own checkpoint_bucket_path"
             )
+
+
+def present(manifest: dict[str, Any], output_dir: Path) -> set[str]:
+    """The files of that save that are on this disk."""
+    return {file for file in manifest["files"] if (output_dir / manifest["name"] / file).exists()}
 
 
 def sent(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> set[str]:
@@ -367,21 +372,21 @@ def in_parts(cfg: Config) -> list[dict[str, Any]]:
     return [m for m in mine if order.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
 
 
-def part(cfg: Config, manifest: dict[str, Any]) -> list[str]:
-    """The files of that save that are on this disk; none if its state says that it was to go to another place."""
+def part(cfg: Config, manifest: dict[str, Any]) -> set[str]:
+    """The files of that save that this disk can give; none of another save, or of one that was to go to another place."""
     folder = Path(cfg.output_dir, manifest["name"])
     try:
         if local.read_manifest(folder) != manifest or not local.is_whole(folder, manifest):
-            return []
-        here = [file for file in manifest["files"] if (folder / file).exists()]
+            return set()
+        here = present(manifest, folder.parent)
         state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}
     except (CheckpointError, OSError):
-        return []
+        return set()
     place = state.get("config", {})
     same = all(
         place.get(key, getattr(cfg, key)) == getattr(cfg, key) for key in ("bucket_name", "checkpoint_bucket_path")
     )
-    return here if same else []
+    return here if same else set()
 
 
 def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
