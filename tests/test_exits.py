@@ -5,6 +5,7 @@ Faults are made inside the ranks, by FAULTS in the child before train.main; what
 
 import http.server
 import json
+import os
 import re
 import signal
 import subprocess
@@ -62,11 +63,28 @@ def flip_a_bit(_, model, *args) -> None:
     local.view(-1)[5:6].view(torch.int32).bitwise_xor_(1 << 20)
 
 
+def killed_at(text: str) -> None:
+    """SIGKILL as soon as this rank has shown the text."""
+    before = sys.stdout.write
+
+    def write(shown: str) -> int:
+        before(shown)
+        sys.stdout.flush()
+        if text in shown:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(shown)
+
+    sys.stdout.write = write
+
+
 FAULTS = {
     "data": lambda: raise_at(4, DataError("shard gone.npz: it went")),
     "now": lambda: raise_at(None, KeyError("no such thing")),
     "bug": lambda: raise_at(4, KeyError("no such thing")),
     "flip": lambda: at_call(strategy, "clear_gradients", 6, flip_a_bit),
+    "killed-at-step": lambda: killed_at("Step 4: loss"),
+    "killed-at-eval": lambda: killed_at("Step 4: eval_loss"),
+    "killed-at-bad-step": lambda: killed_at("all windows in"),
     "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda found, *_: (found[0] * torch.inf, found[1])),
     "torch": lambda: setattr(guard, "sources", lambda: "other sources"),
     "absent": lambda: (
@@ -226,6 +244,19 @@ def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):
         assert run.wait() == [expected] and words in run.text, run.text
     train(tmp_path, f"data_dir={shards}", "max_failed_starts=3")
     assert json.loads((tmp_path / "out" / ".starts").read_text())["failed"] == 0
+
+
+@pytest.mark.parametrize("moment", ["step", "eval", "bad-step"])
+def test_what_was_seen_is_in_the_files(faulty, tmp_path, moment):
+    """Killed the moment a line is on the screen: train.log has the line, and the other file has what it speaks of."""
+    run = faulty("eval_steps=4", nproc=1, FAULT0=f"killed-at-{moment}" + " infinite" * (moment == "bad-step"))
+    assert run.wait() == [-signal.SIGKILL]
+    logs = tmp_path / "logs"
+    assert run.text.splitlines()[-1] in (logs / "train.log").read_text()
+    trace = [json.loads(line) for line in (logs / "trace.jsonl").read_text().splitlines()]
+    assert moment != "step" or trace[-1]["step"] == 4 and "loss" in trace[-1]
+    assert moment != "eval" or trace[-1]["event"] == "eval"
+    assert moment != "bad-step" or json.loads((logs / "bad-step-4.json").read_text())["step"] == 4
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(monkeypatch, tmp_path):

@@ -134,10 +134,10 @@ class Monitor:
         if self.log and text:
             file = file or sys.stdout
             shown = fitted(text, shutil.get_terminal_size().columns) if file.isatty() else text
+            self.log.write(stamped(log or text))  # first: what was seen is in the files, whenever the machine goes
             with console():
                 self.bar.write(shown, file=file)
                 file.flush()
-            self.log.write(stamped(log or text))
 
     def overdue(self) -> bool:
         """On rank 0: logging_seconds have passed since the last log line."""
@@ -190,30 +190,31 @@ class Monitor:
         self.held = (step, {"loss": loss, "grad_norm": norm, "lr": lr}, ids, extra)
         if not logs:
             self.record()
+            self.prove(step)
         if verdict:
             self.report(step, loss, norm, verdict, locate(ids))
 
     def report(self, step: int, loss: float, norm: float, verdict: str, windows: list[tuple[str, int]]) -> None:
         path = Path(self.cfg.logging_dir, f"bad-step-{step}.json")
         first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
-        self.say(
-            f"Step {step}: loss={loss:.4f}, grad norm={norm:.4f}: {verdict}. Read {first}, ...; all windows in {path}"
-        )
         if self.logs:
             figures = {"step": step, "loss": str(loss), "grad_norm": str(norm), "verdict": verdict}
             places = [{"shard": shard, "offset": offset} for shard, offset in windows]
             self.logs.put(path.name, json.dumps({**figures, "windows": places}, indent=1).encode())
+        self.say(
+            f"Step {step}: loss={loss:.4f}, grad norm={norm:.4f}: {verdict}. Read {first}, ...; all windows in {path}"
+        )
 
     def record(self, **figures: Any) -> None:
-        """Write the line that is held, if any, and say when a replay has come to its end."""
+        """Write the line that is held, if any."""
         if self.held and self.trace:
             step, proven, ids, extra = self.held
             self.trace.record(step, proven, ids, extra | figures)
-            self.prove(self.trace, step)
         self.held = None
 
-    def prove(self, trace: Trace, step: int) -> None:
-        if not (found := trace.replayed(step)):
+    def prove(self, step: int) -> None:
+        """Say when a replay has come to its end, and how."""
+        if not self.trace or not (found := self.trace.replayed(step)):
             return
         same, difference = found
         if not difference:
@@ -233,7 +234,7 @@ class Monitor:
             self.bar.update(step - self.bar.n)
         if self.trace:
             self.trace.skipped(step, ids)
-            self.prove(self.trace, step)
+        self.prove(step)
 
     def line(self, step: int, lr: float, waited: float, status: str = "") -> None:
         """The log line of the steps since the last one: mean loss, speed as seen on the wall.
@@ -267,18 +268,6 @@ class Monitor:
             f"{retries - self.retries} allocator retries" if retries > self.retries else "",
             f"{duration(left)} left",
         ]
-        text = " | ".join(part for part in parts if part)
-        if not status or len(text) + len(status) + 3 <= WIDTH:
-            self.say(" | ".join(filter(None, (text, status))))
-        else:
-            self.say(f"{text}\n  {status}")
-        if share:
-            lost = {"data": wait_share, "save": self.stall / seconds, "retries": retries - self.retries}
-            self.slow = self.slow + 1 if share < SLOW else 0
-            if self.slow == 2:  # one alone has the first steps of a process in it, or a profile
-                self.say(
-                    f"note      slower than expected; {suspect(1 - share, lost, self.sniffed, self.env.world_size)}"
-                )
         self.record(
             mean_loss=loss,
             best=self.best,
@@ -294,6 +283,19 @@ class Monitor:
             seconds_left=left,
             time=int(time.time()),
         )
+        text = " | ".join(part for part in parts if part)
+        if not status or len(text) + len(status) + 3 <= WIDTH:
+            self.say(" | ".join(filter(None, (text, status))))
+        else:
+            self.say(f"{text}\n  {status}")
+        if share:
+            lost = {"data": wait_share, "save": self.stall / seconds, "retries": retries - self.retries}
+            self.slow = self.slow + 1 if share < SLOW else 0
+            if self.slow == 2:  # one alone has the first steps of a process in it, or a profile
+                self.say(
+                    f"note      slower than expected; {suspect(1 - share, lost, self.sniffed, self.env.world_size)}"
+                )
+        self.prove(step)
         if self.board:
             values = {
                 "loss/train": loss,
@@ -324,12 +326,12 @@ class Monitor:
             "documents apart" if self.cfg.mask_documents else "",
             f"{spent:.1f} s",
         ]
+        # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
+        new = not self.trace or self.trace.event("eval", step, loss=loss, eval_seconds=spent)
         self.say(" | ".join(part for part in parts if part))
         if self.board:
             self.board.scalars(step, {"loss/validation": loss, "loss/validation_perplexity": perplexity})
             self.board.scalars(step, {"loss/validation_bits_per_byte": bits_per_byte})
-            # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
-            new = not self.trace or self.trace.event("eval", step, loss=loss, eval_seconds=spent)
             if new and self.samples:
                 try:
                     self.board.text(step, "sample", write())
