@@ -361,6 +361,11 @@ def open_dataset(cfg: Config) -> Dataset:
     return Dataset.open(cfg, cache)
 
 
+def unpack(cfg: Config) -> None:
+    """Unpack what open_dataset would, for one process of a node while the others wait. Raises DataError."""
+    open_dataset(cfg)
+
+
 # ---- batches
 
 

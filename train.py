@@ -46,10 +46,9 @@ def every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
 
 
-def train(cfg: Config, origins: dict[str, str], dataset: data.Dataset, stop: StopSignal) -> int:
+def train(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, stop: StopSignal) -> int:
     """The run, on every rank alike; returns the exit code."""
     # --- setup
-    env = processes.start(cfg)
     guard.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
@@ -248,19 +247,21 @@ def main(argv: list[str]) -> int:
         if "--show" in argv:
             return show(cfg, origins)
         cfg.batch(processes.world_size())
+        env = processes.start(cfg)
+        processes.on_each_node(env, data.unpack, cfg)
         dataset = data.open_dataset(cfg)
         explain_bus_errors([*dataset.shards, *dataset.eval_shards])
         stop = StopSignal(cfg.stop_after_minutes)
         preemption.watch(stop.ask)
-        return train(cfg, origins, dataset, stop)
+        return train(cfg, origins, env, dataset, stop)
     except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         code, text = failures.explain(error)
-        if cfg and profiler.is_out_of_memory(error):
-            text = f"error: out of memory: {error}"
+        if cfg and (lack := profiler.out_of_memory(error)):
+            text = f"error: out of memory: {lack}"
             if failures.first("explain"):  # it takes seconds and a process
-                text = f"error: {planner.explain_out_of_memory(error, cfg, processes.world_size())}"
+                text += "\n" + planner.explain_out_of_memory(cfg, processes.world_size())
         failures.say(error, lambda: complain(cfg, text) if cfg else tell(text))
         return exits.leave(code, text)
 

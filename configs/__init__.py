@@ -101,7 +101,7 @@ class Config:
     cpu_threads: int = 0  # threads per process on a CPU; 0 for cores / processes
     check_hardware: bool = True  # on GPUs, seconds at the start that name a slow one; off for a machine that is known
     collective_timeout_seconds: float = 600.0  # a step's exchange that takes longer is an error; more on slow networks
-    watchdog_seconds: float = 600.0  # without a step for so long (and 20 median steps) is a hang, exit 70; 0 to debug
+    watchdog_seconds: float = 480.0  # without a step for so long (and 20 median steps) is a hang, exit 70; 0 to debug
     check_replicas_steps: int = 0  # compare the model's copies so often besides at each save; where memory is doubted
     max_failed_starts: int = 3  # starts in a row without a new step, then exit 78; 0 where machines vanish in minutes
     deterministic: bool = False  # bit-equal GPU kernels at some speed; on a CPU results always are

@@ -20,10 +20,13 @@ import torch.distributed as dist
 from conftest import ROOT
 from launch import GUARD, TINY, Run, train, until
 
-from configs import ConfigError
+import configs
+import data
+from configs import Config, ConfigError
+from model import GPTNeoX
 from refocused.checkpoint import manifest, saver
-from refocused.measure import hardware
-from refocused.run import failures, guard, optim, processes, strategy
+from refocused.measure import acceptance, hardware
+from refocused.run import failures, guard, optim, processes, profiler, strategy
 from refocused.shards.shard import DataError
 
 
@@ -37,6 +40,10 @@ def raise_at(step: int | None, error: BaseException) -> None:
         return before(at, cfg)
 
     optim.learning_rate = rate
+
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 def destroy_that_blocks() -> None:
@@ -94,6 +101,8 @@ FAULTS = {
     "slow": lambda: setattr(saver.Saver, "save", lambda *_: time.sleep(3600)),
     "absent-minded": lambda: setattr(strategy, "build", lambda *_: time.sleep(3600)),
     "impatient": lambda: setattr(processes, "FIRST_SECONDS", 2),
+    "unpacks": lambda: setattr(data, "unpack", lambda cfg: time.sleep(15)),
+    "no-data": lambda: at_call(data, "unpack", 1, lambda *_: fail(DataError("made up, on one node"))),
     "late": lambda: setattr(failures, "say", lambda *args, say=failures.say: (time.sleep(2), say(*args))),
 }
 START = launch._rank
@@ -189,6 +198,18 @@ def test_a_hang_in_what_may_take_long_is_found(faulty, slow, fault, moment):
     assert waiting.exitcode == 70 and re.search(words, run.text), run.text
 
 
+def test_what_a_node_has_to_unpack_holds_nobody_to_the_time_of_a_step(faulty):
+    """One node unpacks for longer than an exchange may take: the other waits, and both train."""
+    run = faulty("collective_timeout_seconds=10", FAULT0="unpacks")
+    assert run.wait() == [0, 0], run.text
+
+
+def test_a_node_whose_data_is_missing_ends_all(faulty, tmp_path):
+    """One node fails while it opens its data: all leave with its code and its words, none waits for it."""
+    run = faulty(FAULT0="no-data")
+    assert run.wait() == [66, 66] and "made up, on one node" in run.text, run.text
+
+
 def test_ranks_whose_torchrun_died_while_they_started_leave(faulty):
     """torchrun's store, there before any rank, does not answer: soon 70, where torch would look for ten minutes."""
     run = faulty(TORCHELASTIC_USE_AGENT_STORE="True")
@@ -260,18 +281,65 @@ def test_what_was_seen_is_in_the_files(faulty, tmp_path, moment):
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(monkeypatch, tmp_path):
-    """torch built for CUDA and a device file, but no accelerator: refused with both versions, unless it is hidden."""
-    (tmp_path / "nvidia0").touch()
+    """torch built for CUDA and a device file, of a container that was lent the machine's fourth GPU, but no accelerator:
+    refused with both versions by all that would take one, unless it is hidden."""
+    (tmp_path / "nvidia3").touch()
+    (tmp_path / "nvidiactl").touch()
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
-    monkeypatch.setattr(processes, "DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(processes, "DEVICES", f"{tmp_path}/nvidia[0-9]*")
     monkeypatch.setattr(processes, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ConfigError, match=r"built for CUDA 13.0, finds no usable GPU \(driver 535.104.05"):
-        processes.pick_device(0, 1)
+    for take in (lambda: processes.pick_device(0, 1), processes.any_device, lambda: acceptance.main(["--part", "1"])):
+        with pytest.raises(
+            ConfigError, match=r"nvidia3 .*built for CUDA 13.0, finds no usable GPU \(driver 535.104.05"
+        ):
+            take()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert processes.pick_device(0, 1).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory. Tried to"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."), "CUDA error: out of memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "CUDA error: CUBLAS",
+        ),
+        (
+            dist.DistBackendError("NCCL error in: NCCLUtils.cpp\nLast error:\nCuda failure 2 'out of memory'"),
+            "Cuda failure",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory"),
+            "[enforce fail",
+        ),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ConfigError("out of memory"), None),
+    ],
+)
+def test_memory_that_is_out_is_called_so(error, line):
+    """In the words of each library that takes memory: the line of its error that says so, and nothing else's."""
+    found = profiler.out_of_memory(error)
+    assert found == line or found.startswith(line)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator's driver pins")
+def test_offload_where_nothing_can_be_pinned(capfd):
+    """Tried before FSDP2 does, which would end in an error: here without an accelerator, so torch refuses."""
+    assert not strategy.can_pin(GPTNeoX(configs.load(TINY)[0]), 2)
+    assert re.search(r"note .* pins no 0.0 GiB, so offload copies through unpinned memory", capfd.readouterr().err)
+
+
+def test_limits_leave_time_to_say_who_is_missing():
+    """By default the watchdog has looked for the silent rank, at the latest, before an exchange's time is up."""
+    cfg = Config()
+    looking = 10 + max(2.5 * 10 + 2 * 2, 4 * 10 + 5)  # until it looks, and for how long; see Watchdog.bark
+    assert cfg.watchdog_seconds + looking < cfg.collective_timeout_seconds
 
 
 def test_restarts_on_several_nodes_are_refused(monkeypatch):
@@ -331,6 +399,11 @@ def test_the_slow_one_is_named(tmp_path):
     ]
     _, first, *_ = hardware.words(rows[:2], names[:2], "NVIDIA H100 80GB HBM3")
     assert first == "rank 0 is slow: product 700 TFLOP/s, such a GPU in good health 794"
+    disks = [{"written": 900.0, "read": 2000.0}, {"written": 90.0, "read": 2100.0}]
+    assert hardware.slow(disks, ["this", "that"], None) == ["that is slow: written 90 MB/s, the others 900"]
+    name, rates = hardware.of_node(tmp_path, 1 << 20)
+    assert rates.keys() == {"written", "read"} and str(tmp_path) in name
+    assert hardware.of_node(tmp_path / "no", 1 << 20)[1] == {}
     assert hardware.gpu(torch.device("cpu"), n=64)["product"] > 0 and min(hardware.disk(tmp_path, 1 << 20)) > 0
 
 

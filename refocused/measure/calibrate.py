@@ -7,6 +7,7 @@ import os
 import queue
 import socket
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from configs import Config
 from refocused.measure import gpus
 from refocused.measure.cost import Hardware
-from refocused.run import processes
+from refocused.run import exits, processes
 
 WALL = time.perf_counter
 
@@ -97,9 +98,13 @@ def rank_of(rank: int, world: int, port: int, cfg: Config, shapes: list[tuple], 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     warnings.simplefilter("ignore", FutureWarning)  # names of collectives that older torch does not have
-    env = processes.start(cfg)
-    results.put((rates(cfg, shapes, env, clock), env.device.type, env.device_name))
-    processes.stop()
+    try:
+        env = processes.start(cfg)
+        results.put((rates(cfg, shapes, env, clock), env.device.type, env.device_name))
+        processes.stop()
+    except Exception:  # the others wait for it, but not who started them
+        traceback.print_exc()
+        exits.leave(exits.INTERNAL, at_once=True)
 
 
 def calibrate(cfg: Config, world: int, shapes: Iterable[tuple], clock: Callable[[], float] = WALL) -> Hardware:

@@ -49,6 +49,7 @@ def evaluate(source: Source, cfg: Config, env: processes.Env) -> tuple[data.Data
 
     Collective. Raises CheckpointError, DataError.
     """
+    processes.on_each_node(env, data.unpack, cfg)
     dataset = data.open_dataset(cfg)
     if not dataset.num_eval_samples:
         raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")

@@ -1,6 +1,8 @@
 """A few seconds at the start that find the slow one: GPU, link or disk. `./setup.sh --check`, and train.py on GPUs."""
 
+import contextlib
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -11,13 +13,13 @@ import torch.distributed as dist
 
 from configs import Config
 from refocused import entry
+from refocused.measure import gpus
+from refocused.measure.calibrate import calibrate
 from refocused.run import processes
 from refocused.run.processes import Env
 
-# reached in bf16 by products of this size on a machine that is well, TFLOP/s: ml-engineering's table (Stas Bekman)
-CEILINGS = {"A100-SXM": 271.2, "H100 80GB HBM3": 794.5, "H200": 794.5}  # not of the slower PCIe and NVL cards
 SLACK = 0.9  # below this share of the others, or of the ceiling, it is slow
-UNITS = {"product": "TFLOP/s", "to GPU": "GB/s", "from GPU": "GB/s"}
+UNITS = {"product": "TFLOP/s", "to GPU": "GB/s", "from GPU": "GB/s", "written": "MB/s", "read": "MB/s"}
 
 
 def seconds(device: torch.device, function, repeats: int) -> float:
@@ -37,10 +39,9 @@ def gpu(device: torch.device, n: int = 8192, nbytes: int = 1 << 28) -> dict[str,
     x = torch.randn(n, n, device=device).bfloat16()  # ones cost less power, and are a tenth faster
     found = {"product": 2 * n**3 / seconds(device, lambda: x @ x, 10) / 1e12}
     if device.type == "cuda":
-        host, there = (
-            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True),
-            torch.empty(nbytes, dtype=torch.uint8, device=device),
-        )
+        host, there = torch.empty(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8, device=device)
+        with contextlib.suppress(RuntimeError):  # a system that pins nothing shows in the rate
+            host = host.pin_memory()
         found["to GPU"] = nbytes / seconds(device, lambda: there.copy_(host, non_blocking=True), 3) / 1e9
         found["from GPU"] = nbytes / seconds(device, lambda: host.copy_(there, non_blocking=True), 3) / 1e9
     return found
@@ -65,6 +66,15 @@ def disk(folder: Path, nbytes: int = 1 << 28) -> tuple[float, float]:
     return nbytes / (wrote - begin) / 1e6, nbytes / read / 1e6
 
 
+def of_node(folder: Path, nbytes: int) -> tuple[str, dict[str, float]]:
+    """A name for this node's disk, and its rates; none where it fails, which those who need it say in full."""
+    name = f"the disk of {folder} on {socket.gethostname()}"
+    try:
+        return name, dict(zip(("written", "read"), disk(folder, nbytes), strict=True))
+    except OSError as error:
+        return f"{name} ({error.strerror})", {}
+
+
 def slow(rows: list[dict[str, float]], names: list[str], ceiling: float | None) -> list[str]:
     """What is slower than its like: rows of rates, their owners' names, and what the product should reach if known."""
     found = []
@@ -84,20 +94,24 @@ def words(rows: list[dict[str, float]], names: list[str], device_name: str) -> l
     shown = [
         f"{key} {min(r[key] for r in rows):.3g} to {max(r[key] for r in rows):.3g} {UNITS[key]}" for key in rows[0]
     ]
-    ceiling = next((rate for part, rate in CEILINGS.items() if part in device_name and "NVL" not in device_name), None)
-    return [", ".join(shown), *slow(rows, names, ceiling)]
+    known = gpus.find(device_name)
+    return [", ".join(shown), *slow(rows, names, known.ceiling / 1e12 if known and known.ceiling else None)]
 
 
 def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
-    """Lines for the plan: this run's GPUs, all-reduce and disk, and which of them is slow. Collective."""
+    """Lines for the plan: this run's GPUs, all-reduce and disks, and which of them is slow. Collective."""
     mine = gpu(env.device, n, nbytes)
     rows: list[dict[str, float]] = [{}] * env.world_size
     dist.all_gather_object(rows, mine, group=processes.patient)
     names = [f"rank {rank}" for rank in range(env.world_size)]
-    write, read = processes.on_rank_0(disk, Path(cfg.output_dir), nbytes)
-    first, *complaints = words(rows, names, env.device_name)
-    line = f"measured  {first}, disk of output_dir {write:,.0f} MB/s written and {read:,.0f} read"
-    return "\n".join([line, *(f"note      {text}" for text in complaints)])
+    nodes = [node for node in processes.on_each_node(env, of_node, Path(cfg.output_dir), nbytes) if node]
+    line, *complaints = words(rows, names, env.device_name)
+    if disks := {name: rates for name, rates in nodes if rates}:
+        write, read = (min(rates[key] for rates in disks.values()) for key in ("written", "read"))
+        line += f", disk of output_dir {write:,.0f} MB/s written and {read:,.0f} read"
+        complaints += slow(list(disks.values()), list(disks), None)
+    complaints += [f"{name} could not be measured" for name, rates in nodes if not rates]
+    return "\n".join([f"measured  {line}", *(f"note      {text}" for text in complaints)])
 
 
 def main(argv: list[str]) -> int:
@@ -108,6 +122,8 @@ def main(argv: list[str]) -> int:
     name = torch.cuda.get_device_name(0) if count else "CPU"
     write, read = disk(Path("."), 1 << (28 if count else 25))
     first, *complaints = words(rows, [str(device) for device in devices], name)
+    if count > 1:
+        first += f", all-reduce {calibrate(Config(), count, []).speeds['all-reduce'] / 1e9:.3g} GB/s"
     print(f"{first} ({name}); this disk {write:,.0f} MB/s written and {read:,.0f} read")
     for text in complaints:
         print(text)

@@ -67,13 +67,9 @@ class Gate(StopSignal):
         self.wait()
 
 
-def device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def ours(cfg: Config, gate: Gate) -> None:
     gate.wait()
-    train.train(cfg, {}, Dataset.open(cfg), gate)
+    train.train(cfg, {}, processes.start(cfg), Dataset.open(cfg), gate)
 
 
 def whole(cfg: Config, gate: Gate) -> None:
@@ -118,7 +114,7 @@ def seed(cfg: Config, gate: Gate) -> None:
     accelerator = Accelerator(
         mixed_precision=cfg.mixed_precision,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        cpu=device().type == "cpu",
+        cpu=processes.any_device().type == "cpu",
     )
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
     model = torch.compile(model) if cfg.compile_model else model
@@ -181,7 +177,7 @@ class GPT2(nn.Module):
 def nanogpt(cfg: Config, gate: Gate) -> None:
     """A nanoGPT-style loop: random windows, autocast, whole-model compile, fused AdamW."""
     gate.wait()
-    where = device()
+    where = processes.any_device()
     model = GPT2(cfg).to(where)
     compiled = torch.compile(model) if cfg.compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
@@ -205,7 +201,7 @@ def floor(cfg: Config, gate: Gate) -> None:
     """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
     attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
     gate.wait()
-    where, dtype = device(), processes.DTYPES[cfg.mixed_precision]
+    where, dtype = processes.any_device(), processes.DTYPES[cfg.mixed_precision]
     C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
     B, H, L = cfg.per_device_train_batch_size, cfg.num_attention_heads, cfg.num_hidden_layers
 

@@ -306,7 +306,7 @@ class Passes:
         return [self.known[cfg] for cfg in configs]
 
 
-def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) -> str:
+def explain_out_of_memory(cfg: Config, world_size: int) -> str:
     """What the plan says that each process needs, by kind, and the keys that help."""
     try:  # in a process of its own: this one has a process group, and no memory
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -318,7 +318,7 @@ def explain_out_of_memory(error: BaseException, cfg: Config, world_size: int) ->
     B = cfg.per_device_train_batch_size
     offload = "cpu_offload=true" + " mixed_precision=bf16" * (cfg.mixed_precision == "fp16")
     return (
-        f"out of memory: {str(error).splitlines()[0]}\n{needs}\n"
+        f"{needs}\n"
         f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
         f"{cfg.batch(world_size)[0] * (2 if B > 1 else 1)} (now {B} and {cfg.batch(world_size)[0]}), "
         f"activation_checkpointing=full (now {cfg.activation_checkpointing}), "

@@ -25,8 +25,8 @@ at_leave: list[Callable[[int, str], None]] = []  # called with code and words, w
 def leave(code: int, words: str = "", at_once: bool = False) -> int:
     """The last act of every process of a run; its words have been said, and are handed on to torchrun's report.
 
-    While a process group of several exists nobody knows where the others are, and taking it down would wait for them:
-    under NCCL for ever. Such a process is gone when this returns, as is any `at_once`; else the code is returned.
+    After an error nobody knows where the other processes are, and taking the group down would wait for them, under NCCL
+    for ever, or fail on a GPU that has failed. Such a process is gone, as is any `at_once`; else the code is returned.
     """
     for function in at_leave:
         with contextlib.suppress(Exception):  # what they note matters less than leaving
@@ -38,7 +38,7 @@ def leave(code: int, words: str = "", at_once: bool = False) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
             stream.flush()
-    if at_once or (dist.is_initialized() and dist.get_world_size() > 1):
+    if at_once or (dist.is_initialized() and (code or dist.get_world_size() > 1)):
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import glob
 import os
 import resource
 import socket
@@ -31,7 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 BUSY = 1.25  # load per core from which waiting threads take the time of those that work
 FIRST_SECONDS = 60.0  # in which the first collective must be over
 STORE_SECONDS = 10.0  # in which torchrun's store must be found
-DEVICE, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
+NCCL_LATER = 120.0  # seconds after gloo's time is up and said, when NCCL ends the process with SIGABRT, without a word
+DEVICES, DRIVER = "/dev/nvidia[0-9]*", Path("/proc/driver/nvidia/version")  # a container has the host's numbers
 
 
 class PeersError(ValueError):
@@ -52,7 +54,9 @@ class Progress:
 
 progress = Progress()
 store: Any = None  # of this launch, what one rank notes there the others read; Any: the stubs do not know clone()
-patient: dist.ProcessGroup | None = None  # the processes again, with time for what may be long; None until start()
+# the processes again, None until start(): for what is agreed on after a step, and with time for what may be long
+meetings: dist.ProcessGroup | None = None
+patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def pick_device(local_rank: int, local_world_size: int) -> torch.device:
-    """This process's accelerator, or the CPU. Raises ConfigError for more processes than accelerators."""
+def any_device() -> torch.device:
+    """An accelerator if there is one, or the CPU. Raises ConfigError for a GPU that torch cannot use."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         refuse_idle_gpu()
-        return torch.device("cpu")
+    return accelerator or torch.device("cpu")
+
+
+def pick_device(local_rank: int, local_world_size: int) -> torch.device:
+    """This process's accelerator, or the CPU. Raises ConfigError for more processes than accelerators."""
+    accelerator = any_device()
+    if accelerator.type == "cpu":
+        return accelerator
     count = torch.accelerator.device_count()
     if local_world_size > count:
         hide = ", or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU" if accelerator.type == "cuda" else ""
@@ -100,13 +111,14 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
 def refuse_idle_gpu() -> None:
     """Raise ConfigError where there is a GPU that torch was built for and cannot use, rather than train without it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
-    if not torch.version.cuda or not DEVICE.exists() or hidden:
+    found = sorted(glob.glob(DEVICES))
+    if not torch.version.cuda or not found or hidden:
         return
     driver = "unknown"
     with contextlib.suppress(OSError):  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat ..."
         driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), driver)
     raise ConfigError(
-        f"{DEVICE} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
+        f"{found[0]} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
         f"(driver {driver}; CUDA 13 needs 580, CUDA 12 needs 525): update the driver, or install torch for the CUDA "
         "that nvidia-smi shows; CUDA_VISIBLE_DEVICES= trains on the CPU"
     )
@@ -167,9 +179,10 @@ def start(cfg: Config) -> Env:
 
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
     timeout = datetime.timedelta(seconds=cfg.collective_timeout_seconds)
-    join(backend, rank, world, timeout)
-    global patient
-    # a checkpoint is hashed and pulled, and the last upload waited for
+    join(backend, rank, world, timeout + datetime.timedelta(seconds=NCCL_LATER * (device.type == "cuda")))
+    global meetings, patient
+    meetings = dist.new_group(backend="gloo", timeout=timeout)
+    # shards are unpacked, a checkpoint is hashed and pulled, and the last upload waited for
     longer = datetime.timedelta(hours=2, seconds=cfg.upload_deadline_seconds)
     patient = dist.new_group(backend="gloo", timeout=timeout + longer)
     world_group = dist.group.WORLD
@@ -367,10 +380,10 @@ def on_rank_0(function: Callable, *args: Any) -> Any:
     return box[0]
 
 
-def agree(*flags: float, group: dist.ProcessGroup | None = None) -> list[float]:
+def agree(*flags: float) -> list[float]:
     """The largest of each flag over all ranks: a host-side collective that does not wait for the device."""
     values = torch.tensor(flags, dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=meetings)
     progress.ticks, progress.at = progress.ticks + 1, time.monotonic()
     return values.tolist()
 

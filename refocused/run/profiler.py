@@ -50,6 +50,13 @@ class Profiler:
         return said
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """An accelerator's error has a class of its own, the CPU allocator's only its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+# cuBLAS's words, the driver's and NCCL's, the CPU allocator's; only the caching allocator's error has a class of its own
+NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The line of the error that says so, if it is of that kind."""
+    lines = [line for line in str(error).splitlines() if any(words in line for words in NO_MEMORY)]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return (lines or str(error).splitlines() or [type(error).__name__])[0]
+    return lines[0] if lines and isinstance(error, RuntimeError) else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import socket
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,8 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config, ConfigError
-from model import GPTNeoX, Head, initial_value, softmax_loss
+from model import GPTNeoX, Head, initial_value, num_parameters, softmax_loss
 from refocused.run import processes
+from refocused.run.logs import tell
 from refocused.run.processes import DTYPES, Env
 from refocused.shards.tokenizers import end_of_text
 
@@ -80,8 +82,9 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
     policy = MixedPrecisionPolicy(DTYPES[cfg.mixed_precision], torch.float32) if half else MixedPrecisionPolicy()
     # a block's inputs are in the right dtype already, except the rotary tables, which must stay fp32
     inner = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
-    # pinned memory makes the copies run behind the computation; a CPU has nothing to pin for
-    offload = CPUOffloadPolicy(pin_memory=env.device.type != "cpu") if cfg.cpu_offload else OffloadPolicy()
+    offload = OffloadPolicy()
+    if cfg.cpu_offload:  # pinned memory makes the copies run behind the computation; a CPU has nothing to pin for
+        offload = CPUOffloadPolicy(pin_memory=env.device.type != "cpu" and can_pin(model, mesh.shape[-1]))
     share = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
     for block in model.layers:
         share(block, mp_policy=inner)
@@ -91,6 +94,22 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
         # backward starts here, so freeing the head after forward would only mean gathering it again
         share([model.final_layer_norm, model.embed_out], mp_policy=inner, reshard_after_forward=False)
     share(model, mp_policy=policy)
+
+
+def can_pin(model: GPTNeoX, parts: int) -> bool:
+    """Whether this system pins a part of every parameter, as FSDP2 does before the first step: tried, as no limit says
+    it. What was pinned is kept by torch's allocator and given to who asks next."""
+    try:
+        _ = [torch.empty(-(-len(p) // parts), *p.shape[1:], dtype=p.dtype).pin_memory() for p in model.parameters()]
+        return True
+    except RuntimeError as error:
+        tell(
+            f"note      {socket.gethostname()} pins no {num_parameters(model.cfg)[0] * 4 / parts / 2**30:.1f} GiB, so "
+            f"offload copies through unpinned memory, several times slower: {str(error).splitlines()[0]}"
+        )
+        with contextlib.suppress(AttributeError, RuntimeError):  # torch 2.11; nothing to pin for
+            torch.accelerator.empty_host_cache()
+        return False
 
 
 def materialise(model: GPTNeoX, cores: int) -> None:
