@@ -32,7 +32,7 @@ from configs import Config, ConfigError
 from refocused.bucket import commands, sync
 from refocused.checkpoint import average, choice, disk, export, folder, manifest, tensors
 from refocused.checkpoint.choice import Choice
-from refocused.checkpoint.folder import MODEL_KEYS, Source
+from refocused.checkpoint.folder import FUNCTION, Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
 from refocused.measure import evaluation
@@ -190,8 +190,7 @@ def beginning(place: str, cfg: Config) -> Source:
     if source.is_hf:
         way = entry.here(f"python ckpt.py import {place} OUT")
         raise ConfigError(f"init_from={place} is a Hugging Face folder; first: `{way}`")
-    free = ("attention_dropout", "hidden_dropout", "max_position_embeddings", "initializer_range")
-    different = [k for k in MODEL_KEYS if k not in free and getattr(source.cfg, k) != getattr(cfg, k)]
+    different = [k for k in FUNCTION if getattr(source.cfg, k) != getattr(cfg, k)]
     if different:
         needed = " ".join(f"{k}={getattr(source.cfg, k)}" for k in different)
         ours = " ".join(f"{k}={getattr(cfg, k)}" for k in different)
@@ -229,6 +228,8 @@ def find(place: str) -> Source:
         if manifest.names(path):
             chosen = choice.choose(path, "latest")
             assert chosen.path is not None
+            for name, why in chosen.passed_over:
+                print(f"passed over {name}: {why}", file=sys.stderr)
             return Source.of(chosen.path, chosen.state)
     return Source.of(path, manifest.read_state(path))
 

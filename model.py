@@ -4,6 +4,7 @@ Parameter names are those of Hugging Face's GPTNeoXForCausalLM on disk without t
 dict is an export after a rename. Nothing here knows about devices, processes or precision policies.
 """
 
+import functools
 import zlib
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class Documents(NamedTuple):
     """
 
     first: torch.Tensor  # int32 (B, T): the position of the first token that this one may look at
-    edges: torch.Tensor  # int32 (B * n + 1): the same as offsets into B * T tokens, for CUDA's kernel
+    edges: torch.Tensor | None  # int32 (B * n + 1): the same as offsets into B * T tokens, where a kernel takes them
 
     @classmethod
     def of(cls, idx: torch.Tensor, end: int) -> "Documents":
@@ -69,6 +70,14 @@ class Documents(NamedTuple):
         """bool (B, 1, T, T): which key each query sees."""
         keys = torch.arange(self.first.size(1), device=self.first.device)
         return ((keys >= self.first[..., None]) & (keys <= keys[:, None]))[:, None]
+
+
+@functools.cache
+def takes_edges(device: torch.device, head_dim: int) -> bool:
+    """Whether varlen_attn, which is flash attention without fallbacks, runs there: torch's checks in flash_api.cpp."""
+    if device.type != "cuda" or head_dim % 8 or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class CausalSoftmax(torch.autograd.Function):
@@ -139,7 +148,7 @@ class Attention(nn.Module):
             y = attend_in_pieces(q, k, v, None if documents is None else documents.first)
         elif documents is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        elif x.is_cuda and p == 0.0 and q.dtype != torch.float32:  # what that kernel can do
+        elif documents.edges is not None and p == 0.0 and q.dtype != torch.float32:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T, H, D)
             edges = documents.edges
             y = varlen_attn(q, k, v, edges, edges, T, T, window_size=(-1, 0))  # to the left: causal
@@ -324,6 +333,8 @@ class GPTNeoX(nn.Module):
         cos, sin = rotary_tables(positions, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
         x = F.dropout(self.embed_in(idx), cfg.hidden_dropout, self.training)  # (B, T, C)
         documents = None if self.end is None else Documents.of(idx, self.end)
+        if documents and not takes_edges(idx.device, cfg.head_dim):
+            documents = documents._replace(edges=None)
         for layer in self.layers:
             x = layer(x, cos, sin, documents=documents)
         return self.embed_out(self.final_layer_norm(x), targets, each)

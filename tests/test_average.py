@@ -61,8 +61,10 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
 
 
 def test_mean_of_equals(tmp_path):
-    """Three times the same checkpoint is that checkpoint, bit for bit."""
+    """Three times the same checkpoint is that checkpoint, bit for bit; with one trained in another way there is a mean."""
     one = save(tmp_path / "one", CFG)
+    other = save(tmp_path / "other", dataclasses.replace(CFG, attention_dropout=0.1, max_position_embeddings=512))
+    assert averaged(one, other, tmp_path / "mixed") == 0
     assert averaged(one, one, one, tmp_path / "mean") == 0
     assert all(torch.equal(t, tensors(one)[key]) for key, t in tensors(tmp_path / "mean" / one.name).items())
 
@@ -78,6 +80,7 @@ def test_refused(run, tmp_path):
         ([path, path, tmp_path / "out", "--weights", "1"], "2 checkpoints need as many numbers"),
         ([path, path, tmp_path / "out", "--weights", "1,x"], "2 checkpoints need as many numbers"),
         ([path, path, tmp_path / "out", "--weights", "0,0"], "not all 0"),
+        ([path, path, tmp_path / "out", "--weights", "1e308,1e308"], "2 checkpoints need as many numbers"),
         ([path, path, tmp_path / "full"], "not empty"),
         ([path, other, tmp_path / "out"], "no mean of different models"),
     ):
@@ -102,3 +105,4 @@ def test_decay_branch(shards, tmp_path):
     assert all(torch.equal(t, before[key]) for key, t in tensors(six).items())
     assert ckpt.find(str(tmp_path / "branch/out")).state["step"] == 10
     assert averaged(six, newest(tmp_path / "branch"), tmp_path / "mean") == 0
+    assert ckpt.find(str(tmp_path / "mean")).trained_on == ckpt.find(str(six)).trained_on != None  # noqa: E711

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 import configs
 import model as neox
 from data import Dataset, window_shift
+from refocused.shards.tokenizers import separator
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
 END = 100
@@ -84,6 +85,25 @@ def test_edges_for_cuda():
     for begin, end in itertools.pairwise(documents.edges.tolist()[3:]):  # all documents of the other two rows
         parts = (t[:, begin:end] for t in (q, k, v))
         torch.testing.assert_close(F.scaled_dot_product_attention(*parts, is_causal=True), masked[:, begin:end])
+
+
+def test_a_kernel_that_takes_edges_or_none(monkeypatch):
+    """flash_api.cpp's limits: compute capability 8.0, heads of multiples of 8 up to 256; elsewhere the mask serves."""
+    cuda = torch.device("cuda", 0)
+    for capability, size, can in (((8, 0), 64, True), ((9, 0), 256, True), ((7, 5), 64, False), ((9, 0), 52, False)):
+        neox.takes_edges.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert neox.takes_edges(cuda, size) == can
+    assert not neox.takes_edges(cuda, 264) and not neox.takes_edges(torch.device("cpu"), 64)
+    neox.takes_edges.cache_clear()
+
+
+def test_an_end_of_text_that_never_comes_is_refused():
+    """A model of 257 tokens with GPT-2's end-of-text would keep nothing apart and say that it does."""
+    cfg = configs.load(["vocab_size=257", "tokenizer=gpt2", "mask_documents=true"])[0]
+    with pytest.raises(configs.ConfigError, match="is 50256, which a model with vocab_size=257 never sees"):
+        separator(cfg)
+    assert separator(dataclasses.replace(cfg, tokenizer="byte")) == 256
 
 
 def test_compiled_equals_eager():

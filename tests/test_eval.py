@@ -1,5 +1,6 @@
 """ckpt.py eval: the loss that Transformers and the run itself find on the same windows, in nats, in bits per byte."""
 
+import dataclasses
 import json
 import math
 import re
@@ -18,6 +19,7 @@ import ckpt
 import configs
 from data import Dataset
 from refocused.checkpoint import export
+from refocused.measure import evaluation
 from refocused.shards import tokenizers
 
 
@@ -96,6 +98,19 @@ def test_equals_the_run(run):
     keys = ("mask_documents=true", "mask_documents=false")
     apart, together = (json.loads(evaluate(folder / "out", key, "--json")) for key in keys)
     assert apart["mask_documents"] and not together["mask_documents"] and apart["loss"] != together["loss"]
+
+
+def test_what_may_have_been_trained_on(run, two):
+    """Of what a run's own keys hold out, nothing; more shards, another set, or of one shard another tail, may have been."""
+    source = ckpt.find(str(run[0] / "out"))
+    for keys, may in (({}, False), ({"eval_files": 1}, False), ({"eval_files": 3}, True), ({"max_files": 3}, True)):
+        cfg = dataclasses.replace(source.cfg, **keys)
+        assert evaluation.seen(source, cfg, Dataset.open(cfg)) == may, keys
+    one = dataclasses.replace(source.cfg, max_files=1)
+    dataset = Dataset.open(one)
+    alone = source._replace(cfg=one, state={"trained_on": dataset.fingerprint})  # as an average has it
+    assert not evaluation.seen(alone, one, dataset)
+    assert evaluation.seen(alone, dataclasses.replace(one, sequence_length=16), dataset)
 
 
 def test_bytes_of_tokens(run, tmp_path):

@@ -26,7 +26,7 @@ import data
 import sample
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
-from refocused.checkpoint import export, manifest, tensors
+from refocused.checkpoint import average, export, manifest, tensors
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.shards import tokenizers
@@ -232,6 +232,8 @@ def test_import(tmp_path, capsys):
     assert export.main_export([str(tmp_path / "start"), str(tmp_path / "again")], ckpt.find) == 0
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "again" / file).read_bytes())["eos_token_id"] == 0, "as the folder that came in"
+    assert average.main([*[str(tmp_path / "start")] * 2, str(tmp_path / "mean")], ckpt.find) == 0
+    assert ckpt.find(str(tmp_path / "mean")).end == source.end == 0
     assert (logits(folders.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 from conftest import write_shards
 
+import ckpt
 from configs import ConfigError
 from refocused.measure import record
 
@@ -24,10 +25,17 @@ def test_an_entry(tmp_path, capsys, monkeypatch):
     assert len(set(seeds)) == 2 and 3 < float(seeds[0]) < 6
     row = said.strip().splitlines()[-1]
     mean = sum(map(float, seeds)) / 2
-    assert re.search(r"\| 6,144 \| ([\d.]+) \((.+)\) \| `python bench.py record --nproc 1 --average data_dir=", row)
-    assert abs(float(row.split("|")[3].split()[0]) - mean) < 1e-4 and ", ".join(seeds) in row
-    assert record.main(["--seeds", "1", "--nproc", "1", "--to", "99", "eval_steps=2", *keys.split()]) == 0
+    assert re.search(
+        r"\| lowest loss \| 6,144 \| ([\d.]+) \((.+)\) \| `python bench.py record --nproc 1 --average data_dir=", row
+    )
+    assert abs(float(row.split("|")[4].split()[0]) - mean) < 1e-4 and ", ".join(seeds) in row
+    assert "no entry: its data are not the demo's" in said
+    kept = ["--keep", str(tmp_path / "kept")]
+    assert record.main(["--seeds", "1", "--nproc", "1", "--to", "99", "eval_steps=2", *kept, *keys.split()]) == 0
     said = capsys.readouterr().out
+    assert ckpt.find(str(tmp_path / "kept/seed-1")).is_hf
+    with pytest.raises(ConfigError, match="kept/seed-1 exists"):
+        record.main(kept)
     assert "4,096 tokens to 99 (4,096)\n" in said and "record --nproc 1 --to 99 eval_steps=2" in said
 
 

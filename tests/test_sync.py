@@ -1,5 +1,6 @@
 """Checkpoints between a folder and a bucket that is a real HTTP server; the checkpoints here hold random bytes."""
 
+import dataclasses
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from launch import GUARD, until
 from saves import config, save
 
 import ckpt
-from configs import Config
+from configs import Config, ConfigError
 from refocused.bucket import gcs, remote, sync
 from refocused.bucket.transfer import exclusive
 from refocused.checkpoint import disk, manifest
@@ -541,7 +542,11 @@ def test_find(server, place, tmp_path, capsys):
         manifest.CheckpointError, match=f"resume=checkpoint-x is neither in .*{twenty.name}, {ten.name}"
     ):
         sync.find(cfg("checkpoint-x"))
-    assert sync.find(cfg("./some/path")) is None
+    assert sync.find(cfg(str(tmp_path / "a" / "checkpoint-x"))) is None  # its own, wherever it may be
+    with pytest.raises(ConfigError, match="begins a run of its own .* is another's, with 2 checkpoints"):
+        sync.find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
+    elsewhere = dataclasses.replace(cfg(str(ten)), checkpoint_bucket_path="branch")
+    assert sync.find(elsewhere) is None
     sync.pull(cfg("latest"), sync.find(cfg("latest")))
     assert sync.find(cfg("latest")) is None and sync.find(cfg(None)) is None  # as good on disk; choice.choose decides
     shutil.copytree(thirty, tmp_path / "a" / thirty.name)

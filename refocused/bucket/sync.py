@@ -294,8 +294,9 @@ class Found(NamedTuple):
 def find(cfg: Config) -> Found | None:
     """What cfg.resume needs from the bucket; None if what is on disk is as good, or there is nothing anywhere.
 
-    To be called on rank 0, before ckpt.choose. Raises ConfigError if resume is unset although the bucket has
-    checkpoints, CheckpointError if the one named is nowhere, and BucketError if the bucket cannot be read.
+    To be called on rank 0, before ckpt.choose. Raises ConfigError if resume is unset, or names a checkpoint elsewhere,
+    although the bucket has checkpoints, CheckpointError if the one named is nowhere, and BucketError if the bucket cannot
+    be read.
     """
     place = open_place(cfg)
     there = {remote.name: remote for remote in place.checkpoints(place.objects())}
@@ -314,6 +315,12 @@ def find(cfg: Config) -> Found | None:
         return None
     if cfg.resume != "latest":
         if os.sep in cfg.resume:
+            branch = Path(cfg.resume).absolute().parent.resolve() != Path(cfg.output_dir).resolve()
+            if branch and there and not here:  # a first start: what it saves would stand for the run that it leaves
+                raise ConfigError(
+                    f"resume={cfg.resume} begins a run of its own in {cfg.output_dir}, and {place} is another's, with "
+                    f"{len(there)} checkpoint{'s' * (len(there) > 1)}; choose another checkpoint_bucket_path"
+                )
             return None
         if cfg.resume not in both:
             raise CheckpointError(

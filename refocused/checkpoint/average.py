@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from configs import ConfigError
 from refocused.checkpoint import manifest, tensors
 from refocused.checkpoint.export import check_free, coming
-from refocused.checkpoint.folder import MODEL_KEYS, Source
+from refocused.checkpoint.folder import FUNCTION, Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.entry import here
 from refocused.shards import tokenizers
+
+KEPT = ("tokens", "imported_from", "eos_token_id")  # of the newest one's state
 
 
 class Weights:
@@ -75,7 +77,7 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
     newest = max(sources, key=lambda source: source.state["step"])
     members = [Weights(source.path) for source in sources]
     for source, member in zip(sources, members, strict=True):
-        for key in MODEL_KEYS:
+        for key in FUNCTION:
             if (a := getattr(source.cfg, key)) != (b := getattr(newest.cfg, key)):
                 raise ConfigError(f"{source.path} has {key}={a}, {newest.path} {key}={b}: no mean of different models")
         if member.there != members[0].there:
@@ -85,7 +87,8 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
     final = out.absolute() / (newest.path.name if known else manifest.name(0, newest.state["step"], 0))
     state = {
         "step": newest.state["step"],
-        **{str(key): newest.state[key] for key in ("tokens", "imported_from") if key in newest.state},
+        **{str(key): newest.state[key] for key in KEPT if key in newest.state},
+        "trained_on": newest.trained_on,
         "averaged": [[str(source.path), weight] for source, weight in zip(sources, weights, strict=True)],
         "config": dataclasses.asdict(newest.cfg),
         "run": {"torch": torch.__version__},
@@ -110,7 +113,7 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
         weights = [float(word) for word in args.weights.split(",")] if args.weights else [1.0] * len(args.checkpoints)
     except ValueError:
         weights = []
-    if len(weights) != len(args.checkpoints) or not 0 < math.fsum(weights) < math.inf or min(weights) < 0:
+    if len(weights) != len(args.checkpoints) or not 0 < sum(weights) < math.inf or min(weights) < 0:
         raise ConfigError(
             f"--weights={args.weights}: {len(args.checkpoints)} checkpoints need as many numbers, none negative, not all 0"
         )

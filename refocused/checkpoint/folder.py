@@ -25,6 +25,12 @@ FILE_BYTES = 5_000_000_000  # per model file, the hub's custom
 # what a value of another type or size than meant comes to, somewhere between json and Config
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 MODEL_KEYS = (*SAME_NAME, "rotary_pct", "rotary_emb_base")
+# of these, what weights mean; the others say how they are trained, and may differ between runs of one model
+FUNCTION = tuple(
+    key
+    for key in MODEL_KEYS
+    if key not in ("attention_dropout", "hidden_dropout", "max_position_embeddings", "initializer_range")
+)
 
 
 class Source(NamedTuple):
@@ -34,6 +40,11 @@ class Source(NamedTuple):
     cfg: Config
     state: dict[str, Any]  # the checkpoint's state.json; {} for a Hugging Face folder
     end: int | None  # id of end-of-text
+
+    @property
+    def trained_on(self) -> str | None:
+        """The fingerprint of the data that made it, as far as its state knows; an average's is its newest member's."""
+        return self.state.get("data", {}).get("fingerprint", self.state.get("trained_on"))
 
     @classmethod
     def of(cls, path: Path, state: dict[str, Any]) -> "Source":

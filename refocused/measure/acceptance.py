@@ -478,6 +478,8 @@ def documents_apart(m: Machine) -> Result:
         for share in (0.005, 0.03):  # of tokens that begin a document
             idx = torch.where(torch.rand(4, T, device=m.device) < share, end, 0)
             documents = neox.Documents.of(idx, end)
+            if not neox.takes_edges(idx.device, cfg.head_dim):
+                documents = documents._replace(edges=None)
             tables = neox.rotary_tables(torch.arange(T, device=m.device), cfg.head_dim // 4, 10_000)
             x = torch.randn(4, T, cfg.hidden_size, device=m.device).bfloat16()
             found = []

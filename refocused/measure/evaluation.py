@@ -23,7 +23,7 @@ from refocused.entry import parse_with_settings
 from refocused.run import exits, failures, processes
 from refocused.run.evaluate import Score, byte_table, score
 from refocused.shards.shard import DataError
-from refocused.shards.tokenizers import end_of_text
+from refocused.shards.tokenizers import separator
 
 
 def figures(found: Score) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def evaluate(source: Source, cfg: Config, env: processes.Env) -> tuple[data.Data
     if not dataset.num_eval_samples:
         raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")
     model = folder.load(source).to(env.device)
-    model.end = end_of_text(cfg.tokenizer, "mask_documents") if cfg.mask_documents else None
+    model.end = separator(cfg)
     lengths = byte_table(cfg.tokenizer, cfg.vocab_size)
     ids = dataset.eval_ids(cfg.eval_samples)
     shards = np.array([path for path, _ in dataset.locate(ids)])
@@ -65,6 +65,14 @@ def evaluate(source: Source, cfg: Config, env: processes.Env) -> tuple[data.Data
         assert found is not None  # nothing asked for a stop
         scores[shard] = found
     return dataset, scores
+
+
+def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
+    """Whether the run, as far as the checkpoint knows it, may have trained on what is held out here."""
+    if source.trained_on is None:
+        return False
+    tail_moves = dataset.shards == dataset.eval_shards and cfg.sequence_length != source.cfg.sequence_length
+    return source.trained_on != dataset.fingerprint or cfg.eval_files > source.cfg.eval_files or tail_moves
 
 
 def main(argv: list[str], find: Callable[[str], Source]) -> int:
@@ -93,9 +101,8 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
     if not env.main:
         return 0
     whole = Score(*(sum(values) for values in zip(*scores.values(), strict=True)))
-    trained_on = source.state.get("data", {}).get("fingerprint", dataset.fingerprint)
-    if trained_on != dataset.fingerprint:
-        print("note: not the run's data; what is held out here may have been trained on", file=sys.stderr)
+    if seen(source, cfg, dataset):
+        print("note: the run held out other data; what is read here may have been trained on", file=sys.stderr)
     if options.json:
         report = {"checkpoint": str(source.path), "step": source.state.get("step"), "data_dir": cfg.data_dir}
         report |= {"windows": len(dataset.eval_ids(cfg.eval_samples)), "sequence_length": cfg.sequence_length}

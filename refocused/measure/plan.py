@@ -17,7 +17,7 @@ from refocused.measure import calibrate, cost, gpus, planner, predictions, searc
 from refocused.measure.cost import CEILING, REACHED, Cost, Hardware
 from refocused.measure.gpus import GPUS
 from refocused.measure.planner import KINDS, PROCESS, estimate
-from refocused.run import optim, words
+from refocused.run import optim, room, words
 
 
 def tokens_per_step(cfg: Config, world: int) -> int:
@@ -101,10 +101,11 @@ def checkpoints(cfg: Config) -> str:
     """Bytes of one checkpoint and of all that are kept or written."""
     size = optim.checkpoint_bytes(cfg)
     saves = math.ceil(cfg.max_steps / cfg.save_steps) if cfg.save_steps else 1
-    kept = min(saves, cfg.save_total_limit or saves)
+    kept = min(saves, cfg.save_total_limit + room.kept_forever(cfg, 0)) if cfg.save_total_limit else saves
+    timed = f", besides those of every {cfg.save_seconds:g} s" * bool(cfg.save_seconds)
     return (
         f"{size / 1e9:.2f} GB each; {kept} kept on disk = {kept * size / 1e9:.1f} GB; "
-        f"{saves} saves write {saves * size / 1e12:.2f} TB in all"
+        f"{saves} saves write {saves * size / 1e12:.2f} TB in all{timed}"
     )
 
 

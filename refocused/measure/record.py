@@ -13,6 +13,7 @@ import datetime
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,8 @@ from refocused.run.trace import Lines
 BOUND = 1.3835  # nats per byte: AdamW's loss after the demo's 3.07M tokens
 # what every entry is measured on, whatever it was trained with
 WINDOWS: dict[str, Any] = {"sequence_length": 256, "eval_files": 1, "eval_samples": 256, "mixed_precision": "bf16"}
+BUDGET = 3_072_000  # tokens
+DATA = ("max_files", "tokenized_file_pattern")  # which windows are held out depends on them too
 FIXED = ("seed", "resume", "init_from", "output_dir", "logging_dir", "eval_files")  # not for an entry to set
 
 
@@ -83,6 +86,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nproc", type=positive, default=2, help="processes; 2 for an entry")
     parser.add_argument("--seeds", type=positive, default=3, help="how many; 3 for an entry, fewer to try something")
     parser.add_argument("--average", action="store_true", help="the mean of the checkpoints that a run keeps")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the exports there, as DIR/seed-1 and so on")
     parser.add_argument("--to", type=float, metavar="LOSS", help="tokens to this loss, looked for every eval_steps=")
     args = parse_with_settings(parser, argv)
     cfg, _ = configs.load([str(DEMO), *args.settings])
@@ -91,6 +95,9 @@ def main(argv: list[str]) -> int:
     evaluates = any(word.removeprefix("--").startswith("eval_steps=") for word in args.settings) and cfg.eval_steps
     if args.to is not None and not evaluates:
         raise ConfigError("--to looks at a run's evaluations: say how often with eval_steps=")
+    for seed in range(1, args.seeds + 1):
+        if args.keep and (args.keep / f"seed-{seed}").exists():
+            raise ConfigError(f"--keep: {args.keep}/seed-{seed} exists; choose another folder")
     env = processes.start(Config(cpu_threads=1))
     found, speeds, reached, tokens = [], [], [], 0
     for seed in range(1, args.seeds + 1):
@@ -98,6 +105,8 @@ def main(argv: list[str]) -> int:
             place = Path(temporary)
             train(place, seed, args.nproc, args.settings)
             loss, tokens = evaluate(place, args.average, env)
+            if args.keep:
+                shutil.copytree(place / "hf", args.keep / f"seed-{seed}")
             lines = losses.read(place / "logs").values()
             speeds.append(
                 median([line["tokens_per_second"] for line in lines if "tokens_per_second" in line] or [math.nan])
@@ -110,14 +119,20 @@ def main(argv: list[str]) -> int:
     words = [*[f"--nproc {args.nproc}"] * (args.nproc != 2), *["--average"] * args.average]
     words += [f"--to {args.to:g}"] if reached else []
     each = ", ".join(f"{loss:.4f}" for loss in found)
-    if cfg.data_dir == Config.data_dir:
-        print(f"the mean is {'below' if fmean(found) < BOUND else 'not below'} {BOUND}")
+    below, demo = fmean(found) < BOUND, configs.load([str(DEMO)])[0]
+    if Path(cfg.data_dir).resolve() == Path(demo.data_dir).resolve() and all(
+        getattr(cfg, key) == getattr(demo, key) for key in DATA
+    ):
+        print(f"the mean is {'below' if below else 'not below'} {BOUND}")
+    else:
+        print("no entry: its data are not the demo's, all of them")
     if reached:
         print(f"{fmean(reached):,.0f} tokens to {args.to:g} ({', '.join(f'{count:,.0f}' for count in reached)})")
     print(f"{median(speeds):,.0f} tokens/s\n")
-    print("| date | tokens | loss (of each seed) | command | commit |\n|---|---:|---|---|---|")
+    print("| date | track | tokens | loss (of each seed) | command | commit |\n|---|---|---:|---|---|---|")
     cells = (
         datetime.date.today(),
+        f"fewest tokens to {BOUND}" if below and tokens < BUDGET else "lowest loss",
         f"{tokens:,}",
         f"{fmean(found):.4f} ({each})",
         f"`python bench.py record {' '.join([*words, *args.settings])}`",

@@ -22,6 +22,7 @@ from configs import Config, ConfigError
 from refocused.entry import parse_with_settings, positive
 from refocused.measure import gpus
 from refocused.run.origin import hardware
+from refocused.shards import tokenizers
 
 SIZES = {
     "small": dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=50304,
@@ -39,11 +40,15 @@ TRUSTED = 0.15  # the largest spread with which a table means something
 NAMES = {
     "ours": "this trainer",
     "muon": "this trainer with Muon",
+    "masked": "this trainer, documents apart",
     "whole": "this trainer, compiled in one piece",
     "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
     "nanogpt": "nanoGPT-style GPT-2, torch.compile",
     "floor": "its matrix products alone",
 }
+
+
+VARIANTS = {"muon": ["optimizer=muon"], "masked": ["mask_documents=true", "tokenizer=byte"]}
 
 
 class ContenderError(RuntimeError):
@@ -95,8 +100,8 @@ def start(name: str, folder: Path, settings: list[str], cache: Path | None = Non
     home.mkdir()
     settings = [f"output_dir={home / 'out'}", f"logging_dir={home / 'logs'}", *settings]
     settings += [f"parallel={strategy}"] if strategy else []
-    if kind == "muon":
-        kind, settings = "ours", [*settings, "optimizer=muon"]
+    if kind in VARIANTS:
+        kind, settings = "ours", [*settings, *VARIANTS[kind]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -121,7 +126,8 @@ def start(name: str, folder: Path, settings: list[str], cache: Path | None = Non
 
 
 def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
-    """A config file and a shard of random tokens for it (what is read does not change the speed); the config."""
+    """A config file and a shard of random tokens for it, a fiftieth of them end-of-text (what is read changes the speed of
+    no contender but one that keeps documents apart); the config."""
     keys = {
         **keys,
         "intermediate_size": 4 * keys["hidden_size"],
@@ -136,7 +142,9 @@ def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
     (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     cfg, _ = configs.load([str(folder / "config.py"), *settings])
     (folder / "data").mkdir()
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
+    tokens[rng.random(len(tokens)) < 0.02] = tokenizers.find("byte").end
     np.savez(folder / "data" / "tokenized_cleaned_0.npz", input_ids=tokens)
     return cfg
 
@@ -206,16 +214,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="all: but large, which wants 80 GB")
     parser.add_argument(
-        "--contenders", default="ours,seed,nanogpt,floor", help="also muon, whole, ours-ddp-N, muon-fsdp-N"
+        "--contenders", default="ours,seed,nanogpt,floor", help="also muon, masked, whole, ours-ddp-N, muon-fsdp-N"
     )
     parser.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
     parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn")
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours|muon|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+        if not re.fullmatch(r"(ours|muon|masked|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
             raise ConfigError(
-                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, whole, ours-ddp-N, muon-fsdp-N"
+                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, masked, whole, ours-ddp-N, muon-fsdp-N"
             )
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())

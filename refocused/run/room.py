@@ -55,6 +55,11 @@ def check_memory(cfg: Config, env: Env) -> None:
     )
 
 
+def kept_forever(cfg: Config, step: int) -> int:
+    """Of the saves after a step, those that keep_every keeps besides the last save_total_limit."""
+    return max(0, cfg.max_steps // cfg.keep_every - step // cfg.keep_every) if cfg.keep_every else 0
+
+
 def check_disk(cfg: Config, step: int) -> None:
     """Raise ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more: the
     oldest goes once the newest is complete."""
@@ -63,8 +68,7 @@ def check_disk(cfg: Config, step: int) -> None:
     left = max(0, cfg.max_steps - step)
     saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
     if limit := cfg.save_total_limit:
-        kept = cfg.max_steps // cfg.keep_every - step // cfg.keep_every if cfg.keep_every else 0
-        most = limit + 1 + max(0, kept) - there
+        most = limit + 1 + kept_forever(cfg, step) - there
         saves = max(1, min(left if cfg.save_seconds else saves, most)) if saves else 0
     if saves * size * 1.01 + (1 << 20) > free and saves:
         fits = int(free / size / 1.01) + there - 1

@@ -17,13 +17,13 @@ from model import GPTNeoX, Head, initial_value, num_parameters, softmax_loss
 from refocused.run import processes
 from refocused.run.logs import tell
 from refocused.run.processes import DTYPES, Env
-from refocused.shards.tokenizers import end_of_text
+from refocused.shards.tokenizers import separator
 
 
 def build(cfg: Config, env: Env) -> torch.nn.Module:
     """The model, wrapped, initialised from (seed, parameter name) and compiled; its parameters are on the device."""
     with torch.device("meta"):
-        model = GPTNeoX(cfg, end_of_text(cfg.tokenizer, "mask_documents") if cfg.mask_documents else None)
+        model = GPTNeoX(cfg, separator(cfg))
     whole: torch.nn.Module = model
     if cfg.parallel == "fsdp":
         shard(model, cfg, env)

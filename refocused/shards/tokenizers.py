@@ -238,6 +238,19 @@ def end_of_text(name: str | None, use: str) -> int:
     return find(name).end
 
 
+def separator(cfg: Config) -> int | None:
+    """The id by which the model keeps documents apart, None where it does not. Raises ConfigError for one it never sees."""
+    if not cfg.mask_documents:
+        return None
+    end = end_of_text(cfg.tokenizer, "mask_documents")
+    if end >= cfg.vocab_size:
+        raise ConfigError(
+            f"mask_documents=true: end-of-text of tokenizer={cfg.tokenizer} is {end}, which a model with "
+            f"vocab_size={cfg.vocab_size} never sees; name the shards' tokenizer"
+        )
+    return end
+
+
 def differ(one: str | None, other: str | None) -> bool:
     """Whether both are known, and are two. Raises ConfigError."""
     return bool(one and other) and find(str(one)).identity != find(str(other)).identity
