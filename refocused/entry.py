@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import math
 import os
 import shlex
 import shutil
@@ -42,6 +43,8 @@ def here(command: str) -> str:
         program = near(own)
     if not os.path.samefile(ROOT, os.curdir):
         words = [near(ROOT / word) if "/" not in word and (ROOT / word).is_file() else word for word in words]
+        if any(word.startswith("refocused.") for word in words):  # a module of -m
+            program = f"PYTHONPATH={near(ROOT)} {program}"
     return " ".join([program, *words])
 
 
@@ -147,6 +150,13 @@ def positive(text: str) -> int:
     """An argument's type: a whole number of at least 1."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An argument's type: a number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
     return value
 
 

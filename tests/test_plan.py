@@ -62,7 +62,15 @@ def test_what_a_pass_counts():
     assert [m.kind for m in (*before, *after)] == ["reduce", "reduce"]  # head first, embedding last
 
 
-@pytest.mark.parametrize("keys", ["parallel=ddp", "parallel=fsdp activation_checkpointing=full"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "parallel=ddp",
+        "parallel=fsdp activation_checkpointing=full",
+        "parallel=ddp optimizer=muon",
+        "parallel=fsdp optimizer=muon",
+    ],
+)
 def test_depths_that_were_not_looked_at(keys):
     """Work and memory from passes over two blocks and three, against a pass over all five."""
     cfg = small(*keys.split())
@@ -78,6 +86,8 @@ def test_depths_that_were_not_looked_at(keys):
                 for op, n in counted.items():
                     kinds[op.kind] += n * getattr(op, figure)
             assert dict(by_kind[0]) == pytest.approx(dict(by_kind[1]), rel=1e-6), (phase, figure)
+    before, each, after = seen.work.carried.get("update", ([], [], []))  # Muon's matrices, sent as a whole
+    assert [*before, *each, *after] == whole.meter.messages.get("update", []) and not each
 
 
 def test_search_on_made_up_hardware():
@@ -98,7 +108,7 @@ def test_search_on_made_up_hardware():
     assert tight.fastest and all(f.needed <= limit for f in tight.fastest)
     assert tight.too_large and tight.too_large.needed > limit
     assert not search.search(cfg, 2, fast, 1.0, plenty).fastest
-    assert "bound by" in plan.bottleneck(slow, cfg, 2, fast)
+    assert "bound by" in plan.bottleneck(slow, 2)
     for found in (*result.fastest, *slow.fastest, *tight.fastest):  # each is the same step, and its command says so
         assert found.cfg.batch(2)[1] == 2
         line = plan.command("configs/test.py", [], cfg, found.cfg, 2, 8).split("configs/test.py ")[-1]
@@ -117,14 +127,63 @@ def test_what_the_command_refuses_and_says(capsys):
     assert "is none of RTX 3080" in capsys.readouterr().err
     assert bench.main(["plan", config, "--search", "--gpus", "1", *keys]) == 2
     assert "need --gpu" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.main(["plan", config, "--deadline", "soon"])
-    capsys.readouterr()
+    nonsense = [
+        "--deadline soon",
+        "--deadline 0h",
+        "--gpus -2",
+        "--gpus 0",
+        "--per-node 0",
+        "--budget nan",
+        "--price -1",
+    ]
+    for option, value in map(str.split, nonsense):
+        with pytest.raises(SystemExit):
+            bench.main(["plan", config, option, value])
+        assert f"argument {option}" in capsys.readouterr().err
+    assert bench.main(["plan", config, "--calibrate", "--link", "5", *keys]) == 2
+    assert "--calibrate measures what" in capsys.readouterr().err
     words = ["num_processes=1", "--gpus", "1", "--gpu", "L4", "--search", "--budget", "100", "--deadline", "2d", *keys]
     assert bench.main(["plan", config, *words]) == 0
     out = capsys.readouterr().out
     assert "layouts of the same step that fit 22.0 GiB" in out and "1: python train.py" in out
     assert re.search(r"48 h buys 48\.0 h = [\d,]+ steps", out)  # less than $100 at 0.45 an hour buys
+
+
+def test_what_a_search_says_it_is_for(capsys):
+    """Links given by hand count in every table; a batch that other micro-batches can make; host memory that is missing."""
+    config = str(ROOT / "configs/production.py")
+    keys = [word for word in SMALL if "global" not in word] + ["max_position_embeddings=64"]
+
+    def hours(*words: str) -> float:
+        assert bench.main(["plan", config, "--gpus", "2", "--gpu", "RTX 4090", *words, *keys]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 x RTX 4090"))
+        return float(row.split("|")[4])
+
+    assert hours("--link", "0.01") > 2 * hours("--link", "100")
+    out = "out/my run"
+    words = ["--gpus", "4", "--gpu", "RTX 3080", "--search", f"output_dir={out}"]
+    assert bench.main(["plan", config, *words, *keys, "per_device_train_batch_size=4", "global_batch_size=8"]) == 0
+    said = capsys.readouterr().out
+    assert "(fsdp, 2 x 1, selective)" in said and f"'output_dir={out}'" in said
+    cfg = small("global_batch_size=2")
+    machine = Hardware("m", 1e13, 1e13, 1e12)
+    least = min(planner.seen(search.own(c), 2).needed for c in search.layouts(cfg, 2, 8) if not c.cpu_offload)
+    found = search.search(cfg, 2, machine, least - 1, 0.0)
+    assert not found.fastest and found.starved and "with --host-memory" in plan.missing(found, 2)
+
+
+def test_a_calibrated_search():
+    """The products of every layout that is compared are measured; copies between shards are no faster than all-reduces."""
+    cfg, asked = small("global_batch_size=8"), []
+
+    def measure(shapes: set) -> Hardware:
+        asked.append(shapes)
+        return Hardware("m", 1e13, 1e13, 1e12, peak=1e13)
+
+    result = search.search(cfg, 2, Hardware("own", 1, 1, 1), 1 << 50, 1 << 50, measure=measure)
+    works = [planner.seen(search.like(c), 2).work for c in search.layouts(cfg, 2, 8)]
+    assert asked == [set().union(*(work.shapes() for work in works))] and result.machine.name == "m"
+    assert len(asked[0]) > len(works[0].shapes())
 
 
 def test_names_and_sizes():
@@ -133,8 +192,12 @@ def test_names_and_sizes():
         "NVIDIA A100-SXM4-40GB": "A100 40GB", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A100 80GB PCIe": "A100 PCIe",
         "NVIDIA L40S": "L40S", "NVIDIA L4": "L4", "NVIDIA A10G": "A10G", "NVIDIA RTX A6000": "A6000",
         "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 NVL": "H100 NVL",
+        "NVIDIA A100-PCIE-40GB": "A100 PCIe 40GB", "NVIDIA H200 NVL": "H200 NVL", "NVIDIA H200": "H200",
     }.items():  # fmt: skip
         assert gpus.find(device) is gpus.GPUS[line], device
+    others = ("NVIDIA GeForce RTX 3080 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D")
+    for device in (*others, "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):  # other chips, or a slice: no figures are better
+        assert gpus.find(device) is None, device
     assert gpus.find("CPU") is None and gpus.usable(24) == 23.6 and gpus.usable(100) == 98
     with pytest.raises(ConfigError, match="is none of RTX 3080"):
         gpus.named("TPU")

@@ -134,6 +134,8 @@ def calibrate(cfg: Config, world: int, shapes: Iterable[tuple], clock: Callable[
     timed = {shape: max(row["timed"][shape] for row in rows) for shape in shapes}
     products = max((flops(shape) / timed[shape] for shape in shapes), default=1e12)
     speeds = {key: rate for key, rate in slowest.items() if key not in ("bandwidth", "attention")}
+    if world > 1:
+        speeds["copies"] = speeds["all-reduce"]  # which they are, among fewer ranks
     return Hardware(
         name, products, slowest["attention"], slowest["bandwidth"], overlaps=device != "cpu", peak=gpus.peak_flops(name),
         latency=max(row.get("latency", 0.0) for row in rows), launch=4e-6, timed=timed, speeds=speeds, node=world,

@@ -37,6 +37,7 @@ GPUS = {
     "A10G": GPU(70e12, 24, 22.0, 600e9, PEER4, CLOUD, 0.80),  # A10G data sheet
     "A10": GPU(125e12, 24, 22.0, 600e9, PEER4, CLOUD, 0.60),  # A10 data sheet
     # A100 data sheet; measured: ml-engineering (Stas Bekman), "Maximum Achievable Matmul FLOPS"; network: AWS p4d
+    "A100 PCIe 40GB": GPU(312e12, 40, 39.4, 1555e9, PEER4, CLOUD, 1.10, 252.9e12),
     "A100 40GB": GPU(312e12, 40, 39.4, 1555e9, 230e9, 50e9, 1.20, 271.2e12),
     "A100 PCIe": GPU(312e12, 80, 79.1, 1935e9, PEER4, CLOUD, 1.40, 252.9e12),
     "A100": GPU(312e12, 80, 79.1, 2039e9, 230e9, 50e9, 1.60, 271.2e12),
@@ -44,15 +45,20 @@ GPUS = {
     "H100 PCIe": GPU(756e12, 80, 79.1, 2000e9, PEER5, CLOUD, 2.30),
     "H100 NVL": GPU(835e12, 94, 93.1, 3900e9, PEER5, CLOUD, 2.60),  # only pairs of them have NVLink
     "H100": GPU(989.4e12, 80, 79.1, 3350e9, 360e9, 400e9, 2.60, 794.5e12),
+    "H200 NVL": GPU(835e12, 141, 139.8, 4800e9, PEER5, CLOUD, 3.40),  # NVLink between two or four of them alone
     "H200": GPU(989.4e12, 141, 139.8, 4800e9, 360e9, 400e9, 3.60, 794.5e12),  # H200 data sheet; H100's products
     "B200": GPU(2250e12, 192, 178.4, 8000e9, 700e9, 400e9, 5.50, 1745e12),  # HGX B200 data sheet; the same table
 }
 
 
+OTHERS = {"ti", "super", "laptop", "d", "max", "mig"}  # words that make another card of it, or a slice of one
+
+
 def find(name: str) -> GPU | None:
     """The GPU of a device's name, such as NVIDIA A100-SXM4-80GB, or of a line here."""
     words = set(re.findall(r"\w+", name.lower()))
-    return next((gpu for key, gpu in GPUS.items() if words >= set(key.lower().split())), None)
+    fits = {key: set(key.lower().split()) for key in GPUS}
+    return next((GPUS[key] for key, own in fits.items() if words >= own and not (words - own) & OTHERS), None)
 
 
 def named(name: str) -> GPU:

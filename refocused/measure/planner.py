@@ -276,7 +276,16 @@ def seen(cfg: Config, world_size: int, device: str = "cuda") -> Seen:
     beyond = cfg.num_hidden_layers - 2
     needed = fewer.needed + beyond * (more.needed - fewer.needed)
     host = fewer.host + beyond * (more.host - fewer.host)
-    return Seen(Work.between(fewer.meter, more.meter, 2), needed, host)
+    work = Work.between(fewer.meter, more.meter, 2)
+    if cfg.optimizer == "muon":  # whole matrices are shared out, so what a rank does and sends grows with no layer
+        short = dataclasses.replace(
+            cfg, sequence_length=8, per_device_train_batch_size=1, gradient_accumulation_steps=1, global_batch_size=0,
+            num_processes=0, activation_checkpointing="none", reduce_every_micro_step=False,
+        )  # fmt: skip
+        whole = estimate(short, world_size, device).meter
+        work.block["update"], work.rest["update"] = Counter(), whole.ops["update"]
+        work.carried["update"] = (whole.messages.get("update", []), [], [])
+    return Seen(work, needed, host)
 
 
 class Passes:

@@ -1,7 +1,7 @@
 """The fastest layouts that fit: how the same optimizer step can be laid out on a machine, timed by cost.py."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import model as neox
@@ -25,13 +25,15 @@ class Found(NamedTuple):
 @dataclasses.dataclass
 class Result:
     fastest: list[Found]  # that fit
-    too_large: Found | None  # the fastest of those that do not, if it is faster
+    too_large: Found | None  # the fastest of those that the device is too small for, if it is faster
+    starved: Found | None  # the fastest of those that only host memory is too small for
+    machine: Hardware  # that they were timed on
     looked: int  # layouts that were timed
 
 
 def sequences(cfg: Config, world: int) -> int:
     """Per optimizer step and process, at the batch that the config is meant for. Raises ConfigError."""
-    whole = cfg.batch(cfg.num_processes or world)[1]
+    whole = cfg.global_batch_size or cfg.batch(cfg.num_processes or world)[1]
     if whole % world:
         raise ConfigError(f"{whole} sequences per step cannot be shared by {world} GPUs; set global_batch_size")
     return whole // world
@@ -74,12 +76,13 @@ def search(
     host_memory: float,
     workers: int = 0,
     device: str = "cuda",
+    measure: Callable[[set[tuple]], Hardware] | None = None,
 ) -> Result:
     """The fastest layouts of the config's step that fit; memory, host_memory: bytes of a device and of a machine.
 
     Passes are made for each kind of computation; of what differs in communication alone only the fastest are looked
     at, until enough have been found that fit. Where bf16 moments make one fit they are taken. workers: processes
-    beside this one; device: its kind.
+    beside this one; device: its kind. measure: the machine, once it is known which products the layouts are made of.
     """
     candidates = list(layouts(cfg, world, machine.node))
     models = list(dict.fromkeys(map(like, candidates)))
@@ -88,15 +91,18 @@ def search(
     halves = moments == 8 and cfg.moments_fit_bf16
     fastest: list[Found] = []
     too_large: list[Found] = []
+    starved: list[Found] = []
     with planner.Passes(world, workers, device) as passes:
         known = dict(zip(models, passes.all(models), strict=True))
+        if measure:
+            machine = measure(set().union(*(s.work.shapes() for s in known.values())))
 
         def look(some: list[Config]) -> list[Found]:
             looked = zip(some, passes.all([own(c) for c in some]), strict=True)
             found = [Found(c, cost.step(s.work, c, world, machine), s.needed, s.host, s.work) for c, s in looked]
             for f in found:
                 on_host = f.host * min(world, machine.node)
-                (fastest if f.needed <= memory and on_host <= host_memory else too_large).append(f)
+                (too_large if f.needed > memory else starved if on_host > host_memory else fastest).append(f)
             return found
 
         def can_fit(c: Config) -> bool:  # weights and moments are the least that anyone keeps
@@ -113,7 +119,8 @@ def search(
             look([dataclasses.replace(c, adam_moments="bf16") for c in near])
     fastest = sorted(fastest, key=lambda f: f.cost.seconds)[:SHOWN]
     larger = [f for f in too_large if fastest and f.cost.seconds < fastest[0].cost.seconds]
-    return Result(fastest, min(larger, key=lambda f: f.cost.seconds, default=None), len(candidates))
+    too_small, too_lean = (min(some, key=lambda f: f.cost.seconds, default=None) for some in (larger, starved))
+    return Result(fastest, too_small, too_lean, machine, len(candidates))
 
 
 def own(cfg: Config) -> Config:
