@@ -247,12 +247,12 @@ def main(argv: list[str]) -> int:
         if "--show" in argv:
             return show(cfg, origins)
         cfg.batch(processes.world_size())
+        stop = StopSignal(cfg.stop_after_minutes)
+        preemption.watch(stop.ask)
         env = processes.start(cfg)
         processes.on_each_node(env, data.unpack, cfg)
         dataset = data.open_dataset(cfg)
         explain_bus_errors([*dataset.shards, *dataset.eval_shards])
-        stop = StopSignal(cfg.stop_after_minutes)
-        preemption.watch(stop.ask)
         return train(cfg, origins, env, dataset, stop)
     except SystemExit:
         raise
