@@ -26,7 +26,20 @@ from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, hardware, planner
 from refocused.measure.expectation import Expectation
-from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
+from refocused.run import (
+    exits,
+    failures,
+    guard,
+    optim,
+    origin,
+    preemption,
+    processes,
+    profiler,
+    room,
+    signals,
+    strategy,
+    words,
+)
 from refocused.run.evaluate import evaluate, sound
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.logs import check_folder, complain, tell
@@ -79,15 +92,7 @@ def train(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: dat
     begin = time.perf_counter()
     if cfg.compile_model:
         monitor.say("compiling, 20 to 90 s if it is new")
-    try:
-        strategy.warm_up(model, cfg, env)
-    except Exception as error:
-        if not stop.since:
-            raise
-        # a signal to the whole process group ends the compiler too; nothing is trained yet that could be lost
-        cause = type(error).__name__
-        monitor.say(f"stopped while compiling ({cause}), before the first step: what was saved before stands")
-        return exits.leave(STOPPED)
+    strategy.warm_up(model, cfg, env)
     monitor.ready(time.perf_counter() - begin)
     monitor.say(checkpoints.load(state_tree(model, *optimizers)))
     if scaler.is_enabled() and state.get("scaler"):
@@ -238,7 +243,7 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
         if int(os.environ.get("RANK", 0)):
             return DONE  # under torchrun one of them prints it
-    cfg = None
+    cfg = stop = None
     try:
         if "--help" in argv or "-h" in argv:
             print(configs.help_text())
@@ -258,7 +263,9 @@ def main(argv: list[str]) -> int:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         code, text = failures.explain(error)
-        if cfg and (lack := profiler.out_of_memory(error)):
+        if stop and stop.since and not stop.begun:  # a signal to the process group ends compilers and unpackers too
+            code, text = STOPPED, signals.EARLY
+        elif cfg and (lack := profiler.out_of_memory(error)):
             text = f"error: out of memory: {lack}"
             if failures.first("explain"):  # it takes seconds and a process
                 text += "\n" + planner.explain_out_of_memory(cfg, processes.world_size())

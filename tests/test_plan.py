@@ -245,3 +245,5 @@ def test_suspects():
     assert "saves" in words.suspect(0.4, quiet | {"save": 0.2}, "", 2)
     sniffed = "measured  ...\nnote      rank 1 is slow: product 300 TFLOP/s, the others 700"
     assert words.suspect(0.4, quiet, sniffed, 2).startswith("rank 1 is slow: product")
+    sniffed = "note      the disk of out on n2 is slow: written 90 MB/s, the others 900"  # no step waits for it
+    assert "3 times" in words.suspect(0.4, quiet | {"retries": 3}, sniffed, 2)

@@ -543,7 +543,7 @@ def test_find(server, place, tmp_path, capsys):
     ):
         sync.find(cfg("checkpoint-x"))
     assert sync.find(cfg(str(tmp_path / "a" / "checkpoint-x"))) is None  # its own, wherever it may be
-    with pytest.raises(ConfigError, match="begins a run of its own .* is another's, with 2 checkpoints"):
+    with pytest.raises(ConfigError, match="begins a run of its own .* has 2 checkpoints already"):
         sync.find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
     elsewhere = dataclasses.replace(cfg(str(ten)), checkpoint_bucket_path="branch")
     assert sync.find(elsewhere) is None

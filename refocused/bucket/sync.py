@@ -318,8 +318,9 @@ def find(cfg: Config) -> Found | None:
             branch = Path(cfg.resume).absolute().parent.resolve() != Path(cfg.output_dir).resolve()
             if branch and there and not here:  # a first start: what it saves would stand for the run that it leaves
                 raise ConfigError(
-                    f"resume={cfg.resume} begins a run of its own in {cfg.output_dir}, and {place} is another's, with "
-                    f"{len(there)} checkpoint{'s' * (len(there) > 1)}; choose another checkpoint_bucket_path"
+                    f"resume={cfg.resume} begins a run of its own in {cfg.output_dir}, and {place} has {len(there)} "
+                    f"checkpoint{'s' * (len(there) > 1)} already: if these are this run's, go on with resume=latest, "
+                    "else choose another checkpoint_bucket_path"
                 )
             return None
         if cfg.resume not in both:

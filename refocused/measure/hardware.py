@@ -14,11 +14,12 @@ import torch.distributed as dist
 from configs import Config
 from refocused import entry
 from refocused.measure import gpus
-from refocused.measure.calibrate import calibrate
+from refocused.measure.calibrate import CalibrationError, calibrate
 from refocused.run import processes
 from refocused.run.processes import Env
 
 SLACK = 0.9  # below this share of the others, or of the ceiling, it is slow
+NOISE = 0.5  # the same of disks: one and the same varies by more than a tenth from one measurement to the next
 UNITS = {"product": "TFLOP/s", "to GPU": "GB/s", "from GPU": "GB/s", "written": "MB/s", "read": "MB/s"}
 
 
@@ -75,7 +76,9 @@ def of_node(folder: Path, nbytes: int) -> tuple[str, dict[str, float]]:
         return f"{name} ({error.strerror})", {}
 
 
-def slow(rows: list[dict[str, float]], names: list[str], ceiling: float | None) -> list[str]:
+def slow(
+    rows: list[dict[str, float]], names: list[str], ceiling: float | None = None, slack: float = SLACK
+) -> list[str]:
     """What is slower than its like: rows of rates, their owners' names, and what the product should reach if known."""
     found = []
     for key in rows[0]:
@@ -83,7 +86,7 @@ def slow(rows: list[dict[str, float]], names: list[str], ceiling: float | None) 
             others = sorted(r[key] for r in rows if r is not row)
             usual = others[len(others) // 2] if others else 0.0
             bound = max(usual, ceiling or 0.0) if key == "product" else usual
-            if row[key] < SLACK * bound:
+            if row[key] < slack * bound:
                 against = "the others" if bound == usual else "such a GPU in good health"
                 found.append(f"{name} is slow: {key} {row[key]:.3g} {UNITS[key]}, {against} {bound:.3g}")
     return found
@@ -109,7 +112,7 @@ def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
     if disks := {name: rates for name, rates in nodes if rates}:
         write, read = (min(rates[key] for rates in disks.values()) for key in ("written", "read"))
         line += f", disk of output_dir {write:,.0f} MB/s written and {read:,.0f} read"
-        complaints += slow(list(disks.values()), list(disks), None)
+        complaints += slow(list(disks.values()), list(disks), slack=NOISE)
     complaints += [f"{name} could not be measured" for name, rates in nodes if not rates]
     return "\n".join([f"measured  {line}", *(f"note      {text}" for text in complaints)])
 
@@ -123,7 +126,10 @@ def main(argv: list[str]) -> int:
     write, read = disk(Path("."), 1 << (28 if count else 25))
     first, *complaints = words(rows, [str(device) for device in devices], name)
     if count > 1:
-        first += f", all-reduce {calibrate(Config(), count, []).speeds['all-reduce'] / 1e9:.3g} GB/s"
+        try:
+            first += f", all-reduce {calibrate(Config(), count, []).speeds['all-reduce'] / 1e9:.3g} GB/s"
+        except CalibrationError as error:
+            complaints.append(f"the all-reduce between the GPUs could not be measured: {error}")
     print(f"{first} ({name}); this disk {write:,.0f} MB/s written and {read:,.0f} read")
     for text in complaints:
         print(text)

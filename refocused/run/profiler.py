@@ -57,6 +57,6 @@ NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memo
 def out_of_memory(error: BaseException) -> str | None:
     """The line of the error that says so, if it is of that kind."""
     lines = [line for line in str(error).splitlines() if any(words in line for words in NO_MEMORY)]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError):
         return (lines or str(error).splitlines() or [type(error).__name__])[0]
     return lines[0] if lines and isinstance(error, RuntimeError) else None

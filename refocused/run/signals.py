@@ -10,6 +10,8 @@ import time
 
 from refocused.run.exits import STOPPED, leave
 
+EARLY = "stopped by a signal before the first step: what was saved before stands"
+
 
 class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once.
@@ -64,9 +66,8 @@ class StopSignal:
             if time.monotonic() > self.end:
                 self.ask(f"stop_after_minutes={self.minutes:g} have passed")
             if self.since and not self.begun and time.monotonic() > self.since + self.PATIENCE:
-                words = "stopped by a signal before the first step: what was saved before stands"
-                self.write(words + "\n")
-                leave(STOPPED, words, at_once=True)
+                self.write(EARLY + "\n")
+                leave(STOPPED, EARLY, at_once=True)
 
     @staticmethod
     def write(text: str) -> None:

@@ -19,6 +19,12 @@ from refocused.run.processes import Env, progress
 from refocused.run.starts import Starts
 
 
+def times(limit: float) -> tuple[float, float]:
+    """Seconds between two looks at whether the ranks still meet, and, where they do not, for finding out who is missing."""
+    period = min(10.0, max(0.1, limit / 10)) if limit else 10.0
+    return period, 4 * period + 5
+
+
 class Watchdog:
     """From the start to the last step, threads that see whether the ranks still meet.
 
@@ -32,7 +38,7 @@ class Watchdog:
 
     def __init__(self, cfg: Config, env: Env, starts: Starts | None):
         self.cfg, self.env, self.starts = cfg, env, starts if env.main else None
-        self.period = min(10.0, max(0.1, cfg.watchdog_seconds / 10)) if cfg.watchdog_seconds else 10.0
+        self.period, self.looking = times(cfg.watchdog_seconds)
         self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
         self.over = threading.Event()
         progress.at = self.last = time.monotonic()
@@ -101,8 +107,8 @@ class Watchdog:
 
         looking = threading.Thread(target=look, daemon=True)
         looking.start()
-        looking.join(pause + 4 * self.period + 5)
-        if self.over.is_set() or progress.at != began or time.monotonic() - begin > 2 * pause + 4 * self.period + 5:
+        looking.join(pause + self.looking)
+        if self.over.is_set() or progress.at != began or time.monotonic() - begin > 2 * pause + self.looking:
             return False  # it has gone on, or this machine was stopped, perhaps with the others
         if len(looks) < 2:
             return True
@@ -116,7 +122,7 @@ class Watchdog:
         found = ["the store does not answer, so who is missing is not known"]
         look = threading.Thread(target=lambda: found.__setitem__(0, self.missing()), daemon=True)
         look.start()
-        look.join(4 * self.period + 5)
+        look.join(self.looking)
         where = f"rank {self.env.rank} on {socket.gethostname()}"
         when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
         words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {found[0]}"

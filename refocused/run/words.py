@@ -149,7 +149,8 @@ def suspect(lost: float, seen: dict[str, float], sniffed: str, world_size: int) 
     """
     if seen["data"] > lost / 3:
         return f"{seen['data']:.0%} of the time is spent waiting for data: a faster disk, more dataloader_num_workers"
-    if slow := [line.removeprefix("note").strip() for line in sniffed.splitlines() if " is slow: " in line]:
+    notes = [line.removeprefix("note").strip() for line in sniffed.splitlines() if " is slow: " in line]
+    if slow := [note for note in notes if not note.startswith("the disk of ")]:  # which saves alone wait for
         return slow[0]
     if seen["retries"]:
         return (

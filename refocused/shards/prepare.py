@@ -11,6 +11,7 @@ import fnmatch
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -175,7 +176,11 @@ def process_pool(workers: int, jobs: int) -> Executor:
 
 
 def die_with_parent() -> None:
-    """Otherwise a pool's worker outlives a parent that was killed, and writes on beside its successor."""
+    """Otherwise a pool's worker outlives a parent that was killed, and writes on beside its successor.
+
+    A Ctrl-C, which reaches both, is the parent's to answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
