@@ -174,7 +174,7 @@ def test_what_a_search_says_it_is_for(capsys):
 
 def test_a_calibrated_search():
     """The products of every layout that is compared are measured; copies between shards are no faster than all-reduces."""
-    cfg, asked = small("global_batch_size=8"), []
+    cfg, asked = small("global_batch_size=4", "num_hidden_layers=2"), []
 
     def measure(shapes: set) -> Hardware:
         asked.append(shapes)

@@ -19,6 +19,7 @@ def test_an_entry(tmp_path, capsys, monkeypatch):
     """
     data = write_shards(tmp_path / "data", shards=2, tokens=1500)
     keys = f"data_dir={data} max_steps=3 warmup_steps=1 save_steps=1 logging_steps=1 sample_tokens=0 cpu_threads=1"
+    keys += " compile_model=false"
     assert record.main(["--seeds", "2", "--nproc", "1", "--average", *keys.split()]) == 0
     said = capsys.readouterr().out
     seeds = re.findall(r"seed \d: ([\d.]+) after 6,144 tokens", said)
