@@ -92,6 +92,7 @@ FAULTS = {
     "killed-at-step": lambda: killed_at("Step 4: loss"),
     "killed-at-eval": lambda: killed_at("Step 4: eval_loss"),
     "killed-at-bad-step": lambda: killed_at("all windows in"),
+    "killed-at-skip": lambda: killed_at("Step 5: skipped"),
     "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda found, *_: (found[0] * torch.inf, found[1])),
     "torch": lambda: setattr(guard, "sources", lambda: "other sources"),
     "absent": lambda: (
@@ -267,16 +268,16 @@ def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):
     assert json.loads((tmp_path / "out" / ".starts").read_text())["failed"] == 0
 
 
-@pytest.mark.parametrize("moment", ["step", "eval", "bad-step"])
+@pytest.mark.parametrize("moment", ["step", "eval", "bad-step", "skip"])
 def test_what_was_seen_is_in_the_files(faulty, tmp_path, moment):
     """Killed the moment a line is on the screen: train.log has the line, and the other file has what it speaks of."""
-    run = faulty("eval_steps=4", nproc=1, FAULT0=f"killed-at-{moment}" + " infinite" * (moment == "bad-step"))
+    run = faulty("eval_steps=4", "skip_steps=5", nproc=1, FAULT0=f"killed-at-{moment}" + " infinite" * (moment == "bad-step"))
     assert run.wait() == [-signal.SIGKILL]
     logs = tmp_path / "logs"
     assert run.text.splitlines()[-1] in (logs / "train.log").read_text()
     trace = [json.loads(line) for line in (logs / "trace.jsonl").read_text().splitlines()]
     assert moment != "step" or trace[-1]["step"] == 4 and "loss" in trace[-1]
-    assert moment != "eval" or trace[-1]["event"] == "eval"
+    assert moment not in ("eval", "skip") or trace[-1]["event"] == moment
     assert moment != "bad-step" or json.loads((logs / "bad-step-4.json").read_text())["step"] == 4
 
 

@@ -228,12 +228,12 @@ class Monitor:
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
         """Note a step that was walked past."""
+        if self.trace:
+            self.trace.skipped(step, ids)
         self.say(f"Step {step}: skipped, as skip_steps says")
         self.at, self.touched = step, time.perf_counter()
         with console():
             self.bar.update(step - self.bar.n)
-        if self.trace:
-            self.trace.skipped(step, ids)
         self.prove(step)
 
     def line(self, step: int, lr: float, waited: float, status: str = "") -> None:
