@@ -271,7 +271,9 @@ def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):
 @pytest.mark.parametrize("moment", ["step", "eval", "bad-step", "skip"])
 def test_what_was_seen_is_in_the_files(faulty, tmp_path, moment):
     """Killed the moment a line is on the screen: train.log has the line, and the other file has what it speaks of."""
-    run = faulty("eval_steps=4", "skip_steps=5", nproc=1, FAULT0=f"killed-at-{moment}" + " infinite" * (moment == "bad-step"))
+    run = faulty(
+        "eval_steps=4", "skip_steps=5", nproc=1, FAULT0=f"killed-at-{moment}" + " infinite" * (moment == "bad-step")
+    )
     assert run.wait() == [-signal.SIGKILL]
     logs = tmp_path / "logs"
     assert run.text.splitlines()[-1] in (logs / "train.log").read_text()
