@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
     assert torch.equal(*(logits(folders.load(place), IDX) for place in (exported, source)))
     assert "weights only" in train(tmp_path / "next", f"data_dir={shards}", f"init_from={out}", "max_steps=2").text
     assert "init_from=" in train(tmp_path / "not", f"data_dir={shards}", f"resume={source.path}", code=66).text
+
+
+def test_a_damaged_newest_is_named(run, tmp_path, capsys):
+    """A folder whose newest checkpoint is damaged stands for the one before it, and that is said."""
+    folder = shutil.copytree(run, tmp_path / "out")
+    newest, before = manifest.names(folder)[:2]
+    (folder / newest / manifest.STATE).write_text("{}")
+    assert ckpt.find(str(folder)).path == folder / before
+    assert f"passed over {newest}: " in capsys.readouterr().err
 
 
 def test_mean_of_equals(tmp_path):

@@ -173,6 +173,10 @@ def test_commands_as_they_are_printed(copy, monkeypatch):
     assert here("torchrun train.py", copy, bare) == f"{own}/torchrun train.py"
     assert here("pip install -r requirements.txt", copy, active) == "python -m pip install -r requirements.txt"
     assert here("python train.py configs/demo.py", copy.parent, active) == "python 'a copy/train.py' configs/demo.py"
+    module = "python -m refocused.run.launch --standalone train.py"
+    assert here(module, copy, active) == module
+    moved = "PYTHONPATH='a copy' python -m refocused.run.launch --standalone 'a copy/train.py'"
+    assert here(module, copy.parent, active) == moved
     assert here("python data.py", other, active) == f"python '{copy}/data.py'"
     (copy / ".venv").symlink_to(sys.prefix)
     line = shlex.join([".venv/bin/python", "-c", code, str(copy), "python data.py demo"])

@@ -16,7 +16,7 @@ import bench
 import configs
 import model as neox
 from configs import ConfigError
-from refocused.measure import cost, gpus, plan, planner, predictions, search
+from refocused.measure import calibrate, cost, gpus, plan, planner, predictions, search
 from refocused.measure.cost import Hardware, Op
 from refocused.run import words
 
@@ -173,7 +173,7 @@ def test_what_a_search_says_it_is_for(capsys):
 
 
 def test_a_calibrated_search():
-    """The products of every layout that is compared are measured; copies between shards are no faster than all-reduces."""
+    """The products of every layout that is compared are measured."""
     cfg, asked = small("global_batch_size=4", "num_hidden_layers=2"), []
 
     def measure(shapes: set) -> Hardware:
@@ -184,6 +184,13 @@ def test_a_calibrated_search():
     works = [planner.seen(search.like(c), 2).work for c in search.layouts(cfg, 2, 8)]
     assert asked == [set().union(*(work.shapes() for work in works))] and result.machine.name == "m"
     assert len(asked[0]) > len(works[0].shapes())
+
+
+def test_a_calibration_of_three():
+    """Rates of all kinds of messages, in parts that three ranks do not share evenly; copies are no faster than all-reduces."""
+    machine = calibrate.calibrate(small(), 3, [])
+    assert {"gather", "reduce", "all-reduce"} <= machine.speeds.keys() and min(machine.speeds.values()) > 0
+    assert machine.message("copies", 1 << 30, 3, 3) == machine.message("all-reduce", 1 << 30, 3, 3) > 0
 
 
 def test_names_and_sizes():
