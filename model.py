@@ -57,14 +57,16 @@ class Documents(NamedTuple):
     edges: torch.Tensor | None  # int32 (B * n + 1): the same as offsets into B * T tokens, where a kernel takes them
 
     @classmethod
-    def of(cls, idx: torch.Tensor, end: int) -> "Documents":
-        """Those of idx (B, T), by the id of end-of-text; fixed shapes and no wait for the device."""
+    def of(cls, idx: torch.Tensor, end: int, edges: bool = True) -> "Documents":
+        """Those of idx (B, T), by the id of end-of-text, with edges where asked; fixed shapes and no wait for the device."""
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device, dtype=torch.int32)
         first = torch.where(idx == end, positions, 0).cummax(dim=1).values
+        if not edges:
+            return cls(first, None)
         begins = torch.where(first == positions, positions, T).sort(dim=1).values[:, : -(-T // SHORTEST)]  # (B, n)
-        edges = begins + T * torch.arange(B, device=idx.device, dtype=torch.int32)[:, None]  # the rest: length 0
-        return cls(first, F.pad(edges.flatten(), (0, 1), value=B * T))
+        offsets = begins + T * torch.arange(B, device=idx.device, dtype=torch.int32)[:, None]  # the rest: length 0
+        return cls(first, F.pad(offsets.flatten(), (0, 1), value=B * T))
 
     def visible(self) -> torch.Tensor:
         """bool (B, 1, T, T): which key each query sees."""
@@ -332,9 +334,8 @@ class GPTNeoX(nn.Module):
         positions = torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_tables(positions, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
         x = F.dropout(self.embed_in(idx), cfg.hidden_dropout, self.training)  # (B, T, C)
-        documents = None if self.end is None else Documents.of(idx, self.end)
-        if documents and not takes_edges(idx.device, cfg.head_dim):
-            documents = documents._replace(edges=None)
+        edges = takes_edges(idx.device, cfg.head_dim)
+        documents = None if self.end is None else Documents.of(idx, self.end, edges)
         for layer in self.layers:
             x = layer(x, cos, sin, documents=documents)
         return self.embed_out(self.final_layer_norm(x), targets, each)

@@ -26,25 +26,12 @@ from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, hardware, planner
 from refocused.measure.expectation import Expectation
-from refocused.run import (
-    exits,
-    failures,
-    guard,
-    optim,
-    origin,
-    preemption,
-    processes,
-    profiler,
-    room,
-    signals,
-    strategy,
-    words,
-)
+from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
 from refocused.run.evaluate import evaluate, sound
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.logs import check_folder, complain, tell
 from refocused.run.monitor import Monitor
-from refocused.run.signals import StopSignal
+from refocused.run.signals import EARLY, StopSignal
 from refocused.run.starts import Starts
 from refocused.run.watchdog import Watchdog
 from refocused.shards.sigbus import explain_bus_errors
@@ -264,7 +251,7 @@ def main(argv: list[str]) -> int:
     except BaseException as error:  # torch's CheckpointException is no Exception
         code, text = failures.explain(error)
         if stop and stop.since and not stop.begun:  # a signal to the process group ends compilers and unpackers too
-            code, text = STOPPED, signals.EARLY
+            code, text = STOPPED, EARLY
         elif cfg and (lack := profiler.out_of_memory(error)):
             text = f"error: out of memory: {lack}"
             if failures.first("explain"):  # it takes seconds and a process

@@ -5,10 +5,11 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from refocused.run.processes import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "torch.utils.tensorboard"])
@@ -60,9 +61,7 @@ class Run:
         file = folder / "config.py"  # not the demo's values: only what the test states
         file.write_text(config)
         args = [str(file), *base, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.ranks = []
         for rank in range(nproc):
             environment = dict(env or {})

@@ -478,7 +478,7 @@ def test_a_stop_while_a_node_unpacks(shards, tmp_path, ends):
         run.wait_for("stopping before the first step")
         (tmp_path / "broken").touch()
     run.process.wait(GUARD)
-    until(lambda: run.text.count(signals.EARLY) == 2)
+    until(lambda: run.text.count(signals.EARLY) >= 2)
     assert "bug" not in run.text
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import configs
 import model as neox
 from refocused.run import optim
 from refocused.run.muon import Muon, owners
+from refocused.run.processes import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
 KEYS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
@@ -61,9 +61,7 @@ def test_shared_out(world, tmp_path):
 
     As many collectives for three times the matrices: one gather, or two exchanges.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [CONTEXT.Process(target=_rank, args=(r, world, port, str(tmp_path))) for r in range(world)]
     for process in ranks:
         process.start()

@@ -154,12 +154,12 @@ def test_what_a_search_says_it_is_for(capsys):
     config = str(ROOT / "configs/production.py")
     keys = [word for word in SMALL if "global" not in word] + ["max_position_embeddings=64"]
 
-    def hours(*words: str) -> float:
+    def seconds(*words: str) -> float:
         assert bench.main(["plan", config, "--gpus", "2", "--gpu", "RTX 4090", *words, *keys]) == 0
         row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 x RTX 4090"))
         return float(row.split("|")[4])
 
-    assert hours("--link", "0.01") > 2 * hours("--link", "100")
+    assert seconds("--link", "0.01") > 2 * seconds("--link", "100")
     out = "out/my run"
     words = ["--gpus", "4", "--gpu", "RTX 3080", "--search", f"output_dir={out}"]
     assert bench.main(["plan", config, *words, *keys, "per_device_train_batch_size=4", "global_batch_size=8"]) == 0

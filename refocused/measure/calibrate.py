@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 import warnings
@@ -112,9 +111,7 @@ def calibrate(cfg: Config, world: int, shapes: Iterable[tuple], clock: Callable[
     """The hardware of `world` processes on this machine, with each product of those shapes timed; slowest rank counts."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = processes.free_port()
     shapes = sorted(set(shapes), key=repr)
     ranks = [context.Process(target=rank_of, args=(r, world, port, cfg, shapes, clock, results)) for r in range(world)]
     for process in ranks:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from configs import Config, ConfigError
 from refocused.entry import parse_with_settings, positive
 from refocused.measure import gpus
 from refocused.run.origin import hardware
+from refocused.run.processes import free_port
 from refocused.shards import tokenizers
 
 SIZES = {
@@ -102,9 +102,7 @@ def start(name: str, folder: Path, settings: list[str], cache: Path | None = Non
     settings += [f"parallel={strategy}"] if strategy else []
     if kind in VARIANTS:
         kind, settings = "ours", [*settings, *VARIANTS[kind]]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     log = home / "log"
     for rank in range(world_size):

@@ -10,6 +10,7 @@ import datetime
 import gc
 import glob
 import os
+import random
 import resource
 import socket
 import sys
@@ -211,6 +212,16 @@ def join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> No
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except RuntimeError as error:
         raise PeersError(f"rank {rank} does not reach the others: {str(error).splitlines()[0]}; {advice()}") from error
+
+
+def free_port() -> int:
+    """For a store on this machine, below those that the system gives to connections: one of these, free now, may be
+    taken by any connection of another process before the store listens."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def find_store() -> None:
