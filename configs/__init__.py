@@ -76,8 +76,6 @@ class Config:
     weight_decay: float = 0.1  # on matrices only, never on biases, norms or scalars
     optimizer: str = "adamw"  # adamw, or muon for the matrices of the blocks with AdamW for the rest
     muon_learning_rate: float = 0.0  # peak of Muon's matrices, on learning_rate's schedule; 0 for learning_rate itself
-    muon_momentum: float = 0.95  # decay of Muon's momentum (Nesterov's); rarely changed
-    muon_steps: int = 5  # Newton-Schulz steps per update; fewer cost less and orthogonalise less exactly
     adam_beta1: float = 0.9  # decay of the first moment; rarely changed
     adam_beta2: float = 0.95  # decay of the second moment; 0.99 and more for small batches
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
@@ -173,6 +171,12 @@ class Config:
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
 types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
+# keys that there were: (default, what to write instead); a checkpoint from then may still hold them
+REMOVED: dict[str, tuple[typing.Any, str]] = {
+    "muon_momentum": (0.95, "leave it out, Muon's momentum is 0.95"),
+    "muon_steps": (5, "leave it out, Muon takes 5 Newton-Schulz steps"),
+}
+
 CHOICES = {
     "hidden_act": ("gelu", "gelu_new", "gelu_fast", "relu"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
@@ -186,11 +190,11 @@ CHOICES = {
 AT_LEAST_ONE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
     "sequence_length per_device_train_batch_size gradient_accumulation_steps max_bad_steps dataloader_num_workers "
-    "eval_samples muon_steps"
+    "eval_samples"
 ).split()
 NOT_NEGATIVE = (
     "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
-    "min_learning_rate muon_learning_rate muon_momentum warmup_steps decay_steps weight_decay max_grad_norm cpu_threads "
+    "min_learning_rate muon_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads "
     "logging_steps logging_seconds eval_steps seed spike_sigma sample_tokens histogram_steps stop_after_minutes "
     "watchdog_seconds check_replicas_steps max_failed_starts "
     "shard_size save_steps save_seconds save_total_limit keep_every "
@@ -221,7 +225,7 @@ def _check(cfg: Config) -> None:
         require(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
     for key in NOT_NEGATIVE:
         require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
-    for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "muon_momentum"):
+    for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2"):
         require(getattr(cfg, key) < 1, f"{key}={getattr(cfg, key)} must be below 1")
 
     require(
@@ -264,7 +268,6 @@ def _check(cfg: Config) -> None:
         cfg.min_learning_rate <= cfg.learning_rate,
         f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}",
     )
-    require(cfg.muon_steps < 100, f"muon_steps={cfg.muon_steps} must be below 100; 5 are usual")
     require(
         not cfg.muon_learning_rate or cfg.learning_rate > 0,
         f"muon_learning_rate={cfg.muon_learning_rate:g} follows learning_rate's schedule, and learning_rate=0 has none",
@@ -383,6 +386,8 @@ def read_file(path: Path) -> dict[str, typing.Any]:
 
 
 def _known(key: str, owner: type = Config) -> str:
+    if owner is Config and key in REMOVED:
+        raise ConfigError(f"{key} is no longer a key: {REMOVED[key][1]}")
     if key not in types_of(owner):
         way = here("python train.py --help")
         raise ConfigError(f"unknown key {key!r}{nearest(key, types_of(owner))}; `{way}` lists them")
@@ -457,6 +462,11 @@ def to_json(cfg: Config) -> str:
 def difference(old: dict[str, typing.Any], new: dict[str, typing.Any]) -> list[tuple[str, typing.Any, typing.Any]]:
     """(key, old value, new value) for each key whose value differs, in the order of Config."""
     return [(k, old.get(k), new.get(k)) for k in KEYS if old.get(k) != new.get(k)]
+
+
+def removed(old: dict[str, typing.Any]) -> list[tuple[str, typing.Any, str]]:
+    """(key, its value, what to write instead) for each removed key that a checkpoint's config had changed."""
+    return [(k, old[k], instead) for k, (default, instead) in REMOVED.items() if k in old and old[k] != default]
 
 
 def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:

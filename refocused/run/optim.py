@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from configs import Config
 from model import num_parameters
 from refocused.run.adamw import HalfAdamW
-from refocused.run.muon import Muon
+from refocused.run.muon import MOMENTUM, STEPS, Muon
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -50,8 +50,8 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
             muons,
             lr=cfg.muon_learning_rate or cfg.learning_rate,
             weight_decay=cfg.weight_decay,
-            momentum=cfg.muon_momentum,
-            ns_steps=cfg.muon_steps,
+            momentum=MOMENTUM,
+            ns_steps=STEPS,
             adjust_lr_fn="match_rms_adamw",
         )
         optimizers.append(muon)

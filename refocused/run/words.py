@@ -134,10 +134,12 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     for key, old, new in configs.difference(state["config"], dataclasses.asdict(cfg)):
         if key != "resume":
             lines.append(f"          config: {key} {old} -> {new}")
+    for key, was, instead in configs.removed(state["config"]):
+        lines.append(f"          config: {key} was {was} and is no longer a key: {instead}")
     old_cfg = dataclasses.replace(cfg, **{k: v for k, v in state["config"].items() if k in configs.KEYS})
-    if (was := learning_rate(state["step"], old_cfg)) != (now := learning_rate(state["step"], cfg)):
+    if (before := learning_rate(state["step"], old_cfg)) != (now := learning_rate(state["step"], cfg)):
         lines.append(
-            f"          schedule: a function of step and config, so the rate goes on at {now:.3g} (was {was:.3g})"
+            f"          schedule: a function of step and config, so the rate goes on at {now:.3g} (was {before:.3g})"
         )
     return "\n".join(lines)
 
