@@ -41,7 +41,7 @@ LEFT_OUT = {
     r"configs/production(_8gpu)?\.py.*(shard_size|/shared/|num_processes|\$run)": "needs GPUs, several machines or a bucket",
     r"launch .*(configs/production|\$run)": "needs GPUs; --show of the same is run",
     r"make (lint|test)|pytest|test_golden": "the suite itself, and its storms",
-    r"bench\.py (step|save|record|plan --check)|bench\.py losses HEAD|bench\.py losses tests": "minutes of measuring",
+    r"bench\.py (step|plan --check)|bench\.py losses HEAD|bench\.py losses tests": "minutes of measuring",
     r"gs://(BUCKET|my-bucket|demo)": "needs a bucket: test_bucket_recipe and test_bucket_download run them on a server",
     r"config/x\.py|convert_hf_to_gguf": "another project's command",
     r"^pip install|setup\.sh$": "installs, from a network (test_setup.py)",
@@ -98,7 +98,7 @@ def shorter(line: str) -> str:
         steps = " max_steps=6" if "resume" in line else ""
         return f"{line} {SHORT} mixed_precision=no{' decay_steps=1' if 'decay' in line else ''}{steps}"
     more = {"sample.py": "max_new_tokens=8", "tensorboard": "--inspect", "ckpt.py eval": "eval_samples=8"}
-    more |= {"bench.py sample": "--tokens 8 --rounds 1", "data.py bench": "--seconds 0.01 --tokenizer byte"}
+    more |= {"data.py bench": "--seconds 0.01 --tokenizer byte"}
     return f"{line} {next((words for key, words in more.items() if key in line), '')}".strip()
 
 
@@ -322,7 +322,7 @@ def test_every_hint_is_known():
         documents = {ast.get_docstring(n, clean=False) for n in heads}
         texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         found = [text for text in texts if wild.search(text) and text not in documents]
-        assert found == [] or path.name == "record.py", path  # which prints a row that names its own command
+        assert found == [], path
 
 
 @pytest.mark.slow

@@ -47,7 +47,6 @@ from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
 from refocused.entry import ROOT
 from refocused.measure import cost, gpus, planner, predictions
-from refocused.measure import sampling as sampler
 from refocused.measure.peers import Gate
 from refocused.run import optim, processes, strategy
 from refocused.run.origin import hardware
@@ -58,7 +57,7 @@ MAKING = threading.Lock()  # of what several runs need
 SIDE_BY_SIDE = 3  # runs of a check whose verdict is no matter of time; most of each is its start
 # children are forked from one process that has imported everything and not touched the GPU
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["train", "refocused.measure.sampling", "torch.utils.tensorboard"]
+PRELOAD = ["train", "torch.utils.tensorboard"]
 
 TINY = (
     "vocab_size=257 hidden_size=32 num_hidden_layers=2 num_attention_heads=4 intermediate_size=64 sequence_length=32 "
@@ -925,16 +924,6 @@ def peers(m: Machine) -> Result:
     )
 
 
-def sampling(m: Machine) -> Result:
-    if not (m.folder / "export/out").exists():
-        raise Skip("no checkpoint: part 2 makes it")
-    try:
-        code = sampler.main([str(m.folder / "export/out"), "--tokens", "32", "--rounds", "1"])
-    except ImportError as error:
-        raise Skip(str(error)) from error
-    return code == 0, f"exit {code}, the table is above", "exit 0"
-
-
 # --- 5. two ranks, on one GPU where there is one
 
 
@@ -999,7 +988,7 @@ PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
     2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, unpinned_saves, loose_resume,
         bitwise_resume]),
     3: ("memory", [out_of_memory, steady, plan_against_memory, two_ranks_of_24, offload]),
-    4: ("speed", [no_host_sync, head, attention_order, speed, split, predicted_steps, dip, sampling, peers]),
+    4: ("speed", [no_host_sync, head, attention_order, speed, split, predicted_steps, dip, peers]),
     5: ("two ranks", [layouts_agree, one_rank_fails, one_rank_is_told, clean_exits]),
 }  # fmt: skip
 
