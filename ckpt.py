@@ -118,8 +118,7 @@ class Checkpoints:
     @property
     def cannot_wait(self) -> bool:
         """Whether no later step can settle the next save: it returns once complete, or the one before still waits."""
-        returns_complete = not self.cfg.saves_behind or (self.bucket and not self.cfg.background_upload)
-        return returns_complete or not self._saver.settled
+        return not self.cfg.saves_behind or not self._saver.settled
 
     def _generation(self) -> int:
         """The highest of any save that a node can see: what this run saves is later than all of these."""
@@ -137,14 +136,7 @@ class Checkpoints:
         processes.on_each_node(self.env, disk.check_lock, self.cfg.output_dir)
         self._saver.save(name, self._tree, state, proven)
         self._saved_at = time.monotonic()
-        if self.bucket and not self.cfg.background_upload:
-            self._saver.join()
-            processes.on_each_node(self.env, self._flush)
         return self._saver.stall_seconds
-
-    def _flush(self) -> None:
-        if self._syncer:
-            self._syncer.flush(self.cfg.upload_deadline_seconds)  # status says what it came to
 
     def settle(self, good: bool) -> None:
         """Say whether the last save counts, the same on all ranks: a finite step came after it, or none will."""

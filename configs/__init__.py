@@ -128,10 +128,8 @@ class Config:
     # bucket: the second home of data and checkpoints
     bucket_name: str | None = None  # Google Cloud Storage bucket, without gs://; none to stay on this machine
     checkpoint_bucket_path: str = ""  # checkpoints go below it in the bucket; one path per run, empty for no upload
-    background_upload: bool = True  # upload behind training; false to wait for the bucket after every save
     bucket_total_limit: int = 5  # newest checkpoints kept in the bucket; 0 for all
     upload_deadline_seconds: float = 600.0  # how long the end of a run waits for its last checkpoint's upload
-    upload_megabytes_per_second: float = 0.0  # limit when training shares the network with uploads; 0 for none
 
     def __post_init__(self):
         _check(self)
@@ -174,6 +172,11 @@ types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 # keys that there were: (default, what to write instead); a checkpoint from then may still hold them
 REMOVED: dict[str, tuple[typing.Any, str]] = {
     "muon_momentum": (0.95, "leave it out, Muon's momentum is 0.95"),
+    "background_upload": (
+        True,
+        "leave it out, uploads run behind training and the end of a run waits for the last one",
+    ),
+    "upload_megabytes_per_second": (0.0, "leave it out, or limit the network outside of the run (tc, trickle)"),
     "muon_steps": (5, "leave it out, Muon takes 5 Newton-Schulz steps"),
 }
 
@@ -198,7 +201,7 @@ NOT_NEGATIVE = (
     "logging_steps logging_seconds eval_steps seed spike_sigma sample_tokens histogram_steps stop_after_minutes "
     "watchdog_seconds check_replicas_steps max_failed_starts "
     "shard_size save_steps save_seconds save_total_limit keep_every "
-    "bucket_total_limit upload_deadline_seconds upload_megabytes_per_second "
+    "bucket_total_limit upload_deadline_seconds "
     "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
 ).split()
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds", "spike_sigma")
@@ -218,6 +221,12 @@ def _check(cfg: Config) -> None:
     for key, kind in types_of(Config).items():
         finite = kind is not float or key in MAY_BE_INFINITE or math.isfinite(getattr(cfg, key))
         require(finite, f"{key}={getattr(cfg, key)} must be finite")
+    if cfg.bucket_name is not None:
+        require(not (wrong := bucket_problem(cfg.bucket_name)), f"bucket_name={cfg.bucket_name[:200]!r} {wrong}")
+    require(
+        not (wrong := prefix_problem(cfg.checkpoint_bucket_path)),
+        f"checkpoint_bucket_path={cfg.checkpoint_bucket_path[:200]!r} {wrong}; write it as runs/one",
+    )
     for key in PATHS:
         way = "none" if getattr(Config, key) is None else getattr(Config, key)
         require(getattr(cfg, key) != "", f"{key}= names nothing; its default is {key}={way}")
@@ -320,6 +329,26 @@ def _check(cfg: Config) -> None:
             f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''} exceeds "
             f"max_steps={cfg.max_steps}: the peak learning rate would never be reached; lower warmup_steps",
         )
+
+
+def bucket_problem(name: str) -> str:
+    """Why no bucket can have this name, or ""."""
+    if re.fullmatch(r"[a-z0-9](?!.*\.\.)[a-z0-9._-]{1,220}[a-z0-9]", name):
+        return ""
+    return "has a gs:// or a slash; write the name alone" if "/" in name else "is no bucket's name; none for no bucket"
+
+
+def prefix_problem(path: str) -> str:
+    """Why nothing is to be written below this path of a bucket, or ""; empty for the bucket itself."""
+    parts = path.removesuffix("/").split("/")
+    return (
+        "has a control character" if not path.isprintable()
+        else "names a place with gs://; the bucket is bucket_name" if path.startswith("gs:")
+        else "has an empty part or a slash at its beginning" if path and "" in parts
+        else "has a part . or .." if {".", ".."} & set(parts)
+        else "is longer than 700 bytes" if len(path.encode(errors="replace")) > 700
+        else ""
+    )  # fmt: skip
 
 
 def step_ranges(key: str, text: str) -> list[range]:

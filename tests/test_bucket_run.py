@@ -83,13 +83,6 @@ def test_a_bucket_that_refuses_writes(shards, tmp_path, server):
     manifest.verify(newest(tmp_path))
 
 
-def test_waiting_for_every_upload(shards, tmp_path, server):
-    """background_upload=false: each save is in the bucket before the next step."""
-    args = ["max_steps=6", "save_steps=2", "background_upload=false"]
-    train(tmp_path, f"data_dir={shards}", *args, *BUCKET, env=environment(server))
-    assert [manifest.parse(name).step for name in server.commits] == [2, 4, 6]
-
-
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path, server):
     """Saves that are always overdue: the next one begins when the last is in the bucket, so that each comes there."""
     keys = ["max_steps=600", "save_seconds=1e-9", "save_total_limit=0", "bucket_total_limit=2"]

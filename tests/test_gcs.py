@@ -18,6 +18,7 @@ from conftest import ROOT
 from fakegcs import FakeGCS, gcloud
 from launch import GUARD
 
+from configs import Config, ConfigError
 from refocused.bucket import gcs
 
 BIG = random.Random(1).randbytes(20_000_000)  # more than one chunk of an upload
@@ -183,6 +184,34 @@ def test_hostile_names(name, tmp_path):
     assert gcs.local_path(tmp_path, "a/b..c/ü d.npz") == tmp_path / "a/b..c/ü d.npz"
 
 
+BAD_PLACES = [
+    ("demo/", "x"),
+    ("/demo", "x"),
+    ("demo_", "x"),
+    ("gs://demo", "x"),
+    ("demo/runs", "x"),
+    ("../b", "x"),
+    ("a..b", "x"),
+]
+BAD_PLACES += [
+    ("demo", path) for path in ("gs://demo/run", "a\nb", "/", "/a", "../a", "a/./b", "a//b", "a\0b", "x" * 800)
+]
+
+
+@pytest.mark.parametrize("name, path", BAD_PLACES, ids=lambda part: repr(part)[:20])
+def test_places_that_are_none(name, path):
+    """What no bucket can be called, and paths that nothing is written below: by keys and as gs:// the same refusal."""
+    key = "bucket_name" if path == "x" else "checkpoint_bucket_path"
+    with pytest.raises(ConfigError, match=key) as refused:
+        Config(bucket_name=name, checkpoint_bucket_path=path)
+    assert refused.value.exit_code == 2 and refused.value.args[0].isprintable()
+    if "/" not in name and not path.startswith("/"):
+        with pytest.raises(gcs.BucketError, match="write gs://BUCKET/PREFIX"):
+            gcs.split(f"gs://{name}/{path}")
+    Config(bucket_name="my-bucket.example.com", checkpoint_bucket_path="runs/ü 1/")
+    assert gcs.split("gs://my-bucket.example.com/runs/ü 1/") == ("my-bucket.example.com", "runs/ü 1")
+
+
 def test_final_errors_are_one_line(server, bucket, tmp_path, monkeypatch):
     """Missing bucket, 401, 403 and missing credentials: one line with the fix, at once."""
     server.fault("GET", "/o", status=401)
@@ -228,20 +257,6 @@ def test_slow_link(server, tmp_path):
     bucket.retry = bucket.retry.with_timeout(1)
     put(bucket, tmp_path / "up", BIG[: 9 << 20])
     assert server.data("a/b") == BIG[: 9 << 20]
-
-
-def test_throttle_is_shared(server, bucket, tmp_path):
-    """Two files at once through one throttle: every byte of both is counted, and no stream runs ahead of its rate."""
-    import time
-
-    (tmp_path / "up").write_bytes(BIG)
-    throttle, crc, start = gcs.Throttle(40e6), gcs.checksum_of(tmp_path / "up"), time.monotonic()
-    args = (tmp_path / "up", len(BIG), crc, throttle)
-    threads = [threading.Thread(target=bucket.upload, args=(name, *args)) for name in "ab"]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert throttle.free_at - start >= 2 * len(BIG) / throttle.rate and server.names() == ["a", "b"]
-    assert throttle.free_at - time.monotonic() < 0.5  # seconds' worth: a stream's last read is not waited for
 
 
 def test_not_imported_without_a_bucket():

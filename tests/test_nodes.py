@@ -182,12 +182,11 @@ def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
         assert [manifest.step_of(name) for name in door.commits + server.commits] == [10, 12] and not server.violations
 
 
-@pytest.mark.parametrize("behind", ["true", "false"])
-def test_nodes_that_share_a_disk_send_each_file_once(behind, shards, tmp_path, monkeypatch):
+def test_nodes_that_share_a_disk_send_each_file_once(shards, tmp_path, monkeypatch):
     """Two nodes with one output_dir: three checkpoints are in the bucket, each of their files was sent one time."""
     with WatchedGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        keys = ["save_steps=4", "save_total_limit=1", f"background_upload={behind}", f"upload_deadline_seconds={GUARD}"]
+        keys = ["save_steps=4", "save_total_limit=1", f"upload_deadline_seconds={GUARD}"]
         run = Launch(tmp_path, f"data_dir={shards}", *BUCKET, *keys, before=NODES)
         assert run.process.wait(GUARD) == 0, run.text
         assert len(server.commits) == 3 and server.violations == []

@@ -18,13 +18,13 @@ import logging
 import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from configs import bucket_problem, prefix_problem
 from refocused.checkpoint.crc32c import Checksum
 from refocused.shards.write import sync_folder
 
@@ -63,21 +63,6 @@ class Object:
     generation: int
     updated: float  # seconds since the epoch
     encoded: bool  # stored with Content-Encoding: its bytes are not the file's
-
-
-class Throttle:
-    """At most `rate` bytes per second, shared by every thread that takes from it; 0 for no limit."""
-
-    def __init__(self, rate: float):
-        self.rate, self.free_at, self.lock = rate, 0.0, threading.Lock()
-
-    def take(self, count: int) -> None:
-        if not self.rate:
-            return
-        with self.lock:
-            start = max(self.free_at, time.monotonic())
-            self.free_at = start + count / self.rate
-        time.sleep(max(0.0, start - time.monotonic()))
 
 
 class Bucket:
@@ -166,7 +151,7 @@ class Bucket:
         """
         return self._send(name, io.BytesIO(data), len(data), _base64(Checksum(data)), generation)
 
-    def upload(self, name: str, path: Path, size: int, crc32c: str, throttle: Throttle | None = None) -> None:
+    def upload(self, name: str, path: Path, size: int, crc32c: str) -> None:
         """Create an object from a file; the server refuses bytes whose CRC-32C is not the one given (base64).
 
         An object that is there with the same size and checksum is accepted; with others it raises Conflict.
@@ -176,9 +161,9 @@ class Bucket:
             # The client lets the server check one-request uploads against what it read, not against what we know.
             if actual != size or size <= ONE_REQUEST and checksum_of(file) != crc32c:
                 raise BucketError(f"{path} is not the file that its manifest describes; it stays out of the bucket")
-            self._send(name, _Paced(file, throttle) if throttle else file, size, crc32c, 0)
+            self._send(name, file, size, crc32c, 0)
 
-    def _send(self, name: str, stream: "BinaryIO | _Paced", size: int, crc32c: str, generation: int) -> int:
+    def _send(self, name: str, stream: BinaryIO, size: int, crc32c: str, generation: int) -> int:
         from google.api_core.exceptions import PreconditionFailed
 
         def call(attempt: int) -> int:
@@ -296,19 +281,6 @@ class _WrongBytes(Exception):
     pass
 
 
-class _Paced:
-    """A file whose reads wait for the throttle."""
-
-    def __init__(self, file: BinaryIO, throttle: Throttle):
-        self.file, self.throttle = file, throttle
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size)
-        self.throttle.take(len(data))
-        return data
-
-
 class _Hash:
     """A file that keeps no bytes but their SHA-256, of what was written since it was last emptied."""
 
@@ -364,10 +336,11 @@ def part_of(path: Path, obj: Object) -> Path:
 
 def split(url: str) -> tuple[str, str]:
     """("bucket", "prefix") of gs://bucket/prefix; the prefix has no slash at either end."""
-    match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", url)
-    if not match:
-        raise BucketError(f"{url} is no place in a bucket; write gs://BUCKET/PREFIX")
-    return match[1], (match[2] or "").strip("/")
+    name, _, prefix = url.removeprefix("gs://").partition("/")
+    prefix = prefix.strip("/")
+    if not url.startswith("gs://") or (wrong := bucket_problem(name) or prefix_problem(prefix)):
+        raise BucketError(f"{url!r} {wrong if url.startswith('gs://') else 'is no place'}; write gs://BUCKET/PREFIX")
+    return name, prefix
 
 
 def safe_name(name: str) -> str:

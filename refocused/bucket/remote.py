@@ -121,9 +121,7 @@ def delete_data(place: Place, below: str, objects: dict[str, gcs.Object]) -> Non
             place.bucket.delete(obj.name, obj.generation)
 
 
-def publish(
-    place: Place, folder: Path, throttle: gcs.Throttle | None = None, commit: bool = True, replace: bool = False
-) -> bool:
+def publish(place: Place, folder: Path, commit: bool = True, replace: bool = False) -> bool:
     """Make the checkpoint in folder exist in the bucket; False while files of other nodes are still to come.
 
     Only what is not there yet is sent. Each node sends the files that it has; the one with commit=True writes the
@@ -142,7 +140,7 @@ def publish(
 
     def send(file: str) -> None:
         entry = files[file]
-        place.bucket.upload(place.name(data, file), folder / file, entry["size"], entry["crc32c"], throttle)
+        place.bucket.upload(place.name(data, file), folder / file, entry["size"], entry["crc32c"])
 
     todo = [file for file in files if not same(objects.get(f"{data}/{file}"), files[file]) and (folder / file).exists()]
     in_parallel(send, sorted(todo, key=lambda file: -files[file]["size"]), STREAMS)

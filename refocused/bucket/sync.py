@@ -54,7 +54,6 @@ class Syncer:
         self.output_dir = Path(cfg.output_dir)
         self.resumed_from = resumed_from
         self._before = local.generation(cfg.output_dir)  # what is above it was saved by this run
-        self.throttle = gcs.Throttle(cfg.upload_megabytes_per_second * 1e6)
         self.started, self.token = int(time.time()), secrets.token_hex(8)
         self.backlog = 0  # complete checkpoints that are still to be published
         self.failure: str | None = None  # why the last try failed; None once one succeeded
@@ -175,9 +174,7 @@ class Syncer:
             mine = present(manifest, self.output_dir)
             sends = mine - sent(manifest, objects)
             try:
-                done = publish(
-                    self._place, self.output_dir / manifest["name"], self.throttle, self.leader, replace=True
-                )
+                done = publish(self._place, self.output_dir / manifest["name"], commit=self.leader, replace=True)
             except FileNotFoundError:
                 return True  # it was deleted here, so it no longer waits
             except gcs.BucketError:
