@@ -10,13 +10,12 @@ python bench.py losses logs/demo/trace.jsonl other.jsonl      # the first step i
 import sys
 
 from refocused import entry
-from refocused.measure import losses, plan, report, steps
 
 COMMANDS = {
-    "step": ("tokens/s of a whole optimizer step, ours and the peers'", steps.main),
-    "plan": ("memory, time and cost of a config without a GPU, and its fastest layout", plan.main),
-    "report": ("pictures of one or several runs, from their traces", report.main),
-    "losses": ("two traces compared step by step, bit for bit", losses.main),
+    "step": ("tokens/s of a whole optimizer step, ours and the peers'", "refocused.measure.steps:main"),
+    "plan": ("memory, time and cost of a config without a GPU, and its fastest layout", "refocused.measure.plan:main"),
+    "report": ("pictures of one or several runs, from their traces", "refocused.measure.report:main"),
+    "losses": ("two traces compared step by step, bit for bit", "refocused.measure.losses:main"),
 }
 
 

@@ -14,12 +14,38 @@ checkpoints.close(say)
 python ckpt.py list | verify | pull | push | prune | export | import | average | eval
 """
 
+import sys
+
 from refocused import entry  # before all others: it says what this machine lacks
 
-# isort: split
+COMMANDS = {
+    "list": ("the checkpoints of folders and buckets", "refocused.bucket.commands:list_command"),
+    "verify": (
+        "the same, and every byte is read and compared with its manifest",
+        "refocused.bucket.commands:verify_command",
+    ),
+    "pull": ("bring a checkpoint from the bucket", "refocused.bucket.commands:pull_command"),
+    "push": ("publish a checkpoint", "refocused.bucket.commands:push_command"),
+    "prune": (
+        "delete old checkpoints of a bucket, damaged ones, and uploads broken off",
+        "refocused.bucket.commands:prune_command",
+    ),
+    "export": ("a checkpoint -> a folder that Transformers loads", "refocused.commands.export:main_export"),
+    "import": ("a GPT-NeoX folder -> a checkpoint to start from", "refocused.commands.export:main_import"),
+    "average": ("the mean of several checkpoints' weights", "refocused.commands.average:main"),
+    "eval": ("loss, perplexity and bits per byte on held-out windows", "refocused.commands.evaluation:main"),
+}
+
+
+def main(argv: list[str]) -> int:
+    return entry.dispatch("ckpt.py", COMMANDS, argv)
+
+
+if __name__ == "__main__":  # before the imports below, torch above all, which `list` does not need
+    sys.exit(main(sys.argv[1:]))
+
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +56,11 @@ from torch import Tensor
 
 from configs import Config, ConfigError
 from refocused.bucket import commands, sync
-from refocused.checkpoint import average, choice, disk, export, folder, manifest, tensors
+from refocused.checkpoint import choice, disk, folder, manifest, tensors
 from refocused.checkpoint.choice import Choice
 from refocused.checkpoint.folder import FUNCTION, Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
-from refocused.measure import evaluation
 from refocused.run import exits, processes
 from refocused.run.processes import Env
 from refocused.shards import tokenizers
@@ -224,24 +249,3 @@ def find(place: str) -> Source:
                 print(f"passed over {name}: {why}", file=sys.stderr)
             return Source.of(chosen.path, chosen.state)
     return Source.of(path, manifest.read_state(path))
-
-
-COMMANDS = {
-    "list": ("the checkpoints of folders and buckets", commands.list_command),
-    "verify": ("the same, and every byte is read and compared with its manifest", commands.verify_command),
-    "pull": ("bring a checkpoint from the bucket", commands.pull_command),
-    "push": ("publish a checkpoint", commands.push_command),
-    "prune": ("delete old checkpoints of a bucket, damaged ones, and uploads broken off", commands.prune_command),
-    "export": ("a checkpoint -> a folder that Transformers loads", lambda argv: export.main_export(argv, find)),
-    "import": ("a GPT-NeoX folder -> a checkpoint to start from", export.main_import),
-    "average": ("the mean of several checkpoints' weights", lambda argv: average.main(argv, find)),
-    "eval": ("loss, perplexity and bits per byte on held-out windows", lambda argv: evaluation.main(argv, find)),
-}
-
-
-def main(argv: list[str]) -> int:
-    return entry.dispatch("ckpt.py", COMMANDS, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -36,8 +36,7 @@ import numpy as np
 import torch
 
 from configs import KEYS, Config
-from refocused.bucket import download
-from refocused.shards import demo, prepare, text, tokenizers, verify
+from refocused.shards import prepare, tokenizers
 from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
 from refocused.shards.source import Source
 from refocused.shards.walk import find_files
@@ -545,12 +544,12 @@ def bench_command(argv: list[str]) -> int:
 
 
 COMMANDS = {
-    "demo": ("a small set: the bytes of Python's own sources", demo.main),
-    "download": ("shards from a bucket, ready to be read", download.main),
-    "tokenize": ("text files -> shards", text.main),
-    "prepare": ("foreign shards -> shards that are mapped as they are", prepare.main),
-    "verify": ("every byte against its checksum, every id against the vocabulary", verify.main),
-    "bench": ("tokens/s of the loader beside other ways to read", bench_command),
+    "demo": ("a small set: the bytes of Python's own sources", "refocused.shards.demo:main"),
+    "download": ("shards from a bucket, ready to be read", "refocused.bucket.download:main"),
+    "tokenize": ("text files -> shards", "refocused.shards.text:main"),
+    "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
+    "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
+    "bench": ("tokens/s of the loader beside other ways to read", "data:bench_command"),
 }
 
 

@@ -5,20 +5,25 @@ torchrun --standalone --nproc_per_node=2 train.py configs/production.py max_step
 python train.py --help
 """
 
+import sys
+
 from refocused import entry  # before all others: it says what this machine lacks
 
 # isort: split
+import configs
+
+if __name__ == "__main__" and {"--help", "-h"} & {*sys.argv}:  # before the imports below, which it does not need
+    sys.exit(entry.run(configs.print_help, sys.argv[1:]))
+
 import dataclasses
 import hashlib
 import os
 import signal
-import sys
 import time
 
 import torch
 
 import ckpt
-import configs
 import data
 import sample
 from configs import Config
@@ -226,15 +231,12 @@ def show(cfg: Config, origins: dict[str, str]) -> int:
 def main(argv: list[str]) -> int:
     """Parse, check what can be checked without a GPU, run; returns the exit code of DESIGN."""
     entry.open_streams()
-    if {"--show", "--help", "-h"} & set(argv):
+    if "--show" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
         if int(os.environ.get("RANK", 0)):
             return DONE  # under torchrun one of them prints it
     cfg = stop = None
     try:
-        if "--help" in argv or "-h" in argv:
-            print(configs.help_text())
-            return DONE
         cfg, origins = configs.load([a for a in argv if a != "--show"])
         if "--show" in argv:
             return show(cfg, origins)

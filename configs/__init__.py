@@ -509,7 +509,8 @@ def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:
     return groups
 
 
-def help_text() -> str:
+def print_help(argv: list[str]) -> int:
+    """train.py --help, once where torchrun starts several; returns the exit code."""
     lines = [
         f"usage: {here('python train.py [CONFIG.py] [key=value ...] [--show]')}",
         f"       {here('torchrun --standalone --nproc_per_node=N train.py [CONFIG.py] [key=value ...]')}",
@@ -517,7 +518,9 @@ def help_text() -> str:
         "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent",
         "  --show      print the resolved config and the plan of the run, and exit",
     ]
-    return "\n".join(lines + key_table())
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(*lines, *key_table(), sep="\n")
+    return 0
 
 
 def key_table(owner: type = Config) -> list[str]:

@@ -6,6 +6,7 @@ It is imported before anything that a machine may lack, and says then what is la
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import io
 import math
@@ -74,6 +75,7 @@ if why := lacking():
     sys.exit(2)
 
 Command = Callable[[list[str]], int]
+Commands = Mapping[str, tuple[str, str]]  # {name: (what it does, "module:function")}
 
 
 def run(command: Command, argv: list[str]) -> int:
@@ -127,8 +129,8 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def dispatch(program: str, commands: Mapping[str, tuple[str, Command]], argv: list[str]) -> int:
-    """The command that argv[0] names, run with the rest; commands: {name: (what it does, function)}."""
+def dispatch(program: str, commands: Commands, argv: list[str]) -> int:
+    """The command that argv[0] names, run with the rest. Its module is imported now, so no command loads another's."""
     usage = here(f"python {program}")
     lines = [f"usage: {usage} COMMAND ...", ""]
     lines += [f"  {name:<10} {meaning}" for name, (meaning, _) in commands.items()]
@@ -141,7 +143,8 @@ def dispatch(program: str, commands: Mapping[str, tuple[str, Command]], argv: li
         if argv[0] not in commands:
             print("\n".join(lines), f"\nerror: {argv[0]!r} is no command", file=sys.stderr)
             return 2
-        return commands[argv[0]][1](argv[1:])
+        module, _, function = commands[argv[0]][1].partition(":")
+        return getattr(importlib.import_module(module), function)(argv[1:])
 
     return run(command, argv)
 

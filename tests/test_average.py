@@ -13,15 +13,16 @@ from test_resume import newest, tensors
 
 import ckpt
 from configs import ConfigError
-from refocused.checkpoint import average, export, manifest
 from refocused.checkpoint import folder as folders
+from refocused.checkpoint import manifest
 from refocused.checkpoint import tensors as files
+from refocused.commands import average, export
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def averaged(*argv) -> int:
-    return average.main([str(arg) for arg in argv], ckpt.find)
+    return average.main([str(arg) for arg in argv])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out-1").rglob("*.safetensors"))) > 3
     source = ckpt.find(str(out))
     assert source.state["step"] == 6 and source.cfg.tokenizer == "byte" and len(source.state["averaged"]) == 3
-    assert export.main_export([str(out), str(tmp_path / "hf"), "--dtype", "fp32"], ckpt.find) == 0
+    assert export.main_export([str(out), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     exported = ckpt.find(str(tmp_path / "hf"))
     assert torch.equal(*(logits(folders.load(place), IDX) for place in (exported, source)))
     assert "weights only" in train(tmp_path / "next", f"data_dir={shards}", f"init_from={out}", "max_steps=2").text

@@ -26,9 +26,10 @@ import data
 import sample
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
-from refocused.checkpoint import average, export, manifest, tensors
 from refocused.checkpoint import folder as folders
+from refocused.checkpoint import manifest, tensors
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.commands import average, export
 from refocused.shards import tokenizers
 from refocused.shards.shard import Shard
 from tests.launch import train
@@ -96,7 +97,7 @@ def test_transformers_loads_it(tmp_path, capsys, keys):
     """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, and greedy text ours."""
     cfg = Config(**{**CFG.__dict__, **keys})
     checkpoint = save(tmp_path / "out", cfg)
-    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"], ckpt.find) == 0
+    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     assert "at most 0.0e+00" in capsys.readouterr().out
     hf, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), folders.load(ckpt.find(str(checkpoint)))
     assert (logits(hf, IDX) - logits(ours, IDX)).abs().max() < 1e-5
@@ -108,7 +109,7 @@ def test_transformers_loads_it(tmp_path, capsys, keys):
 def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     """With a limit of 100 kB a file: an index, files below the limit, and Transformers finds the rounded weights."""
     monkeypatch.setattr(folders, "FILE_BYTES", 100_000)
-    assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")], ckpt.find) == 0
+    assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")]) == 0
     files = sorted(tmp_path.glob("hf/model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_bytes())
     assert len(files) > 2 and {f.name for f in files} == set(index["weight_map"].values())
@@ -177,7 +178,7 @@ def test_onnx(checkpoint, tmp_path, capsys):
     """The ONNX graph in onnxruntime, on a batch of another shape, equals the checkpoint's logits to 1e-4."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--onnx"], ckpt.find) == 0
+    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--onnx"]) == 0
     session = onnxruntime.InferenceSession(tmp_path / "hf/onnx/model.onnx")
     idx = IDX.repeat(3, 5)[:, :37]
     (out,) = session.run(None, {"input_ids": idx.numpy()})
@@ -229,10 +230,10 @@ def test_import(tmp_path, capsys):
     source = ckpt.find(str(tmp_path / "start"))
     assert source.state["step"] == 0 and manifest.verify(source.path) and cfg.init_from == str(tmp_path / "start")
     assert all(getattr(cfg, key) == getattr(source.cfg, key) for key in folders.MODEL_KEYS), "it is the import's model"
-    assert export.main_export([str(tmp_path / "start"), str(tmp_path / "again")], ckpt.find) == 0
+    assert export.main_export([str(tmp_path / "start"), str(tmp_path / "again")]) == 0
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "again" / file).read_bytes())["eos_token_id"] == 0, "as the folder that came in"
-    assert average.main([*[str(tmp_path / "start")] * 2, str(tmp_path / "mean")], ckpt.find) == 0
+    assert average.main([*[str(tmp_path / "start")] * 2, str(tmp_path / "mean")]) == 0
     assert ckpt.find(str(tmp_path / "mean")).end == source.end == 0
     assert (logits(folders.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
 
@@ -246,7 +247,7 @@ def test_a_killed_import_or_export_does_not_refuse_the_next(checkpoint, tmp_path
         "export": [str(checkpoint)],
         "export --torch": [str(checkpoint)],
     }
-    die = "import os, signal, sys, ckpt; from refocused.checkpoint import export; "
+    die = "import os, signal, sys, ckpt; from refocused.commands import export; "
     die += "export.sync_folder = lambda path: os.kill(os.getpid(), signal.SIGKILL); ckpt.main(sys.argv[1:])"
     for command, argv in commands.items():
         out = tmp_path / f"out of {command}"
@@ -454,7 +455,7 @@ def test_refused_targets(checkpoint, tmp_path):
     """A folder with files is left as it is; a damaged checkpoint is not exported, and leaves nothing behind."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("mine")
-    for command in (lambda argv: export.main_export(argv, ckpt.find), export.main_import):
+    for command in (lambda argv: export.main_export(argv), export.main_import):
         with pytest.raises(ConfigError, match="not empty"):
             command([str(checkpoint), str(tmp_path / "full")])
     shutil.copytree(checkpoint, damaged := tmp_path / checkpoint.name)
@@ -463,7 +464,7 @@ def test_refused_targets(checkpoint, tmp_path):
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
-        export.main_export([str(damaged), str(tmp_path / "hf")], ckpt.find)
+        export.main_export([str(damaged), str(tmp_path / "hf")])
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name, "full"]
 
 
@@ -471,5 +472,5 @@ def test_weights_too_large_for_fp16(tmp_path):
     """Weights beyond fp16 are refused with the way out, and nothing is left under the name."""
     checkpoint = save(tmp_path / "out", Config(**{**CFG.__dict__, "initializer_range": 1e5}))
     with pytest.raises(CheckpointError, match="not finite in float16.*--dtype"):
-        export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"], ckpt.find)
+        export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -4,12 +4,19 @@ The arrows inside the package are import-linter's (pyproject.toml); it takes the
 """
 
 import ast
+import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+import bench
+import ckpt
+import data
 
 # {story: the other stories that it may import}; every one may import configs and any room but measure
 STORIES: dict[str, set[str]] = {
@@ -20,8 +27,8 @@ STORIES: dict[str, set[str]] = {
     "train": {"model", "data", "ckpt", "sample"},
     "bench": set(),  # dispatches to measure
 }
-ABOVE_MEASURE = {"train", "bench", "ckpt"}  # ckpt asks it for an evaluation; what it measures with ckpt is elsewhere
-MEASURED = {"train", "data", "ckpt", "sample", "model"}  # what refocused/measure may run
+ABOVE_MEASURE = {"train", "bench"}
+USED = {"train", "data", "ckpt", "sample", "model"}  # what refocused/measure and refocused/commands may use
 
 # packages that a function may import, because not every run has or needs them
 LATE = {
@@ -85,7 +92,7 @@ def test_root_imports_point_down():
                 wrong.append(f"{story}.py imports {module}")
     for path in files():
         if path.parent != ROOT:
-            allowed = MEASURED if "measure" in path.parts else {"model"}
+            allowed = USED if {"measure", "commands"} & {*path.parts} else {"model"}
             stories = {module.split(".")[0] for module in imported(ast.parse(path.read_text()))} & STORIES.keys()
             wrong += [f"{path.relative_to(ROOT)} imports {story}" for story in stories - allowed]
     assert wrong == []
@@ -100,6 +107,24 @@ def test_no_import_is_hidden_in_a_function():
                 late = [module for module in imported(node) if not any(is_in(module, package) for package in LATE)]
                 wrong += [f"{path.relative_to(ROOT)}:{node.lineno} imports {module}" for module in late]
     assert wrong == []
+
+
+@pytest.mark.parametrize("line", ["ckpt.py list EMPTY", "ckpt.py --help", "train.py --help", "bench.py --help"])
+def test_without_torch(line, tmp_path):
+    """What looks at files, or only says how to call a program, does not load torch: it answers at once."""
+    argv = line.replace("EMPTY", str(tmp_path)).split()
+    code = "import atexit, os, runpy, sys; atexit.register(lambda: 'torch' in sys.modules and os._exit(9)); "
+    code += f"sys.argv = {argv}; sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+def test_every_command_is_there():
+    """Commands are named by module and function, and imported when called: each name leads to a function."""
+    for program in (bench, ckpt, data):
+        for _, place in program.COMMANDS.values():
+            module, _, function = place.partition(":")
+            assert callable(getattr(importlib.import_module(module), function)), place
 
 
 def test_nothing_runs_what_it_reads():

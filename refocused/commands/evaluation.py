@@ -9,11 +9,11 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+import ckpt
 import configs
 import data
 from configs import Config, ConfigError
@@ -75,8 +75,8 @@ def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
     return source.trained_on != dataset.fingerprint or cfg.eval_files > source.cfg.eval_files or tail_moves
 
 
-def main(argv: list[str], find: Callable[[str], Source]) -> int:
-    """ckpt.py eval; find() knows what is at a place. Raises ConfigError, CheckpointError, DataError, BucketError."""
+def main(argv: list[str]) -> int:
+    """ckpt.py eval. Raises ConfigError, CheckpointError, DataError, BucketError."""
     parser = argparse.ArgumentParser(prog="ckpt.py eval", description="The loss on the windows that are held out.")
     place = "one, a folder of them (the last), a Hugging Face folder, or gs://..."
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=place)
@@ -89,7 +89,7 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
     machine = {key: values[key] for key in ("cpu_threads", "deterministic") if key in values}
     env = processes.start(Config(**machine))
     try:
-        source = processes.on_rank_0(find, options.checkpoint)
+        source = processes.on_rank_0(ckpt.find, options.checkpoint)
         cfg = dataclasses.replace(source.cfg, **values)
         processes.check_precision(cfg, env.device)
         dataset, scores = evaluate(source, cfg, env)

@@ -8,7 +8,6 @@ Averaging the last checkpoints of a run stands in for part of its decay (Izmailo
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+import ckpt
 from configs import ConfigError
 from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.export import check_free, coming
 from refocused.checkpoint.folder import FUNCTION, Source
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.commands.export import check_free, coming
 from refocused.entry import here
 from refocused.shards import tokenizers
 
@@ -100,8 +100,8 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
     return final
 
 
-def main(argv: list[str], find: Callable[[str], Source]) -> int:
-    """ckpt.py average; find() knows what is at a place. Raises ConfigError, CheckpointError, BucketError."""
+def main(argv: list[str]) -> int:
+    """ckpt.py average. Raises ConfigError, CheckpointError, BucketError."""
     parser = argparse.ArgumentParser(prog="ckpt.py average", description="The mean of checkpoints' weights.")
     place = "at least two: a checkpoint, a folder of them (the last), or gs://..."
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=place)
@@ -119,7 +119,7 @@ def main(argv: list[str], find: Callable[[str], Source]) -> int:
         )
     if len(weights) < 2:
         raise ConfigError("the mean of one checkpoint is that checkpoint; name at least two, and OUT behind them")
-    sources = [find(checkpoint) for checkpoint in args.checkpoints]
+    sources = [ckpt.find(checkpoint) for checkpoint in args.checkpoints]
     for source in sources:
         if source.is_hf:
             way = here(f"python ckpt.py import {source.path} OUT")

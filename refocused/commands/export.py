@@ -14,12 +14,13 @@ import os
 import shlex
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import ckpt
 import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters
@@ -195,8 +196,8 @@ def write_torch(source: Source, file: Path) -> None:
     torch.save({"tensors": tensors.read(source.path), "state": source.state}, file)
 
 
-def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
-    """ckpt.py export; find() knows what is at a place. Returns the exit code; raises ConfigError, CheckpointError."""
+def main_export(argv: list[str]) -> int:
+    """ckpt.py export. Returns the exit code; raises ConfigError, CheckpointError."""
     parser = argparse.ArgumentParser(prog="ckpt.py export", description="A checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one, a folder of them (the last), or gs://...")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
@@ -209,7 +210,7 @@ def main_export(argv: list[str], find: Callable[[str], Source]) -> int:
     if absent:
         way = here(f"pip install {' '.join(absent)}")
         raise ConfigError(f"--onnx needs packages that are not here: `{way}`")
-    source = find(args.checkpoint)
+    source = ckpt.find(args.checkpoint)
     if source.is_hf:
         raise CheckpointError(f"{source.path} is a Hugging Face folder already")
     if args.torch:
