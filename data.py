@@ -37,9 +37,9 @@ import torch
 
 from configs import KEYS, Config
 from refocused.shards import prepare, tokenizers
+from refocused.shards.find import find_files
+from refocused.shards.formats import TokenFile
 from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
-from refocused.shards.source import Source
-from refocused.shards.walk import find_files
 from refocused.shards.write import locked
 
 HELD_OUT_TAIL = 0.05  # of a single shard
@@ -345,7 +345,7 @@ def open_dataset(cfg: Config) -> Dataset:
     with locked(cache):
         todo = [path for path in chosen_shards(cfg) if not prepare.is_unpacked(source / path, cache / path)]
         if todo:
-            origins = (Source(source / path, *settings) for path in todo)
+            origins = (TokenFile(source / path, *settings) for path in todo)
             needed = sum(origin.count * origin.out_dtype.itemsize for origin in origins)
             free = shutil.disk_usage(cache).free
             if needed > free:
@@ -546,7 +546,7 @@ def bench_command(argv: list[str]) -> int:
 COMMANDS = {
     "demo": ("a small set: the bytes of Python's own sources", "refocused.shards.demo:main"),
     "download": ("shards from a bucket, ready to be read", "refocused.bucket.download:main"),
-    "tokenize": ("text files -> shards", "refocused.shards.text:main"),
+    "tokenize": ("text files -> shards", "refocused.shards.tokenize:main"),
     "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
     "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
     "bench": ("tokens/s of the loader beside other ways to read", "data:bench_command"),

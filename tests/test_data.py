@@ -32,9 +32,9 @@ from data import Dataset, Loader, explain_change, permutation
 from refocused.run import words
 from refocused.shards import shard as shard_module
 from refocused.shards.demo import short_documents
+from refocused.shards.find import find_files
 from refocused.shards.shard import DataError, PackedShard, Shard
 from refocused.shards.tokenizers import find
-from refocused.shards.walk import find_files
 from refocused.shards.write import write_shard
 
 ROOT = Path(__file__).parent.parent

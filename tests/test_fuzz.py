@@ -31,8 +31,8 @@ from refocused.checkpoint import choice, folder, manifest, tensors
 from refocused.run.logs import Logs
 from refocused.run.trace import Trace
 from refocused.shards import tokenizers
+from refocused.shards.formats import TokenFile
 from refocused.shards.shard import Shard
-from refocused.shards.source import Source
 
 FUZZ = settings(
     max_examples=FUZZ_CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -154,14 +154,14 @@ def test_shard(place, data):
 @given(st.sampled_from(SHARDS).flatmap(mutated_bytes))
 def test_foreign_shard(place, data):
     (place / "source.npz").write_bytes(data)
-    in_own_words(lambda: [chunk.size for chunk in Source(place / "source.npz", 1 << 16, 0).chunks({})])
+    in_own_words(lambda: [chunk.size for chunk in TokenFile(place / "source.npz", 1 << 16, 0).chunks({})])
 
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=3000), mutated_bytes(np.arange(900, dtype="<u4").tobytes())))
 def test_bin(place, data):
     (place / "source.bin").write_bytes(data)
-    in_own_words(lambda: [chunk.size for chunk in Source(place / "source.bin", 1 << 16, 0).chunks({})])
+    in_own_words(lambda: [chunk.size for chunk in TokenFile(place / "source.bin", 1 << 16, 0).chunks({})])
 
 
 STATE = {
@@ -317,7 +317,7 @@ def test_pickles_are_never_opened(place, part, file):
     (place / file).write_bytes(hostile)
     np.save(place / "object.npy", np.array([Payload(str(place / "executed"))], object), allow_pickle=True)
     in_own_words(lambda: Shard.open(place, "shard.npz"))
-    in_own_words(lambda: list(Source(place / file, 1 << 16, 0).chunks({})))
+    in_own_words(lambda: list(TokenFile(place / file, 1 << 16, 0).chunks({})))
     final = write_checkpoint(place, hostile, hostile)
     in_own_words(lambda: tensors.load(final, {"model.a": torch.zeros(2, 3)}))
     in_own_words(lambda: choice.choose(place, "latest"))

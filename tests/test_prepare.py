@@ -22,10 +22,10 @@ from tokenizers import Tokenizer
 import data
 from configs import Config
 from data import Dataset, open_dataset
-from refocused.shards import documents, prepare, source, text, verify
-from refocused.shards.documents import Rules
+from refocused.shards import formats, prepare, readers, tokenize, verify
+from refocused.shards.formats import TokenFile
+from refocused.shards.readers import Rules
 from refocused.shards.shard import DataError, Shard
-from refocused.shards.source import Source
 from refocused.shards.tokenizers import find
 from refocused.shards.write import write_shard
 
@@ -42,9 +42,9 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def stream_of(file: Path, max_ratio: float = source.MAX_RATIO) -> tuple[list[int], dict]:
+def stream_of(file: Path, max_ratio: float = formats.MAX_RATIO) -> tuple[list[int], dict]:
     report: dict = {}
-    source = Source(file, V, END, max_ratio)
+    source = TokenFile(file, V, END, max_ratio)
     tokens = np.concatenate(list(source.chunks(report))).tolist()
     assert len(tokens) == source.count == report["tokens"]
     return tokens, report
@@ -60,7 +60,7 @@ def test_padding_is_dropped(tmp_path, without):
     rows = [rng.integers(0, 1000, rng.integers(1, 701)) for _ in range(3000)] + [rng.integers(0, 1000, 700)]
     file = tmp_path / "a.npz"
     shards.write_padded(file, rows, 700, pad=-7, **dict.fromkeys(without))
-    assert len(rows) * 700 * 4 > 2 * source.BLOCK
+    assert len(rows) * 700 * 4 > 2 * formats.BLOCK
     tokens, report = stream_of(file)
     assert tokens == shards.rows_to_stream(rows, 700).tolist()
     assert report["documents"] == 3001 and report["padding"] == 3001 * 700 - sum(map(len, rows))
@@ -82,8 +82,8 @@ def test_streams_and_full_rows_stay_as_they_are(tmp_path):
     assert totals["files"] == 5 and totals["tokens"] == 15000
     shard = Shard.open(tmp_path / "out", "train.npz")
     assert shard.stream.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.tokens == tokens).all()
-    assert Source(tmp_path / "u4.npz", 65536, END).out_dtype == np.uint16
-    assert Source(tmp_path / "u4.npz", 65537, END).out_dtype == np.uint32
+    assert TokenFile(tmp_path / "u4.npz", 65536, END).out_dtype == np.uint16
+    assert TokenFile(tmp_path / "u4.npz", 65537, END).out_dtype == np.uint32
 
 
 TOKENS = np.random.default_rng(0).integers(0, 257, 3000)
@@ -204,10 +204,10 @@ def test_what_a_file_holds_is_clear_or_it_is_refused(tmp_path, save, vocab_size,
     save(tmp_path)
     file = next(path for path in tmp_path.iterdir() if path.suffix != ".idx")
     with pytest.raises(DataError) as caught:
-        Source(file, vocab_size, 256)
+        TokenFile(file, vocab_size, 256)
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
     if "--bin_dtype" in message:
-        assert Source(file, 1000, 256, bin_dtype="uint32").count == 3000
+        assert TokenFile(file, 1000, 256, bin_dtype="uint32").count == 3000
 
 
 def test_empty_documents_are_skipped(tmp_path):
@@ -350,7 +350,7 @@ def test_encrypted_and_duplicate_members(tmp_path):
     (tmp_path / "b.npz").write_bytes(flagged)
     for name, message in (("a.npz", "names a member twice"), ("b.npz", "encrypted members: sequence_lengths.npy")):
         with pytest.raises(DataError, match=message):
-            Source(tmp_path / name, V, END)
+            TokenFile(tmp_path / name, V, END)
 
 
 def test_honest_padding_over_the_ratio(tmp_path):
@@ -574,7 +574,7 @@ def test_tokenize(tmp_path):
     """Shards of text files against the byte encoding of each document; stopped and continued, the same bytes."""
     expected_documents = write_texts(tmp_path / "in")
     arguments = ("byte", Rules(FIELDS), 5000)
-    totals = text.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=3)
+    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=3)
     encoding = find("byte").known
     expected = [token for document in expected_documents for token in [*encoding.encode_ordinary(document), 256]]
     names = sorted(content(tmp_path / "out"))
@@ -589,29 +589,29 @@ def test_tokenize(tmp_path):
     for name in names[2:]:  # as if killed while the third was written
         (tmp_path / "out" / name).unlink()
     (tmp_path / "out" / f".{names[2]}.123.tmp").write_bytes(b"half")
-    assert text.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=1)["kept"] == 2
+    assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=1)["kept"] == 2
     assert content(tmp_path / "out") == whole
     damaged = bytearray(whole[names[1]])
     damaged[-2000] ^= 1
     (tmp_path / "out" / names[1]).write_bytes(damaged)
-    assert text.tokenize(tmp_path / "in", tmp_path / "out", *arguments)["kept"] == 1
+    assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments)["kept"] == 1
     assert content(tmp_path / "out") == whole
     with pytest.raises(DataError, match="made from other shard_tokens; name another folder"):
-        text.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(FIELDS), 6000)
+        tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(FIELDS), 6000)
     source = tmp_path / "in/b/comments.jsonl"  # a redaction of equal size, its time put back
     before = source.stat()
     source.write_text(source.read_text().replace("number 7 ", "number X "))
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert source.stat().st_size == before.st_size
     with pytest.raises(DataError, match="made from other sources; name another folder"):
-        text.tokenize(tmp_path / "in", tmp_path / "out", *arguments)
+        tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments)
 
 
 def test_tokenize_by_a_file(tmp_path, monkeypatch):
     """A tokenizer.json, and one of more ids than 16 bits hold: the shards against each whole document's ids, in pieces,
     and what is special in a text is text. They note it, and keep the note when they are prepared once more."""
-    monkeypatch.setattr(documents, "PIECE", 1000)
-    monkeypatch.setattr(text, "BATCH", 3000)
+    monkeypatch.setattr(readers, "PIECE", 1000)
+    monkeypatch.setattr(tokenize, "BATCH", 3000)
     words = "naïve words <|endoftext|> and don't  stop\n\n日本語 12.5\t" * 200
     for name in ("in", "own", "large"):
         (tmp_path / name).mkdir()
@@ -630,16 +630,16 @@ def test_tokenize_by_a_file(tmp_path, monkeypatch):
         known.no_truncation()
         known.no_padding()
         known.encode_special_tokens = True
-        text.tokenize(tmp_path / "in", tmp_path / f"{name} out", str(tmp_path / name), Rules([]), 4000)
+        tokenize.tokenize(tmp_path / "in", tmp_path / f"{name} out", str(tmp_path / name), Rules([]), 4000)
         assert tokens_in(tmp_path / f"{name} out") == [*known.encode(words, add_special_tokens=False).ids, end]
         first = Shard.open(tmp_path / f"{name} out", "tokenized_cleaned_00000.npz")
         assert first.stream.dtype == dtype and find(str(tmp_path / name)).identity == first.tokenizer[0]
         assert first.tokenizer[1] == f"{name}/tokenizer.json"
     shutil.copytree(tmp_path / "own", tmp_path / "moved")
-    again = text.tokenize(tmp_path / "in", tmp_path / "own out", str(tmp_path / "moved"), Rules([]), 4000)
+    again = tokenize.tokenize(tmp_path / "in", tmp_path / "own out", str(tmp_path / "moved"), Rules([]), 4000)
     assert again["kept"] == again["files"], "it is the same tokenizer"
     with pytest.raises(DataError, match="made from other tokenizer"):
-        text.tokenize(tmp_path / "in", tmp_path / "own out", "byte", Rules([]), 4000)
+        tokenize.tokenize(tmp_path / "in", tmp_path / "own out", "byte", Rules([]), 4000)
 
     args = ["prepare", str(tmp_path / "large out"), str(tmp_path / "prepared")]
     assert prepare.main([*args[1:], "--vocab_size", "80000"]) == 0
@@ -667,8 +667,8 @@ def split_whole(words: str, mark: str) -> list[str]:
 def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
     """A .txt of many pieces, by gpt2 and with marks at the cuts: its tokens against those of each whole document."""
     shards.use_gpt2(tmp_path, monkeypatch)
-    monkeypatch.setattr(documents, "PIECE", 1000)
-    monkeypatch.setattr(text, "BATCH", 3000)
+    monkeypatch.setattr(readers, "PIECE", 1000)
+    monkeypatch.setattr(tokenize, "BATCH", 3000)
     rng = np.random.default_rng(0)
     parts = [
         "word",
@@ -695,7 +695,7 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
     (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + words.encode())
     encoding = find("gpt2").known
     whole = split_whole(words, split) if split else [words]
-    totals = text.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000, workers=2)
+    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000, workers=2)
     expected = [token for document in whole for token in [*encoding.encode_ordinary(document), 50256]]
     found = tokens_in(tmp_path / "out")
     assert encoding.decode(found) == encoding.decode(expected)
@@ -703,7 +703,7 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
     made = content(tmp_path / "out")
     for name in sorted(made)[3:]:
         (tmp_path / "out" / name).unlink()
-    assert text.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000)["kept"] == 3
+    assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000)["kept"] == 3
     assert content(tmp_path / "out") == made
 
 
@@ -723,18 +723,18 @@ def test_texts_as_people_have_them(tmp_path, name):
     (tmp_path / "in" / name).write_bytes(packed(name, data))
     plain = ".txt" in name.lower()
     texts = [data.decode()] if plain else [json.loads(line)["text"] for line in lines]
-    totals = text.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
+    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
     assert totals["documents"] == len(texts)
     assert tokens_in(tmp_path / "out") == [t for document in texts for t in [*document.encode(), 256]]
     made = content(tmp_path / "out")
     for path in sorted(made)[2:]:
         (tmp_path / "out" / path).unlink()
-    text.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
+    tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
     assert content(tmp_path / "out") == made
     if name.lower().endswith((".gz", ".zst")):
         (tmp_path / "in" / name).write_bytes(packed(name, data)[:-20])
         with pytest.raises(DataError, match=f"{name}.*(ends early|ended before)"):
-            text.tokenize(tmp_path / "in", tmp_path / "cut", "byte", Rules(["text"]), 10**6)
+            tokenize.tokenize(tmp_path / "in", tmp_path / "cut", "byte", Rules(["text"]), 10**6)
 
 
 HALF = '{"text": "cut \\ud83d"}'
@@ -757,10 +757,10 @@ def test_records_without_text(tmp_path, capsys, record, words, usual):
     expected = [*b"one", 256, *"cut \ufffd".encode(), 256]
     if not usual:
         with pytest.raises(DataError) as caught:
-            text.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"]), 100)
+            tokenize.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"]), 100)
         assert f"{tmp_path}/a.jsonl line 2: " in str(caught.value) and words in str(caught.value)
         assert "--on_error skip" in str(caught.value)
-    totals = text.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"], "", not usual), 100)
+    totals = tokenize.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"], "", not usual), 100)
     assert f"skipped {tmp_path}/a.jsonl line 2: " in (said := capsys.readouterr().err) and words in said
     assert tokens_in(tmp_path / "out") == expected and (totals["documents"], totals["skipped"]) == (2, 1)
 

@@ -27,11 +27,10 @@ from configs import Config
 from refocused import entry
 from refocused.entry import here
 from refocused.shards import shard, write
-from refocused.shards.flat import BIN_DTYPES
+from refocused.shards.find import find_files, find_sources
+from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, MAX_RATIO, TokenFile, zip_identity
 from refocused.shards.shard import DataError, Shard, WriteError
-from refocused.shards.source import FLAT, KINDS, MAX_RATIO, Source, zip_identity
 from refocused.shards.tokenizers import HELP, find
-from refocused.shards.walk import find_files, find_sources
 
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
 
@@ -40,7 +39,7 @@ def is_intact(folder: Path, path: str) -> bool:
     """Whether this is a mapped shard whose content has the checksum that its zip directory names. Reads all of it."""
     try:
         Shard.open(folder, path)
-        for _ in Source(Path(folder, path), 1 << 32, 0).chunks({}):
+        for _ in TokenFile(Path(folder, path), 1 << 32, 0).chunks({}):
             pass
         return True
     except DataError:
@@ -121,7 +120,7 @@ def convert(
 
     target/path may be the file itself.
     """
-    source = Source(file, **settings, max_ratio=max_ratio, bin_dtype=bin_dtype)
+    source = TokenFile(file, **settings, max_ratio=max_ratio, bin_dtype=bin_dtype)
     path = mapped_name(path)
     maker, old = maker or shard.made_with(write.read_note(file)), write.read_note(target / path)
     settled = {**source.note, **({"tokenizer": maker[0], "tokenizer_name": maker[1]} if maker else {})}

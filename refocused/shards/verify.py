@@ -8,11 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 from configs import Config
+from refocused.shards.find import find_files
+from refocused.shards.formats import MAX_RATIO, TokenFile
 from refocused.shards.prepare import common_arguments, others, process_pool
 from refocused.shards.shard import DTYPES, DataError, Shard
-from refocused.shards.source import MAX_RATIO, Source
 from refocused.shards.tokenizers import find
-from refocused.shards.walk import find_files
 
 
 def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, max_ratio: float = MAX_RATIO) -> int:
@@ -46,7 +46,7 @@ def examine(folder: Path, path: str, vocab_size: int, fast: bool, max_ratio: flo
     """A row of verify: tokens, dtype, largest_id, content (equal for equal arrays) and wrong, as far as it got."""
     row: dict[str, Any] = {}
     try:
-        source = Source(Path(folder, path), vocab_size, 0, max_ratio)
+        source = TokenFile(Path(folder, path), vocab_size, 0, max_ratio)
         row |= {"tokens": source.count, "dtype": source.dtype.name}
         assert source.member is not None
         row["content"] = (source.member.CRC, source.shape, source.dtype.str)

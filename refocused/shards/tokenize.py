@@ -19,12 +19,12 @@ from tqdm import tqdm
 from configs import Config
 from refocused import entry
 from refocused.shards import write
-from refocused.shards.documents import END_OF_TEXT as MARK
-from refocused.shards.documents import PACKED, Rules, documents, kind
+from refocused.shards.find import find_sources
 from refocused.shards.prepare import TOTALS, add, announce, common_arguments, is_intact, others
+from refocused.shards.readers import END_OF_TEXT as MARK
+from refocused.shards.readers import PACKED, Rules, documents, kind
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import find
-from refocused.shards.walk import find_sources
 
 BATCH = 1 << 20  # bytes of text that a thread encodes at once; shards end where a batch ends
 Place = tuple[int, int, int]  # file, byte and line where a batch begins
