@@ -16,16 +16,13 @@ from refocused import entry  # before all others: it says what this machine lack
 # isort: split
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,11 +33,9 @@ import numpy as np
 import torch
 
 from configs import KEYS, Config
-from refocused.shards import prepare, tokenizers
+from refocused.shards import tokenizers
 from refocused.shards.find import find_files
-from refocused.shards.formats import TokenFile
-from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
-from refocused.shards.write import locked
+from refocused.shards.shard import DataError, PackedShard, Shard
 
 HELD_OUT_TAIL = 0.05  # of a single shard
 
@@ -338,26 +333,11 @@ def open_dataset(cfg: Config) -> Dataset:
     try:
         return Dataset.open(cfg)
     except PackedShard:
-        pass
-    settings = (cfg.vocab_size, tokenizers.end_of_text(cfg.tokenizer, "unpacking shards"))
-    source = Path(cfg.data_dir).resolve()
-    cache = cache_folder(cfg)
-    with locked(cache):
-        todo = [path for path in chosen_shards(cfg) if not prepare.is_unpacked(source / path, cache / path)]
-        if todo:
-            origins = (TokenFile(source / path, *settings) for path in todo)
-            needed = sum(origin.count * origin.out_dtype.itemsize for origin in origins)
-            free = shutil.disk_usage(cache).free
-            if needed > free:
-                raise WriteError(
-                    f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB, {cache} has {free / 1e9:.2f} GB "
-                    "free; point cache_dir at a larger disk or lower max_files"
-                )
-            print(
-                f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True
-            )
-            prepare.convert_all(source, cache, todo, *settings)
-    return Dataset.open(cfg, cache)
+        from refocused.shards import prepare  # only such a set needs it
+
+    end = tokenizers.end_of_text(cfg.tokenizer, "unpacking shards")
+    prepare.unpack(Path(cfg.data_dir).resolve(), cache_folder(cfg), chosen_shards(cfg), cfg.vocab_size, end)
+    return Dataset.open(cfg, cache_folder(cfg))
 
 
 def unpack(cfg: Config) -> None:
@@ -460,86 +440,27 @@ class Loader:
 # ---- command line
 
 
-def bench(folder: Path, vocab_size: int, sequence_length: int, workers: int, seconds: float) -> dict[str, float]:
-    """Prints and returns tokens/s of ways to read a set, its page cache warm; of the first 32 million where one is no mmap."""
-    T, B, G = sequence_length, 8, 32
-    paths = find_files(folder, "*.npz")
-    if not paths:
-        raise DataError(f"{folder} and its subfolders have no .npz file")
-    allow_open_files(2 * len(paths))
-    shards = [Shard.open(folder, path) for path in paths]
-    dataset = Dataset(shards, T, vocab_size, seed=0, eval_files=0)
-    tokens = np.concatenate([shard.stream[: 1 << 25] for shard in shards[:8]])[: 1 << 25]
-    speeds: dict[str, float] = {}
-
-    def measure(ways: dict[str, Callable[[], int]]) -> None:
-        counts, spent = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0.0)
-        for way in ways.values():
-            way()  # the first brings imports and the page cache
-        while min(spent.values()) < seconds:
-            for name, way in ways.items():  # by turns, so that whatever else the machine does meets all of them
-                begin = time.perf_counter()
-                counts[name] += way()
-                spent[name] += time.perf_counter() - begin
-        for name in ways:
-            speeds[name] = counts[name] / spent[name]
-            print(f"{name:<48} {speeds[name] / 1e6:8.1f}M tok/s", flush=True)
-
-    loader = Loader(dataset, 0, 1 << 40, G, micro_batch=B, accumulation=G // B, workers=workers)
-    measure({f"Loader, {workers} workers, {len(shards)} shards": lambda: len(next(loader).ids) * T})
-    loader.close()
-
-    steps = dataset.sample_ids(0, 512 * G).reshape(-1, G)
-    mapped, read = itertools.cycle(steps), itertools.cycle(steps)
-    files = {shard: open(shard.file, "rb", buffering=0) for shard in shards}
-
-    def preadv() -> int:  # as training read until it mapped
-        places = dataset._places(next(read))
-        out = np.empty((G, T + 1), np.int64)
-        buffers = {shard: np.empty(T + 1, shard.stream.dtype) for shard, _ in places}
-        for row, (shard, start) in zip(out, places, strict=True):
-            os.preadv(files[shard].fileno(), [buffers[shard].data], shard.offset + start * buffers[shard].itemsize)
-            row[:] = buffers[shard]
-        for shard in buffers:
-            shard.check_unchanged()
-        assert out.view(np.uint64).max() < vocab_size
-        return G * T
-
-    map_name, read_name = "one thread, memory map (as training reads)", "one thread, preadv"
-    measure({map_name: lambda: dataset.gather(next(mapped)).shape[0] * T, read_name: preadv})
-    print(f"memory map / preadv = {speeds[map_name] / speeds[read_name]:.2f}")
-    for file in files.values():
-        file.close()
-
-    with tempfile.TemporaryDirectory() as scratch:
-        flat, packed = Path(scratch, "flat.bin"), Path(scratch, "packed.npz")
-        tokens.astype(np.uint16).tofile(flat)
-        np.savez_compressed(packed, input_ids=tokens.astype(np.int32))
-
-        def memory_map() -> int:
-            stream = np.memmap(flat, np.uint16, "r")  # anew each time, as nanoGPT does
-            starts = torch.randint(len(stream) - T, (B,)).tolist()
-            x, y = (
-                torch.stack([torch.from_numpy(stream[i + shift : i + shift + T].astype(np.int64)) for i in starts])
-                for shift in (0, 1)
-            )
-            return y.numel()
-
-        measure({"nanoGPT-style memory map, one .bin": memory_map})
-        measure({"np.load of the same, compressed, whole": lambda: np.load(packed)["input_ids"].size})
-    return speeds
-
-
-def bench_command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="data.py bench", description="tokens/s of the loader beside other ways to read",
-        parents=[prepare.common_arguments("DIR")],
-    )  # fmt: skip
+def bench(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="data.py bench", description="tokens/s of the loader, its page cache warm.")
+    parser.add_argument("DIR", type=Path)
     parser.add_argument("--sequence_length", type=entry.positive, default=Config.sequence_length)
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each way")
+    parser.add_argument("--workers", type=entry.positive, default=Config.dataloader_num_workers)
+    parser.add_argument("--seconds", type=entry.positive_number, default=3.0)
     args = parser.parse_args(argv)
-    vocab_size = args.vocab_size or tokenizers.find(args.tokenizer or str(Config.tokenizer)).size
-    bench(args.DIR, vocab_size, args.sequence_length, args.workers, args.seconds)
+    paths = find_files(args.DIR, "*.npz")
+    if not paths:
+        raise DataError(f"{args.DIR} and its subfolders have no .npz file")
+    allow_open_files(len(paths))
+    shards = [Shard.open(args.DIR, path) for path in paths]
+    dataset = Dataset(shards, args.sequence_length, 1 << 32, seed=0, eval_files=0)
+    loader = Loader(dataset, 0, 1 << 40, 32, micro_batch=8, accumulation=4, workers=args.workers)
+    for _ in range(64):  # so that what is read ahead is not counted
+        next(loader)
+    begin, count = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - begin) < args.seconds:
+        count += len(next(loader).ids) * args.sequence_length
+    loader.close()
+    print(f"{count / seconds / 1e6:.1f}M tok/s by {args.workers} workers from {len(shards)} shards")
     return 0
 
 
@@ -549,7 +470,7 @@ COMMANDS = {
     "tokenize": ("text files -> shards", "refocused.shards.tokenize:main"),
     "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
     "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
-    "bench": ("tokens/s of the loader beside other ways to read", "data:bench_command"),
+    "bench": ("tokens/s of the loader", "data:bench"),
 }
 
 

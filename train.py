@@ -16,6 +16,7 @@ if __name__ == "__main__" and {"--help", "-h"} & {*sys.argv}:  # before the impo
     sys.exit(entry.run(configs.print_help, sys.argv[1:]))
 
 import dataclasses
+import faulthandler
 import hashlib
 import os
 import signal
@@ -39,7 +40,6 @@ from refocused.run.monitor import Monitor
 from refocused.run.signals import EARLY, StopSignal
 from refocused.run.starts import Starts
 from refocused.run.watchdog import Watchdog
-from refocused.shards.sigbus import explain_bus_errors
 
 
 def dropout_seed(*numbers: int) -> int:
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
         env = processes.start(cfg)
         processes.on_each_node(env, data.unpack, cfg)
         dataset = data.open_dataset(cfg)
-        explain_bus_errors([*dataset.shards, *dataset.eval_shards])
+        faulthandler.enable()  # a shard cut short between check and read is a SIGBUS, which this names
         return train(cfg, origins, env, dataset, stop)
     except SystemExit:
         raise

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -796,8 +797,7 @@ def test_tokenize_command(tmp_path):
 
 
 def test_bench_runs(tmp_path):
-    """The bench command on a small set against the lines it promises; no speed is asserted."""
+    """The bench command on a small set against the line it promises; no speed is asserted."""
     shards.write_mapped(tmp_path, [200_000] * 2)
     out = run("bench", tmp_path, "--sequence_length", 128, "--workers", 1, "--seconds", 0.1)
-    assert out.returncode == 0 and out.stdout.count("M tok/s") == 5, out
-    assert "memory map / preadv = " in out.stdout
+    assert out.returncode == 0 and re.fullmatch(r"[\d.]+M tok/s by 1 workers from 2 shards\n", out.stdout), out

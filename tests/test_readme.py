@@ -98,7 +98,7 @@ def shorter(line: str) -> str:
         steps = " max_steps=6" if "resume" in line else ""
         return f"{line} {SHORT} mixed_precision=no{' decay_steps=1' if 'decay' in line else ''}{steps}"
     more = {"sample.py": "max_new_tokens=8", "tensorboard": "--inspect", "ckpt.py eval": "eval_samples=8"}
-    more |= {"data.py bench": "--seconds 0.01 --tokenizer byte"}
+    more |= {"data.py bench": "--seconds 0.01"}
     return f"{line} {next((words for key, words in more.items() if key in line), '')}".strip()
 
 

@@ -1,17 +1,14 @@
-"""The demo's sets: the text that every Python ships, as it is and in short documents."""
+"""The demo's set: the text that every Python ships."""
 
 import argparse
-import ast
 import glob
 import hashlib
 import json
 import os
 import shutil
 import sysconfig
-import textwrap
 import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,6 @@ from refocused.shards.tokenizers import ENCODINGS
 
 DEMO_SHARDS = 6
 DEMO_HELD_OUT = 0.04  # of the text, in one more shard
-SHORT = range(50, 301)  # tokens of a short document, its end-of-text among them
 
 
 def demo_documents() -> Iterator[tuple[str, bytes]]:
@@ -41,68 +37,29 @@ def demo_documents() -> Iterator[tuple[str, bytes]]:
                 yield Path(parent, name).relative_to(root).as_posix(), Path(parent, name).read_bytes()
 
 
-def short_documents(sources: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """(name, text) of the sources' functions and docstrings that are SHORT; of equal texts the first.
-
-    A function is taken whole where it is short enough; of one that is not, its docstring and the functions in it.
-    """
-    seen: set[bytes] = set()
-    for name, content in sources:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the sources' authors were warned of
-                tree = ast.parse(content)
-        except (SyntaxError, ValueError, RecursionError):  # topics are no code, and some tests' sources are broken
-            continue
-        lines = content.decode(errors="replace").split("\n")
-        for i, text in enumerate(cut(tree, lines)):
-            encoded = text.encode()
-            if len(encoded) + 1 in SHORT and encoded not in seen:
-                seen.add(encoded)
-                yield f"{name} {i}", encoded
-
-
-def cut(node: ast.AST, lines: list[str]) -> Iterator[str]:
-    """The texts of a syntax tree's functions and docstrings, those inside a short function not again."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            first = min(part.lineno for part in (child, *child.decorator_list))
-            text = textwrap.dedent("\n".join(lines[first - 1 : child.end_lineno])) + "\n"
-            if len(text.encode()) < SHORT.stop - 1:
-                yield text
-                continue
-        yield from cut(child, lines)
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield ast.get_docstring(node) or ""
-
-
-def demo(folder: Path, short: bool = False) -> None:
+def demo(folder: Path) -> None:
     """make() for one process at a time, and what a killed one left beside the folder goes first."""
     with write.locked(folder.parent):
         for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
-        make(folder, short)
+        make(folder)
 
 
-def make(folder: Path, short: bool) -> None:
-    """Writes a demo's set: bytes as tokens, documents in a hashed order, so that the held-out shard is like the rest.
+def make(folder: Path) -> None:
+    """Writes the demo's set: bytes as tokens, documents in a hashed order, so that the held-out shard is like the rest.
 
     A folder that it made before is left alone if intact. Raises DataError for any other that is not empty.
     """
-    kind = "short" if short else "text"
     made_file = folder / "demo.json"  # {path: checksum}
     if folder.is_dir() and any(folder.iterdir()):
         if not made_file.exists():
             raise DataError(f"{folder} is not empty and not the demo's; name another folder")
         made = json.loads(made_file.read_text())
-        if not any(path.startswith(f"{kind}/") for path in made):
-            raise DataError(f"{folder} holds the other demo's set; name another folder")
         if all(is_intact(folder, path) and f"{Shard.open(folder, path).crc32:08x}" == made[path] for path in made):
             print(f"{folder} is there and intact")
             return
     begin = time.perf_counter()
-    sources = short_documents(demo_documents()) if short else demo_documents()
-    documents = sorted(sources, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    documents = sorted(demo_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     ends = np.cumsum([len(text) + 1 for _, text in documents])
     cuts = [int(ends[-1] * (1 - DEMO_HELD_OUT) * i / DEMO_SHARDS) for i in range(1, DEMO_SHARDS + 1)] + [int(ends[-1])]
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -113,7 +70,7 @@ def make(folder: Path, short: bool) -> None:
             chunks = [np.frombuffer(text + b"\0", np.uint8).astype(np.uint16) for _, text in documents[first:last]]
             for chunk in chunks:
                 chunk[-1] = ENCODINGS["byte"][0]
-            part = f"{kind}/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
+            part = f"text/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
             path = f"{part}/tokenized_cleaned_{part.replace('/', '_')}.npz"
             write.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {"tokenizer": "byte"})
             made[path] = f"{Shard.open(building, path).crc32:08x}"
@@ -131,10 +88,6 @@ def make(folder: Path, short: bool) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="data.py demo", description="A small set: the bytes of Python's own sources.")
-    parser.add_argument("DST", type=Path, nargs="?", help=f"a folder; {Config.data_dir}, or {Config.data_dir}-short")
-    parser.add_argument(
-        "--short", action="store_true", help=f"functions and docstrings of {SHORT[0]} to {SHORT[-1]} bytes"
-    )
-    args = parser.parse_args(argv)
-    demo(args.DST or Path(Config.data_dir + "-short" * args.short), args.short)
+    parser.add_argument("DST", type=Path, nargs="?", default=Path(Config.data_dir), help=f"a folder; {Config.data_dir}")
+    demo(parser.parse_args(argv).DST)
     return 0

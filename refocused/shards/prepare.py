@@ -11,6 +11,7 @@ import fnmatch
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -188,6 +189,24 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int) -> None:
+    """Makes the shards of a cache that it lacks, or that were made from other sources. Raises DataError, WriteError."""
+    with write.locked(cache):
+        todo = [path for path in paths if not is_unpacked(source / path, cache / path)]
+        if not todo:
+            return
+        origins = (TokenFile(source / path, vocab_size, end_of_text) for path in todo)
+        needed = sum(origin.count * origin.out_dtype.itemsize for origin in origins)
+        free = shutil.disk_usage(cache).free
+        if needed > free:
+            raise WriteError(
+                f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB, {cache} has {free / 1e9:.2f} GB "
+                "free; point cache_dir at a larger disk or lower max_files"
+            )
+        print(f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True)
+        convert_all(source, cache, todo, vocab_size, end_of_text)
 
 
 def is_unpacked(source: Path, target: Path) -> bool:
