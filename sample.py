@@ -11,6 +11,7 @@ from refocused import entry  # before all others: it says what this machine lack
 
 # isort: split
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -29,9 +30,9 @@ from refocused.bucket import sync
 from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, manifest
 from refocused.checkpoint.folder import Source
-from refocused.run import processes, strategy
+from refocused.run import exits, processes, strategy
 from refocused.shards import tokenizers
-from refocused.shards.tokenizers import Tokenizer
+from refocused.shards.tokenizers import Stream, Tokenizer
 
 GREEDY = 1e-6  # a temperature below it leaves no choice, and may divide beyond what a float can hold
 SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
@@ -64,10 +65,18 @@ class Options:
                 raise ConfigError(f"{key}={getattr(self, key)} must not be negative")
         if self.seed >= 1 << 63:
             raise ConfigError(f"seed={self.seed} must be below 2**63; any smaller number does as well")
+        if not math.isfinite(self.temperature):
+            raise ConfigError(f"temperature={self.temperature} must be finite")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.dtype not in ("auto", *folder.DTYPES):
             raise ConfigError(f"dtype={self.dtype} is none of auto, {', '.join(folder.DTYPES)}")
+
+
+class NotFinite(ValueError):
+    """The model leaves nothing to choose from."""
+
+    exit_code = exits.NOT_FINITE
 
 
 class Cache:
@@ -129,17 +138,22 @@ def prefill(model: GPTNeoX, rows: list[list[int]], slots: int) -> tuple[torch.Te
 
 
 def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -> torch.Tensor:
-    """A token (B,) for each row of logits (B, V)."""
-    if options.temperature < GREEDY:
+    """A token (B,) for each row of logits (B, V). Raises NotFinite."""
+    greedy = options.temperature < GREEDY
+    logits = logits if greedy else logits / options.temperature
+    if not logits.isfinite().all():
+        raise NotFinite(
+            "the model's logits are not finite: its weights are damaged, or dtype= is too narrow; try dtype=fp32"
+        )
+    if greedy:
         return logits.argmax(dim=-1)
-    logits = logits / options.temperature
     if 0 < options.top_k < logits.size(-1):
         least = logits.topk(options.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if options.top_p < 1:  # a token stays if those before it, the likelier ones, do not make up top_p by themselves
         p, order = probabilities.sort(dim=-1, descending=True)
-        p[p.cumsum(dim=-1) - p >= options.top_p] = 0.0
+        p[:, 1:][(p.cumsum(dim=-1) - p)[:, 1:] >= options.top_p] = 0.0  # the first always: fp32 may hold top_p as 0
         return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -185,10 +199,14 @@ def open_ended(model: GPTNeoX, cfg: Config) -> str:
     # top_p adds up probabilities, for which a GPU has no deterministic kernel
     options = Options(max_new_tokens=cfg.sample_tokens, top_p=1.0 if cfg.deterministic else Options.top_p)
     model.eval()
-    with strategy.eager(cfg):  # a graph for each length of the text would not pay
-        ids = [token for [token] in generate(model, [[end]], options, end) if token is not None]
-    model.train()
-    return tokenizer.decode(ids)
+    try:
+        with strategy.eager(cfg):  # a graph for each length of the text would not pay
+            ids = [token for [token] in generate(model, [[end]], options, end) if token is not None]
+        return tokenizer.decode(ids)
+    except NotFinite as error:  # what to do about it is the guard's affair
+        return str(error)
+    finally:
+        model.train()
 
 
 def tokenizer_of(source: Source) -> Tokenizer:
@@ -199,44 +217,42 @@ def tokenizer_of(source: Source) -> Tokenizer:
 
 
 class Writer:
-    """Streams several texts to one output: the first unfinished one as it grows, the others when their turn comes."""
+    """Writes several texts to one output: the first unfinished one as it grows, the others when their turn comes."""
 
-    def __init__(self, decode: Callable[[list[int]], str], heads: list[str], out: Callable[[str], object]):
-        self.decode, self.out = decode, out
-        self.waiting = [[head] for head in heads]  # text not yet written
-        self.undecoded: list[list[int]] = [[] for _ in heads]
+    def __init__(self, tokenizer: Tokenizer, starts: list[list[int]], heads: list[str], out: Callable[[str], object]):
+        """starts: the ids that a text begins with, its prompt's; heads: what stands before each text."""
+        self.streams, self.out = [Stream(tokenizer) for _ in heads], out
+        begun = zip(heads, self.streams, starts, strict=True)
+        self.waiting = [head + stream.add(ids) for head, stream, ids in begun]  # text not yet written
         self.done = [False] * len(heads)
         self.turn = 0
         self._write()
 
     def add(self, tokens: list[int | None]) -> None:
+        """A token for each text; None where it has ended."""
         for i, token in enumerate(tokens):
             if token is not None:
-                self.undecoded[i].append(token)
-            self._decode(i, last=token is None)
-            self.done[i] = token is None
+                self.waiting[i] += self.streams[i].add([token])
+            elif not self.done[i]:
+                self._end(i)
         self._write()
 
     def close(self) -> None:
-        for i in range(len(self.done)):
-            self._decode(i, last=True)
-            self.done[i] = True
+        for i, done in enumerate(self.done):
+            if not done:
+                self._end(i)
         self._write()
 
-    def _decode(self, i: int, last: bool) -> None:
-        """A character may be spread over tokens: wait for its end, but not for more than UTF-8's four bytes."""
-        text = self.decode(self.undecoded[i])
-        if last or not text.endswith("\ufffd") or len(self.undecoded[i]) > 3:
-            self.waiting[i].append(text)
-            self.undecoded[i] = []
+    def _end(self, i: int) -> None:
+        self.waiting[i] += self.streams[i].close() + "\n"
+        self.done[i] = True
 
     def _write(self) -> None:
         while self.turn < len(self.done):
-            self.out("".join(self.waiting[self.turn]))
-            self.waiting[self.turn] = []
+            self.out(self.waiting[self.turn])
+            self.waiting[self.turn] = ""
             if not self.done[self.turn]:
                 break
-            self.out("\n")
             self.turn += 1
 
 
@@ -330,11 +346,9 @@ def write(model, source, tokenizer, prompts, rows, options) -> None:
     count, reading, writing = 0, 0.0, 0.0
     for first in range(0, len(rows), options.batch_size):
         part = slice(first, first + options.batch_size)
-        numbers = range(first + 1, len(rows) + 1)
-        heads = [
-            f"--- {n} of {len(rows)}\n" * (len(rows) > 1) + p for n, p in zip(numbers, prompts[part], strict=False)
-        ]
-        writer = Writer(tokenizer.decode, heads, lambda text: print(text, end="", flush=True))
+        starts = [row if prompt else [] for row, prompt in zip(rows[part], prompts[part], strict=True)]
+        heads = [f"--- {first + i} of {len(rows)}\n" * (len(rows) > 1) for i in range(1, len(starts) + 1)]
+        writer = Writer(tokenizer, starts, heads, lambda text: print(text, end="", flush=True))
         begin = now = time.perf_counter()
         for step, tokens in enumerate(generate(model, rows[part], options, source.end)):
             writer.add(tokens)

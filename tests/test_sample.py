@@ -1,11 +1,13 @@
 """Generation: against Transformers, against recomputing everything, and as a program."""
 
+import random
 import subprocess
 import sys
 
 import pytest
 import torch
 from launch import GUARD
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -122,16 +124,67 @@ def test_choose():
 
 def test_writer():
     """Characters spread over tokens come out whole; the second text comes after the first, in pieces as they are known."""
-
     first, second = "a\u00e9\U0001f600".encode(), b"\xff\xfe\xffxy"
     out = []
-    writer = sample.Writer(tokenizers.find("byte").decode, ["1:", "2:"], out.append)
+    writer = sample.Writer(tokenizers.find("byte"), [[], []], ["1:", "2:"], out.append)
     for i in range(8):
         writer.add([first[i] if i < len(first) else None, second[i] if i < len(second) else None])
         if i == 0:
             assert "".join(out) == "1:a"
     writer.close()
     assert "".join(out) == "1:a\u00e9\U0001f600\n2:\ufffd\ufffd\ufffdxy\n"
+
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+LLAMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+LIKE_LLAMA = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Sequence(LLAMA)}
+BYTE_LEVEL = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
+SPACES = {"pre_tokenizer": pre_tokenizers.Whitespace()}
+FORMATS = {  # name: (model, parts, trainer, special tokens)
+    "llama": (models.BPE(byte_fallback=True, unk_token="<unk>"), LIKE_LLAMA, trainers.BpeTrainer, BYTES),
+    "unigram": (models.Unigram(), {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()},
+                trainers.UnigramTrainer, []),
+    "wordpiece": (models.WordPiece(unk_token="<unk>"), {**SPACES, "decoder": decoders.WordPiece()},
+                  trainers.WordPieceTrainer, []),
+    "suffixes": (models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"), {**SPACES, "decoder": decoders.BPEDecoder()},
+                 lambda **keys: trainers.BpeTrainer(end_of_word_suffix="</w>", **keys), []),
+    "no decoder": (models.BPE(unk_token="<unk>"), SPACES, trainers.BpeTrainer, []),
+    "byte level": (models.BPE(), BYTE_LEVEL, trainers.BpeTrainer, pre_tokenizers.ByteLevel.alphabet()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "byte"])
+def test_text_as_it_comes_is_one_decode(name, tmp_path):
+    """Of each kind of tokenizer, what is written token by token, behind a prompt of any length, equals one decode of all
+    ids: of text, and of 200 random rows with letters broken off. Ids beyond the vocabulary are no text. What is kept to
+    decode the next token does not grow with the text."""
+    if name in FORMATS:
+        model, parts, trainer, special = FORMATS[name]
+        made = Tokenizer(model)
+        for part, value in parts.items():
+            setattr(made, part, value)
+        options = {"unk_token": "<unk>"} if name == "unigram" else {}
+        options |= {
+            "special_tokens": ["<unk>", "</s>", *special],
+            "vocab_size": 60 + len(special),
+            "show_progress": False,
+        }
+        made.train_from_iterator(["once upon a time, there was a girl; don't stop"] * 50, trainer(**options))
+        made.save(str(tmp_path / "tokenizer.json"))
+        content = (tmp_path / "tokenizer.json").read_bytes()
+        (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + content)  # a byte order mark is none of it
+    tokenizer, chance = tokenizers.find(str(tmp_path) if name in FORMATS else name), random.Random(0)
+    text = tokenizer.encode("once upon a time \u4e16\u754c there  was a na\u00efve girl, don't stop")
+    rows = [[chance.randrange(tokenizer.size + 9) for _ in range(chance.randrange(1, 60))] for _ in range(200)]
+    for row in (text, *rows):
+        start, out = chance.randrange(len(row)), []
+        writer = sample.Writer(tokenizer, [row[:start]], [""], out.append)
+        for token in row[start:]:
+            writer.add([token])
+        writer.close()
+        assert "".join(out) == tokenizer.decode(row) + "\n"
+    stream = tokenizers.Stream(tokenizer)
+    assert "".join(stream.add([i]) for i in text * 50).strip() and len(stream.ids) < len(text)
 
 
 @pytest.fixture(scope="module")
@@ -210,12 +263,13 @@ def test_empty_prompt_and_special_token(checkpoint, model, capsys):
     assert empty == bytes(greedy(model, [256], 5)).decode(errors="replace") + "\n"
 
 
-def test_a_temperature_near_zero_is_zero(checkpoint, capsys):
-    """Down to the smallest number that a float has: the likeliest token, where a division would overflow."""
+def test_numbers_near_zero(checkpoint, capsys):
+    """A temperature or top_p down to the smallest number that a float has: the likeliest token."""
     args = [f"resume={checkpoint}", "prompt=a", "max_new_tokens=9"]
     _, greedy, _ = main(capsys, *args, "temperature=0")
-    for temperature in ("1e-7", "1e-39", "5e-324"):
-        assert main(capsys, *args, f"temperature={temperature}")[:2] == (0, greedy)
+    for key in ("temperature", "top_p"):
+        for number in ("1e-7", "1e-39", "1e-46", "5e-324"):
+            assert main(capsys, *args, f"{key}={number}")[:2] == (0, greedy), (key, number)
 
 
 def test_says_that_the_window_fills(checkpoint, capsys):
@@ -226,11 +280,20 @@ def test_says_that_the_window_fills(checkpoint, capsys):
 
 def test_mistakes(checkpoint, tmp_path, capsys):
     """Exit code and the words that say what is wrong."""
+    broken, hf = tmp_path / "broken", GPTNeoX(CFG)
+    broken.mkdir()
+    init_weights(hf)
+    hf.final_layer_norm.weight.data[3] = torch.nan
+    folders.write_configs(folders.Source(broken, CFG, {}, 256), broken, torch.float32)
+    folders.write_weights(hf, broken, torch.float32)
+    (broken / "tokenizer.json").write_bytes(tokenizers.find("byte").files(64)["tokenizer.json"])
     for args, code, words in [
         (["temprature=1"], 2, "unknown key 'temprature'; did you mean temperature"),
         (["temperature=-1"], 2, "must not be negative"),
         (["temperature=hot"], 2, "temperature=hot is not a float; its default is 0.8"),
         (["top_p=0"], 2, "above 0"),
+        (["temperature=nan"], 2, "temperature=nan"),
+        ([f"resume={broken}", "prompt=a"], 65, "logits are not finite"),
         (["seed=99999999999999999999"], 2, "must be below 2**63"),
         (["seed=-1"], 2, "must not be negative"),
         (["prompt"], 2, "no config file prompt"),

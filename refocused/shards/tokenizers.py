@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,8 @@ class Encoding:
 
     name: for a reader; identity: by which shards and checkpoints know it; end: id of end-of-text; size: ids are below it.
     """
+
+    single_bytes: frozenset[int] = frozenset()
 
     def __init__(self, name: str):
         self.name = self.identity = name
@@ -105,7 +108,8 @@ class File:
         self.file = file
         self.name = f"{file.absolute().parent.name}/{file.name}"
         try:
-            self.content = file.read_bytes()
+            content = file.read_bytes()
+            self.content = content.decode(json.detect_encoding(content)).encode()  # without a byte order mark
             self.json = json.loads(self.content)
             vocab = self.json["model"]["vocab"]
             if isinstance(vocab, list):  # Unigram's, with scores
@@ -185,6 +189,11 @@ class File:
     def decode(self, ids: list[int]) -> str:
         return self.known.decode(ids, skip_special_tokens=False)
 
+    @cached_property
+    def single_bytes(self) -> frozenset[int]:
+        """Ids such as <0xE4> that stand for a byte: a run of them is decoded as a whole, or not at all."""
+        return frozenset(i for token, i in self.vocab.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))
+
     def byte_lengths(self) -> list[int]:
         """For a byte-level BPE, in which each letter of a token is a byte."""
         decoder = self.json.get("decoder")
@@ -207,6 +216,39 @@ class File:
 
 
 Tokenizer = Encoding | File
+
+
+class Stream:
+    """Ids -> text as they come: all that add and close return is one decode of all ids.
+
+    The first token of a decode loses its blank in most formats, so new ids are decoded behind those that came before.
+    No more of these are kept than the last few: nothing that a decoder does reaches further than a token back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.context = 0  # so many of self.ids were complete before the last text
+        self.shown = 0  # so many letters of self.ids' text are returned already
+
+    def add(self, ids: list[int]) -> str:
+        """What has become certain. A letter whose bytes are not all there is not: it would come out as U+FFFD."""
+        ids = [i for i in ids if i < self.tokenizer.size]  # others only pad a model's vocabulary
+        self.ids += ids
+        if not ids or ids[-1] in self.tokenizer.single_bytes:
+            return ""
+        text = self.tokenizer.decode(self.ids)
+        certain = text.removesuffix("\ufffd")
+        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
+        # an empty text is no context: the blank of the next token would count as the first one's
+        if certain == text and (shown := len(self.tokenizer.decode(self.ids[self.context :]))):
+            self.ids = self.ids[self.context :]
+            self.context, self.shown = len(self.ids), shown
+        return new
+
+    def close(self) -> str:
+        """The rest, whole or not."""
+        return self.tokenizer.decode(self.ids)[self.shown :]
 
 
 @functools.cache
