@@ -251,6 +251,7 @@ def main(argv: list[str]) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
+        at = time.time()
         code, text = failures.explain(error)
         if stop and stop.since and not stop.begun:  # a signal to the process group ends compilers and unpackers too
             code, text = STOPPED, EARLY
@@ -259,7 +260,7 @@ def main(argv: list[str]) -> int:
             if failures.first("explain"):  # it takes seconds and a process
                 text += "\n" + planner.explain_out_of_memory(cfg, processes.world_size())
         failures.say(error, lambda: complain(cfg, text) if cfg else tell(text))
-        return exits.leave(code, text)
+        return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from configs import Config, ConfigError
 from model import GPTNeoX
 from refocused.checkpoint import manifest, saver
 from refocused.measure import acceptance, hardware
-from refocused.run import failures, guard, optim, processes, profiler, signals, strategy, watchdog
+from refocused.run import exits, failures, guard, optim, processes, profiler, signals, strategy, watchdog
 from refocused.shards.shard import DataError
 
 
@@ -446,6 +446,33 @@ def test_the_reason_arrives_though_rank_0_has_not_spoken(tmp_path):
     assert run.process.wait(GUARD) == 2, run.text
     assert run.text.splitlines()[-1] == "launch: rank 1 ended with 2: error: max_steps=-1 must not be negative"
     assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize(
+    "faults, last",
+    [
+        (("pass", "optim.learning_rate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"), r"it was killed .*dmesg"),
+        (
+            ("strategy.build = lambda *_: time.sleep(3600)", "strategy.build = lambda *_: {}['nothing']"),
+            "this is a bug",
+        ),
+    ],
+)
+def test_what_broke_first_decides(shards, tmp_path, faults, last):
+    """Rank 1 is killed, or fails, while rank 0 waits for it or is stopped by torchrun: rank 1's end is code and words."""
+    before = "from refocused.run import optim, signals, strategy\nsignals.StopSignal.PATIENCE = 1\n"
+    before += f"exec({list(faults)!r}[int(os.environ['RANK'])])"
+    run = Launch(tmp_path, f"data_dir={shards}", before=before)
+    assert run.process.wait(GUARD) == 70, run.text
+    assert re.search(f"launch: rank 1 ended with 70: {last}", run.text.splitlines()[-1]), run.text
+
+
+def test_order_of_causes():
+    """What no restart mends, then the first in time, then what followed; causes without a time as they are given."""
+    lost, late, first = exits.Cause(70, at=1, followed=True), exits.Cause(75, at=3), exits.Cause(74, at=2)
+    mistake = exits.Cause(65, at=9)
+    assert exits.in_order([lost, late, first, mistake]) == [mistake, first, late, lost]
+    assert [cause.code for cause in exits.in_order([exits.Cause(74), exits.Cause(75), exits.Cause(66)])] == [66, 74, 75]
 
 
 def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):

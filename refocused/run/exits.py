@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -19,11 +20,31 @@ NOT_IN_BUCKET = 74  # the last checkpoint did not get there
 STOPPED = 75  # by a signal, and saved
 CRASH_LOOP = 78
 
+FINAL = (MISTAKE, NOT_FINITE, NO_DATA, CRASH_LOOP)  # what no restart mends
+
 at_leave: list[Callable[[int, str], None]] = []  # called with code and words, whatever the way out
 
 
-def leave(code: int, words: str = "", at_once: bool = False) -> int:
+@dataclass(frozen=True)
+class Cause:
+    """Why a process ends."""
+
+    code: int
+    words: str = ""
+    at: float = 0.0  # time.time() of the failure; causes without one keep the order in which they are given
+    followed: bool = False  # from what happened elsewhere: peers were lost, or a launcher ended this process
+    who: str = ""
+
+
+def in_order(causes: Iterable[Cause]) -> list[Cause]:
+    """The causes, first the one whose code decides: what no restart mends, then in time, last what followed."""
+    return sorted(causes, key=lambda cause: (cause.code not in FINAL, cause.followed, cause.at))
+
+
+def leave(code: int, words: str = "", at_once: bool = False, at: float | None = None, followed: bool = False) -> int:
     """The last act of every process of a run; its words have been said, and are handed on to torchrun's report.
+
+    at, followed: as a Cause has them; at is now where it is not given.
 
     After an error nobody knows where the other processes are, and taking the group down would wait for them, under NCCL
     for ever, or fail on a GPU that has failed. Such a process is gone, as is any `at_once`; else the code is returned.
@@ -32,7 +53,13 @@ def leave(code: int, words: str = "", at_once: bool = False) -> int:
         with contextlib.suppress(Exception):  # what they note matters less than leaving
             function(code, words)
     if code and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
-        extra = {"py_callstack": words or f"exit code {code}", "timestamp": str(int(time.time()))}
+        at = at or time.time()
+        extra = {
+            "py_callstack": words or f"exit code {code}",
+            "timestamp": str(int(at)),
+            "at": at,
+            "followed": followed,
+        }
         with contextlib.suppress(OSError), open(file, "w") as report:
             json.dump({"message": {"message": words, "errorCode": code, "extraInfo": extra}}, report)
     for stream in (sys.stdout, sys.stderr):

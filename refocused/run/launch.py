@@ -13,48 +13,59 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from refocused import entry
-from refocused.run.exits import CRASH_LOOP, DONE, INTERNAL, MISTAKE, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
+from refocused.run.exits import DONE, INTERNAL, STOPPED, Cause, in_order
 
-# of several ranks' codes the one that says most: what no restart mends, then a stop, then what follows from others
-ORDER = (MISTAKE, NOT_FINITE, NO_DATA, CRASH_LOOP, NOT_IN_BUCKET, STOPPED, INTERNAL)
-
-
-def weight(code: int) -> int:
-    """Where a code stands in ORDER; unknown ones come after it, and last the ranks that torchrun itself ended."""
-    return ORDER.index(code) if code in ORDER else len(ORDER) + (code in (-signal.SIGTERM, -signal.SIGKILL, 143))
+WHY: dict[int, str] = {  # a rank leaves without a report
+    signal.SIGKILL: "it was killed by SIGKILL; out of memory? `dmesg` says so",
+    signal.SIGBUS: "SIGBUS: a mapped file was cut short, or /dev/shm is full",
+}
 
 
-def of_failures(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
-    """Exit code and last line for what torchrun reports of its ranks."""
-    first = min(failures.values(), key=lambda failure: failure.timestamp)
-    rank, failure = min(failures.items(), key=lambda item: (weight(item[1].exitcode), item[1] is not first))
-    code, message = failure.exitcode, failure.message
-    words = message.get("message", "") if isinstance(message, dict) else message if code < 0 else ""
-    return (code if code > 0 else INTERNAL), line(rank, code, words)
+def of_failure(rank: int, failure: ProcessFailure) -> Cause:
+    """What torchrun knows of a rank that failed."""
+    code, report = failure.exitcode, failure.message
+    if isinstance(report, dict):
+        return of_report(report, f"rank {rank}", code)
+    words = WHY.get(-code, report) if code < 0 else "it left without a word"
+    ended_by_torchrun = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    return Cause(code if code > 0 else INTERNAL, words, failure.timestamp, ended_by_torchrun, f"rank {rank}")
 
 
-def line(rank: int | str, code: int, words: str) -> str:
-    last = (words.strip().splitlines() or ["it left without a word"])[-1]
-    return f"launch: rank {rank} ended with {code}: {last}"
+def of_report(report: dict[str, Any], who: str, code: int = INTERNAL) -> Cause:
+    """What a rank left in its error file."""
+    extra, words = report.get("extraInfo", {}), report["message"]
+    at = extra.get("at", float(extra.get("timestamp", 0)))
+    return Cause(report.get("errorCode", code), words, at, extra.get("followed", False), who)
 
 
-def of_reports(folder: Path, since: float) -> tuple[int, str]:
-    """The same after a signal to this process, from the reports that the ranks left in folder."""
+def of_reports(folder: Path, since: float) -> list[Cause]:
+    """After a signal to this process: what the ranks of its last attempt left in the folder."""
     found = [path for path in folder.glob("**/error.json") if path.stat().st_mtime >= since]
-    reports = [(json.loads(path.read_text())["message"], path.parent.name) for path in found]
-    if not reports:
-        return STOPPED, "launch: stopped by a signal; what was saved before stands"
-    report, rank = min(reports, key=lambda item: weight(item[0].get("errorCode", INTERNAL)))
-    code = report.get("errorCode", INTERNAL)
-    return code, line(f"{rank} of this node", code, report["message"])
+    last = max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
+    return [
+        of_report(json.loads(path.read_text())["message"], f"rank {path.parent.name} of this node")
+        for path in found
+        if path.parent.parent == last
+    ]
+
+
+def lines(causes: list[Cause]) -> list[str]:
+    """A line for each cause; the one that decides comes last."""
+    said: dict[tuple[int, str], str] = {}
+    causes = in_order(causes)
+    for cause in causes:
+        if not cause.followed or causes[0].followed:
+            last = (cause.words.strip().splitlines() or ["it left without a word"])[-1]
+            said.setdefault((cause.code, last), f"launch: {cause.who} ended with {cause.code}: {last}")
+    return list(said.values())[::-1]
 
 
 def launch(argv: list[str]) -> int:
@@ -70,11 +81,12 @@ def launch(argv: list[str]) -> int:
             torchrun.run(args)
             return DONE
         except ChildFailedError as error:
-            code, last = of_failures(error.failures)
+            causes = [of_failure(rank, failure) for rank, failure in error.failures.items()]
         except SignalException:
-            code, last = of_reports(Path(args.log_dir), begin)
-    print(last, file=sys.stderr, flush=True)
-    return code
+            causes = of_reports(Path(args.log_dir), begin)
+            causes = causes or [Cause(STOPPED, "stopped by a signal; what was saved before stands", who="every rank")]
+    print(*lines(causes), sep="\n", file=sys.stderr, flush=True)
+    return in_order(causes)[0].code
 
 
 if __name__ == "__main__":
