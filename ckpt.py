@@ -8,8 +8,9 @@ OUTPUT_DIR/checkpoint-epoch{E}-step{S}-files{F}/
 checkpoints = Checkpoints(cfg, env)
 choice = checkpoints.choose()           # verified on every node; from the bucket if need be
 checkpoints.load(tree)                  # into any strategy and world size
-checkpoints.save(name, state)           # behind training, and behind that to the bucket
-checkpoints.close(say)
+checkpoints.save(name, state, ...)      # behind training, and behind that to the bucket
+checkpoints.after_step(step, finite)    # a save counts once a step with its weights was finite
+checkpoints.close(log)
 
 python ckpt.py list | verify | pull | push | prune | export | import | average | eval
 """
@@ -130,7 +131,7 @@ class Checkpoints:
         saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
-        self._tree, self._saved_at = tree, time.monotonic()
+        self._tree, self._saved_at, self._step = tree, time.monotonic(), self.choice.state.get("step", 0)
         if self.bucket and disk.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
             self._syncer = sync.Syncer(cfg, self.choice.name, leader=self.env.main)
         return said
@@ -140,11 +141,6 @@ class Checkpoints:
         """Name of the last checkpoint that is complete: this run's, or the one that it began from."""
         return self._saver.last or self.choice.name
 
-    @property
-    def cannot_wait(self) -> bool:
-        """Whether no later step can settle the next save: it returns once complete, or the one before still waits."""
-        return not self.cfg.saves_behind or not self._saver.settled
-
     def _generation(self) -> int:
         """The highest of any save that a node can see: what this run saves is later than all of these."""
         there = processes.on_rank_0(sync.generation, self.cfg) if self.bucket else 0
@@ -152,20 +148,32 @@ class Checkpoints:
         return max(there, *(number or 0 for number in here))
 
     @processes.patiently()
-    def save(self, name: str, state: dict[str, Any], proven: bool) -> float:
+    def save(self, name: str, state: dict[str, Any], last: bool, loss_is_finite: Callable[[], bool]) -> float | None:
         """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still.
 
-        Not proven, it becomes a checkpoint once settle(True) says that a step with these weights was finite. Raises
-        ConfigError, and saves nothing, where output_dir is no longer this run's own.
+        An update with a finite loss can ruin the weights, so a save becomes a checkpoint once after_step() has seen a
+        finite step with them. Where no step comes that could show it, loss_is_finite() is asked before: at the last
+        save, at one that is waited for, and while the one before still waits. None, and nothing is saved, if it is
+        not. Raises ConfigError where output_dir is no longer this run's own.
         """
+        validated = last or not self.cfg.saves_behind or not self._saver.settled
+        if validated and not loss_is_finite():
+            return None
         processes.on_each_node(self.env, disk.check_lock, self.cfg.output_dir)
-        self._saver.save(name, self._tree, state, proven)
-        self._saved_at = time.monotonic()
+        if validated:
+            self._saver.settle(True)  # what the save before holds has led to weights that are good
+        self._saver.save(name, self._tree, state, validated)
+        self._step, self._saved_at = state["step"], time.monotonic()
         return self._saver.stall_seconds
 
-    def settle(self, good: bool) -> None:
-        """Say whether the last save counts, the same on all ranks: a finite step came after it, or none will."""
-        self._saver.settle(good)
+    def after_step(self, step: int, finite: bool) -> None:
+        """Note how a step was, the same on all ranks: one that is finite confirms the save of a step before it."""
+        if finite and step > self._step:
+            self._saver.settle(True)
+
+    def news(self) -> str:
+        """What to note in the log: the saves that have become checkpoints since this was asked last."""
+        return "\n".join(f"saved {self._saver.news.popleft()}" for _ in range(len(self._saver.news)))
 
     def poll(self) -> tuple[bool, bool]:
         """Of this process, without waiting: (save_seconds have passed since the last save, the last save failed).
@@ -185,19 +193,19 @@ class Checkpoints:
         """For the log line: what waits for the bucket, and why; empty when there is nothing to say."""
         return self._syncer.status if self._syncer else ""
 
-    def close(self, say: Callable[[str], None]) -> tuple[str | None, str | None]:
+    def close(self, log: Callable[[str], None]) -> tuple[str | None, str | None]:
         """Wait for the last save and its upload; why the first failed, why the second is not in the bucket, or None."""
         failure = self._saver.close()
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
-            say(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
+            log(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
         late = f"the upload was not finished after {deadline:g} s"
         reason = None if syncer is None or syncer.close(deadline) else syncer.failure or late
         reasons: list[str | None] = [None] * self.env.world_size
         dist.all_gather_object(reasons, reason, group=processes.patient)
         missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None
         if syncer and not missing and (notice := syncer.status):
-            say(notice)
+            log(notice)
         return failure, missing
 
 

@@ -21,6 +21,8 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -31,15 +33,49 @@ from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, hardware, planner
-from refocused.measure.expectation import Expectation
 from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
-from refocused.run.evaluate import evaluate, sound
-from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
-from refocused.run.logs import check_folder, complain, tell
-from refocused.run.monitor import Monitor
+from refocused.run.evaluate import evaluate, loss_is_finite
+from refocused.run.exits import DONE, STOPPED
+from refocused.run.logs import Logs, check_folder, complain, tell
+from refocused.run.monitor import LoopState, Monitor
 from refocused.run.signals import EARLY, StopSignal
 from refocused.run.starts import Starts
 from refocused.run.watchdog import Watchdog
+
+
+class Due(NamedTuple):
+    """What follows a step. All ranks have agreed on it."""
+
+    log: bool = False
+    evaluation: bool = False
+    save: bool = False
+    last: bool = False  # no step follows
+    stop: bool = False  # a signal came to one of the ranks
+    unreadable: bool = False  # one of them cannot read the next batch
+    save_failed: bool = False
+
+
+def due_after(
+    step: int, cfg: Config, dataset: data.Dataset, stop: StopSignal, loader: data.Loader, checkpoints, monitor: Monitor
+) -> Due:
+    """Collective: what one rank alone sees (a signal, a clock, an error) becomes what all of them do."""
+    flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.line_is_late())
+    late_save, save_failed, stopping, unreadable, late_line = map(bool, processes.agree(*flags))
+    at_end = step == cfg.max_steps
+    last = at_end or stopping or unreadable
+    return Due(
+        log=every(cfg.logging_steps, step) or late_line or (at_end and monitor.averages),
+        evaluation=(every(cfg.eval_steps, step) or (at_end and cfg.eval_steps > 0)) and dataset.num_eval_samples > 0,
+        save=every(cfg.save_steps, step) or late_save or last,
+        last=last,
+        stop=stopping,
+        unreadable=unreadable,
+        save_failed=save_failed,
+    )
+
+
+def every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0
 
 
 def dropout_seed(*numbers: int) -> int:
@@ -47,77 +83,80 @@ def dropout_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
-def every(steps: int, step: int) -> bool:
-    return steps > 0 and step % steps == 0
-
-
-def train(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, stop: StopSignal) -> int:
-    """The run, on every rank alike; returns the exit code."""
-    # --- setup
+def train(
+    cfg: Config,
+    origins: dict[str, str],
+    env: processes.Env,
+    dataset: data.Dataset,
+    stop: StopSignal,
+    each_step: Callable[[], None] = lambda: None,
+) -> int:
+    """The run, on every rank alike; returns the exit code. each_step is called after every step, for a benchmark."""
+    # --- setup: first what can be refused, then what takes minutes
     guard.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     checkpoints = ckpt.Checkpoints(cfg, env)
     watch = Watchdog(cfg, env, processes.on_rank_0(Starts, cfg))
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
-    monitor = Monitor(cfg, env, gpus.peak_flops(env.device_name))
-    monitor.plan(
-        words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env)),
-        configs.show_changes(cfg, origins),
-    )
-    monitor.expectation = Expectation(cfg, env).seconds
-    if cfg.check_hardware and env.device.type == "cuda":
-        monitor.sniffed = hardware.sniff(cfg, env)
-        monitor.say(monitor.sniffed)
+    logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
+    plan = words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env))
+    settings = f"{plan}\n{configs.show_changes(cfg, origins)}"  # in train.log; on the screen the command line's alone
+    logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
+    found = hardware.sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""
+    logs.log(found)
     choice = checkpoints.choose()
-    state = choice.state
+    state = LoopState.restored(choice.state)
     if choice.path:
-        dataset.check_same(state, cfg)
-        guard.check_same_batch(state, cfg, global_batch)
-        guard.check_same_model(state, cfg)
-    room.check(cfg, env, state.get("step", 0))
-    monitor.say(words.describe_resume(choice, cfg, dataset))
+        dataset.check_same(choice.state, cfg)
+        guard.check_same_batch(choice.state, cfg, global_batch)
+        guard.check_same_model(choice.state, cfg)
+    room.check(cfg, env, state.step)
+    logs.log(words.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     begin = time.perf_counter()
     if cfg.compile_model:
-        monitor.say("compiling, 20 to 90 s if it is new")
+        logs.log("compiling, 20 to 90 s if it is new")
     strategy.warm_up(model, cfg, env)
-    monitor.ready(time.perf_counter() - begin)
-    monitor.say(checkpoints.load(state_tree(model, *optimizers)))
-    if scaler.is_enabled() and state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+    compile_seconds = time.perf_counter() - begin
+    logs.log(f"ready in {compile_seconds:.1f} s of compilation and warm-up")
+    logs.log(checkpoints.load(state_tree(model, *optimizers)))
+    if scaler.is_enabled() and state.scaler:
+        scaler.load_state_dict(state.scaler)
 
-    step = saved_at = state.get("step", 0)
-    samples_seen, tokens_seen = state.get("samples_seen", 0), state.get("tokens", 0)
     loader = data.Loader(
-        dataset, step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
-        accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=samples_seen,
+        dataset, state.step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
+        accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=state.samples_seen,
     )  # fmt: skip
-    judge = guard.Guard(cfg, env.device, scaler, state)
+    health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
     profile = profiler.Profiler(cfg, env)
     readback = processes.Readback(env.device)
     made = origin.of_run(env)
-    monitor.start(step, tokens_per_step, state, choice.name)
-    stopping = unreadable = overdue = False
+    monitor = Monitor(
+        cfg,
+        env,
+        logs,
+        state,
+        choice,
+        tokens_per_step,
+        compile_seconds,
+        gpus.peak_flops(env.device_name),
+        settings,
+        found,
+    )
 
-    def save(proven: bool) -> None:
-        nonlocal saved_at
-        guard.check_replicas(model, cfg, step)
-        if proven:  # and with it what an earlier save holds
-            checkpoints.settle(True)
-        at = dataset.position(samples_seen)
-        name = manifest.name(at["epoch"], step, at["files"])
-        trained = {
-            "step": step,
-            "samples_seen": samples_seen,
-            "tokens": tokens_seen,
+    def save(last: bool) -> bool:
+        """False where nothing was saved, because the weights do not give a finite loss."""
+        guard.check_replicas(model, cfg, state.step)
+        at = dataset.position(state.samples_seen)
+        name = manifest.name(at["epoch"], state.step, at["files"])
+        state.spike_window, state.scaler = health.window(), scaler.state_dict()
+        saved = dataclasses.asdict(state) | {
             "global_batch": global_batch,
-            **monitor.state(),
-            **judge.state(),
             "data": {
                 "fingerprint": dataset.fingerprint,
                 "manifest": dataset.manifest,
@@ -127,24 +166,41 @@ def train(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: dat
             "config": dataclasses.asdict(cfg),
             "run": made,
         }
-        monitor.saved(step, name, checkpoints.save(name, trained, proven))
-        saved_at = step
+        stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
+        if stall is not None:
+            monitor.saved(state.step, name, stall)
+        return stall is not None
+
+    def evaluate_held_out() -> None:
+        """A stop leaves it to the next start: the checkpoint notes that it is owed."""
+        begin = time.perf_counter()
+        score = evaluate(model, dataset, cfg, env, stop)
+        state.evaluation_owed = score is None
+        stop.pass_on(state.evaluation_owed)
+        if score is not None:
+            monitor.evaluated(state.step, score, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
     stop.begun = True
-    watch.begin(step)
+    watch.begin(state.step)
+    # the trace, which rank 0 has, may know of an evaluation that was made since the checkpoint was saved
+    known = any(processes.agree(monitor.has_evaluation()))
+    state.evaluation_owed &= cfg.eval_steps > 0 and dataset.num_eval_samples > 0 and not known
+    idle = state.step >= cfg.max_steps and not state.evaluation_owed
+    if state.evaluation_owed:
+        evaluate_held_out()
+    due, save_again = Due(stop=state.evaluation_owed), False
     model.train()
-    for batch in loader:
-        lr = optim.set_rate(optimizers, step, cfg)
-        monitor.say(profile.at(step + 1))
-        if any(step + 1 in steps for steps in skips):  # known to be bad: everything moves on but the weights
-            monitor.skipped(step + 1, batch.ids)
-        else:
+    for batch in loader if not due.stop else ():  # else a stop came again, and a step would leave what is owed behind
+        lr = optim.set_rate(optimizers, state.step, cfg)
+        logs.log(profile.at(state.step + 1))
+        figures = torch.empty(0)  # of a step that is skipped
+        if not any(state.step + 1 in steps for steps in skips):  # known to be bad: all moves on but the weights
             loss_sum = torch.zeros((), device=env.device)
             for micro_step, (x, y) in enumerate(batch.micro):
                 x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
                 if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
-                    torch.manual_seed(dropout_seed(cfg.seed, step, micro_step, env.rank))
+                    torch.manual_seed(dropout_seed(cfg.seed, state.step, micro_step, env.rank))
                 strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
                 with strategy.autocast(cfg, env):
                     loss = model(x, y)  # summed over this micro-step's tokens
@@ -153,64 +209,69 @@ def train(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: dat
                 loss_sum += loss.detach()
             scaler.unscale_(optimizers[0])
             norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips(optimizers))
-            figures, apply = judge.judge(step, loss_sum, norm.to(env.device), tokens_per_step)
+            figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
             optim.update(optimizers, scaler, apply, divisor)
-            monitor.histograms(step + 1, model)
             strategy.clear_gradients(model)
-            readback.put((step + 1, lr, batch.ids), figures)
-        step, samples_seen, tokens_seen = step + 1, samples_seen + global_batch, tokens_seen + tokens_per_step
-        watch.step(step)
-        # --- the same decisions on every rank
-        flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.overdue())
-        late, save_failed, stopping, unreadable, silent = map(bool, processes.agree(*flags))
-        stop.pass_on(stopping)
-        at_end = step == cfg.max_steps
-        last = at_end or stopping or unreadable
-        logs = every(cfg.logging_steps, step) or silent or (at_end and cfg.logging_steps > 0)
-        evals = (every(cfg.eval_steps, step) or at_end and cfg.eval_steps) and dataset.num_eval_samples and not stopping
-        saves = every(cfg.save_steps, step) or late or last
-        for (at, rate, ids), (loss_at, norm_at, *more) in readback.take(wait=bool(logs or evals or saves)):
-            verdict = judge.verdict(loss_at, norm_at, *more)
-            monitor.step(at, loss_at, norm_at, rate, ids, verdict, dataset.locate, logs and at == step)
-            if at > saved_at and not judge.bad_in_a_row:
-                checkpoints.settle(True)
-        if logs:
-            monitor.line(step, lr, loader.wait_seconds, checkpoints.status)
-        if save_failed:
-            monitor.say(f"Step {step}: {checkpoints.failure()}; training goes on, the checkpoint before it stands")
-        if judge.gives_up:
+        state.step += 1
+        state.samples_seen += global_batch
+        state.tokens += tokens_per_step
+        readback.put((state.step, lr, batch.ids), figures)
+        watch.step(state.step)
+        each_step()
+        due = due_after(state.step, cfg, dataset, stop, loader, checkpoints, monitor)
+        stop.pass_on(due.stop)
+        # figures come a step late, so that the host does not wait for the device; all of them before one is acted on
+        for (at, rate, ids), figure in readback.take(wait=due.log or due.evaluation or due.save):
+            if not figure:
+                monitor.skipped(at, ids)
+                continue
+            loss_at, norm_at = figure[:2]
+            status = health.status(*figure)
+            monitor.step(at, loss_at, norm_at, rate, ids, status, dataset.locate, due.log and at == state.step)
+            checkpoints.after_step(at, finite=not health.bad_in_a_row)
+        if due.log:
+            monitor.line(state.step, lr, loader.wait_seconds, checkpoints.status)
+        logs.log(checkpoints.news(), screen=False)
+        if due.save_failed:
+            logs.log(f"Step {state.step}: {checkpoints.failure()}; training goes on, the checkpoint before it stands")
+        if health.gives_up:
             break
-        if evals:
-            begin = time.perf_counter()
-            if (held_out := evaluate(model, dataset, cfg, env, stop)) is not None:
-                monitor.evaluated(step, held_out, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
-        if saves or overdue:
-            proven = last or checkpoints.cannot_wait  # no step comes that would show whether these weights are good
-            judge.bad_in_a_row += proven and not sound(model, *batch.micro[0], cfg, env)
-            overdue = judge.bad_in_a_row > 0  # nothing is saved in a streak that is not finite, but right after it
-            if not overdue:
-                save(proven)
-        if every(cfg.check_replicas_steps, step):
-            guard.check_replicas(model, cfg, step)
-        if stopping or unreadable:
+        state.evaluation_owed = due.evaluation
+        if due.evaluation and not due.stop:
+            evaluate_held_out()
+            if state.evaluation_owed:  # a step more would leave behind the weights that are to be evaluated
+                due = due._replace(save=True, last=True, stop=True)
+        if due.last:
+            monitor.prove(state.step, over=True)  # before a save that would stand on steps that differ
+        if due.save or save_again:  # nothing is saved in a streak that is not finite, but right after it
+            save_again = health.bad_in_a_row > 0 or not save(due.last)
+        if due.last:
             break
 
     # --- the end
     watch.stop()
-    bad = judge.bad_in_a_row > 0
-    trouble = loader.error() if unreadable else None
-    if trouble and not env.main:
-        complain(cfg, f"error: {trouble}")
+    unreadable = loader.error() if due.unreadable else None
+    if unreadable and not env.main:
+        complain(cfg, f"error: {unreadable}")
     loader.close()
-    monitor.say(profile.close())
-    failure, missing = checkpoints.close(monitor.say)
+    logs.log(profile.close())
+    failure, missing = checkpoints.close(logs.log)
+    logs.log(checkpoints.news(), screen=False)
     processes.stop()
-    code = STOPPED if stopping else NO_DATA if unreadable else NOT_FINITE if bad else DONE
-    code = INTERNAL if failure and not bad else NOT_IN_BUCKET if missing else code
-    ended = words.Ended(code, step, checkpoints.newest, failure, missing, trouble, time.monotonic() - stop.since)
-    monitor.say(monitor.goodput())
-    text = words.farewell(ended, choice, cfg)
-    monitor.say(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
+    elsewhere = "another rank could not read its data, and says why"
+    end = words.End(
+        state.step,
+        checkpoints.newest,
+        idle,
+        not_finite=health.bad_in_a_row > 0 or save_again,
+        unreadable=str(unreadable or elsewhere) if due.unreadable else None,
+        failure=failure,
+        missing=missing,
+        stopped=time.monotonic() - stop.since if due.stop else None,
+    )
+    code, text = words.ending(end, cfg)
+    logs.log(monitor.goodput(done=code == DONE))
+    logs.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
     return exits.leave(code, text)
 

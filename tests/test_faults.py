@@ -1,15 +1,18 @@
 """Nothing lost: what goes wrong while training, and which checkpoints are there afterwards."""
 
+import itertools
 import os
 import time
 
 import numpy as np
 import pytest
 from conftest import write_shards
-from launch import CONTEXT, TINY, Run, train
+from launch import CONTEXT, GUARD, TINY, Run, train
 from test_resume import newest, steps
 
+from configs import Config
 from refocused.checkpoint import manifest
+from refocused.run import words as messages
 
 BLOWN = ["learning_rate=1e38", "max_grad_norm=0", "resume=latest"]
 
@@ -20,18 +23,29 @@ def saved(folder) -> list[int]:
     return sorted(manifest.verify(out / name)["step"] for name in manifest.names(out))
 
 
+@pytest.fixture
+def refusing(server):
+    """Keys and environment of a bucket that may be read and not written."""
+    server.fault("POST", "upload", status=403, times=10**6)
+    keys = ["bucket_name=bucket", "checkpoint_bucket_path=run", f"upload_deadline_seconds={GUARD}"]
+    return keys, {"STORAGE_EMULATOR_HOST": server.url}
+
+
 @pytest.mark.parametrize(
     "keys",
     ["", "parallel=fsdp", "async_save=false", "max_steps=23 max_bad_steps=50", "save_steps=1 keep_every=1"],
     ids=["", "fsdp", "waits for its saves", "ends inside the streak", "saves every step"],
 )
-def test_a_blown_up_model_costs_no_checkpoint(shards, tmp_path, keys):
+def test_a_blown_up_model_costs_no_checkpoint(shards, tmp_path, keys, refusing):
     """An update with a finite loss ruins the weights: nothing of them is saved, nothing older is pruned, exit 65 names
-    the checkpoint that stands, and with a sane rate the run goes on from there."""
+    the checkpoint that stands, and that nothing came to the bucket; with a sane rate the run goes on from there."""
+    bucket, env = refusing if "keep_every" in keys else ([], None)
     base = [f"data_dir={shards}", "save_steps=2", "save_total_limit=3"]
     train(tmp_path, *base, "max_steps=20", nproc=2)
     before = saved(tmp_path)
-    run = train(tmp_path, *base, "max_steps=60", *BLOWN, *keys.split(), nproc=2, code=65)
+    run = train(tmp_path, *base, "max_steps=60", *BLOWN, *keys.split(), *bucket, nproc=2, code=65, env=env)
+    last = run.text.splitlines()[-1]
+    assert ("403" in last and "not in the bucket" in last) == bool(bucket) and "saved in" not in last, last
     assert saved(tmp_path)[-1] in (20, 21) and set(before) & set(saved(tmp_path)), run.text
     assert f"{newest(tmp_path).name} from before them stands" in run.text
     mended = train(tmp_path, *base, "max_steps=24", "learning_rate=1e-3", "resume=latest", nproc=2)
@@ -53,7 +67,7 @@ def _infinite_at(calls: set[int], args: list[str], log: str) -> None:
 def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     """Steps 6 to 8 are not finite, then all is well: the save that was due at 6 is made at 9, the next ones in time."""
     config = tmp_path / "config.py"
-    config.write_text("seed = 42")
+    config.write_text("")
     keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", f"output_dir={tmp_path}/out"]
     args = [str(config), *TINY, *keys, f"logging_dir={tmp_path}/logs", "max_steps=15"]
     run = CONTEXT.Process(target=_infinite_at, args=({6, 7, 8}, args, str(tmp_path / "log")))
@@ -65,19 +79,21 @@ def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_data_trouble_costs_no_step(tmp_path, nproc):
+def test_data_trouble_costs_no_step(tmp_path, nproc, refusing):
     """A shard replaced in the middle of a run, by one with ids that the model does not have: exit 66 with the shard's
-    name, saved at the last step that was whole; with the shard put back the run goes on from there."""
+    name, saved at the last step that was whole; with the shard put back the run goes on from there. A bucket that
+    cannot be written changes neither code nor name, and is said too."""
     data = write_shards(tmp_path / "data")
     args = [f"data_dir={data}", "max_steps=4000", "save_steps=0"]
-    run = Run(args, nproc, tmp_path)
+    bucket, env = refusing if nproc == 1 else ([], None)
+    run = Run([*args, *bucket], nproc, tmp_path, env)
     run.wait_for(r"Step 20: ")
     shard = sorted(data.rglob("*.npz"))[1]
     good, status = shard.read_bytes(), shard.stat()
     np.savez(tmp_path / "other.npz", input_ids=np.full(3000, 60000, np.uint16))
     os.replace(tmp_path / "other.npz", shard)  # one that is cut short where it lies can end a run without a save
     assert set(run.wait()) == {66}, run.text
-    assert shard.name in run.text
+    assert shard.name in run.text and ("not in the bucket: " in run.text.splitlines()[-1]) == bool(bucket)
     stopped = newest(tmp_path)
     step = manifest.parse(stopped.name).step
     assert step >= 20 and max(steps(tmp_path)) == step and f"stopped at step {step}" in run.text
@@ -85,6 +101,23 @@ def test_data_trouble_costs_no_step(tmp_path, nproc):
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     again = train(tmp_path, f"data_dir={data}", f"max_steps={step + 3}", "resume=latest", nproc=nproc)
     assert f"done: {step + 3:,} steps" in again.text
+
+
+def test_the_order_of_causes():
+    """2, 65, 66 and 78 before all others, then what failed first; each cause is said, and a run without any is done."""
+    nothing = messages.End(7, "last", False, False, None, None, None, None)
+    found = {
+        "not_finite": (True, 65, "not finite"),
+        "unreadable": ("shard a", 66, "shard a"),
+        "failure": ("saving b", 70, "saving b"),
+        "missing": ("403", 74, "not in the bucket: 403"),
+        "stopped": (1.0, 75, "signal"),
+    }
+    assert messages.ending(nothing, Config())[0] == 0
+    for some in itertools.chain.from_iterable(itertools.combinations(found, n) for n in range(1, len(found) + 1)):
+        code, text = messages.ending(nothing._replace(**{key: found[key][0] for key in some}), Config())
+        assert code == found[some[0]][1] and all(found[key][2] in text for key in some), (some, text)
+        assert "saved in" not in text or some[0] == "missing", text
 
 
 def test_tokens_are_counted(shards, tmp_path):
@@ -131,7 +164,7 @@ def _slow_disk(args: list[str], log: str, steps: int) -> None:
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path):
     """Saves that are always overdue, each as long as 20 steps: one after the other, and training waits for none."""
     config = tmp_path / "config.py"
-    config.write_text("seed = 42")
+    config.write_text("")
     keys = [f"data_dir={shards}", "save_seconds=1e-9", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs"]
     run = CONTEXT.Process(
         target=_slow_disk, args=([str(config), *TINY, *keys, "max_steps=200"], str(tmp_path / "log"), 20)

@@ -1,5 +1,6 @@
 """What happens to the logs does not happen to the run: full disks, folders that go, damaged lines, closed streams."""
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from test_monitor import forget
 from configs import ConfigError
 from refocused.measure import losses, report
 from refocused.run.logs import check_folder
+
+DAMAGED = (b"NaN", b"1e999", b"-1e999", b"9" * 400, b"-5", b'"x"', b"null", b"[]", b"{}", b"true")
 
 
 def parsed(path: Path) -> list[dict]:
@@ -99,7 +102,10 @@ def test_a_screen_without_room_ends_no_run(shards, tmp_path):
 
 
 def test_unreadable_lines_are_counted_and_skipped(shards, tmp_path):
-    """Zeros, text, other JSON, no whole step, bytes that are no UTF-8, JSON too deep: the resume compares the others."""
+    """Zeros, text, other JSON, no whole step, bytes that are no UTF-8, JSON too deep: the resume compares the others.
+
+    Clocks with figures that are none: the time that the run says is of the others.
+    """
     args = [f"data_dir={shards}", "save_steps=4", "max_steps=8", "deterministic=true"]
     train(tmp_path, *args)
     forget(tmp_path, after=4)
@@ -117,14 +123,23 @@ def test_unreadable_lines_are_counted_and_skipped(shards, tmp_path):
     bad += [
         b'{"step": 6, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"step": 7, "event": ["eval"]}',
+        b'{"step": ' + b"9" * 400 + b"}",
+        b'{"step": -1}',
         b"",
         b"\xff\xfe",
     ]
+    clock = next(line for line in good if b'"clock"' in line)
+    for key, value in itertools.product(("run_seconds", "began", "save_seconds"), DAMAGED):
+        good.append(re.sub(rb'"%s": [\d.]+' % key.encode(), b'"%s": %s' % (key.encode(), value), clock))
+        good.append(b'{"step": 9, "loss": %s, "grad_norm": %s}' % (value, value))
     path.write_bytes(b"\n".join([*good[:5], *bad, *good[5:]]) + b'\n{"step": 9')
     text = train(tmp_path, *args, "resume=latest").text
+    assert re.search(r"^time      \d+\.\d% of \d+s became training", text, re.M), text
     assert f"{len(bad)} lines unreadable, not compared" in text and "replayed 4 steps, 4 identical" in text
     assert losses.main([str(tmp_path / "logs"), str(path)]) == 0
     assert report.read(tmp_path / "logs").skipped == len(bad)
+    pytest.importorskip("matplotlib")
+    assert report.main([str(tmp_path / "logs"), f"out={tmp_path}/report", "--price", "1"]) == 0
 
 
 def test_two_live_runs_never_share_a_folder(shards, tmp_path):

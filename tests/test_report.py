@@ -12,6 +12,7 @@ from launch import GUARD, train
 from safetensors import safe_open
 
 from refocused.measure import report
+from refocused.run import goodput
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -79,7 +80,8 @@ def clock(began: float, start: int, last: int, seconds: float, **lost: float) ->
 
 def test_where_the_time_went(tmp_path, capsys):
     """Two runs, the second begun 100 s after the first's last word and 50 of its 150 steps run again: every second has
-    one cause, they add up to what was paid, and a price makes dollars of them."""
+    one cause, they add up to what was paid, and a price makes dollars of them. What lies between a run that was done
+    and the next is paid by nobody."""
     pytest.importorskip("matplotlib")
     clocks = [clock(1000.0, 0, 50, 60.0, startup=10), clock(1000.0, 0, 100, 130.0, startup=10, compile=20)]
     clocks += [clock(1230.0, 50, 200, 310.0, startup=10, data=5, save=2, eval=3, end=1, compile=4)]
@@ -90,6 +92,8 @@ def test_where_the_time_went(tmp_path, capsys):
     assert seconds["train_seconds"] == pytest.approx(100 + busy * 2 / 3)
     assert seconds["paid_seconds"] == 130 + 100 + 310
     assert sum(value for key, value in seconds.items() if key != "paid_seconds") == pytest.approx(540)
+    done = [clocks[0], clocks[1] | {"done": True}, clocks[2]]
+    assert goodput.goodput(done) == seconds | {"gap_seconds": 0, "paid_seconds": 440}
     assert report.main([str(folder), "--price", "36"]) == 0
     assert "became training; lost: between runs 1m40s ($1.00), steps run again 1m35s" in capsys.readouterr().out
 

@@ -185,9 +185,10 @@ def test_long_storm(shards, tmp_path, layout, pytestconfig, capsys):
 
 def test_replay_is_proven(shards, tmp_path):
     """After a SIGKILL the steps that are run again are compared with the trace, whose last line the kill may have cut."""
-    args = [f"data_dir={shards}", "max_steps=400", "save_steps=50", "resume=latest"]
+    args = [f"data_dir={shards}", "max_steps=4000", "save_steps=50", "resume=latest"]
     run = Run(args, 1, tmp_path)
     run.wait_for(r"Step 63: ")
+    until(lambda: manifest.names(tmp_path / "out"))
     run.kill()
     again = len(steps(tmp_path)) - manifest.parse(newest(tmp_path).name).step
     assert again > 0
@@ -237,10 +238,49 @@ def test_a_signal_on_one_rank_stops_all_and_loses_nothing(shards, tmp_path, numb
     assert len(a.keys() & b.keys()) > stopped and all(a[s] == b[s] for s in a.keys() & b.keys())
 
 
+STOP_IN_EVALUATION = """
+import os, signal, time
+from refocused.run import evaluate
+def _score(*args, score=evaluate.score):
+    if os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not args[-1].since:  # the thread that listens has not seen it yet
+            time.sleep(0.01)
+    return score(*args)
+evaluate.score = _score
+"""
+
+
+@pytest.mark.parametrize("max_steps", [5, 10])
+def test_an_evaluation_that_a_stop_meets_is_made_by_the_next_start(shards, tmp_path, max_steps):
+    """SIGTERM to one rank in the evaluation at step 5, the last one or not, and again at the next start: 75, saved; then
+    it is made, with the loss of a run that was left alone, once, and that run has nothing to do any more."""
+    args = [f"data_dir={shards}", "eval_steps=5", f"max_steps={max_steps}", "resume=latest"]
+    train(tmp_path / "whole", *args, nproc=2)
+    for _ in range(2):
+        run = Run(args, 2, tmp_path / "stopped", config=STOP_IN_EVALUATION)
+        assert run.wait() == [75, 75], run.text
+        assert "stopped at step 5 " in run.text and "eval_loss" not in run.text
+    ends = [train(tmp_path / "stopped", *args, nproc=2).text.split("\n")[-5:] for _ in range(2)]
+    assert any(line.startswith(f"done: {max_steps} steps") for line in ends[0]), ends
+    assert any(line.startswith("nothing to do: ") for line in ends[1]), ends
+    whole, stopped = (
+        [
+            (line["step"], line["loss"])
+            for line in map(json.loads, (tmp_path / name / "logs" / "trace.jsonl").open())
+            if line.get("event") == "eval"
+        ]
+        for name in ("whole", "stopped")
+    )
+    assert whole == stopped and [step for step, _ in whole] == list(range(5, max_steps + 1, 5))
+    states = [json.loads((newest(tmp_path / name) / "state.json").read_text()) for name in ("whole", "stopped")]
+    assert states[1]["eval_loss"] == states[0]["eval_loss"] or max_steps == 5
+
+
 def test_a_closed_terminal_saves(shards, tmp_path):
     """The terminal of a run goes away: writes to it fail, SIGHUP comes, and the run is saved with exit code 75."""
     config = tmp_path / "empty.py"
-    config.write_text("seed = 42")
+    config.write_text("")
     places = [f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", f"data_dir={shards}", "max_steps=100000"]
     pid, terminal = pty.fork()
     if pid == 0:

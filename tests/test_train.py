@@ -111,7 +111,7 @@ def test_schedules():
 
 def test_non_finite_steps_are_named_not_applied_and_end_the_run(shards, tmp_path):
     """Weights that overflow: every step is refused with its shards, exit 65 after max_bad_steps, on both ranks."""
-    args = [f"data_dir={shards}", "initializer_range=1e38", "max_bad_steps=3", "max_steps=30", "histogram_steps=1"]
+    args = [f"data_dir={shards}", "initializer_range=1e38", "max_bad_steps=3", "max_steps=30"]
     run = train(tmp_path, *args, nproc=2, code=65)
     assert "nothing of them is saved (max_bad_steps=3)" in run.text.splitlines()[-1]
     mended = train(tmp_path, f"data_dir={shards}", "max_steps=5", "deterministic=true")  # no checkpoint: a fresh run

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Saver:
         self.stall_seconds = self.write_seconds = 0.0
         self.last: str | None = None  # name of the last complete save
         self.last_generation = 0  # and its number; 0 while this run has none
+        self.news: deque[str] = deque()  # names of saves that are complete and that nobody has been told of yet
         self._host = _Host()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
@@ -156,6 +158,7 @@ class Saver:
                 return
             self._commit(writer)
             self.last, self.last_generation = name, self.generation
+            self.news.append(name)
             self.write_seconds = time.perf_counter() - start
             if self.rank == 0:
                 disk.prune(self.output_dir, name, self.save_total_limit, self.keep_every)

@@ -47,9 +47,9 @@ from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
 from refocused.entry import ROOT
 from refocused.measure import cost, gpus, planner, predictions
-from refocused.measure.peers import Gate
 from refocused.run import optim, processes, strategy
 from refocused.run.origin import hardware
+from refocused.run.signals import StopSignal
 
 PART_SECONDS = 540.0  # after so many a part begins no further check
 LAST_SECONDS = 60.0  # then, for the check that is under way
@@ -732,13 +732,13 @@ def steady(m: Machine) -> Result:
 # --- 4. speed
 
 
-class Watch(Gate):
-    """A stop signal that lets no host wait for the device pass unseen from the third to the last step but one."""
+class Watch:
+    """Lets no host wait for the device unseen from the third to the last step but one."""
 
     def __init__(self, m: Machine, steps: int):
-        self.since, self.begun, self.step, self.steps, self.m = 0.0, False, 0, steps, m
+        self.step, self.steps, self.m = 0, steps, m
 
-    def pass_on(self, stopping: float) -> None:
+    def tick(self) -> None:
         self.step += 1
         if self.m.cuda and self.step in (3, self.steps - 1):
             torch.cuda.set_sync_debug_mode("error" if self.step == 3 else "default")
@@ -753,7 +753,8 @@ def no_host_sync(m: Machine) -> Result:
     for i, kind in enumerate(("optimizer=adamw", "optimizer=muon mixed_precision=bf16")):
         places = [f"{what}_dir={m.folder}/sync-{i}/{what}" for what in ("output", "logging")]
         cfg, origins = configs.load([str(m.folder / "empty.py"), *args, *kind.split(), *places])
-        codes.append(train.train(cfg, origins, processes.start(cfg), data.open_dataset(cfg), Watch(m, steps)))
+        dataset, watch = data.open_dataset(cfg), Watch(m, steps)
+        codes.append(train.train(cfg, origins, processes.start(cfg), dataset, StopSignal(), watch.tick))
     m.needs_cuda("a CPU has nothing to wait for")
     return codes == [0, 0], f"exit {codes}", f"no synchronisation in {steps - 4} steps of AdamW, nor of Muon with bf16"
 

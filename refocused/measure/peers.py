@@ -27,15 +27,13 @@ from refocused.run import processes, strategy
 from refocused.run.signals import StopSignal
 
 
-class Gate(StopSignal):
+class Gate:
     """Lets a loop run a round of steps when the parent asks for one, and reports the seconds that it took.
 
-    train.py's loop takes it for its stop signal: `pass_on` is called once per optimizer step, so that what is measured
-    is the trainer itself and not a copy of its loop.
+    Every loop calls tick() after each optimizer step; train.py's takes it as a parameter.
     """
 
-    def __init__(self):  # nobody asks a contender to stop: no handlers
-        self.since, self.begun = 0.0, False
+    def __init__(self):
         self.channel = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever else is printed goes to the log
 
@@ -45,9 +43,6 @@ class Gate(StopSignal):
         if not line:
             os._exit(0)
         self.left, self.begin, self.cpu = int(line), time.perf_counter(), time.process_time()
-
-    def pass_on(self, stopping: float) -> None:
-        self.tick()
 
     def tick(self) -> None:
         self.left -= 1
@@ -69,7 +64,7 @@ class Gate(StopSignal):
 
 def ours(cfg: Config, gate: Gate) -> None:
     gate.wait()
-    train.train(cfg, {}, processes.start(cfg), Dataset.open(cfg), gate)
+    train.train(cfg, {}, processes.start(cfg), Dataset.open(cfg), StopSignal(), gate.tick)
 
 
 def whole(cfg: Config, gate: Gate) -> None:

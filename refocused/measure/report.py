@@ -67,7 +67,7 @@ def number(value: Any) -> float:
     """As the trace has it: "nan" and "inf" are text."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

@@ -7,8 +7,6 @@ import socket
 import time
 from typing import Any
 
-import torch
-
 from refocused.run.logs import Logs
 
 
@@ -37,11 +35,6 @@ class Board:
         """Lines in a fixed pitch."""
         block = "".join(f"    {line}\n" for line in text.splitlines())
         self.write(step, [self.summary.text(name, block.encode("utf-8", "backslashreplace").decode())])
-
-    def histogram(self, step: int, name: str, values: torch.Tensor) -> None:
-        """Of what is finite, if anything is."""
-        if len(finite := values[values.isfinite()]):
-            self.write(step, [self.summary.histogram(name, finite, bins=64)])
 
     def write(self, step: int, summaries: list[Any]) -> None:
         now = time.time()

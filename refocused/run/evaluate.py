@@ -89,8 +89,8 @@ def evaluate(model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, s
 
 
 @torch.no_grad()
-def sound(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, cfg: Config, env: processes.Env) -> bool:
-    """Whether the weights as they are now give a finite loss on x, y (B, T) of every rank: they may be saved then."""
+def loss_is_finite(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, cfg: Config, env: processes.Env) -> bool:
+    """Of the weights as they are now, on x, y (B, T) of every rank: then they may be saved."""
     with strategy.eager(cfg), strategy.autocast(cfg, env):  # no time to compile a forward alone
         loss = model(x.to(env.device), y.to(env.device))
     strategy.reshard(model)

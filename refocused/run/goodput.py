@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from refocused.run.trace import number
 from refocused.run.words import duration
 
 CAUSES = {
@@ -31,13 +32,14 @@ NOTED = (
 def goodput(clocks: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Seconds: {"paid_seconds": first process's start to last sign of life, "train_seconds": ..., and each of CAUSES}.
 
-    clocks: the lines of a trace whose event is "clock", in their order; the last one of each run counts.
+    clocks: the lines of a trace whose event is "clock", in their order; the last one of each run counts, and none that
+    is damaged. Nothing is paid for between the end of a run that was done and the start of one that goes on from it.
     """
-    runs = {c["began"]: c for c in clocks if all(isinstance(c.get(key), int | float) for key in NOTED)}
+    runs = {c["began"]: c for c in clocks if is_whole(c)}
     seconds = dict.fromkeys(("paid_seconds", "train_seconds", *CAUSES), 0.0)
     reached, over = 0, None
     for run in runs.values():
-        lost = {key: run[key] for key in CAUSES if key in run}
+        lost = {key: run[key] for key in CAUSES if key in NOTED}
         busy = max(0.0, run["run_seconds"] - sum(lost.values()))
         steps = run["step"] - run["from"]
         again = min(steps, max(0, reached - run["from"]))
@@ -47,8 +49,14 @@ def goodput(clocks: Iterable[dict[str, Any]]) -> dict[str, float]:
             seconds[key] += value
         seconds["train_seconds"] += busy - lost["replay_seconds"]
         seconds["paid_seconds"] += run["run_seconds"] + lost["gap_seconds"]
-        reached, over = max(reached, run["step"]), run["began"] + run["run_seconds"]
+        reached = max(reached, run["step"])
+        over = None if run.get("done") is True else run["began"] + run["run_seconds"]
     return seconds
+
+
+def is_whole(clock: dict[str, Any]) -> bool:
+    figures = [number(clock.get(key)) for key in NOTED]
+    return all(figure is not None and figure >= 0 for figure in figures) and clock["from"] <= clock["step"]
 
 
 def sentence(seconds: dict[str, float], price: float = 0.0) -> str:

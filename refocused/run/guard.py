@@ -131,7 +131,7 @@ class Spikes:
         if window:
             self.window.copy_(torch.tensor(window))
 
-    def judge(self, step: int, figures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def check(self, step: int, figures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Deviations (2,) of figures (loss, norm), and whether to apply the step, a bool that is equal on all ranks."""
         filled = self.window[:, :1] >= 0  # (WINDOW, 1)
         n = filled.sum()
@@ -141,11 +141,11 @@ class Spikes:
         row = step % WINDOW
         self.window[row] = torch.where(figures.isfinite().all(), figures, self.window[row])
         spike = (deviations > self.sigma).any().float()
-        if self.skips:  # GPUs of different kinds may round a norm differently, and a verdict must not
+        if self.skips:  # GPUs of different kinds may round a norm differently, and the answer must not
             processes.largest(spike)
         return deviations, (spike == 0) if self.skips else torch.ones_like(spike, dtype=torch.bool)
 
-    def verdict(self, deviations: list[float]) -> str | None:
+    def status(self, deviations: list[float]) -> str | None:
         """On the host, later: what is said about a step with these deviations; None when it was no spike."""
         if not any(d > self.sigma for d in deviations):
             return None
@@ -154,42 +154,43 @@ class Spikes:
 
 
 class Guard:
-    """Each step's verdict: on the device before its update, so that nobody waits; on the host, in words, a step later."""
+    """Whether a step is applied, decided on the device before its update; and its status on the host, a step later."""
 
-    def __init__(self, cfg: Config, device: torch.device, scaler: torch.amp.GradScaler, state: dict[str, Any]):
-        self.max_bad_steps, self.scaler = cfg.max_bad_steps, scaler
-        self.spikes = Spikes(cfg, device, state.get("spike_window")) if cfg.spike_sigma else None
+    def __init__(self, cfg: Config, device: torch.device, scaled: bool, window: list[list[float]] | None):
+        """scaled: by fp16's gradient scaler, which adapts to an infinite norm; window: as a checkpoint has it."""
+        self.max_bad_steps, self.scaled = cfg.max_bad_steps, scaled
+        self.spikes = Spikes(cfg, device, window) if cfg.spike_sigma else None
         self.bad_in_a_row = 0  # up to the last step that the host knows of
 
-    def judge(
+    def check(
         self, step: int, loss_sum: torch.Tensor, norm: torch.Tensor, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of this rank's sum of losses and norm, scalars: figures (loss, norm) with what else a verdict needs, and
+        """Of this rank's sum of losses and norm, scalars: figures (loss, norm) with what else a status needs, and
         whether to apply the step; both on the device and equal on all ranks. Collective.
 
         A norm that is finite here and not elsewhere (a flipped bit after the reduction) is not finite anywhere: the
-        ranks' verdicts travel with their losses.
+        ranks' answers travel with their losses.
         """
         loss, broken = processes.total(torch.stack((loss_sum, (~norm.isfinite()).to(loss_sum.dtype))))
         norm = torch.where((broken > 0) & norm.isfinite(), math.inf, norm)
         figures = torch.stack((loss / tokens, norm))
         apply = figures.isfinite().all()
         if self.spikes:
-            deviations, calm = self.spikes.judge(step, figures)
+            deviations, calm = self.spikes.check(step, figures)
             figures, apply = torch.cat((figures, deviations)), apply & calm
         return figures, apply
 
-    def verdict(self, loss: float, norm: float, *deviations: float) -> str | None:
-        """What is wrong with a step of these figures, as judge returned them; None where nothing is."""
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())  # its scale adapts
+    def status(self, loss: float, norm: float, *deviations: float) -> str | None:
+        """What is wrong with a step of these figures, as check returned them; None where nothing is."""
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaled)
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         if not finite:
             return "not applied"
-        return self.spikes.verdict(list(deviations)) if self.spikes else None
+        return self.spikes.status(list(deviations)) if self.spikes else None
 
     @property
     def gives_up(self) -> bool:
         return self.bad_in_a_row >= self.max_bad_steps
 
-    def state(self) -> dict[str, Any]:
-        return {"spike_window": self.spikes and self.spikes.window.tolist(), "scaler": self.scaler.state_dict()}
+    def window(self) -> list[list[float]] | None:
+        return self.spikes.window.tolist() if self.spikes else None

@@ -4,14 +4,19 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
 
 from configs import Config, ConfigError
 from refocused.checkpoint import manifest
+from refocused.run.words import fitted
 
 LOG, TRACE, OWNER = "train.log", "trace.jsonl", ".output_dir"
 # a link that somebody has planted under one of our names is not followed to what it points at
@@ -112,12 +117,30 @@ def mute(broken_for_good=lambda error: True) -> None:
 
 
 class Logs:
-    """The files of a run's logging_dir. What cannot be written is said once, dropped, and tried again by again()."""
+    """What a run says, and the files of its logging_dir. Rank 0 alone speaks and writes.
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.folder = cfg, Path(cfg.logging_dir)
+    What cannot be written is said once, dropped, and tried again by again().
+    """
+
+    def __init__(self, logging_dir: str, output_dir: str, main: bool = True):
+        """On rank 0 (main) check_folder has been called."""
+        self.folder, self.output_dir, self.main = Path(logging_dir), output_dir, main
         self.files: list[File] = []
         self.failed, self.lost = False, 0  # since it was said that something cannot be written
+        self.train_log = self.file(LOG)
+
+    def log(self, text: str | None, file: TextIO | None = None, screen: bool = True, more: str | None = None) -> None:
+        """Lines on rank 0's screen and in train.log, there as `more` if given; nothing for an empty text."""
+        if not self.main or not text:
+            return
+        self.train_log.write(stamped(more or text))  # first: what was seen is in the file, whenever the machine goes
+        if not screen:
+            return
+        file = file or sys.stdout
+        shown = fitted(text, shutil.get_terminal_size().columns) if file.isatty() else text
+        with console():
+            tqdm.write(shown, file=file)
+            file.flush()
 
     def file(self, name: str) -> "File":
         self.files.append(File(self, self.folder / name))
@@ -131,6 +154,8 @@ class Logs:
 
     def again(self) -> None:
         """At every log line: try again what failed, and make anew what was removed or moved away meanwhile."""
+        if not self.main:
+            return
         if self.failed and not any(file.shut for file in self.files):
             tell(f"{self.folder} can be written again; {self.lost} writes to it are missing")
             self.failed, self.lost = False, 0
@@ -139,7 +164,7 @@ class Logs:
         if not same_file(_claims[-1], self.folder / OWNER):
             os.close(_claims.pop())
             try:
-                check_folder(self.cfg.logging_dir, self.cfg.output_dir)
+                check_folder(str(self.folder), self.output_dir)
             except ConfigError as error:
                 _claims.append(os.open(os.devnull, os.O_RDONLY))  # to be tried again too
                 self.fail(error)

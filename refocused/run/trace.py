@@ -19,6 +19,14 @@ class Diverged(ValueError):
     exit_code = 70
 
 
+LARGEST = 1 << 53  # of a number in a line; beyond it JSON's numbers are not exact everywhere
+
+
+def number(value: Any) -> float | None:
+    """A value of a line as a finite number; None where it is none: anything may have damaged the file."""
+    return float(value) if type(value) in (int, float) and abs(value) <= LARGEST else None
+
+
 class Lines:
     """The lines of a trace.jsonl as dicts with a whole number "step". What is none is counted; a last line that a kill
     has cut is not there. Iterating raises OSError."""
@@ -36,7 +44,8 @@ class Lines:
                 self.size += len(raw)
                 try:
                     line = json.loads(raw)
-                    whole = type(line["step"]) is int and isinstance(line.get("event", ""), str)
+                    whole = type(line["step"]) is int and 0 <= line["step"] <= LARGEST
+                    whole = whole and isinstance(line.get("event", ""), str)
                 except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                     whole = False
                 if whole:
@@ -53,17 +62,20 @@ class Trace:
 
     COMPARED = ("loss_hex", "grad_norm_hex", "lr_hex", "samples")
 
-    def __init__(self, file: File, start_step: int):
+    def __init__(self, file: File, start_step: int, max_steps: int = LARGEST):
         """Raises OSError where what is there cannot be read."""
         self.file = file
         self.expected: dict[int, dict[str, Any]] = {}
         self.events: dict[tuple[str, int], dict[str, Any]] = {}
         self.clocks: dict[str, dict[str, Any]] = {}  # of each run, by when it began, its last one
+        self.evaluation: float | None = None  # the loss that follows the checkpoint of start_step
         lines = Lines(file.path)
         for line in lines:  # of a step that came more than once the last line counts
             step = line["step"]
             if line.get("event") == "clock":
                 self.clocks[str(line.get("began"))] = line
+            elif step == start_step and line.get("event") in ("checkpoint", "eval"):
+                self.evaluation = number(line.get("loss"))
             elif step <= start_step:
                 continue
             elif "event" not in line:
@@ -77,7 +89,8 @@ class Trace:
         os.truncate(file.path, lines.size)
         self.same = 0
         self.first_difference: str | None = None
-        self.last = max(self.expected, default=0)
+        known = [*self.expected, *(step for kind, step in self.events if kind == "skip")]
+        self.last = max((step for step in known if step <= max_steps), default=0)
 
     def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict[str, Any]) -> None:
         line: dict[str, Any] = {"step": step}
@@ -108,9 +121,13 @@ class Trace:
         return True
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
+        line = {"samples": fingerprint(ids)}
+        before = self.events.get(("skip", step))
         if self.expected.pop(step, None):
             self.differs(step, "was run, is skipped")
-        self.event("skip", step, samples=fingerprint(ids))
+        elif before and before.get("samples") != line["samples"]:
+            self.differs(step, difference("samples", before, line))
+        self.event("skip", step, **line)
 
     def differs(self, step: int, how: str) -> None:
         if self.first_difference is None:
@@ -118,12 +135,13 @@ class Trace:
             # another run from here on, and so are its checkpoints and evaluations, whatever they are called
             self.events = {key: line for key, line in self.events.items() if key[0] == "skip"}
 
-    def replayed(self, step: int) -> tuple[int, str | None] | None:
-        """After the last step that was run before: (how many steps were identical, the first difference or None)."""
-        if not self.last or step < self.last:
+    def replayed(self, step: int, over: bool = False) -> tuple[int, str | None] | None:
+        """After the last step that was run before, or that this run makes: (how many steps were identical, the first
+        difference or None). None where nothing was compared, and once it has been told."""
+        if not self.last or (step < self.last and not over):
             return None
         self.last = 0
-        return self.same, self.first_difference
+        return (self.same, self.first_difference) if self.same or self.first_difference else None
 
 
 def difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -132,7 +150,7 @@ def difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     was, value = (f"{line[plain]:.6g}" if isinstance(line.get(plain), float) else "" for line in (before, now))
     if was and value and was != value:
         return f"{plain} was {was}, is {value}"
-    return f"{key} was {before.get(key)}, is {now[key]}"
+    return f"{key} was {str(before.get(key))[:80]}, is {now[key]}"
 
 
 def readable(value: Any) -> Any:

@@ -12,6 +12,7 @@ from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.choice import Choice
 from refocused.entry import here
+from refocused.run import exits
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
 from refocused.run.optim import learning_rate
 from refocused.shards.tokenizers import find
@@ -165,44 +166,53 @@ def suspect(lost: float, seen: dict[str, float], sniffed: str, world_size: int) 
     return "look at the GPU's clock first: `nvidia-smi -q -d PERFORMANCE`, `bench.py plan --calibrate`"
 
 
-class Ended(NamedTuple):
-    """How a run came to its end."""
+class End(NamedTuple):
+    """How a run came to its end, as this rank knows it."""
 
-    code: int
     step: int
     newest: str | None  # name of the last complete checkpoint
+    idle: bool  # there was nothing to do
+    not_finite: bool  # the last steps, or the weights
+    unreadable: str | None  # why the next batch could not be read
     failure: str | None  # of the last save
     missing: str | None  # why the last checkpoint is not in the bucket
-    trouble: BaseException | None  # that kept the next batch from being read, on this rank
-    late: float  # seconds since the signal, of a run that was stopped
+    stopped: float | None  # seconds since the signal
 
 
-def farewell(ended: Ended, choice: Choice, cfg: Config) -> str:
-    """The last line of a run that began at `choice`."""
-    code, step = ended.code, ended.step
-    if code == INTERNAL:
-        return f"ended at step {step:,}, but {ended.failure}"
-    if code == NO_DATA:
-        why = ended.trouble or "another rank could not read its data, and says why"
-        return f"error: {why}\nstopped at step {step:,}; {ended.newest} has all steps, resume=latest continues"
+def ending(end: End, cfg: Config) -> tuple[int, str]:
+    """The exit code of a run and its last words: the cause that decides the code, and all others behind it."""
+    found = (  # in the order of time
+        (NOT_FINITE, end.not_finite and "the last steps were not finite"),
+        (NO_DATA, end.unreadable),
+        (INTERNAL, end.failure),
+        (NOT_IN_BUCKET, end.missing and f"{end.newest or 'the run'} is not in the bucket: {end.missing}"),
+        (STOPPED, end.stopped is not None and "a signal had asked for a stop"),
+    )
+    first, *others = exits.in_order(exits.Cause(code, text) for code, text in found if text) or [exits.Cause(DONE)]
+    return first.code, _last_words(first.code, end, cfg) + "".join(f"; also: {other.words}" for other in others)
+
+
+def _last_words(code: int, end: End, cfg: Config) -> str:
+    step, newest = end.step, end.newest
+    goes_on = f"resume=latest continues from {newest}" if newest else "there is no checkpoint"
     if code == NOT_FINITE:
-        stands = (
-            f"{ended.newest} from before them stands" if ended.newest else "there is no checkpoint from before them"
-        )
+        stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"
         return (
             f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
             f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above"
         )
+    if code == NO_DATA:
+        return f"error: {end.unreadable}; stopped at step {step:,}, {goes_on}"
+    if code == INTERNAL:
+        return f"ended at step {step:,}, but {end.failure}"
     if code == NOT_IN_BUCKET:
-        return f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {ended.missing}"
+        return f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {end.missing}"
     if code == STOPPED:
-        return (
-            f"stopped at step {step:,} {ended.late:.1f} s after the signal; resume=latest continues from {ended.newest}"
-        )
+        return f"stopped at step {step:,} {end.stopped:.1f} s after the signal; {goes_on}"
     assert code == DONE, code
-    if choice.path and (start := choice.state["step"]) >= cfg.max_steps:
+    if end.idle:
         return (
-            f"nothing to do: {choice.name} is at step {start:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
+            f"nothing to do: {newest} is at step {step:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
             "or name another output_dir and logging_dir for another run"
         )
     logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
