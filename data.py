@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from configs import KEYS, Config
+from refocused.shards import shard as shard_format
 from refocused.shards import tokenizers
 from refocused.shards.find import find_files
 from refocused.shards.shard import DataError, PackedShard, Shard
@@ -201,6 +202,26 @@ class Dataset:
                 twins.append(f"{shard.path} = {other}")
         if twins:
             notes.append(f"{len(twins)} of {len(shards)} shards are copies of others: {listed(twins)}")
+        reports = [report for shard in shards if isinstance(report := shard.note.get("report"), dict)]
+        totals = {key: sum(int(report.get(key) or 0) for report in reports) for key in shard_format.ROWS}
+        if text := shard_format.shares(totals):
+            notes.append(text)
+        way = entry.here(shard_format.PREPARE)
+        padded = (shard for shard in shards if {*shard_format.PADDING_ARRAYS} & {*shard.note.get("source", ())})
+        if old := [shard.path for shard in padded if "rule" not in shard.note]:
+            notes.append(
+                f"{len(old)} of {len(shards)} shards were unpacked by an older version, which wrote a second end-of-text where "
+                f"a row had one, and windows that overlap twice; `{way}` makes them anew: {listed(old)}"
+            )
+        rows = [shard.tokens for shard in shards if len(shard.shape) == 2]
+        found = [
+            overlap for tokens in rows if (overlap := shard_format.overlap_of(zip(tokens, tokens[1:], strict=False)))
+        ]
+        if found:
+            notes.append(
+                f"rows of {len(found)} of {len(shards)} shards begin with the last {found[0]} tokens of the row before: "
+                f"their texts are read twice; `{way}` drops that"
+            )
         return notes
 
     def check_same(self, state: dict[str, Any], cfg: Config) -> None:
@@ -335,7 +356,7 @@ def open_dataset(cfg: Config) -> Dataset:
     except PackedShard:
         from refocused.shards import prepare  # only such a set needs it
 
-    end = tokenizers.end_of_text(cfg.tokenizer, "unpacking shards")
+    end = tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else None
     prepare.unpack(Path(cfg.data_dir).resolve(), cache_folder(cfg), chosen_shards(cfg), cfg.vocab_size, end)
     return Dataset.open(cfg, cache_folder(cfg))
 

@@ -13,11 +13,14 @@ import json
 import math
 import os
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs import _source as source
+from configs._others import OTHERS
 from refocused.entry import here
 
 DEMO = Path(__file__).parent / "demo.py"
@@ -152,8 +155,14 @@ class Config:
         Raises ConfigError where global_batch_size does not divide, with the nearest sizes that do.
         """
         per_micro_step = self.per_device_train_batch_size * world_size
+        sequences = self.global_batch_size or self.gradient_accumulation_steps * per_micro_step
+        if sequences > MOST_SEQUENCES:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} gradient_accumulation_steps={self.gradient_accumulation_steps} "
+                f"make {sequences:,} sequences per step, at most 2**24 = {MOST_SEQUENCES:,} are possible; lower them"
+            )
         if not self.global_batch_size:
-            return self.gradient_accumulation_steps, self.gradient_accumulation_steps * per_micro_step
+            return self.gradient_accumulation_steps, sequences
         if self.global_batch_size % per_micro_step:
             below = self.global_batch_size // per_micro_step * per_micro_step
             near = f"{below} and {below + per_micro_step}" if below else f"{per_micro_step}"
@@ -165,6 +174,7 @@ class Config:
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
+LARGEST = 1 << 53  # of a whole number: JSON readers elsewhere hold numbers as doubles
 types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
 # keys that there were: (default, what to write instead); a checkpoint from then may still hold them
@@ -195,15 +205,13 @@ AT_LEAST_ONE = (
     "sequence_length per_device_train_batch_size gradient_accumulation_steps max_bad_steps dataloader_num_workers "
     "eval_samples"
 ).split()
-NOT_NEGATIVE = (
-    "attention_dropout hidden_dropout eval_files max_steps global_batch_size num_processes learning_rate "
-    "min_learning_rate muon_learning_rate warmup_steps decay_steps weight_decay max_grad_norm cpu_threads "
-    "logging_steps logging_seconds eval_steps seed spike_sigma sample_tokens stop_after_minutes "
-    "watchdog_seconds max_failed_starts "
-    "shard_size save_steps save_seconds save_total_limit keep_every "
-    "bucket_total_limit upload_deadline_seconds "
-    "adam_beta1 adam_beta2 layer_norm_eps initializer_range rotary_pct"
-).split()
+BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
+# far beyond what anybody uses, and still built or refused within seconds
+AT_MOST = {
+    "cpu_threads": 1024, "dataloader_num_workers": 1024, "num_hidden_layers": 10_000, "sample_tokens": 1_000_000,
+    "upload_deadline_seconds": 1e6, "collective_timeout_seconds": 1e6, "rotary_pct": 1,
+}  # fmt: skip
+MOST_TOKENS, MOST_SEQUENCES, MOST_PARAMETERS = 1 << 24, 1 << 24, 10**12  # per micro-step, per step, of the model
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds", "spike_sigma")
 PATHS = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir", "resume", "init_from")  # ~, $NAME: expanded
 
@@ -215,12 +223,21 @@ def _check(cfg: Config) -> None:
         if not rule:
             raise ConfigError(message)
 
+    for key, kind in types_of(Config).items():
+        value = getattr(cfg, key)
+        if isinstance(value, str):
+            hidden = re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
+            require(not hidden, f"{key}={value!r:.80} has a control character; leave it out")
+        elif kind is not bool and value is not None:
+            finite = key in MAY_BE_INFINITE or math.isfinite(value)
+            require(finite, f"{key}={value} must be finite")
+            require(value >= 1 or key not in AT_LEAST_ONE, f"{key}={value} must be at least 1")
+            require(value >= 0 or key == "max_files", f"{key}={value} must not be negative")
+            require(value < 1 or key not in BELOW_ONE, f"{key}={value} must be below 1")
+            require(value <= AT_MOST.get(key, value), f"{key}={value} must be at most {AT_MOST.get(key, 0):g}")
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
         require(value in choices, f"{key}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
-    for key, kind in types_of(Config).items():
-        finite = kind is not float or key in MAY_BE_INFINITE or math.isfinite(getattr(cfg, key))
-        require(finite, f"{key}={getattr(cfg, key)} must be finite")
     if cfg.bucket_name is not None:
         require(not (wrong := bucket_problem(cfg.bucket_name)), f"bucket_name={cfg.bucket_name[:200]!r} {wrong}")
     require(
@@ -228,14 +245,13 @@ def _check(cfg: Config) -> None:
         f"checkpoint_bucket_path={cfg.checkpoint_bucket_path[:200]!r} {wrong}; write it as runs/one",
     )
     for key in PATHS:
-        way = "none" if getattr(Config, key) is None else getattr(Config, key)
-        require(getattr(cfg, key) != "", f"{key}= names nothing; its default is {key}={way}")
-    for key in AT_LEAST_ONE:
-        require(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
-    for key in NOT_NEGATIVE:
-        require(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
-    for key in ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2"):
-        require(getattr(cfg, key) < 1, f"{key}={getattr(cfg, key)} must be below 1")
+        value, default = getattr(cfg, key), getattr(Config, key)
+        require(value != "", f"{key}= names nothing; its default is {key}={default or 'none'}")
+        require(
+            key in ("resume", "init_from") or not re.match(r"\w{2,}:/", value or ""),
+            f"{key}={value} is no path of this machine. A bucket is named by bucket_name=, where checkpoints go in it by "
+            "checkpoint_bucket_path=; `data.py download` and `ckpt.py pull` fetch from one",
+        )
 
     require(
         cfg.adam_epsilon >= 1e-37,  # fp32's smallest normal number, about
@@ -247,27 +263,33 @@ def _check(cfg: Config) -> None:
         f"adam_moments=bf16 with adam_beta1={cfg.adam_beta1} and adam_beta2={cfg.adam_beta2}: bf16 does not resolve the "
         "change of a moment that decays more slowly than by 0.99; lower the beta or use adam_moments=fp32",
     )
-    require(cfg.seed < 1 << 63, f"seed={cfg.seed} must be below 2**63; any smaller number does as well")
-    require(cfg.cpu_threads <= 1024, f"cpu_threads={cfg.cpu_threads} must be at most 1024; 0 for cores / processes")
 
-    D, H = cfg.hidden_size, cfg.num_attention_heads
+    D, H, T = cfg.hidden_size, cfg.num_attention_heads, cfg.sequence_length
     below = D // H * H
     near = f"{below} and {below + H}" if below else f"{H}"
     require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
-    require(
-        cfg.rotary_pct <= 1, f"rotary_pct={cfg.rotary_pct} must be at most 1: more than a whole head cannot be rotated"
-    )
     rotary = int(cfg.head_dim * cfg.rotary_pct)
     require(
         rotary % 2 == 0,
-        f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {cfg.head_dim} dimensions per head; "
-        f"it must be an even number between 0 and {cfg.head_dim}, e.g. rotary_pct={(rotary // 2 * 2 or 2) / cfg.head_dim:g}",
+        f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {cfg.head_dim} dimensions per head; it must be an even number, "
+        f"as with rotary_pct={_share(min(rotary // 2 * 2 or 2, cfg.head_dim // 2 * 2), cfg.head_dim)}",
     )
     require(cfg.rotary_emb_base > 0, f"rotary_emb_base={cfg.rotary_emb_base} must be positive")
+    parameters = 2 * cfg.vocab_size * D + cfg.num_hidden_layers * (4 * D * D + 2 * D * cfg.intermediate_size)
     require(
-        cfg.sequence_length <= cfg.max_position_embeddings,
-        f"sequence_length={cfg.sequence_length} exceeds max_position_embeddings={cfg.max_position_embeddings}; "
-        "lower the first or raise the second",
+        parameters <= MOST_PARAMETERS,
+        f"hidden_size={D} intermediate_size={cfg.intermediate_size} vocab_size={cfg.vocab_size} num_hidden_layers="
+        f"{cfg.num_hidden_layers} make {parameters:.2g} parameters, at most {MOST_PARAMETERS:.0e} are built; lower them",
+    )
+    require(
+        T <= cfg.max_position_embeddings,
+        f"sequence_length={T} exceeds max_position_embeddings={cfg.max_position_embeddings}; lower the first or raise the "
+        "second",
+    )
+    require(
+        cfg.per_device_train_batch_size * T <= MOST_TOKENS,
+        f"per_device_train_batch_size={cfg.per_device_train_batch_size} * sequence_length={T} tokens at once are more than "
+        f"2**24 = {MOST_TOKENS:,}; larger batches come from gradient_accumulation_steps or global_batch_size",
     )
     require(
         cfg.max_files == -1 or cfg.max_files >= 1,
@@ -286,17 +308,16 @@ def _check(cfg: Config) -> None:
         "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer",
     )
     require(
-        not cfg.cpu_offload or cfg.parallel == "fsdp",
-        f"cpu_offload=true needs parallel=fsdp, not {cfg.parallel}: only sharded parameters can live in host memory",
-    )
-    require(
-        cfg.upload_deadline_seconds <= 1e6,
-        f"upload_deadline_seconds={cfg.upload_deadline_seconds:g} is longer than eleven days; lower it to 1e6 or less",
-    )
-    require(
-        1 <= cfg.collective_timeout_seconds <= 1e6,
+        cfg.collective_timeout_seconds >= 1,
         f"collective_timeout_seconds={cfg.collective_timeout_seconds:g} must be between 1 and 1e6",
     )
+    for key, value, why in (
+        ("cpu_offload", "true", "only sharded parameters can live in host memory"),
+        ("reduce_every_micro_step", "true", "ddp's gradients are whole in any case"),
+        ("shard_size", cfg.shard_size, "ddp keeps a whole copy in each process"),
+    ):
+        message = f"{key}={value} needs parallel=fsdp, not {cfg.parallel}: {why}"
+        require(not getattr(cfg, key) or cfg.parallel == "fsdp", message)
     require(
         not cfg.cpu_offload or cfg.mixed_precision != "fp16",
         "cpu_offload=true keeps gradients in host memory, where mixed_precision=fp16's scaler cannot follow; use bf16",
@@ -307,28 +328,24 @@ def _check(cfg: Config) -> None:
             f"cpu_offload=true with {key}={other} has never been tried; leave one of them out",
         )
     require(
-        not cfg.reduce_every_micro_step or cfg.parallel == "fsdp",
-        f"reduce_every_micro_step=true needs parallel=fsdp, not {cfg.parallel}: ddp's gradients are whole in any case",
-    )
-    require(
-        not cfg.shard_size or cfg.parallel == "fsdp",
-        f"shard_size={cfg.shard_size} needs parallel=fsdp, not {cfg.parallel}: ddp keeps a whole copy in each process",
-    )
-    require(
         cfg.optimizer != "muon" or cfg.mixed_precision != "fp16",
         "optimizer=muon knows no gradient scaler, which mixed_precision=fp16 needs; use bf16",
     )
-    require(
-        len(step_ranges("profile", cfg.profile)) <= 1, f"profile={cfg.profile} must be one range of steps, as 10-12"
-    )
     step_ranges("skip_steps", cfg.skip_steps)
-    if cfg.max_steps:
-        decay = cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
-        require(
-            cfg.warmup_steps + decay <= cfg.max_steps,
-            f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''} exceeds "
-            f"max_steps={cfg.max_steps}: the peak learning rate would never be reached; lower warmup_steps",
-        )
+    one = len(step_ranges("profile", cfg.profile)) <= 1
+    require(one, f"profile={cfg.profile} must be one range of steps, as 10-12")
+    decay = cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
+    require(
+        not cfg.max_steps or cfg.warmup_steps + decay <= cfg.max_steps,
+        f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''} exceeds "
+        f"max_steps={cfg.max_steps}: the peak learning rate would never be reached; lower warmup_steps",
+    )
+
+
+def _share(dims: int, head: int) -> str:
+    """A rotary_pct in few digits that rotates `dims` of a head's dimensions."""
+    texts = [f"{share / head:.{digits}g}" for share in (dims, dims + 0.5) for digits in range(1, 17)]
+    return next(text for text in texts if int(head * float(text)) == dims)
 
 
 def bucket_problem(name: str) -> str:
@@ -355,10 +372,10 @@ def step_ranges(key: str, text: str) -> list[range]:
     """ "1200-1210,1300" as ranges that include both ends; steps are counted from 1, as the log lines do."""
     found = []
     for part in filter(None, text.replace(" ", "").split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,15})(?:-(\d{1,15}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last:
-            raise ConfigError(f"{key}={text}: {part} is no step or range of steps; write 1200 or 1200-1210")
+            raise ConfigError(f"{key}={text:.80}: {part:.80} is no step or range of steps; write 1200 or 1200-1210")
         found.append(range(first, last + 1))
     return found
 
@@ -368,18 +385,23 @@ def load(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
     Returns the config and, for each key that something set, what set it. Raises ConfigError.
     """
-    files = [a for a in argv if not is_setting(a)]
-    if len(files) > 1:
-        raise ConfigError(f"expected one config file and key=value settings, got {' '.join(files)}")
-    path = Path(files[0]) if files else DEMO
-    values, origins = {}, {}
-    for key, value in read_file(path).items():
-        values[key], origins[key] = value, str(files[0] if files else "configs/demo.py")
-    for arg in argv:
-        if is_setting(arg):
-            key, text = arg.removeprefix("--").split("=", 1)
+    path, mistakes = _config_file([a for a in argv if not is_setting(a)])
+    values, places = ({}, {}) if mistakes else read_file(path)
+    origins = {key: place.rpartition(":")[0] for key, place in places.items()}
+    for arg in filter(is_setting, argv):
+        key, text = arg.removeprefix("--").split("=", 1)
+        try:
             values[key], origins[key] = parse(key, text), "command line"
-    return Config(**values), origins
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    try:
+        return Config(**values), origins
+    except ConfigError as error:
+        named = [key for key, origin in origins.items() if origin != "command line" and f"{key}=" in str(error)]
+        where = " and ".join(f"{key} from {places[key]}" for key in named)
+        raise ConfigError(f"{error}{f' ({where})' if where else ''}") from None
 
 
 def is_setting(arg: str) -> bool:
@@ -388,39 +410,101 @@ def is_setting(arg: str) -> bool:
     return "=" in arg and (key in KEYS or not (arg.endswith(".py") and Path(arg).is_file()))
 
 
-def read_file(path: Path) -> dict[str, typing.Any]:
-    """The known names that a Python config file assigns, run in a namespace of its own.
+def _config_file(words: list[str]) -> tuple[Path, list[str]]:
+    """The config file among a command line's words that set nothing, and what is wrong with the others.
 
-    A relative path that is not there is looked for beside this folder, so that configs/ is found from anywhere.
+    A relative path is looked for in the current folder and beside configs/. Raises ConfigError where there is no file.
     """
-    if not path.is_file():
-        path = DEMO.parent.parent / path
-    if path.suffix != ".py" or not path.is_file():
-        here = ", ".join(sorted(f"configs/{p.name}" for p in DEMO.parent.glob("[!_]*.py")))
-        raise ConfigError(
-            f"no config file {path.name} in {Path.cwd()} or {path.parent}; a config file is Python that assigns keys, "
-            f"such as {here}, found from anywhere"
-        )
-    space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
-    try:
-        exec(compile(path.read_bytes(), str(path), "exec"), space)  # bytes: UTF-8 whatever the locale
-    except Exception as error:
-        raise ConfigError(f"{path} does not run: {type(error).__name__}: {error}") from error
-    found = {}
-    for name, value in space.items():
-        if name.startswith("_") or isinstance(value, types.ModuleType | types.FunctionType | type):
+    mistakes, files = [], []
+    while words:
+        word, *words = words
+        key = word.lstrip("-").replace("-", "_")
+        if not (word.startswith("-") or key in KEYS or key in OTHERS):
+            files.append(word)
             continue
-        found[name] = convert(_known(name), value)
-    return found
+        value = words.pop(0) if words and not words[0].startswith("-") and not words[0].endswith(".py") else ""
+        usual = "true" if types_of(Config).get(key) is bool else "latest" if key == "resume" else "VALUE"
+        try:
+            mistakes.append(f"{word} {value}".strip() + f": write {_known(key)}={value or usual}")
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if len(files) > 1:
+        mistakes.append(f"expected one config file and key=value settings, got {' '.join(files)}")
+    path = Path(files[0]) if files else DEMO
+    path = path if path.exists() else DEMO.parent.parent / path
+    if mistakes or (path.is_file() and path.suffix == ".py"):
+        return path, mistakes
+    shipped = {file.stem: f"configs/{file.name}" for file in sorted(DEMO.parent.glob("[!_]*.py"))}
+    what = f"no config file {files[0]} in {Path.cwd()} or {DEMO.parent.parent}"
+    if path.exists():
+        what = f"{files[0]} is a folder and no config file" if path.is_dir() else f"{files[0]} is no Python file"
+    meant = f"; did you mean {shipped[path.stem]}?" if path.stem in shipped else ""
+    raise ConfigError(
+        f"{what}{meant}; a config file is Python that assigns keys, such as {', '.join(shipped.values())}, found from anywhere"
+    )
 
 
-def _known(key: str, owner: type = Config) -> str:
+def read_file(path: Path) -> tuple[dict[str, typing.Any], dict[str, str]]:
+    """The keys that a Python config file assigns, run in a namespace of its own, and the file:line that set each.
+
+    Other names are free if they begin with _ or are imported, a loop's, or of a module, function or class.
+    """
+    space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
+    before = sys.path[:]
+    try:
+        names = source.Names(path, KEYS.keys())
+        for owner, line, key in names.in_classes:
+            raise ConfigError(
+                f"{path}:{line}: what class {owner} sets is not read; {key} is assigned at the top level of the file, as "
+                f"`{key} = {getattr(Config, key)!r}` (a class of another purpose is called _{owner})"
+            )
+        sys.path.append(str(path.parent.absolute()))  # a module beside it is found
+        exec(compile(path.read_bytes(), str(path), "exec"), space)  # bytes: UTF-8 whatever the locale
+        places, free = names.resolved()
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        way = "; a file beside this one is imported by its name alone, as `from base import *`"
+        raise ConfigError(
+            f"{source.line_of(error, path)} does not run: {type(error).__name__}: {error}"
+            f"{way * isinstance(error, ImportError)}"
+        ) from error
+    finally:
+        sys.path[:] = before
+    found, mistakes = {}, []
+    for name, value in space.items():
+        kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
+        if name.startswith("_") or isinstance(value, kinds) or (name in free and name not in KEYS):
+            continue
+        place = places.setdefault(name, f"{path}:?")
+        try:
+            if name not in KEYS and not isinstance(value, str | int | float | None):
+                raise ConfigError(
+                    f"{name} is a {type(value).__name__} and no key; keys are assigned at the top level of the file, and a "
+                    "helper's name begins with _"
+                )
+            found[name] = convert(_known(name, file=True), value)
+        except ConfigError as error:
+            mistakes.append(f"{place}: {error}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    if not found:
+        raise ConfigError(
+            f"{path} assigns no key at its top level, as max_steps = 25_000 does; nothing else of it is read"
+        )
+    return found, {key: places[key] for key in found}
+
+
+def _known(key: str, owner: type = Config, file: bool = False) -> str:
+    """The key, if there is one of this name. Raises ConfigError with what to write instead."""
+    if key in types_of(owner):
+        return key
     if owner is Config and key in REMOVED:
         raise ConfigError(f"{key} is no longer a key: {REMOVED[key][1]}")
-    if key not in types_of(owner):
-        way = here("python train.py --help")
-        raise ConfigError(f"unknown key {key!r}{nearest(key, types_of(owner))}; `{way}` lists them")
-    return key
+    if owner is Config and (ours := OTHERS.get(key.lower().replace("-", "_"))):
+        raise ConfigError(f"unknown key {key!r}; {f'did you mean {ours}?' if ours in KEYS else f'here: {ours}'}")
+    way = "a helper's name begins with _" if file else f"`{here('python train.py --help')}` lists them"
+    raise ConfigError(f"unknown key {key!r:.80}{nearest(key, types_of(owner))}; {way}")
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
@@ -436,19 +520,25 @@ def type_name(key: str, owner: type = Config) -> str:
 
 
 def convert(key: str, value: typing.Any, owner: type = Config) -> typing.Any:
-    """A Python value as the key's declared type; integral floats are good ints. Raises ConfigError."""
+    """A Python value as the key's declared type; integral floats are good ints, paths good texts. Raises ConfigError."""
     kind = types_of(owner)[key]
-    optional = type(None) in typing.get_args(kind)
-    if optional:
+    if type(None) in typing.get_args(kind):
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of numpy or torch
+        value = value.item()
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = int(value)
+    if type(value) is int and abs(value) > LARGEST and kind is int:
+        raise ConfigError(f"{key} is beyond 2**53 = {LARGEST}: no count or seed is so large")
+    if kind is float and type(value) is int:
         return float(value) if abs(value) < 1e300 else math.inf
     if type(value) is not kind:
-        raise ConfigError(f"{key}={value!r} is a {type(value).__name__}; {key} wants {type_name(key, owner)}")
+        shown = f"{key}={value!r:.80} is a" if type(value) is not int or abs(value) <= LARGEST else f"{key} is a huge"
+        raise ConfigError(f"{shown} {type(value).__name__}; {key} wants {type_name(key, owner)}")
     if kind is float and value != value:
         raise ConfigError(f"{key}={value} is not a number")
     return expand(key, value) if owner is Config and key in PATHS else value
@@ -475,13 +565,13 @@ def parse(key: str, text: str, owner: type = Config) -> typing.Any:
         return convert(key, text, owner)
     if inner in (int, float):
         try:
-            value = int(word) if inner is int and re.fullmatch(r"[+-]?[\d_]+", word) else float(word)
+            value = int(word[:4000]) if inner is int and re.fullmatch(r"[+-]?[\d_]+", word) else float(word)
         except ValueError:
             value = None
         if value is not None:
             return convert(key, value, owner)
     hint = " (true or false)" if inner is bool else ""
-    raise ConfigError(f"{key}={text} is not a {type_name(key, owner)}{hint}; its default is {getattr(owner, key)}")
+    raise ConfigError(f"{key}={text:.80} is not a {type_name(key, owner)}{hint}; its default is {getattr(owner, key)}")
 
 
 def to_json(cfg: Config) -> str:

@@ -53,7 +53,13 @@ class Run:
     """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
 
     def __init__(
-        self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config: str = "", base=TINY
+        self,
+        args: list[str],
+        nproc: int,
+        folder: Path,
+        env: dict[str, str] | None = None,
+        config: str = "seed = 42",
+        base=TINY,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"

@@ -248,7 +248,7 @@ def test_gradients_are_sent_once_per_optimizer_step(layout):
 def test_compiles_once_for_any_depth(shards, tmp_path):
     """Blocks compiled through training, accumulation and evaluation: nothing is compiled again after step 2."""
     config = tmp_path / "empty.py"
-    config.write_text("")
+    config.write_text("seed = 42")
     keys = "compile_model=true mixed_precision=bf16 num_hidden_layers=3 gradient_accumulation_steps=2 eval_steps=2"
     keys = [*TINY, *keys.split(), "eval_samples=6", "max_steps=6", f"data_dir={shards}"]
     command = [

@@ -1,24 +1,36 @@
 """Parsing, precedence, origins and the errors that name the fix."""
 
 import dataclasses
+import itertools
 import os
+import re
 
 import pytest
 from conftest import ROOT
 
 import configs
 from configs import Config, ConfigError, load
+from configs._others import OTHERS
 
 
 def test_precedence_and_origins(tmp_path):
-    """Default < file < command line, each value with what set it; a file may import another and use helper names."""
+    """Default < file < command line, each value with the file that set it, through imports; helpers' names are free,
+    numpy's numbers and paths are taken, a module beside the file is found."""
     file = tmp_path / "mine.py"
     file.write_text(
-        "import math\nfrom configs.production import *\n_half = 12_500\nmax_steps = _half\nlearning_rate = math.pi / 1e4\n"
+        "from math import *\nfrom os import environ\nfrom pathlib import Path\nimport numpy as np\n"
+        "from configs.production import *\nfrom base_of_mine import *\n_half = 12_500\nmax_steps = ceil(sqrt(_half**2))\n"
+        "for i in range(3):\n    learning_rate = np.float64(pi / 1e4)\nwith open(__file__) as f:\n    data_dir = Path('/x')\n"
+        "class _Sizes:\n    seed = 3\ndef helper():\n    pass\neval_steps, save_steps = np.int64(5), 6\n"
     )
+    (tmp_path / "base_of_mine.py").write_text("from math import floor\nvocab_size = floor(64.5)\nmax_steps = 7\n")
     cfg, origins = load([str(file), "warmup_steps=1e2", "--resume=latest"])
     assert (cfg.max_steps, cfg.warmup_steps, cfg.resume, cfg.parallel) == (12_500, 100, "latest", "fsdp")
-    assert origins["max_steps"] == str(file) and origins["resume"] == "command line" and "seed" not in origins
+    assert (cfg.vocab_size, cfg.data_dir, cfg.eval_steps, type(cfg.learning_rate)) == (64, "/x", 5, float)
+    assert origins["resume"] == "command line" and "seed" not in origins and cfg.seed == 42
+    shipped, beside = str(configs.source.near(ROOT / "configs/production.py")), str(tmp_path / "base_of_mine.py")
+    places = {"max_steps": str(file), "save_steps": str(file), "vocab_size": beside, "parallel": shipped}
+    assert {key: origins[key] for key in places} == places
     assert load([])[0] == load(["configs/demo.py"])[0]
 
 
@@ -45,7 +57,34 @@ def test_values(text, value):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["lr=1"], "did you mean learning_rate"),
+        (["lr=1"], "did you mean learning_rate?"),
+        (
+            ["--config", "production", "--max-steps", "5"],
+            "train.py configs/production.py`\n--max-steps 5: write max_steps=5",
+        ),
+        (
+            ["--gpus", "2", "--resume", "NAME"],
+            "--nproc_per_node=GPUS train.py CONFIG.py`\n--resume NAME: write resume=NAME",
+        ),
+        (
+            ["max_steps", "5", "batch_size=4"],
+            "max_steps 5: write max_steps=5\nunknown key 'batch_size'; did you mean per_",
+        ),
+        (["--compile_model", "--resume"], "--compile_model: write compile_model=true\n--resume: write resume=latest"),
+        (
+            ["bf16=true", "--fsdp=full_shard"],
+            "here: mixed_precision=bf16, fp16 or no\nunknown key 'fsdp'; here: parallel=",
+        ),
+        (["production"], "did you mean configs/production.py?"),
+        (["tests"], "tests is a folder and no config file"),
+        (["README.md"], "README.md is no Python file"),
+        (["per_device_train_batch_size=1e9"], "tokens at once are more than 2**24"),
+        (["global_batch_size=1e9"], "1,000,000,000 sequences per step"),
+        (["num_hidden_layers=9999", "hidden_size=65536"], "parameters, at most 1e+12"),
+        (["max_steps=" + 5000 * "9"], "max_steps is beyond 2**53"),
+        (["skip_steps=" + 5000 * "9"], "is no step or range of steps"),
+        (["output_dir=gs://bucket/x"], "A bucket is named by bucket_name="),
+        (["logging_dir=a\nb"], "a control character"),
         (["LEARNING_RATE=1"], "did you mean learning_rate"),
         (["learning_rat=1"], "unknown key 'learning_rat'; did you mean learning_rate"),
         (["max_steps=many"], "max_steps=many is not a int"),
@@ -56,7 +95,7 @@ def test_values(text, value):
             ["nofile.py"],
             f"in {os.getcwd()} or {ROOT}; a config file is Python that assigns keys, such as configs/demo.py",
         ),
-        (["seed=99999999999999999999"], "below 2**63"),
+        (["seed=99999999999999999999"], "beyond 2**53"),
         (["cpu_threads=100000"], "at most 1024"),
         (["adam_epsilon=0"], "at least 1e-37"),
         (["adam_epsilon=1e-46"], "at least 1e-37"),
@@ -89,19 +128,66 @@ def test_values(text, value):
 def test_mistakes(args, words):
     """Each mistake is a ConfigError, exit code 2, that shows the value and the way out."""
     with pytest.raises(ConfigError) as error:
-        load(args)
+        load(args)[0].batch(1)
     assert words in str(error.value) and error.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    "source, words", [("max_stepps = 3", "max_steps"), ("max_steps = '3'", "is a str"), ("1 / 0", "ZeroDivisionError")]
+    "source, words",
+    [
+        (
+            "seed = 1\nmax_stepps = 3\nlr = 1",
+            "bad.py:2: unknown key 'max_stepps'; did you mean max_steps or .*\n.*bad.py:3: .*lr",
+        ),
+        ("max_steps = '3'", "bad.py:1: max_steps='3' is a str"),
+        ("\nmax_steps = 10**5000", "bad.py:2: max_steps is beyond"),
+        ("max_steps = -2", r"must not be negative \(max_steps from .*bad.py:1\)"),
+        ("output_dir = 'a\\0b'", "a control character"),
+        ("\n1 / 0", "bad.py:2 does not run: ZeroDivisionError"),
+        ("seed = 1\nmax steps = 2", "bad.py:2 does not run: SyntaxError"),
+        ("import sys\nsys.exit(0)", "bad.py:2 does not run: SystemExit"),
+        ("from worse import *", "worse.py:3 does not run: ZeroDivisionError"),
+        ("from configs.nowhere import *", "bad.py:1 .*a file beside this one is imported by its name alone"),
+        (
+            "class train:\n    max_steps = 20\nseed = 3",
+            "bad.py:2: what class train sets is not read; max_steps is assigned at",
+        ),
+        (
+            "from dataclasses import *\n@dataclass\nclass C:\n    seed: int = 3",
+            "bad.py:4: what class C sets is not read",
+        ),
+        ("config = dict(max_steps=3)", "config is a dict and no key; keys are assigned at the top level"),
+        ("def main():\n    max_steps = 3", "assigns no key at its top level"),
+        ("", "assigns no key at its top level"),
+    ],
 )
 def test_mistakes_in_a_file(tmp_path, source, words):
-    """The same for a config file: unknown names, wrong types, code that does not run."""
-    file = tmp_path / "bad.py"
-    file.write_text(source)
+    """The same for a config file, with its line: unknown names, wrong types, code that does not run, keys in classes, none."""
+    (tmp_path / "bad.py").write_text(source)
+    (tmp_path / "worse.py").write_text("seed = 1\n\n1 / 0")
     with pytest.raises(ConfigError, match=words):
-        load([str(file)])
+        load([str(tmp_path / "bad.py")])
+
+
+def test_words_of_others():
+    """The table of other trainers' words has none of our keys on its left, and names keys that exist on its right."""
+    assert not OTHERS.keys() & configs.KEYS.keys() and len(OTHERS) > 200
+    known = {*configs.KEYS, *itertools.chain(*configs.CHOICES.values())}
+    for word, ours in OTHERS.items():
+        assert set(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", ours.split("`")[0])) <= known, word
+        with pytest.raises(ConfigError, match=f"unknown key '{word}'"):
+            load([f"--{word}=1"])
+
+
+def test_advice_is_good():
+    """What a refusal of rotary_pct advises is accepted, for every width of a head."""
+    for width in range(1, 200):
+        for share in (1.0, 0.25, 0.3, 1 / 3):
+            keys = {"hidden_size": width, "num_attention_heads": 1}
+            try:
+                Config(**keys, rotary_pct=share)
+            except ConfigError as error:
+                Config(**keys, rotary_pct=float(re.search(r"as with rotary_pct=([\d.]+)", str(error))[1]))
 
 
 def test_global_batch():

@@ -425,7 +425,7 @@ class Launch:
             f"import os, signal, sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{before}\n"
             "import train\nsys.exit(train.main(sys.argv[1:]))\n"
         )
-        (folder / "config.py").write_text("")
+        (folder / "config.py").write_text("seed = 42")
         command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node=2", *flags, str(script)]
         command += [str(folder / "config.py"), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
         self.log = folder / "log"

@@ -67,7 +67,7 @@ def _infinite_at(calls: set[int], args: list[str], log: str) -> None:
 def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     """Steps 6 to 8 are not finite, then all is well: the save that was due at 6 is made at 9, the next ones in time."""
     config = tmp_path / "config.py"
-    config.write_text("")
+    config.write_text("seed = 42")
     keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", f"output_dir={tmp_path}/out"]
     args = [str(config), *TINY, *keys, f"logging_dir={tmp_path}/logs", "max_steps=15"]
     run = CONTEXT.Process(target=_infinite_at, args=({6, 7, 8}, args, str(tmp_path / "log")))
@@ -164,7 +164,7 @@ def _slow_disk(args: list[str], log: str, steps: int) -> None:
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path):
     """Saves that are always overdue, each as long as 20 steps: one after the other, and training waits for none."""
     config = tmp_path / "config.py"
-    config.write_text("")
+    config.write_text("seed = 42")
     keys = [f"data_dir={shards}", "save_seconds=1e-9", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs"]
     run = CONTEXT.Process(
         target=_slow_disk, args=([str(config), *TINY, *keys, "max_steps=200"], str(tmp_path / "log"), 20)

@@ -70,7 +70,7 @@ class Host:
         command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_conf=is_host={int(index == 0)}"]
         command += [f"--local_addr={address}", str(ROOT / "train.py"), str(folder / "empty.py"), *TINY]
-        (folder / "empty.py").write_text("")
+        (folder / "empty.py").write_text("seed = 42")
         command += ["output_dir=out", "logging_dir=logs", *args]
         interface = {"GLOO_SOCKET_IFNAME": "eth0" if prefix else "lo"}
         env = {**os.environ, **interface, "STORAGE_EMULATOR_HOST": url, "OMP_NUM_THREADS": "1"}

@@ -28,7 +28,7 @@ from refocused.shards.formats import TokenFile
 from refocused.shards.readers import Rules
 from refocused.shards.shard import DataError, Shard
 from refocused.shards.tokenizers import find
-from refocused.shards.write import write_shard
+from refocused.shards.write import read_note, write_shard
 
 ROOT = Path(__file__).parent.parent
 V, END = 50257, shards.END_OF_TEXT
@@ -219,6 +219,91 @@ def test_empty_documents_are_skipped(tmp_path):
         shards.write_padded(tmp_path / "a.npz", rows, 8, **without)
         tokens, report = stream_of(tmp_path / "a.npz")
         assert tokens == expected and (report["documents"], report["skipped"], report["padding"]) == (3, 2, 24)
+
+
+def windows(text: np.ndarray, width: int, step: int, to_the_end: bool) -> list[np.ndarray]:
+    """A long text as rows that overlap: a window each `step` tokens, up to the one that reaches its end or to the end."""
+    starts = range(0, len(text) if to_the_end else max(1, len(text) - width + step), step)
+    return [text[start : start + width] for start in starts]
+
+
+@pytest.mark.parametrize("to_the_end", [False, True])
+@pytest.mark.parametrize("step", [48, 24, 64])
+@pytest.mark.parametrize("ends", [[END], []], ids=["with end-of-text", "without"])
+def test_rows_of_long_texts(tmp_path, ends, step, to_the_end):
+    """Windows of texts of any length, as tokenizers cut them, against the texts: each token once, one end-of-text each.
+
+    The shares of rows that ended so and that overlapped are right, and --overlap 0 keeps all; with lengths, mask or both.
+    """
+    rng = np.random.default_rng(step)
+    texts = [np.array([*rng.integers(0, END, rng.integers(0, 500)), *(ends or [7])]) for _ in range(60)]
+    rows = [row for text in texts for row in windows(text, 96, step, to_the_end)]
+    cut = [windows(text, 96, step, to_the_end) for text in texts]
+    expected = [token for text, rows in zip(texts, cut, strict=True) for token in (*text, *windows_end(rows, ends))]
+    for without in ({}, {"attention_mask": None}, {"sequence_lengths": None}):
+        shards.write_padded(tmp_path / "in/a.npz", rows, 96, pad=5, **without)
+        tokens, report = stream_of(tmp_path / "in/a.npz")
+        assert tokens == expected
+        assert report["rows"] == len(rows) and report["ended"] == sum(row[-1] == END for row in rows)
+        assert report["repeats"] == len(rows) - 60 and report["repeated"] == sum(map(len, rows)) - sum(map(len, texts))
+    kept = TokenFile(tmp_path / "in/a.npz", V, END, overlap=0)
+    assert kept.count == sum(map(len, rows)) + sum(len(row) < 96 and row[-1] != END for row in rows)
+    out = run("prepare", tmp_path / "in", tmp_path / "out", "--workers", 1)
+    ended, repeats = report["ended"] / len(rows), report["repeats"] / len(rows)
+    said = f"of {len(rows)} rows {ended:.1%} ended with end-of-text, and {repeats:.1%}"
+    assert (
+        out.returncode == 0 and f"{said} began with the end of the row before: {report['repeated']:,}" in out.stdout
+    ), out
+    notes = Dataset.open(config(tmp_path / "out", tmp_path, tokenized_file_pattern="a.npz")).notes
+    assert len(notes) == 1 and notes[0].startswith(said)
+
+
+def windows_end(rows: list[np.ndarray], ends: list[int]) -> list[int]:
+    """What follows a text's last row: an end-of-text where it has none and is shorter than the width."""
+    return [END] if not ends and len(rows[-1]) < 96 else []
+
+
+def alike(kind: str) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    if kind == "a text that repeats itself":
+        return [np.resize([1, 2, 3], 96), np.resize([1, 2, 3], 96), *[np.full(96, 9)] * 4, np.arange(5)]
+    parts = [rng.integers(0, END, 96) for _ in range(20)]
+    for before, after in zip(parts, parts[1:], strict=False):
+        if kind == "few tokens":
+            after[:31] = before[-31:]
+        elif rng.random() < 0.4:  # now and then, or at another distance each time
+            count = 48 if kind == "a minority" else int(rng.integers(32, 90))
+            after[:count] = before[-count:]
+    return [*parts, np.arange(40)]
+
+
+@pytest.mark.parametrize("kind", ["a text that repeats itself", "few tokens", "a minority", "many distances"])
+def test_rows_that_only_look_alike_stay(tmp_path, kind):
+    """Rows equal to their neighbours' ends by chance, by fewer tokens, seldom or irregularly: nothing is dropped."""
+    shards.write_padded(tmp_path / "a.npz", alike(kind), 96)
+    tokens, report = stream_of(tmp_path / "a.npz")
+    assert tokens == shards.rows_to_stream(alike(kind), 96).tolist() and report["repeated"] == 0
+
+
+def test_overlap_that_is_named_or_not_padded(tmp_path):
+    """Overlaps of 8 tokens, too few to be found, by name; rows without padding arrays, packed, as .npy, and mapped."""
+    text = np.random.default_rng(0).integers(0, END, 16 + 8 * 20)
+    shards.write_padded(tmp_path / "a.npz", windows(text, 16, 8, False), 16)
+    assert TokenFile(tmp_path / "a.npz", V, END).count > len(text)
+    found = list(TokenFile(tmp_path / "a.npz", V, END, overlap=8).chunks({}))
+    assert np.concatenate(found).tolist() == text.tolist()
+    with pytest.raises(DataError, match="overlap=16 is not below the width of .*a.npz's rows, 16"):
+        TokenFile(tmp_path / "a.npz", V, END, overlap=16)
+    text = np.random.default_rng(0).integers(0, END, 96 + 48 * 20).astype(np.int32)
+    rows = np.stack(windows(text, 96, 48, False))
+    np.save(tmp_path / "b.npy", rows)
+    np.savez_compressed(tmp_path / "c.npz", input_ids=rows)
+    (tmp_path / "set").mkdir()
+    np.savez(tmp_path / "set/tokenized_cleaned_d.npz", input_ids=rows)
+    for name in ("b.npy", "c.npz", "set/tokenized_cleaned_d.npz"):
+        assert stream_of(tmp_path / name)[0] == text.tolist()
+    [note] = Dataset.open(config(tmp_path / "set", tmp_path)).notes
+    assert "rows of 1 of 1 shards begin with the last 48 tokens of the row before" in note and "prepare" in note
 
 
 def test_without_shared_memory(tmp_path):
@@ -506,6 +591,27 @@ if __name__ == "__main__":
     shards.write_padded(tmp_path / "in" / first, ROWS * 20, 8)  # the source changes: unpacked again
     dataset = open_dataset(config(tmp_path / "in", tmp_path / "cache"))
     assert dataset.gather(np.array([0]))[0].tolist() == shards.rows_to_stream(ROWS * 20, 8)[:17].tolist()
+
+
+def test_a_cache_of_an_older_version(tmp_path):
+    """Shards unpacked by the rule before, of rows that end with end-of-text and of such as do not: both are made again.
+
+    The first differ then, so a resume on them is refused and says so; the others are the same.
+    """
+    for name, rows in (("a", [[1, 2, END]] * 60), ("b", [[1, 2, 3]] * 60)):
+        shards.write_padded(tmp_path / f"in/tokenized_cleaned_{name}.npz", rows, 8)
+    cfg = config(tmp_path / "in", tmp_path / "cache")
+    open_dataset(cfg)
+    for file in data.cache_folder(cfg).glob("*.npz"):
+        tokens = np.array(([1, 2, END] if "_a" in file.name else [1, 2, 3]) + [END]).tolist() * 60
+        note = {key: value for key, value in read_note(file).items() if key != "rule"}
+        write_shard(file, np.dtype("<u2"), len(tokens), [tokens], note)
+    before = Dataset.open(cfg, data.cache_folder(cfg))
+    assert [text for text in before.notes if "2 of 2 shards were unpacked by an older version" in text]
+    after = open_dataset(cfg)
+    assert after.shards[0].tokens.tolist() == [1, 2, END] * 60
+    changed = data.explain_change(before.manifest, after.manifest)
+    assert changed.startswith("changed 1: tokenized_cleaned_a.npz (tokens 240 -> 180, crc32")
 
 
 def test_a_mapped_set_is_opened_where_it_is(tmp_path):

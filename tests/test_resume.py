@@ -280,7 +280,7 @@ def test_an_evaluation_that_a_stop_meets_is_made_by_the_next_start(shards, tmp_p
 def test_a_closed_terminal_saves(shards, tmp_path):
     """The terminal of a run goes away: writes to it fail, SIGHUP comes, and the run is saved with exit code 75."""
     config = tmp_path / "empty.py"
-    config.write_text("")
+    config.write_text("seed = 42")
     places = [f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", f"data_dir={shards}", "max_steps=100000"]
     pid, terminal = pty.fork()
     if pid == 0:

@@ -103,7 +103,7 @@ class Storm:
         self.folder, self.layouts, self.steps, self.dice, self.server = folder, layouts, steps, dice, server
         self.data, self.out, self.logs = write_shards(folder / "data"), folder / "out", folder / "logs"
         self.log, self.config, self.clock = folder / "storm.log", folder / "config.py", folder / "clock"
-        self.config.touch()
+        self.config.write_text("seed = 42")
         build = ["cc", "-shared", "-fPIC", "-o", folder / "clock.so", ROOT / "tests" / "clock.c", "-ldl"]
         self.has_clock = bool(shutil.which("cc")) and subprocess.run(build).returncode == 0
         self.keys = [f"data_dir={self.data}", f"output_dir={self.out}", f"logging_dir={self.logs}"]

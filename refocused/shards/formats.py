@@ -21,6 +21,7 @@ from refocused.shards.shard import BLOCK, INTEGERS, DataError, npy_header
 
 MAX_RATIO = 200  # of inflated to deflated size of the token array
 MASKS = ("|b1", *INTEGERS)
+RULE = 2  # by which rows become a stream: what was made by an older one is made again
 FLAT = (".bin", ".npy")
 KINDS = (".npz", *FLAT)
 
@@ -51,26 +52,31 @@ class TokenFile:
     """A file of tokens in any of the formats, opened by its headers; its tokens are streamed block by block.
 
     The bucket's own format is `input_ids` [rows, width] padded on the right, with `sequence_lengths` [rows] or
-    `attention_mask` [rows, width] or both. Its padding is dropped, and a row shorter than the width is followed by one
-    end-of-text; an empty row is skipped. Anything else (1-D, rows without padding arrays, .npy, .bin) is a stream as it
-    is. Integers of any width and byte order are narrowed once all are ids. Raises DataError.
+    `attention_mask` [rows, width] or both. Its padding is dropped. A row shorter than the width is followed by one
+    end-of-text unless it ends with it; an empty row is skipped. What a row of any 2-D array repeats of the row before is
+    dropped: see Rows. Anything else (1-D, .npy, .bin) is a stream as it is. Integers of any width and byte order are
+    narrowed once all are ids. Raises DataError.
+
+    end_of_text: None where no tokenizer is known; then nothing may be padded. overlap: see Rows.
     """
 
     def __init__(
         self,
         file: Path,
         vocab_size: int,
-        end_of_text: int,
+        end_of_text: int | None,
         max_ratio: float = MAX_RATIO,
         bin_dtype: str | None = None,
+        overlap: int | None = None,
     ):
-        if not 0 <= end_of_text < vocab_size:
+        if end_of_text is not None and not 0 <= end_of_text < vocab_size:
             raise DataError(f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}")
         self.file, self.vocab_size, self.end_of_text, self.max_ratio = file, vocab_size, end_of_text, max_ratio
+        self.overlap = overlap
         self.out_dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.members: dict[str, zipfile.ZipInfo] = {}  # of an .npz
         self.member: zipfile.ZipInfo | None = None  # the one of the tokens
-        self.padded = False
+        self.padding: list[str] = []  # the arrays that say what is padding
         try:
             self.size = file.stat().st_size
             if file.suffix.lower() in FLAT:
@@ -86,6 +92,14 @@ class TokenFile:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
         if 0 in self.shape:
             raise DataError(f"{file}: its tokens of shape {self.shape} have rows of length zero or none")
+        if self.padding and end_of_text is None:
+            raise DataError(
+                f"{file} is padded (it has {' and '.join(self.padding)}): the id of end-of-text belongs between its rows, "
+                "and tokenizer=none does not say it; name the tokenizer"
+            )
+        self.width = self.shape[1] if len(self.shape) == 2 else 1
+        if overlap is not None and not 0 <= overlap < max(self.width, 2):
+            raise DataError(f"overlap={overlap} is not below the width of {file}'s rows, {self.width}")
 
     def _look_at_npz(self, stream: IO[bytes]) -> None:
         self.members = shard.zip_members(stream, self.file)
@@ -99,11 +113,10 @@ class TokenFile:
                 f"over {self.max_ratio:g}; if that is honest padding, with a larger --max_ratio: "
                 f"`{here(f'python data.py prepare SRC DST --max_ratio {2 * member.file_size // packed}')}`"
             )
-        padding = [name for name in shard.PADDING_ARRAYS if name in self.members]
-        self.padded = bool(padding)
-        if padding and len(self.shape) == 1:
-            raise DataError(f"{self.file}: {member.filename} has one dimension, which {padding[0]} does not fit")
-        for name in padding:  # bounded by the token array's shape, so their own ratio does not matter
+        self.padding = [name for name in shard.PADDING_ARRAYS if name in self.members]
+        if self.padding and len(self.shape) == 1:
+            raise DataError(f"{self.file}: {member.filename} has one dimension, which {self.padding[0]} does not fit")
+        for name in self.padding:  # bounded by the token array's shape, so their own ratio does not matter
             shape, _ = self._header(stream, self.members[name], MASKS)
             if shape != (self.shape if name == "attention_mask" else self.shape[:1]):
                 raise DataError(f"{self.file}: {name} has shape {shape} beside tokens of shape {self.shape}")
@@ -113,7 +126,7 @@ class TokenFile:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(f"{self.file}: {member.filename} is packed by method {member.compress_type}, not deflate")
         with open_member(file, member, self.file) as stream:
-            shape, dtype = shard.npy_header(stream, self.file, member.filename, dtypes)
+            shape, dtype = npy_header(stream, self.file, member.filename, dtypes)
             length = stream.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
         if length != member.file_size:
             raise DataError(
@@ -122,38 +135,37 @@ class TokenFile:
             )
         return shape, dtype
 
-    def _blocks(self, name: str, multiple: int, dtypes: tuple[str, ...] = MASKS) -> Iterator[np.ndarray]:
+    def _blocks(self, name: str, multiple: int) -> Iterator[np.ndarray]:
         member = self.members[name]
         with open(self.file, "rb") as file, open_member(file, member, self.file) as stream:
-            shape, dtype = shard.npy_header(stream, self.file, name, dtypes)
+            shape, dtype = npy_header(stream, self.file, name, MASKS)
             yield from read_blocks(stream, dtype, int(np.prod(shape)), self.file, multiple)
 
     @cached_property
-    def lengths(self) -> np.ndarray | None:
-        """Tokens per row, int64 [rows]; None where nothing is padded."""
-        if not self.padded:
-            return None
-        width = self.shape[1]
-        if "sequence_lengths" in self.members:
+    def lengths(self) -> np.ndarray:
+        """Tokens per row of a 2-D array without padding, int64 [rows]."""
+        if "sequence_lengths" in self.padding:
             lengths = np.concatenate(list(self._blocks("sequence_lengths", 1))).astype(np.int64)
+        elif self.padding:
+            masks = self._blocks("attention_mask", self.width)
+            lengths = np.concatenate([(block.reshape(-1, self.width) != 0).sum(1) for block in masks])
         else:
-            lengths = np.concatenate(
-                [(block.reshape(-1, width) != 0).sum(1) for block in self._blocks("attention_mask", width)]
+            lengths = np.full(self.shape[0], self.width)
+        if (bad := np.flatnonzero((lengths < 0) | (lengths > self.width))).size:
+            raise DataError(
+                f"{self.file}: row {bad[0]} has length {lengths[bad[0]]}; a row has 0 to {self.width} tokens"
             )
-        if (bad := np.flatnonzero((lengths < 0) | (lengths > width))).size:
-            raise DataError(f"{self.file}: row {bad[0]} has length {lengths[bad[0]]}; a row has 0 to {width} tokens")
         if not lengths.any():
             raise DataError(f"{self.file}: all of its {len(lengths)} rows are empty")
         return lengths
 
     def _check_mask(self) -> None:
         """The mask is ones for each row's length, then zeros."""
-        width, row, all_lengths = self.shape[1], 0, self.lengths
-        assert all_lengths is not None
-        for block in self._blocks("attention_mask", width):
-            mask = block.reshape(-1, width) != 0
-            lengths = all_lengths[row : row + len(mask)]
-            wrong = (mask != (np.arange(width) < lengths[:, None])).any(1)
+        row = 0
+        for block in self._blocks("attention_mask", self.width):
+            mask = block.reshape(-1, self.width) != 0
+            lengths = self.lengths[row : row + len(mask)]
+            wrong = (mask != (np.arange(self.width) < lengths[:, None])).any(1)
             if wrong.any():
                 i = int(wrong.argmax())
                 raise DataError(
@@ -162,75 +174,176 @@ class TokenFile:
                 )
             row += len(mask)
 
+    @property
+    def held(self) -> int:
+        """Tokens in the file that are no padding."""
+        return int(self.lengths.sum()) if self.padding else int(np.prod(self.shape))
+
+    @property
+    def most(self) -> int:
+        """No fewer tokens than come out; known without reading them."""
+        return self.held + (self.shape[0] if self.padding else 0)
+
     @cached_property
+    def rows(self) -> "Rows | None":
+        """What is taken of each row of a 2-D array, for which all of it is read once."""
+        return Rows.of(self) if len(self.shape) == 2 else None
+
+    @property
     def count(self) -> int:
         """Tokens that come out."""
-        if self.lengths is None:
-            return int(np.prod(self.shape))
-        return int(self.lengths.sum() + self._marked(self.lengths).sum())
-
-    def _marked(self, lengths: np.ndarray) -> np.ndarray:
-        """Which rows are followed by an end-of-text."""
-        return (0 < lengths) & (lengths < self.shape[1])
+        return self.rows.count if self.rows else self.held
 
     @property
     def note(self) -> dict[str, Any]:
         """What a shard made from this is recognised by."""
-        return {"source": self.identity, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        named = {} if self.overlap is None else {"overlap": self.overlap}
+        made = {"source": self.identity, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text, "rule": RULE}
+        return made | named
 
-    def chunks(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
-        """The tokens in blocks; fills in tokens, documents, padding, largest_id and skipped. Raises DataError."""
-        report |= {"tokens": self.count, "documents": 0, "padding": 0, "largest_id": 0, "skipped": 0}
-        if "attention_mask" in self.members:
+    def read(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
+        """All items as they are, padding too, in blocks of whole rows, once the tokens among them are known to be ids."""
+        report |= {"largest_id": 0, "documents": 0}
+        if "attention_mask" in self.padding:
             self._check_mask()
-        if self.member is None:
-            with open(self.file, "rb") as stream:
-                stream.seek(self.offset)
-                yield from self._checked(read_blocks(stream, self.dtype, self.count, self.file), report)
-        else:
-            name = self.member.filename.removesuffix(".npy")
-            yield from self._checked(self._blocks(name, self.shape[1] if self.padded else 1), report)
-
-    def _checked(self, blocks: Iterator[np.ndarray], report: dict[str, Any]) -> Iterator[np.ndarray]:
         seen = 0
-        for block in blocks:
-            tokens = self._unpad(block, seen // self.shape[1], report) if self.padded else block
+        for block in self._items():
+            tokens = block
+            if self.padding:
+                lengths = self.lengths[seen // self.width : (seen + len(block)) // self.width]
+                tokens = block[(np.arange(self.width) < lengths[:, None]).ravel()]
             low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
             if low < 0 or high >= self.vocab_size:
                 self._refuse(block, seen)
             report["largest_id"] = max(report["largest_id"], high)
-            if not self.padded:
-                report["documents"] += int((tokens == self.end_of_text).sum())
+            report["documents"] += int((tokens == self.end_of_text).sum())
             seen += len(block)
-            yield tokens
+            yield block
 
-    def _unpad(self, block: np.ndarray, row: int, report: dict[str, Any]) -> np.ndarray:
-        assert self.lengths is not None
-        width = self.shape[1]
-        block = block.reshape(-1, width)
-        lengths = self.lengths[row : row + len(block)]
-        # wide enough for the marker; the last column is where a full row's would go. What wraps is negative: refused
-        rows = np.empty((len(block), width + 1), np.int32 if block.dtype == np.int32 else np.int64)
-        rows[:, :width] = block
-        rows[np.arange(len(block)), lengths] = self.end_of_text
-        filled = int(np.count_nonzero(lengths))
-        report["documents"] += filled
-        report["skipped"] += len(lengths) - filled
-        report["padding"] += int(block.size - lengths.sum())
-        return rows[np.arange(width + 1) < (lengths + self._marked(lengths))[:, None]]
+    def _items(self) -> Iterator[np.ndarray]:
+        if self.member is not None:
+            yield from self._blocks(self.member.filename.removesuffix(".npy"), self.width)
+        else:
+            with open(self.file, "rb") as stream:
+                stream.seek(self.offset)
+                yield from read_blocks(stream, self.dtype, int(np.prod(self.shape)), self.file, self.width)
+
+    def chunks(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
+        """The tokens that come out, in blocks; fills in the report, whose keys are prepare.TOTALS. Raises DataError."""
+        report |= dict.fromkeys(("documents", "padding", "largest_id", "skipped"), 0) | {"tokens": self.count}
+        if not self.rows:
+            yield from self.read(report)
+            return
+        report |= self.rows.report
+        at = 0
+        for block in self._items():
+            count = len(block) // self.width
+            yield self.rows.take(block.reshape(count, self.width), at)
+            at += count
 
     def _refuse(self, block: np.ndarray, seen: int) -> None:
         wrong = (block < 0) | (block >= self.vocab_size)
-        if self.padded:  # where anything may stand
-            assert self.lengths is not None
-            width = self.shape[1]
-            lengths = self.lengths[seen // width : (seen + len(block)) // width]
-            wrong &= (np.arange(width) < lengths[:, None]).ravel()
+        if self.padding:  # where anything may stand
+            lengths = self.lengths[seen // self.width : (seen + len(block)) // self.width]
+            wrong &= (np.arange(self.width) < lengths[:, None]).ravel()
         i = int(wrong.argmax())
-        place = "row {}, column {}".format(*divmod(seen + i, self.shape[1])) if self.padded else f"token {seen + i}"
+        place = "row {}, column {}".format(*divmod(seen + i, self.width)) if self.padding else f"token {seen + i}"
         raise DataError(
             f"{self.file} has id {block[i]} at {place}; vocab_size={self.vocab_size} allows 0 to vocab_size-1"
         )
+
+
+@dataclass
+class Rows:
+    """What is taken of each row of a 2-D array.
+
+    Tokenizers cut a long text into windows that overlap: each row begins with the last `overlap` tokens of the row before.
+    That much is dropped where it is equal to the end of the row before. `overlap` is named (0: nothing is dropped), or is
+    what shard.overlap_of finds. A text's last window may lie inside the one before; then all of it is dropped.
+    """
+
+    begins: np.ndarray  # int64 [rows], the first token that is taken
+    ends: np.ndarray  # int64 [rows], behind the last one
+    marked: np.ndarray  # bool [rows], whether an end-of-text follows
+    end_of_text: int | None
+    report: dict[str, int]
+
+    @classmethod
+    def of(cls, file: TokenFile) -> "Rows":
+        lengths, width = file.lengths, file.width
+        report: dict[str, int] = {}
+        overlap = file.overlap
+        if overlap is None:
+            overlap = shard.overlap_of(cls._pairs(file))
+        begins, ended = np.zeros_like(lengths), np.zeros(len(lengths), bool)
+        before, at = np.zeros((0, width), file.dtype), 0
+        for block in file.read(report):
+            rows = np.concatenate((before, block.reshape(-1, width)))  # with the last row of the block before
+            first = at - len(before)
+            long = lengths[first : first + len(rows)]
+            if file.end_of_text is not None:
+                ended[first : first + len(rows)] = (long > 0) & (
+                    rows[np.arange(len(rows)), np.maximum(long, 1) - 1] == file.end_of_text
+                )
+            if overlap:
+                begins[first + 1 : first + len(rows)] = repeated(rows, long, width - overlap)
+            before, at = rows[-1:], first + len(rows)
+        empty = begins == lengths
+        # of a window that lies in a shorter one, the end is marked there
+        inside = empty & np.concatenate(([False], lengths[:-1] < width))
+        marked = (0 < lengths) & (lengths < width) & ~ended & ~inside
+        if not file.padding:
+            marked[:] = False
+        filled, repeats = int(np.count_nonzero(lengths)), int(np.count_nonzero(begins))
+        if file.padding:
+            report |= {"documents": filled - repeats}
+            report["largest_id"] = max(report["largest_id"], (file.end_of_text or 0) * bool(marked.any()))
+        report |= {
+            "skipped": len(lengths) - filled, "padding": int(np.prod(file.shape) - lengths.sum()),
+            "rows": filled, "ended": int(ended.sum()), "repeats": repeats, "repeated": int(begins.sum()),
+        }  # fmt: skip
+        return cls(begins, lengths, marked, file.end_of_text, report)
+
+    @staticmethod
+    def _pairs(file: TokenFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Full rows and what follows each, without its padding."""
+        full = (file.lengths[:-1] == file.width) & (file.lengths[1:] > 0)
+        if not (full & (file.lengths[1:] >= shard.LEAST_OVERLAP)).any():
+            return  # nothing has to be read
+        at = 0
+        for block in file._items():
+            rows = block.reshape(-1, file.width)
+            for i in np.flatnonzero(full[at : at + len(rows) - 1]):
+                yield rows[i], rows[i + 1, : file.lengths[at + i + 1]]
+            at += len(rows)
+
+    @property
+    def count(self) -> int:
+        return int((self.ends - self.begins + self.marked).sum())
+
+    def take(self, rows: np.ndarray, at: int) -> np.ndarray:
+        """The tokens of these rows, of which the first is row `at`."""
+        part, width = slice(at, at + len(rows)), rows.shape[1]
+        begins, ends, marked = self.begins[part, None], self.ends[part, None], self.marked[part]
+        # wide enough for the marker; the last column is where a full row's would go. What wraps is no token
+        wide = np.empty((len(rows), width + 1), np.int32 if rows.dtype == np.int32 else np.int64)
+        wide[:, :width] = rows
+        if self.end_of_text is not None:
+            wide[np.arange(len(rows)), ends[:, 0]] = self.end_of_text
+        column = np.arange(width + 1)
+        return wide[(begins <= column) & (column < ends + marked[:, None])]
+
+
+def repeated(rows: np.ndarray, lengths: np.ndarray, step: int) -> np.ndarray:
+    """Of each row but the first, how many tokens it begins with that end the row before, windows being `step` apart."""
+    before, after = rows[:-1], rows[1:]
+    counts = lengths[:-1] - step  # that would be repeated
+    full = lengths[:-1] == rows.shape[1]
+    # a window of full length is followed by one at least as long as what they share; any other by the rest of itself
+    may = (counts > 0) & np.where(full, lengths[1:] >= counts, lengths[1:] == counts)
+    column = np.arange(rows.shape[1] - step)
+    same = ((before[:, step:] == after[:, : rows.shape[1] - step]) | (column >= counts[:, None])).all(1)
+    return np.where(may & same, counts, 0)
 
 
 def zip_identity(members: dict[str, zipfile.ZipInfo]) -> dict[str, str]:

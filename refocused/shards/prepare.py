@@ -1,10 +1,4 @@
-"""Foreign shards -> shards that are read in place; and checking either kind.
-
-    python data.py prepare SRC DST      compressed or padded .npz, .npy, .bin of nanoGPT, Megatron, llm.c -> mapped shards
-    python data.py verify DIR           every byte against its checksum, every id against the vocabulary
-
-Nothing here trusts a file: sizes are compared with shapes before a byte is inflated, and nothing is ever unpickled.
-"""
+"""Foreign shards -> shards that are read in place; and what the commands that make shards have in common."""
 
 import argparse
 import fnmatch
@@ -16,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import wait
@@ -29,7 +24,7 @@ from refocused import entry
 from refocused.entry import here
 from refocused.shards import shard, write
 from refocused.shards.find import find_files, find_sources
-from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, MAX_RATIO, TokenFile, zip_identity
+from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, MAX_RATIO, RULE, TokenFile, zip_identity
 from refocused.shards.shard import DataError, Shard, WriteError
 from refocused.shards.tokenizers import HELP, find
 
@@ -40,7 +35,7 @@ def is_intact(folder: Path, path: str) -> bool:
     """Whether this is a mapped shard whose content has the checksum that its zip directory names. Reads all of it."""
     try:
         Shard.open(folder, path)
-        for _ in TokenFile(Path(folder, path), 1 << 32, 0).chunks({}):
+        for _ in TokenFile(Path(folder, path), 1 << 32, None).read({}):
             pass
         return True
     except DataError:
@@ -48,22 +43,14 @@ def is_intact(folder: Path, path: str) -> bool:
 
 
 def prepare(
-    source: Path,
-    target: Path,
-    vocab_size: int,
-    end_of_text: int,
-    workers: int = 0,
-    max_ratio: float = MAX_RATIO,
-    bin_dtype: str | None = None,
-    maker: tuple[str, str] | None = None,
-) -> dict[str, int]:
+    source: Path, target: Path, vocab_size: int, end_of_text: int | None, workers: int = 0, **options
+) -> Counter:
     """Converts .npz, .npy and .bin files, source or all below it, to mapped shards of the same relative name in target.
 
     What is there already, from the same source and intact, is kept. A bad file does not stop the others; the DataError
-    at the end names all of them. maker: (identity, name) of the tokenizer, for the shards to note; else what a source
-    notes. Returns totals: files, kept, tokens, documents, padding, largest_id, skipped.
+    at the end names all of them. options: convert's. Returns totals of TOTALS and shard.ROWS.
     """
-    if not 0 <= end_of_text < vocab_size:
+    if end_of_text is not None and not 0 <= end_of_text < vocab_size:
         raise DataError(
             f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}; name one with --end_of_text"
         )
@@ -78,7 +65,7 @@ def prepare(
         if (twin := made.setdefault(mapped_name(path), path)) != path:
             raise DataError(f"{path} and {twin} would become one shard; rename one of them")
     with write.locked(target):
-        return convert_all(source, target, paths, vocab_size, end_of_text, workers, max_ratio, bin_dtype, maker)
+        return convert_all(source, target, paths, vocab_size, end_of_text, workers, **options)
 
 
 def others(paths: list[str]) -> str:
@@ -91,39 +78,25 @@ def others(paths: list[str]) -> str:
 
 
 def convert_all(
-    source: Path,
-    target: Path,
-    paths: list[str],
-    vocab_size: int,
-    end_of_text: int,
-    workers: int = 0,
-    max_ratio: float = MAX_RATIO,
-    bin_dtype: str | None = None,
-    maker: tuple[str, str] | None = None,
-) -> dict[str, int]:
+    source: Path, target: Path, paths: list[str], vocab_size: int, end_of_text: int | None, workers: int = 0, **options
+) -> Counter:
     """prepare for these paths, the target being locked."""
     write.remove_stale(target)
-    settings = {"vocab_size": vocab_size, "end_of_text": end_of_text}
-    jobs = [(source / path, target, path, settings, max_ratio, bin_dtype, maker) for path in paths]
+    settings = {"vocab_size": vocab_size, "end_of_text": end_of_text, **options}
+    jobs = [(source / path, target, path, settings) for path in paths]
     return run_jobs(convert, jobs, workers, f"preparing {target}")
 
 
-def convert(
-    file: Path,
-    target: Path,
-    path: str,
-    settings: dict[str, int],
-    max_ratio: float = MAX_RATIO,
-    bin_dtype: str | None = None,
-    maker: tuple[str, str] | None = None,
-) -> dict[str, Any]:
-    """Makes target/path from file; settings are vocab_size and end_of_text. Returns the report, with kept=1 if it is there.
+def convert(file: Path, target: Path, path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes target/path from file, which it may be itself; returns the report, with kept=1 if it is there.
 
-    target/path may be the file itself.
+    settings: TokenFile's arguments; and maker, (identity, name) of the tokenizer for the shard to note, else what the file
+    notes.
     """
-    source = TokenFile(file, **settings, max_ratio=max_ratio, bin_dtype=bin_dtype)
+    maker = settings.get("maker") or shard.made_with(write.read_note(file))
+    source = TokenFile(file, **{key: value for key, value in settings.items() if key != "maker"})
     path = mapped_name(path)
-    maker, old = maker or shard.made_with(write.read_note(file)), write.read_note(target / path)
+    old = write.read_note(target / path)
     settled = {**source.note, **({"tokenizer": maker[0], "tokenizer_name": maker[1]} if maker else {})}
     if settled.items() <= old.items() and is_intact(target, path):
         return {**old["report"], "kept": 1}
@@ -137,9 +110,9 @@ def mapped_name(path: str) -> str:
     return path[:-4] + ".npz" if path.lower().endswith(FLAT) else path
 
 
-def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: int, what: str) -> dict[str, int]:
+def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: int, what: str) -> Counter:
     """work(*job) for each job in several processes, with a bar; the summed reports, or a DataError of all errors."""
-    totals = dict.fromkeys(TOTALS, 0)
+    totals = Counter(dict.fromkeys(TOTALS, 0))
     begin, errors = time.perf_counter(), []
     with process_pool(workers, len(jobs)) as pool, tqdm(total=len(jobs), desc=what, unit="file") as bar:
         for future in as_completed([pool.submit(work, *job) for job in jobs]):
@@ -159,11 +132,11 @@ def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: in
     return totals
 
 
-def add(totals: dict[str, int], report: dict[str, int]) -> None:
+def add(totals: Counter, report: dict[str, int]) -> None:
     """One more file's report."""
-    totals["files"] += 1
-    for key, value in report.items():
-        totals[key] = max(totals[key], value) if key == "largest_id" else totals[key] + value
+    largest = max(totals["largest_id"], report.get("largest_id", 0))
+    totals.update({"files": 1, **report})
+    totals["largest_id"] = largest
 
 
 def process_pool(workers: int, jobs: int) -> Executor:
@@ -191,14 +164,14 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int) -> None:
+def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int | None) -> None:
     """Makes the shards of a cache that it lacks, or that were made from other sources. Raises DataError, WriteError."""
     with write.locked(cache):
         todo = [path for path in paths if not is_unpacked(source / path, cache / path)]
         if not todo:
             return
         origins = (TokenFile(source / path, vocab_size, end_of_text) for path in todo)
-        needed = sum(origin.count * origin.out_dtype.itemsize for origin in origins)
+        needed = sum(origin.most * origin.out_dtype.itemsize for origin in origins)
         free = shutil.disk_usage(cache).free
         if needed > free:
             raise WriteError(
@@ -206,13 +179,14 @@ def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_
                 "free; point cache_dir at a larger disk or lower max_files"
             )
         print(f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True)
-        convert_all(source, cache, todo, vocab_size, end_of_text)
+        if text := shard.shares(convert_all(source, cache, todo, vocab_size, end_of_text)):
+            print(text, file=sys.stderr, flush=True)
 
 
 def is_unpacked(source: Path, target: Path) -> bool:
-    """Whether target was made from this source as it is now, by the zip directories alone."""
+    """Whether target was made from this source as it is now, by today's rule; by the zip directories alone."""
     note = write.read_note(target)
-    if not note:
+    if note.get("rule") != RULE:
         return False
     with open(source, "rb") as file:
         return note["source"] == zip_identity(shard.zip_members(file, source))
@@ -221,13 +195,15 @@ def is_unpacked(source: Path, target: Path) -> bool:
 # ---- command line
 
 
-def announce(totals: dict[str, int], folder: Path, tokenizer: str, vocab_size: int | None, seconds: float) -> None:
+def announce(totals: Counter, folder: Path, tokenizer: str, vocab_size: int | None, seconds: float) -> None:
     """Print what was made, and how to train on it."""
     print(
         f"{totals['files']} shards ({totals['kept']} were there), {totals['tokens']:,} tokens, {totals['padding']:,} "
         f"padding dropped, {totals['documents']:,} documents, {totals['skipped']:,} empty or bad ones skipped, largest "
         f"id {totals['largest_id']}, {seconds:.1f} s"
     )
+    if text := shard.shares(totals):
+        print(text)
     print(f"train on it: {training_command(folder, tokenizer, vocab_size)}")
 
 
@@ -261,15 +237,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--bin_dtype", choices=BIN_DTYPES, help="of .bin files; by default what their content shows")
     parser.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
     parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
+    parser.add_argument("--overlap", type=int, help="tokens that a row repeats of the row before; by default as found")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
     tokenizer = args.tokenizer or str(Config.tokenizer)
     known = find(tokenizer)
-    end_of_text = known.end if args.end_of_text is None else args.end_of_text
+    vocab_size, end_of_text = args.vocab_size or known.size, known.end if args.end_of_text is None else args.end_of_text
     named = args.tokenizer and args.end_of_text is None  # what nobody named is not known
-    maker = (known.identity, known.name) if named else None
     totals = prepare(
-        args.SRC, args.DST, args.vocab_size or known.size, end_of_text, args.workers, args.max_ratio, args.bin_dtype, maker
+        args.SRC, args.DST, vocab_size, end_of_text, args.workers, max_ratio=args.max_ratio, bin_dtype=args.bin_dtype,
+        overlap=args.overlap, maker=(known.identity, known.name) if named else None,
     )  # fmt: skip
     announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
     return 0

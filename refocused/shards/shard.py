@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import json
 import mmap
 import os
@@ -10,7 +11,8 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -24,6 +26,8 @@ PADDING_ARRAYS = ("attention_mask", "sequence_lengths")
 DTYPES = ("<u2", "<u4", "<i4")  # that are mapped
 INTEGERS = ("|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", ">i2", ">u2", ">i4", ">u4", ">i8", ">u8")
 MAX_MEMBERS = 16
+ROWS = ("rows", "ended", "repeats", "repeated")  # in the report of a shard that was made of rows: see formats.Rows
+LEAST_OVERLAP = 32  # tokens in which two rows have to agree; fewer do so by chance
 PREPARE = "python data.py prepare SRC DST"  # what makes shards of other files
 BLOCK = 1 << 22  # bytes handled at once
 MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network's disk may say once and not again
@@ -111,6 +115,33 @@ def npy_header(
     return shape, dtype
 
 
+def overlap_of(pairs: Iterable[tuple[np.ndarray, np.ndarray]], most: int = 64) -> int:
+    """How many tokens each row repeats of the row before, by the first pairs of a full row and the next one; else 0.
+
+    A pair shows an overlap where exactly one end of the first row, of LEAST_OVERLAP tokens or more, begins the second: in a
+    text that repeats itself several do, and it shows none. Of all pairs more than half have to show the same one.
+    """
+    shown: Counter[int] = Counter()
+    count = 0
+    for before, after in itertools.islice(pairs, most):
+        count += 1
+        starts = np.flatnonzero(before[1 : max(1, len(before) - LEAST_OVERLAP + 1)] == after[0]) + 1
+        lengths = [n for n in (len(before) - starts).tolist() if n <= len(after) and (before[-n:] == after[:n]).all()]
+        shown.update(lengths if len(lengths) == 1 else ())
+    [(overlap, votes)] = shown.most_common(1) or [(0, 0)]
+    return overlap if 2 * votes > count else 0
+
+
+def shares(totals: Mapping[str, int]) -> str:
+    """What was found in the rows of 2-D arrays (formats.Rows), "" where there were none."""
+    if not (rows := totals.get("rows", 0)):
+        return ""
+    return (
+        f"of {rows:,} rows {totals['ended'] / rows:.1%} ended with end-of-text, and {totals['repeats'] / rows:.1%} began "
+        f"with the end of the row before: {totals['repeated']:,} repeated tokens dropped"
+    )
+
+
 def persistently(call: Callable[..., T], *args: Any) -> T:
     """call(*args), asked again where the disk failed for a moment. Raises OSError."""
     for pause in PAUSES:
@@ -146,7 +177,7 @@ class Shard:
     file: Path
     shape: tuple[int, ...]  # (tokens,) or (rows, width)
     crc32: int  # of the member, from the zip directory
-    tokenizer: tuple[str, str] | None  # (identity, name) of the one that made it, if the file says so
+    note: dict[str, Any]  # what write_shard noted, {} in a foreign file
     begin: int  # of the member's content, a .npy, in bytes
     offset: int  # of the first token
     size: int  # of the file, with its time of change: a file that differs from what was opened is not read
@@ -168,7 +199,7 @@ class Shard:
             status = os.fstat(fd)
             with open(fd, "rb", closefd=False) as stream:
                 shape, dtype, begin, offset, member = cls._find_tokens(stream, file, status.st_size)
-                maker = made_with(zip_note(stream))
+                note = zip_note(stream)
             mapped = cls._map(fd, file)
         except OSError as error:  # such as a header that would lie before the file's first byte
             raise DataError(f"{file} is damaged or ends early: {error}") from error
@@ -176,7 +207,7 @@ class Shard:
             os.close(fd)  # the map has one of its own
         tokens = np.ndarray(int(np.prod(shape)), dtype, mapped, offset)
         size, time_ns = status.st_size, status.st_mtime_ns
-        return cls(path, file, shape, member.CRC, maker, begin, offset, size, time_ns, mapped, tokens)
+        return cls(path, file, shape, member.CRC, note, begin, offset, size, time_ns, mapped, tokens)
 
     @staticmethod
     def _map(fd: int, file: Path) -> mmap.mmap:
@@ -219,6 +250,11 @@ class Shard:
         if dtype.str not in DTYPES:
             raise PackedShard(f"{file} holds {dtype.name} ({dtype.str}); {way}")
         return shape, dtype, begin, offset, member
+
+    @property
+    def tokenizer(self) -> tuple[str, str] | None:
+        """(identity, name) of the one that made it, if the file says so."""
+        return made_with(self.note)
 
     @property
     def num_tokens(self) -> int:

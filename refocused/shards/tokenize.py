@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -63,9 +63,7 @@ def content_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def tokenize(
-    source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 0
-) -> dict[str, int]:
+def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 0) -> Counter:
     """Turns .txt and .jsonl files (also .gz, .zst), source or those below it, into shards of about shard_tokens.
 
     End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
@@ -142,9 +140,9 @@ def shard_name(index: int) -> str:
     return f"tokenized_cleaned_{index:05d}.npz"
 
 
-def finished(target: Path, settings: dict[str, Any]) -> tuple[dict[str, int], Place]:
+def finished(target: Path, settings: dict[str, Any]) -> tuple[Counter, Place]:
     """Totals of the intact shards that an earlier run left, and where it stopped in the sources. Raises DataError."""
-    totals, start = dict.fromkeys(TOTALS, 0), (0, 0, 0)
+    totals, start = Counter(dict.fromkeys(TOTALS, 0)), (0, 0, 0)
     while (file := target / shard_name(totals["files"])).exists():
         note = write.read_note(file)
         if differing := [key for key, value in settings.items() if note.get(key) != value]:

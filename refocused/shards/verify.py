@@ -47,14 +47,14 @@ def examine(folder: Path, path: str, vocab_size: int, fast: bool, max_ratio: flo
     row: dict[str, Any] = {}
     try:
         source = TokenFile(Path(folder, path), vocab_size, 0, max_ratio)
-        row |= {"tokens": source.count, "dtype": source.dtype.name}
+        row |= {"tokens": source.held, "dtype": source.dtype.name}
         assert source.member is not None
         row["content"] = (source.member.CRC, source.shape, source.dtype.str)
         stored = source.member.compress_type == zipfile.ZIP_STORED
-        if stored and not source.padded and source.dtype.str in DTYPES:
+        if stored and not source.padding and source.dtype.str in DTYPES:
             Shard.open(folder, path)
         if not fast:
-            for _ in source.chunks(row):
+            for _ in source.read(row):
                 pass
     except DataError as error:
         row["wrong"] = str(error)
