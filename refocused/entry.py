@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("torch", "numpy", "safetensors", "tqdm")  # what importing the commands takes
+NEEDED = ("torch", "numpy", "safetensors", "tqdm", "google_crc32c")  # what importing the commands takes
 
 
 def near(path: str | Path) -> str:

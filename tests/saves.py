@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import Config
 from refocused.checkpoint import manifest
+from refocused.files import create, digest
 
 
 def shard(size: int) -> bytes:
@@ -40,18 +41,18 @@ def save(
     building = final.with_name(f".tmp-{save_id}-{final.name}")
     building.mkdir(parents=True)
     for i in range(files):
-        manifest.write_file(building / f"shard-00000-{i:05d}.safetensors", shard(size))
-    manifest.write_file(
+        create(building / f"shard-00000-{i:05d}.safetensors", shard(size))
+    create(
         building / manifest.STATE,
         json.dumps({"step": step, "tokens": step * 512, "loss": 1.5, **(state or {})}).encode(),
     )
-    entries = {path.name: manifest.digest(path) for path in building.iterdir()}
+    entries = {path.name: digest(path) for path in building.iterdir()}
     content = {
         "format": manifest.FORMAT, "name": final.name, "save_id": save_id, "step": step,
         "generation": manifest.generation(output_dir) + 1 if generation is None else generation,
         "time": int(time.time() if at is None else at), "files": entries,
     }  # fmt: skip
-    manifest.write_file(building / manifest.MANIFEST, manifest.encode_manifest(content))
+    create(building / manifest.MANIFEST, manifest.encode_manifest(content))
     if final.exists():
         shutil.rmtree(final)
     os.rename(building, final)

@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ckpt
 import data
 from configs import Config, ConfigError
+from refocused import locks
 from refocused.checkpoint import disk, manifest, tensors
 from refocused.checkpoint.choice import choose
 from refocused.checkpoint.folder import Source
@@ -611,7 +612,7 @@ def test_lock(tmp_path):
 
 def test_a_shared_disk_whose_locks_each_node_sees_alone(tmp_path, monkeypatch):
     """Both nodes get the lock: by what the first has written in it the second knows that the disk is not its own."""
-    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: None)
     (tmp_path / ".lock").write_text("host first, pid 1\n")
     assert disk.lock(tmp_path, "host first, pid 1") == "host first, pid 1" and not disk.holds(tmp_path)
     assert (tmp_path / ".lock").read_text() == "host first, pid 1\n"
@@ -666,7 +667,8 @@ def test_retention(alone, tmp_path):
     _cut(tmp_path / manifest.name(0, 7, 1))
     (tmp_path / manifest.name(0, 6, 1) / manifest.MANIFEST).unlink()
     save(tmp_path, 8, **settings)
-    assert left() == [4, 8], "what is not complete goes"
+    assert left() == [4, 6, 8], "what is damaged goes, what cannot be known for ours does not"
+    shutil.rmtree(tmp_path / manifest.name(0, 6, 1))
     for step in (9, 10):
         save(tmp_path, step, **settings)
     save(tmp_path, 5, **settings)
@@ -708,18 +710,19 @@ def test_links_are_unlinked_and_their_targets_untouched(alone, tmp_path):
         shutil.move(save(out, step), far)
         (out / manifest.name(0, step, 1)).symlink_to(Path("../far", manifest.name(0, step, 1)))
     (far / "note").write_text("mine")
-    for entry in (".tmp-link", ".old-00ab-" + manifest.name(0, 9, 1)):
+    for entry in (".tmp-0123456789abcdef-link", ".tmp-link", ".old-00ab0123-" + manifest.name(0, 9, 1)):
         (out / entry).symlink_to(far)
-    (out / ".tmp-file").touch()
-    for entry in (".old-", ".old-x"):
-        (out / entry).mkdir()
+    (out / ".tmp-0123456789abcdef-file").touch()
+    foreign = [".old-", ".old-x", ".tmp-link", ".tmp-x"]  # not names that a save gives
+    for entry in foreign:
+        (out / entry).mkdir(exist_ok=True)
     before = {path: path.is_file() and path.read_bytes() for path in far.rglob("*")}
     disk.lock(out)  # cleans up
     assert choose(out, manifest.name(0, 2, 1)).state["step"] == 2
     (out / manifest.name(0, 9, 1)).unlink()  # put back: a link is a checkpoint too
     save(out, 3)
     save(out, 4, save_total_limit=1)
-    assert sorted(os.listdir(out)) == [".lock", ".old-", ".old-x", manifest.name(0, 4, 1)]
+    assert sorted(os.listdir(out)) == [".lock", *foreign, manifest.name(0, 4, 1)]
     assert {path: path.is_file() and path.read_bytes() for path in far.rglob("*")} == before
     other = tmp_path / "other"
     other.mkdir()

@@ -247,18 +247,18 @@ def test_a_killed_import_or_export_does_not_refuse_the_next(checkpoint, tmp_path
         "export": [str(checkpoint)],
         "export --torch": [str(checkpoint)],
     }
-    die = "import os, signal, sys, ckpt; from refocused.commands import export; "
-    die += "export.sync_folder = lambda path: os.kill(os.getpid(), signal.SIGKILL); ckpt.main(sys.argv[1:])"
+    die = "import os, signal, sys, ckpt; from refocused import files; "
+    die += "files.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL); ckpt.main(sys.argv[1:])"
     for command, argv in commands.items():
         out = tmp_path / f"out of {command}"
         arguments = [*command.split(), *argv, str(out)]
         killed = subprocess.run([sys.executable, "-c", die, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert not out.exists() and list(tmp_path.glob(".tmp-*"))
-        with pytest.raises(ConfigError, match="is being made by another process"):
+        assert not out.exists() and list(tmp_path.glob(".making-*"))
+        with pytest.raises(ConfigError, match=f"is being made by host .*, pid {os.getpid()}"):
             with export.coming(out), export.coming(out):
                 raise AssertionError
-        assert ckpt.main(arguments) == 0 and out.exists() and not list(tmp_path.glob(".tmp-*"))
+        assert ckpt.main(arguments) == 0 and out.exists() and not list(tmp_path.glob(".making-*"))
 
 
 def test_torch_file(checkpoint, tmp_path):

@@ -20,8 +20,8 @@ from saves import config, save
 
 import ckpt
 from configs import Config, ConfigError
+from refocused import locks
 from refocused.bucket import gcs, remote, sync
-from refocused.bucket.transfer import exclusive
 from refocused.checkpoint import disk, manifest
 
 
@@ -91,7 +91,7 @@ def test_round_trip(place, server, tmp_path):
     assert remote.publish(place, here) and len(server.requests) <= requests + 3  # a LIST and a look at the manifest
     there = remote.fetch(place, here.name, tmp_path / "b")
     assert content(there) == content(here) and manifest.verify(there)
-    assert [p.name for p in (tmp_path / "b").iterdir() if p.name != ".download.lock"] == [here.name]
+    assert [p.name for p in (tmp_path / "b").iterdir()] == [here.name]
 
 
 def test_publishes_newest_first_and_prunes(server, place, tmp_path):
@@ -495,11 +495,11 @@ def test_two_nodes_pull_into_one_folder(place, tmp_path):
     remote.publish(place, here)
     cfg = config(tmp_path / "b", resume="latest")
     with ThreadPoolExecutor() as pool:
-        with exclusive(tmp_path / "b"):
+        with locks.filling(tmp_path / "b"):
             pulled = pool.submit(sync.pull, cfg, sync.find(cfg))
             with pytest.raises(TimeoutError):
                 pulled.result(timeout=0.5)
-            with pytest.raises(gcs.BucketError, match=f"is being filled by pid {os.getpid()}"):
+            with pytest.raises(locks.Taken, match=f"is in use by host .*, pid {os.getpid()}; "):
                 remote.fetch(place, here.name, tmp_path / "b")
         assert content(pulled.result(timeout=GUARD)) == content(here)
 

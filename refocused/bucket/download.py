@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import configs
+from refocused import locks
 from refocused.bucket import gcs
-from refocused.bucket.transfer import Bar, check_space, exclusive, has_size, in_parallel, part_size
+from refocused.bucket.transfer import Bar, check_space, has_size, in_parallel, part_size
 from refocused.shards import prepare, shard
 from refocused.shards.tokenizers import end_of_text
 
@@ -104,7 +105,7 @@ def count_tokens(bucket: gcs.Bucket, obj: gcs.Object) -> tuple[int, bool]:
 def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Config) -> None:
     """Bring every shard into folder, verified and prepared; what is there and intact is not fetched again."""
     paths = {path: gcs.local_path(folder, path) for path in shards}
-    with exclusive(folder):
+    with locks.filling(folder, wait=False):
         ready = Index(folder)
         todo = [path for path in shards if not ready.knows(path, paths[path], shards[path])]
         missing = {path: shards[path] for path in todo if not has_size(paths[path], shards[path].size)}

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from google_crc32c import Checksum
+
 from configs import bucket_problem, prefix_problem
-from refocused.checkpoint.crc32c import Checksum
-from refocused.shards.write import sync_folder
+from refocused import files
 
 log = logging.getLogger("gcs")
 
@@ -206,15 +207,14 @@ class Bucket:
         try:
             with open(part, "a+b", buffering=READ_SIZE) as file:
                 self._receive(obj, file, progress)
-                file.flush()
-                os.fsync(file.fileno())
+            files.sync(part)
+            files.replace(part, path)
         except OSError as error:
             hint = (
                 "; free some space, then it goes on from there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             )
             raise BucketError(f"{part}: {error.strerror or error}{hint}") from None
-        os.replace(part, path)
-        sync_folder(path.parent)
+        files.sync_folder(path.parent)
 
     def sha256(self, obj: Object, progress: Callable[[int], Any] | None = None) -> str:
         """The SHA-256 of an object's bytes, which are all read and not kept."""

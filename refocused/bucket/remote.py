@@ -8,16 +8,17 @@ goes the other way round. So whatever is killed when, a checkpoint whose manifes
 """
 
 import contextlib
+import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refocused import files, locks
 from refocused.bucket import gcs
-from refocused.bucket.transfer import Bar, check_space, exclusive, in_parallel, part_size
+from refocused.bucket.transfer import Bar, check_space, in_parallel, part_size
 from refocused.checkpoint import disk, order
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint.manifest import MANIFEST, CheckpointError
-from refocused.shards.write import sync_folder
 
 STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not disturb a training loop
 ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's
@@ -172,7 +173,7 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
     manifest, final = there[name].manifest, folder / name
     if save_id not in (None, manifest["save_id"]):
         raise CheckpointError(f"{place}/{name} was replaced by another save in the meantime; start again")
-    with exclusive(folder, wait):
+    with locks.filling(folder, wait):
         try:
             if local.verify(final)["save_id"] == manifest["save_id"]:
                 return final
@@ -180,8 +181,8 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
             pass  # not here, or damaged
         coming = folder / f".pull-{manifest['save_id']}-{name}"
         for stale in folder.glob(".pull-*"):
-            if stale != coming:
-                disk.remove(stale)
+            if stale != coming and re.fullmatch(r"\.pull-[0-9a-f]{8,64}-(.+)", stale.name):
+                files.remove(stale)
         coming.mkdir(exist_ok=True)
         todo = {f: objects[f"{name}/{manifest['save_id']}/{f}"] for f in manifest["files"] if not (coming / f).exists()}
         check_space(folder, sum(obj.size - part_size(coming / f, obj) for f, obj in todo.items()))
@@ -193,8 +194,8 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
 
             in_parallel(bring, sorted(todo, key=lambda f: -todo[f].size), 2 * STREAMS)
         (coming / MANIFEST).unlink(missing_ok=True)
-        local.write_file(coming / MANIFEST, there[name].content)
-        sync_folder(coming)
+        files.create(coming / MANIFEST, there[name].content)
+        files.sync_folder(coming)
         disk.take_place(coming, final, manifest["save_id"])
     return final
 

@@ -1,19 +1,14 @@
-"""What every transfer needs: a bar, threads, a lock on the folder, room on the disk."""
+"""What every transfer needs: a bar, threads, room on the disk."""
 
-import contextlib
-import fcntl
-import os
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from refocused import files
 from refocused.bucket import gcs
-
-RESERVE = 64 << 20  # bytes of disk left free
 
 
 class Bar:
@@ -67,34 +62,10 @@ def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], streams: i
         raise problems[0]
 
 
-@contextlib.contextmanager
-def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Only one process at a time brings files into a folder; the lock dies with its process.
-
-    Another one is waited for, or BucketError is raised.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".download.lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise gcs.BucketError(
-                f"{folder} is being filled by {file.read().strip() or 'another process'}; wait for it"
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}\n")
-        file.flush()
-        yield
-
-
 def check_space(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free - RESERVE
-    if need > free:
+    if lack := files.too_small(folder, need):
         raise gcs.BucketError(
-            f"{need / 1e9:,.2f} GB are still to come and {folder} has room for {max(0, free) / 1e9:,.2f} GB, "
-            f"with {RESERVE >> 20} MiB left free; "
-            "free some space, or choose another folder or fewer files"
+            f"{need / 1e9:,.2f} GB are still to come and {lack}; free some space, or choose another folder or fewer files"
         )
 
 

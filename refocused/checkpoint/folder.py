@@ -15,6 +15,7 @@ from torch import Tensor
 import configs
 from configs import Config
 from model import SAME_NAME, GPTNeoX, from_hf_config, num_parameters, to_hf_config
+from refocused import files
 from refocused.checkpoint import manifest, schema, tensors
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.entry import here
@@ -169,7 +170,7 @@ def write_weights(model: GPTNeoX, folder: Path, dtype: torch.dtype) -> None:
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
         save_file({key: t.to(dtype) for key, t in part.items()}, folder / file, {"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # save_file makes it readable by its owner alone
+        files.widen(folder / file)  # save_file makes it readable by its owner alone
         weight_map |= dict.fromkeys(part, file)
     if len(parts) > 1:
         total = sum(p.numel() for p in model.parameters()) * dtype.itemsize

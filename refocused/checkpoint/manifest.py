@@ -4,7 +4,6 @@ A directory without a valid MANIFEST.json does not exist as far as anyone is con
 disk.py.
 """
 
-import base64
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refocused.checkpoint import order, schema
-from refocused.checkpoint.crc32c import Checksum
+from refocused.files import digest, why
 
 FORMAT = 1  # of the directory; raise it when an older version could not read what this one writes
 MANIFEST = "MANIFEST.json"
@@ -89,29 +88,6 @@ def read_manifests(output_dir: str | os.PathLike) -> tuple[list[dict[str, Any]],
 def generation(output_dir: str | os.PathLike) -> int:
     """The highest generation of any save here; 0 if there is none."""
     return max((m.get("generation", 0) for m in read_manifests(output_dir)[0]), default=0)
-
-
-def why(error: OSError) -> str:
-    """The reason alone; an OSError that Python itself made has no strerror."""
-    return error.strerror or str(error)
-
-
-def digest(path: str | os.PathLike) -> dict[str, Any]:
-    """{size, crc32c, sha256} of a file; CRC-32C in base64, as Cloud Storage shows it."""
-    size, crc, sha = 0, Checksum(), hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):  # stays in the cache; hashing releases the GIL
-            size += len(chunk)
-            crc.update(chunk)
-            sha.update(chunk)
-    return {"size": size, "crc32c": base64.b64encode(crc.digest()).decode(), "sha256": sha.hexdigest()}
-
-
-def write_file(path: str | os.PathLike, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:

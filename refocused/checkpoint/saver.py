@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from refocused import files
 from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.tensors import CopyPlanner, Writer, cause, local_part, own_part
 
@@ -154,7 +154,7 @@ class Saver:
             dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
             if not self._proof.result():  # no failure: it counts no more than what it would have replaced
                 if self.owner:
-                    shutil.rmtree(writer.folder, ignore_errors=True)
+                    files.remove(writer.folder)
                 return
             self._commit(writer)
             self.last, self.last_generation = name, self.generation

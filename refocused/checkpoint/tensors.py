@@ -32,6 +32,7 @@ from torch.futures import Future
 
 from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.files import digest, sync, widen
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds this much, so that uploads can run side by side
 ADAM = ("exp_avg", "exp_avg_sq")
@@ -163,10 +164,9 @@ class Writer(dcp.HuggingFaceStorageWriter):
             offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         path = self.folder / f"shard-{self.rank:05d}-{number:05d}.safetensors"
         save_file(batch, path, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
-        path.chmod(self.folder.stat().st_mode & 0o666)  # save_file makes it readable by its owner alone
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        found = manifest.digest(path)
+        widen(path)  # save_file makes it readable by its owner alone
+        sync(path)
+        found = digest(path)
         return WriteResult(MetadataIndex(path.name), found["size"], found)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -8,11 +8,9 @@ python ckpt.py import HF_FOLDER OUT
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import os
 import shlex
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,8 @@ import ckpt
 import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters
-from refocused.checkpoint import disk, manifest, tensors
+from refocused import files, locks
+from refocused.checkpoint import manifest, tensors
 from refocused.checkpoint.folder import (
     DTYPES,
     MODEL_KEYS,
@@ -40,7 +39,6 @@ from refocused.checkpoint.manifest import CheckpointError
 from refocused.entry import here
 from refocused.shards import tokenizers
 from refocused.shards.shard import DataError
-from refocused.shards.write import sync_folder
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -162,33 +160,33 @@ def check_free(out: Path) -> None:
 def coming(out: Path) -> Iterator[Path]:
     """A path at which to make a file or folder; at the end, complete and durable, it is renamed to `out`.
 
-    It lies in `.tmp-NAME` beside `out`. What a killed try left there is removed by the next one, which a lock on the
-    folder keeps from removing what another process is making. Raises ConfigError.
+    It lies in `.making-NAME` beside `out`, which a lock keeps for one process. What a killed one left there goes first.
+    Raises ConfigError, DiskError.
     """
     out = out.absolute()
     check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".tmp-{out.name}")
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    folder = out.with_name(f".making-{os.fsencode(out.name)[:100].decode(errors='ignore')}")
+    if (
+        os.path.lexists(folder)
+        and not (folder / locks.FILLING).exists()
+        and (folder.is_symlink() or any(folder.iterdir()))
+    ):
+        raise ConfigError(f"{folder} is in the way and not this program's; move it, or name another folder than {out}")
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{out} is being made by another process; wait for it, or name another one") from None
-        for left in folder.iterdir():
-            disk.remove(left)
-        try:
-            yield folder / out.name
-            for made in [folder / out.name, *(folder / out.name).rglob("*")]:
-                sync_folder(made)
-            check_free(out)
-            os.rename(folder / out.name, out)
-            sync_folder(out.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(handle)
+        with locks.filling(folder, wait=False):
+            made = folder / "made"
+            files.remove(made)
+            try:
+                yield made
+                for path in [made, *made.rglob("*")]:
+                    files.sync_folder(path) if path.is_dir() else files.sync(path)
+                check_free(out)
+                os.rename(made, out)
+                files.sync_folder(out.parent)
+            finally:
+                files.remove(folder)
+    except locks.Taken as error:
+        raise ConfigError(f"{out} is being made by {error.owner}; wait for it, or name another one") from None
 
 
 def write_torch(source: Source, file: Path) -> None:

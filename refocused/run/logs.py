@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from configs import Config, ConfigError
+from refocused import files, locks
 from refocused.checkpoint import manifest
 from refocused.run.words import fitted
 
@@ -23,7 +23,7 @@ LOG, TRACE, OWNER = "train.log", "trace.jsonl", ".output_dir"
 PLAIN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_claims: list[int] = []  # open files; the kernel drops their locks when the process ends, however it ends
+_held: list[locks.Lock] = []  # on the logging_dir of this process
 
 
 def check_folder(logging_dir: str, output_dir: str) -> None:
@@ -31,37 +31,38 @@ def check_folder(logging_dir: str, output_dir: str) -> None:
 
     Raises ConfigError where it cannot, and where it is another run's: one that is alive, or one that has checkpoints.
     """
-    folder, mine = Path(logging_dir), os.fsencode(os.path.realpath(output_dir))
-    instead = "give this run a folder of its own"
+    folder, mine = Path(os.path.realpath(logging_dir)), os.fsencode(os.path.realpath(output_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         owner = os.open(folder / OWNER, PLAIN, 0o666)
-        other = os.pread(owner, 1 << 16, 0)
-        shown = os.fsdecode(other) or "a run that is just starting"
         try:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            other = os.pread(owner, 1 << 16, 0)
+            instead = f"the run in {os.fsdecode(other) or 'another folder'}; give this run a folder of its own"
+            if os.fsencode(folder) != mine:  # else it is locked already
+                _held.append(locks.Lock(folder / ".lock"))
+            if other != mine and has_checkpoints(os.fsdecode(other)):
+                release()
+                raise ConfigError(f"logging_dir={logging_dir} has the logs of {instead}")
+            if other != mine:  # one that never came to a checkpoint has no claim once it is gone
+                os.ftruncate(owner, 0)
+                os.pwrite(owner, mine, 0)
+        finally:
             os.close(owner)
-            raise ConfigError(f"logging_dir={logging_dir} is in use by the run in {shown}; {instead}") from None
-        if other != mine and has_checkpoints(os.fsdecode(other)):
-            os.close(owner)
-            raise ConfigError(f"logging_dir={logging_dir} has the logs of the run in {shown}; {instead}")
-        _claims.append(owner)
-        if other != mine:  # one that never came to a checkpoint has no claim once it is gone
-            os.ftruncate(owner, 0)
-            os.pwrite(owner, mine, 0)
         for name in (LOG, TRACE):
             os.close(os.open(folder / name, PLAIN, 0o666))
-        (folder / ".probe").unlink(missing_ok=True)
-        probe = os.open(folder / ".probe", PLAIN, 0o666)
-        os.write(probe, b"\n")  # opening succeeds on a full disk
-        os.close(probe)
-        (folder / ".probe").unlink()
+        files.probe(folder)
+    except locks.Taken:
+        raise ConfigError(f"logging_dir={logging_dir} is in use by {instead}") from None
     except OSError as error:
         link = ", a symbolic link" * (error.errno == errno.ELOOP)
         raise ConfigError(
             f"logging_dir={logging_dir} cannot be written: {error}{link}; choose another folder"
         ) from error
+
+
+def release() -> None:
+    while _held:
+        _held.pop().release()
 
 
 def has_checkpoints(output_dir: str) -> bool:
@@ -161,12 +162,11 @@ class Logs:
             self.failed, self.lost = False, 0
         for file in self.files:
             file.again()
-        if not same_file(_claims[-1], self.folder / OWNER):
-            os.close(_claims.pop())
+        if not (self.folder / OWNER).exists() or not all(lock.intact() for lock in _held):
+            release()
             try:
                 check_folder(str(self.folder), self.output_dir)
             except ConfigError as error:
-                _claims.append(os.open(os.devnull, os.O_RDONLY))  # to be tried again too
                 self.fail(error)
                 for file in self.files:
                     file.shut = True

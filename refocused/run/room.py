@@ -3,11 +3,11 @@
 import contextlib
 import math
 import os
-import shutil
 from pathlib import Path
 
 from configs import Config, ConfigError
 from model import num_parameters
+from refocused import files
 from refocused.checkpoint import manifest
 from refocused.run import processes
 from refocused.run.optim import checkpoint_bytes
@@ -64,19 +64,19 @@ def check_disk(cfg: Config, step: int) -> None:
     """Raise ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more: the
     oldest goes once the newest is complete."""
     size, there = checkpoint_bytes(cfg), len(manifest.names(cfg.output_dir))
-    free = shutil.disk_usage(cfg.output_dir).free
+    free = files.free(cfg.output_dir)
     left = max(0, cfg.max_steps - step)
     saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
     if limit := cfg.save_total_limit:
         most = limit + 1 + kept_forever(cfg, step) - there
         saves = max(1, min(left if cfg.save_seconds else saves, most)) if saves else 0
-    if saves * size * 1.01 + (1 << 20) > free and saves:
+    if saves and (lack := files.too_small(cfg.output_dir, saves * size)):
         fits = int(free / size / 1.01) + there - 1
         fewer = f", set save_total_limit={fits}" if 0 < fits < (limit or saves) and not cfg.keep_every else ""
         raise ConfigError(
             f"{saves} checkpoint{'s' * (saves > 1)} of {size / 1e9:.3g} GB will come to lie in output_dir={cfg.output_dir} "
-            f"besides the {there} that are there (save_total_limit={limit}, and the one that is written), and it has "
-            f"{free / 1e9:.3g} GB free: free some, choose another output_dir{fewer}"
+            f"besides the {there} that are there (save_total_limit={limit}, and the one that is written), and {lack}: "
+            f"free some, choose another output_dir{fewer}"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 
 import configs
 from configs import Config
+from refocused import files
 from refocused.run import exits, guard, processes
 
 WRITING = threading.Lock()
@@ -35,7 +36,7 @@ class Starts:
 
     def __init__(self, cfg: Config):
         """Raises CrashLoop."""
-        self.path = Path(cfg.output_dir, ".starts")
+        self.path = Path(os.path.realpath(cfg.output_dir), ".starts")
         what = configs.to_json(cfg) + guard.sources() + torch.__version__
         key = hashlib.sha256(what.encode()).hexdigest()
         before: dict[str, Any] = {}
@@ -58,13 +59,7 @@ class Starts:
         """Replace the file, to survive even a power cut; where the disk refuses, training goes on uncounted."""
         with WRITING, contextlib.suppress(OSError):
             self.state |= changes
-            new = self.path.with_name(".starts.tmp")
-            new.unlink(missing_ok=True)
-            with new.open("x") as file:
-                file.write(json.dumps(self.state))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.path)
+            files.write(self.path, json.dumps(self.state).encode())
 
     def note(self) -> None:
         """Called now and then: whether there is a new step by now."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import Config
+from refocused import files, locks
 from refocused.shards import write
 from refocused.shards.prepare import is_intact
 from refocused.shards.shard import DataError, Shard
@@ -39,9 +40,10 @@ def demo_documents() -> Iterator[tuple[str, bytes]]:
 
 def demo(folder: Path) -> None:
     """make() for one process at a time, and what a killed one left beside the folder goes first."""
-    with write.locked(folder.parent):
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+    with locks.filling(folder.parent):
+        for left in folder.parent.glob(f".tmp-*-{glob.escape(folder.name)}"):
+            if files.OWN.fullmatch(left.name):
+                files.remove(left)
         make(folder)
 
 
@@ -62,7 +64,7 @@ def make(folder: Path) -> None:
     documents = sorted(demo_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     ends = np.cumsum([len(text) + 1 for _, text in documents])
     cuts = [int(ends[-1] * (1 - DEMO_HELD_OUT) * i / DEMO_SHARDS) for i in range(1, DEMO_SHARDS + 1)] + [int(ends[-1])]
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    building = files.beside(folder)
     try:
         first, made = 0, {}
         for i, cut in enumerate(cuts):
@@ -75,13 +77,13 @@ def make(folder: Path) -> None:
             write.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {"tokenizer": "byte"})
             made[path] = f"{Shard.open(building, path).crc32:08x}"
             first = last
-        write.write_atomically(building / made_file.name, lambda file: file.write(json.dumps(made, indent=1).encode()))
+        files.create(building / made_file.name, json.dumps(made, indent=1).encode())
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(building, folder)
-        write.sync_folder(folder.parent)
+        files.sync_folder(folder.parent)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        files.remove(building)
     seconds = time.perf_counter() - begin
     print(f"{folder}: {len(documents):,} documents, {ends[-1]:,} tokens in {len(cuts)} shards, {seconds:.1f} s")
 

@@ -5,7 +5,6 @@ import fnmatch
 import multiprocessing
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs import Config
-from refocused import entry
+from refocused import entry, files, locks
 from refocused.entry import here
 from refocused.shards import shard, write
 from refocused.shards.find import find_files, find_sources
@@ -64,7 +63,7 @@ def prepare(
     for path in paths:
         if (twin := made.setdefault(mapped_name(path), path)) != path:
             raise DataError(f"{path} and {twin} would become one shard; rename one of them")
-    with write.locked(target):
+    with locks.filling(target):
         return convert_all(source, target, paths, vocab_size, end_of_text, workers, **options)
 
 
@@ -81,7 +80,7 @@ def convert_all(
     source: Path, target: Path, paths: list[str], vocab_size: int, end_of_text: int | None, workers: int = 0, **options
 ) -> Counter:
     """prepare for these paths, the target being locked."""
-    write.remove_stale(target)
+    files.remove_stale(target)
     settings = {"vocab_size": vocab_size, "end_of_text": end_of_text, **options}
     jobs = [(source / path, target, path, settings) for path in paths]
     return run_jobs(convert, jobs, workers, f"preparing {target}")
@@ -166,17 +165,16 @@ def die_with_parent() -> None:
 
 def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int | None) -> None:
     """Makes the shards of a cache that it lacks, or that were made from other sources. Raises DataError, WriteError."""
-    with write.locked(cache):
+    with locks.filling(cache):
         todo = [path for path in paths if not is_unpacked(source / path, cache / path)]
         if not todo:
             return
         origins = (TokenFile(source / path, vocab_size, end_of_text) for path in todo)
         needed = sum(origin.most * origin.out_dtype.itemsize for origin in origins)
-        free = shutil.disk_usage(cache).free
-        if needed > free:
+        if lack := files.too_small(cache, needed):
             raise WriteError(
-                f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB, {cache} has {free / 1e9:.2f} GB "
-                "free; point cache_dir at a larger disk or lower max_files"
+                f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB, {lack}; point cache_dir at a larger "
+                "disk or lower max_files"
             )
         print(f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True)
         if text := shard.shares(convert_all(source, cache, todo, vocab_size, end_of_text)):

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import Config
-from refocused import entry
+from refocused import entry, locks
+from refocused.files import remove_stale
 from refocused.shards import write
 from refocused.shards.find import find_sources
 from refocused.shards.prepare import TOTALS, add, announce, common_arguments, is_intact, others
@@ -89,8 +90,8 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
             parts += [tokens.astype(dtype), np.array(end if complete else [], dtype)]
         return batch, np.concatenate(parts)
 
-    with write.locked(target), ThreadPoolExecutor(threads) as pool:
-        write.remove_stale(target)
+    with locks.filling(target), ThreadPoolExecutor(threads) as pool:
+        remove_stale(target)
         try:
             contents = list(in_order(pool, content_of, iter(files), threads))
         except OSError as error:

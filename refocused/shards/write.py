@@ -1,19 +1,15 @@
-"""Files that are whole whenever they can be found: shards, and the lock under which a folder of them is made."""
+"""How a shard is written: whole whenever it can be found."""
 
-import errno
-import fcntl
 import io
 import json
-import os
-import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from refocused import files
 from refocused.shards.shard import WriteError, zip_note
 
 ALIGNMENT = 64  # of the first token in a file that is written here
@@ -44,39 +40,11 @@ def write_shard(path: Path, dtype: np.dtype, count: int, chunks: Iterable[np.nda
             assert written == count, f"{path}: {written} tokens written, {count} announced"
             archive.comment = json.dumps(note, sort_keys=True).encode()
 
-    write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Calls write(file) on a temporary neighbour, then fsync, rename, fsync of the folder. Raises WriteError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        files.write(path, write)
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}; nothing is left of it") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Make the names in a folder durable; fsync of a file does not do that."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove_stale(folder: Path) -> None:
-    """Removes what killed writers left below a folder that is locked."""
-    for temporary in folder.rglob(".*.npz.*.tmp"):
-        temporary.unlink(missing_ok=True)
+        raise WriteError(f"cannot write {path}: {files.why(error)}; nothing is left of it") from error
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -86,24 +54,3 @@ def read_note(path: Path) -> dict[str, Any]:
             return zip_note(file)
     except OSError:
         return {}
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the folder (made if absent), waiting for whoever has it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise WriteError(f"cannot use the folder {folder}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise WriteError(f"cannot lock the folder {folder}: {error.strerror}") from error
-            print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
