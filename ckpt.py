@@ -220,10 +220,10 @@ def beginning(place: str, cfg: Config) -> Source:
         needed = " ".join(f"{k}={getattr(source.cfg, k)}" for k in different)
         ours = " ".join(f"{k}={getattr(cfg, k)}" for k in different)
         raise ConfigError(f"init_from={place} is another model: set {needed} (now {ours})")
-    if not cfg.allow_data_change and processes.on_rank_0(tokenizers.differ, source.cfg.tokenizer, cfg.tokenizer):
+    if not cfg.allow_change and processes.on_rank_0(tokenizers.differ, source.cfg.tokenizer, cfg.tokenizer):
         raise ConfigError(
             f"init_from={place} was trained with another tokenizer than tokenizer={cfg.tokenizer}; set tokenizer="
-            f"{source.cfg.tokenizer}, and make shards with it (data.py tokenize); allow_data_change=true does without"
+            f"{source.cfg.tokenizer}, and make shards with it (data.py tokenize); allow_change=true does without"
         )
     return source
 

@@ -234,10 +234,10 @@ class Dataset:
         was = state["data"].get("tokenizer", state["config"].get("tokenizer"))
         if was and self.tokenizer and was != self.tokenizer:
             changes += f"\ntokenizer {was} -> {self.tokenizer}"
-        if changes and not cfg.allow_data_change:
+        if changes and not cfg.allow_change:
             raise DataError(
                 f"the checkpoint was trained on other data or in another order:\n{changes.strip()}\n"
-                "restore it, set allow_data_change=true to go on with what is there now, or name another output_dir and "
+                "restore it, set allow_change=true to go on with what is there now, or name another output_dir and "
                 "logging_dir for a new run"
             )
 

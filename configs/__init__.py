@@ -78,15 +78,13 @@ class Config:
     decay_steps: int = 0  # last steps of warmup_stable_decay; 0 for a fifth of max_steps
     weight_decay: float = 0.1  # on matrices only, never on biases, norms or scalars
     optimizer: str = "adamw"  # adamw, or muon for the matrices of the blocks with AdamW for the rest
-    muon_learning_rate: float = 0.0  # peak of Muon's matrices, on learning_rate's schedule; 0 for learning_rate itself
     adam_beta1: float = 0.9  # decay of the first moment; rarely changed
     adam_beta2: float = 0.95  # decay of the second moment; 0.99 and more for small batches
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
     adam_moments: str = "fp32"  # or bf16: 4 bytes per parameter less in memory, checkpoints and uploads
     max_grad_norm: float = 1.0  # global gradient norm is clipped to it; 0 for no clipping
     max_bad_steps: int = 10  # stop (exit 65) after so many non-finite steps in a row
-    spike_sigma: float = 0.0  # a loss or norm so many deviations above its recent past is a spike; say 6; 0 for off
-    spike_action: str = "report"  # report spikes with their shards, or skip: also do not apply them
+    spikes: str = "off"  # report steps whose loss or norm jumps, with their shards, or skip: also do not apply them
     stop_after_minutes: float = 0.0  # stop then, saved, exit 75; where machines are rented by the hour, 0 for never
     skip_steps: str = ""  # steps to walk past without an update, as 1200-1210,1300; for batches known to be bad
     seed: int = 42  # weights, sample order and dropout are functions of it
@@ -95,7 +93,6 @@ class Config:
     parallel: str = "ddp"  # ddp (whole model on each GPU) or fsdp (sharded; when memory is short)
     shard_size: int = 0  # with fsdp: processes that share one copy of the model, GPUs per node with several; 0 for all
     activation_checkpointing: str = "none"  # or activation, selective (MLPs), full: computed twice, for less memory
-    reduce_every_micro_step: bool = False  # with fsdp: gradients are sharded after each micro-step; for less memory
     cpu_offload: bool = False  # with fsdp: parameters, gradients and moments in host memory, for GPUs of 10 GB
     mixed_precision: str = "bf16"  # bf16, fp16 (older GPUs, with a gradient scaler) or no (fp32)
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
@@ -123,8 +120,7 @@ class Config:
     async_save: bool = True  # write behind training (not with cpu_offload); false to wait for the disk
     resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
     init_from: str | None = None  # checkpoint whose weights a fresh run starts from; to go on from another model
-    allow_data_change: bool = False  # train on although shards are not the checkpoint's, or of another tokenizer
-    allow_batch_change: bool = False  # resume with another number of sequences per step than the checkpoint's
+    allow_change: bool = False  # train on other data, tokenizer or sequences per step than the checkpoint's
 
     # bucket: the second home of data and checkpoints
     bucket_name: str | None = None  # Google Cloud Storage bucket, without gs://; none to stay on this machine
@@ -188,6 +184,12 @@ REMOVED: dict[str, tuple[typing.Any, str]] = {
     "histogram_steps": (0, "leave it out, TensorBoard shows scalars and text"),
     "check_replicas_steps": (0, "leave it out, each save compares the model's copies"),
     "muon_steps": (5, "leave it out, Muon takes 5 Newton-Schulz steps"),
+    "muon_learning_rate": (0.0, "leave it out, Muon's updates have AdamW's scale and take learning_rate"),
+    "reduce_every_micro_step": (False, "leave it out; for less memory activation_checkpointing, or adam_moments=bf16"),
+    "spike_sigma": (0.0, "write spikes=report or skip, for what is 6 deviations above the last 128 steps"),
+    "spike_action": ("report", "write spikes=report or spikes=skip"),
+    "allow_data_change": (False, "write allow_change=true"),
+    "allow_batch_change": (False, "write allow_change=true"),
 }
 
 CHOICES = {
@@ -195,7 +197,7 @@ CHOICES = {
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
     "optimizer": ("adamw", "muon"),
     "adam_moments": ("fp32", "bf16"),
-    "spike_action": ("report", "skip"),
+    "spikes": ("off", "report", "skip"),
     "parallel": ("ddp", "fsdp"),
     "activation_checkpointing": ("none", "activation", "selective", "full"),
     "mixed_precision": ("bf16", "fp16", "no"),
@@ -212,7 +214,7 @@ AT_MOST = {
     "upload_deadline_seconds": 1e6, "collective_timeout_seconds": 1e6, "rotary_pct": 1,
 }  # fmt: skip
 MOST_TOKENS, MOST_SEQUENCES, MOST_PARAMETERS = 1 << 24, 1 << 24, 10**12  # per micro-step, per step, of the model
-MAY_BE_INFINITE = ("max_grad_norm", "save_seconds", "spike_sigma")
+MAY_BE_INFINITE = ("max_grad_norm", "save_seconds")
 PATHS = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir", "resume", "init_from")  # ~, $NAME: expanded
 
 
@@ -300,10 +302,6 @@ def _check(cfg: Config) -> None:
         f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}",
     )
     require(
-        not cfg.muon_learning_rate or cfg.learning_rate > 0,
-        f"muon_learning_rate={cfg.muon_learning_rate:g} follows learning_rate's schedule, and learning_rate=0 has none",
-    )
-    require(
         cfg.tokenizer is not None or not cfg.mask_documents,
         "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer",
     )
@@ -313,7 +311,6 @@ def _check(cfg: Config) -> None:
     )
     for key, value, why in (
         ("cpu_offload", "true", "only sharded parameters can live in host memory"),
-        ("reduce_every_micro_step", "true", "ddp's gradients are whole in any case"),
         ("shard_size", cfg.shard_size, "ddp keeps a whole copy in each process"),
     ):
         message = f"{key}={value} needs parallel=fsdp, not {cfg.parallel}: {why}"

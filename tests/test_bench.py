@@ -216,7 +216,7 @@ def count_collectives(rank: int, port: str, layout: str, results) -> None:
     strategy.warm_up(model, cfg, env)
     x = torch.zeros(2, 32, dtype=torch.int64)
     found = []
-    always = dataclasses.replace(cfg, reduce_every_micro_step=layout == "fsdp")
+    always = dataclasses.replace(cfg, cpu_offload=layout == "fsdp")
     for accumulation, how in ((1, cfg), (4, cfg), (4, always)):
         with Collectives() as seen:
             for micro_step in range(accumulation):
@@ -231,7 +231,7 @@ def count_collectives(rank: int, port: str, layout: str, results) -> None:
 def test_gradients_are_sent_once_per_optimizer_step(layout):
     """Collectives that carry gradients, with accumulation 1 and 4, on two real processes: the same number.
 
-    With reduce_every_micro_step four times as many.
+    With cpu_offload, whose gradients are in host memory, four times as many.
     """
     results, port = CONTEXT.Queue(), str(20000 + os.getpid() % 10000 + (layout == "fsdp"))
     ranks = [CONTEXT.Process(target=count_collectives, args=(rank, port, layout, results)) for rank in range(2)]

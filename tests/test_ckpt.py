@@ -827,7 +827,7 @@ def test_forged_state_and_manifest(two, tmp_path):
         "config": dataclasses.asdict(Config()), "run": {"torch": "2", "world_size": 1},
     }  # fmt: skip
     small = {**state, "spike_window": [[1.0, 2.0]], "config": {"seed": 1, "learning_rate": 1e-3, "tokenizer": "byte"}}
-    cfg = Config(spike_sigma=6.0)
+    cfg = Config(spikes="report")
     file = two[1] / manifest.STATE
     accepted = 0
     for changed in some(small):

@@ -282,9 +282,9 @@ def test_shards_of_another_tokenizer(tmp_path):
         Dataset.open(config(tmp_path / "set"))
     for text in ("1 of 3 shards", "tokenized_cleaned_new.npz, were made with byte, this run has tokenizer=gpt2"):
         assert text in str(caught.value)
-    for text in ("set tokenizer=byte vocab_size=257,", "allow_data_change=true"):
+    for text in ("set tokenizer=byte vocab_size=257,", "allow_change=true"):
         assert text in str(caught.value)
-    for keys in ({"tokenizer": "byte"}, {"tokenizer": None}, {"allow_data_change": True}):
+    for keys in ({"tokenizer": "byte"}, {"tokenizer": None}, {"allow_change": True}):
         assert Dataset.open(config(tmp_path / "set", **keys)).num_samples
     for name, texts in (("a", ["some text"]), ("b", ["other text"])):
         (tmp_path / name).mkdir()
@@ -307,9 +307,9 @@ def test_shards_of_another_tokenizer(tmp_path):
     dataset.check_same(state(tokenizer=dataset.tokenizer), ours_now)
     dataset.check_same(state(tokenizer=None), ours_now)
     for other in (state(tokenizer="byte"), state()):  # the last: from before there was a note, by the config's name
-        with pytest.raises(DataError, match="(?s)tokenizer (byte|a path) -> sha256:.*allow_data_change"):
+        with pytest.raises(DataError, match="(?s)tokenizer (byte|a path) -> sha256:.*allow_change"):
             dataset.check_same(other, ours_now)
-        dataset.check_same(other, dataclasses.replace(ours_now, allow_data_change=True))
+        dataset.check_same(other, dataclasses.replace(ours_now, allow_change=True))
 
 
 def test_tokenizers_that_are_none(tmp_path):

@@ -419,7 +419,7 @@ def test_init_from(tmp_path):
     mine = Config(**{**cfg.__dict__, "tokenizer": "byte"})
     with pytest.raises(ConfigError, match="trained with another tokenizer than tokenizer=byte; set tokenizer=.*/with/"):
         begin("with", mine)
-    begin("with", Config(**{**mine.__dict__, "allow_data_change": True}))
+    begin("with", Config(**{**mine.__dict__, "allow_change": True}))
 
 
 def test_refused_folders(tmp_path):

@@ -123,9 +123,7 @@ def test_the_order_of_causes():
 def test_tokens_are_counted(shards, tmp_path):
     """Half the length of a sequence after a resume: the tokens seen are the sum of what was seen."""
     train(tmp_path, f"data_dir={shards}", "max_steps=10")  # 10 x 4 x 32
-    train(
-        tmp_path, f"data_dir={shards}", "max_steps=20", "resume=latest", "sequence_length=16", "allow_data_change=true"
-    )
+    train(tmp_path, f"data_dir={shards}", "max_steps=20", "resume=latest", "sequence_length=16", "allow_change=true")
     assert manifest.read_state(newest(tmp_path))["tokens"] == 10 * 4 * 32 + 10 * 4 * 16
 
 
@@ -133,10 +131,10 @@ def test_the_batch_is_kept(shards, tmp_path):
     """Two processes where there was one, without global_batch_size: refused with both ways out, and both work."""
     train(tmp_path, f"data_dir={shards}", "max_steps=4")
     run = train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", nproc=2, code=2)
-    assert "global_batch_size=4" in run.text and "allow_batch_change=true" in run.text
+    assert "global_batch_size=4" in run.text and "allow_change=true" in run.text
     keys = ["resume=latest", "global_batch_size=4", "per_device_train_batch_size=2"]
     train(tmp_path, f"data_dir={shards}", "max_steps=6", *keys, nproc=2)
-    train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", "allow_batch_change=true", nproc=2)
+    train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", "allow_change=true", nproc=2)
     assert manifest.read_state(newest(tmp_path))["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
 
 

@@ -359,7 +359,7 @@ def test_resume_is_explained_and_refused_where_it_must_be(shards, tmp_path):
     assert "step5" in lost and "step10" in lost
     other = write_shards(tmp_path / "other", shards=5, seed=1)
     refused = train(tmp_path, "save_steps=5", f"data_dir={other}", "resume=latest", code=66).text
-    assert "added 1" in refused and "changed 4" in refused and "allow_data_change=true" in refused
+    assert "added 1" in refused and "changed 4" in refused and "allow_change=true" in refused
     grown = train(tmp_path, *args, "resume=latest", "max_steps=12").text
     assert re.search(
         r"data: continues at sample 40, token 1,280, epoch 0, \d+\.\d%, shard part\d/tokenized.* offset \d+", grown
@@ -395,7 +395,7 @@ def test_a_growing_batch_continues_the_data(shards, tmp_path):
     """Resumed with twice the batch, the run goes on at the next unread sample."""
     train(tmp_path, f"data_dir={shards}", "max_steps=10", "save_steps=4", "save_total_limit=0")
     subprocess.run(["rm", "-r", *map(str, (tmp_path / "out").glob("*step[18]*"))], check=True)
-    twice = ["gradient_accumulation_steps=2", "allow_batch_change=true"]
+    twice = ["gradient_accumulation_steps=2", "allow_change=true"]
     run = train(tmp_path, f"data_dir={shards}", "max_steps=6", "resume=latest", *twice)
     assert "continues at sample 16," in run.text
     last = json.loads((newest(tmp_path) / "state.json").read_text())

@@ -38,7 +38,7 @@ def test_strategies_and_accumulation_agree(shards, tmp_path):
         "ddp, accumulation 2": (2, "per_device_train_batch_size=2"),
         "fsdp": (2, "per_device_train_batch_size=4", "parallel=fsdp"),
         "fsdp, accumulation 4": (2, "per_device_train_batch_size=1", "parallel=fsdp"),
-        "fsdp, reduced twice": (2, "per_device_train_batch_size=2", "parallel=fsdp", "reduce_every_micro_step=true"),
+        "fsdp, reduced twice": (2, "per_device_train_batch_size=2", "parallel=fsdp", "cpu_offload=true"),
         "fsdp, one process": (1, "per_device_train_batch_size=4", "parallel=fsdp"),
     }
     lines = {name: trace(train(tmp_path / name, *common, *args, nproc=n)) for name, (n, *args) in layouts.items()}

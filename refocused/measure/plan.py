@@ -60,7 +60,6 @@ def layout(cfg: Config, world: int) -> str:
         cfg.parallel + (f" over {cfg.shard_size}" if cfg.shard_size else ""),
         f"{cfg.per_device_train_batch_size} x {cfg.batch(world)[0]}",
         cfg.activation_checkpointing,
-        "reduced each micro-step" if cfg.reduce_every_micro_step else "",
         "offload" if cfg.cpu_offload else "",
         "bf16 moments" if cfg.adam_moments == "bf16" else "",
     ]

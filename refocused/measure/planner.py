@@ -280,7 +280,7 @@ def seen(cfg: Config, world_size: int, device: str = "cuda") -> Seen:
     if cfg.optimizer == "muon":  # whole matrices are shared out, so what a rank does and sends grows with no layer
         short = dataclasses.replace(
             cfg, sequence_length=8, per_device_train_batch_size=1, gradient_accumulation_steps=1, global_batch_size=0,
-            num_processes=0, activation_checkpointing="none", reduce_every_micro_step=False,
+            num_processes=0, activation_checkpointing="none",
         )  # fmt: skip
         whole = estimate(short, world_size, device).meter
         work.block["update"], work.rest["update"] = Counter(), whole.ops["update"]

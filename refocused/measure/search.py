@@ -49,12 +49,9 @@ def layouts(cfg: Config, world: int, node: int) -> Iterator[Config]:
             per_device_train_batch_size=B, num_processes=world, gradient_accumulation_steps=each // B
         )
         for level in CHOICES["activation_checkpointing"]:
-            plain: dict[str, Any] = dict(
-                shard_size=0, reduce_every_micro_step=False, cpu_offload=False, activation_checkpointing=level
-            )
+            plain: dict[str, Any] = dict(shard_size=0, cpu_offload=False, activation_checkpointing=level)
             yield dataclasses.replace(cfg, parallel="ddp", **batch, **plain)
             ways: list[dict[str, Any]] = [{"shard_size": size} for size in (0, *sizes)] if world > 1 else []
-            ways += [way | {"reduce_every_micro_step": True} for way in ways if each > B]
             for way in ways + [{"cpu_offload": True}] * offloads:
                 yield dataclasses.replace(cfg, parallel="fsdp", **batch, **(plain | way))
 
@@ -63,7 +60,7 @@ def like(cfg: Config) -> Config:
     """The layout whose passes tell this one's operations: they differ in what is sent, and where it lies."""
     accumulation = min(2, cfg.gradient_accumulation_steps)
     return dataclasses.replace(
-        cfg, shard_size=0, reduce_every_micro_step=False, cpu_offload=False, num_processes=0, global_batch_size=0,
+        cfg, shard_size=0, cpu_offload=False, num_processes=0, global_batch_size=0,
         gradient_accumulation_steps=accumulation, resume=None,
     )  # fmt: skip
 
@@ -126,6 +123,5 @@ def search(
 def own(cfg: Config) -> Config:
     """The same layout as `like` names them, so that no pass is made twice."""
     return dataclasses.replace(
-        like(cfg), shard_size=cfg.shard_size, reduce_every_micro_step=cfg.reduce_every_micro_step,
-        cpu_offload=cfg.cpu_offload,
+        like(cfg), shard_size=cfg.shard_size, cpu_offload=cfg.cpu_offload,
     )  # fmt: skip

@@ -22,6 +22,7 @@ SHAPE = (
     "optimizer adam_moments"
 ).split()  # keys that say what a checkpoint's tensors are
 WINDOW = 128  # steps that a spike is compared with; from half of it on
+SIGMA = 6.0  # deviations above them that make a spike
 
 
 class ReplicasDiffer(ValueError):
@@ -64,10 +65,10 @@ def check_same_batch(state: dict[str, Any], cfg: Config, global_batch: int) -> N
             state["run"]["world_size"]
         )[1]
     )
-    if before != global_batch and not cfg.allow_batch_change:
+    if before != global_batch and not cfg.allow_change:
         raise ConfigError(
             f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
-            f"global_batch_size={before}, or set allow_batch_change=true to go on with {global_batch}"
+            f"global_batch_size={before}, or set allow_change=true to go on with {global_batch}"
         )
 
 
@@ -125,7 +126,7 @@ class Spikes:
     """
 
     def __init__(self, cfg: Config, device: torch.device, window: list[list[float]] | None):
-        self.sigma, self.skips = cfg.spike_sigma, cfg.spike_action == "skip"
+        self.skips = cfg.spikes == "skip"
         # -1 marks a row that is not filled yet: neither a loss nor a norm can be negative
         self.window = torch.full((WINDOW, 2), -1.0, device=device)
         if window:
@@ -140,14 +141,14 @@ class Spikes:
         deviations = torch.where(n >= WINDOW // 2, (figures - mean) / std, 0.0)
         row = step % WINDOW
         self.window[row] = torch.where(figures.isfinite().all(), figures, self.window[row])
-        spike = (deviations > self.sigma).any().float()
+        spike = (deviations > SIGMA).any().float()
         if self.skips:  # GPUs of different kinds may round a norm differently, and the answer must not
             processes.largest(spike)
         return deviations, (spike == 0) if self.skips else torch.ones_like(spike, dtype=torch.bool)
 
     def status(self, deviations: list[float]) -> str | None:
         """On the host, later: what is said about a step with these deviations; None when it was no spike."""
-        if not any(d > self.sigma for d in deviations):
+        if not any(d > SIGMA for d in deviations):
             return None
         above = " and ".join(f"{name} {d:.1f}" for name, d in zip(("loss", "norm"), deviations, strict=True))
         return f"{above} deviations above the last {WINDOW} steps, {'not ' * self.skips}applied"
@@ -159,7 +160,7 @@ class Guard:
     def __init__(self, cfg: Config, device: torch.device, scaled: bool, window: list[list[float]] | None):
         """scaled: by fp16's gradient scaler, which adapts to an infinite norm; window: as a checkpoint has it."""
         self.max_bad_steps, self.scaled = cfg.max_bad_steps, scaled
-        self.spikes = Spikes(cfg, device, window) if cfg.spike_sigma else None
+        self.spikes = Spikes(cfg, device, window) if cfg.spikes != "off" else None
         self.bad_in_a_row = 0  # up to the last step that the host knows of
 
     def check(

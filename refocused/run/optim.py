@@ -31,7 +31,7 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     """Fused AdamW, weight decay on matrices only; with optimizer=muon the blocks' matrices are Muon's instead.
 
     Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) in the scaling of Liu et al. 2025, arXiv:2502.16982,
-    so that AdamW's learning rate and weight decay fit it; a rate of its own is cfg.muon_learning_rate.
+    so that AdamW's learning rate and weight decay fit it.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muons = [p for name, p in named if cfg.optimizer == "muon" and "layers." in name and p.dim() == 2]
@@ -48,7 +48,7 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     if muons:
         muon = Muon(
             muons,
-            lr=cfg.muon_learning_rate or cfg.learning_rate,
+            lr=cfg.learning_rate,
             weight_decay=cfg.weight_decay,
             momentum=MOMENTUM,
             ns_steps=STEPS,
@@ -75,12 +75,11 @@ def checkpoint_bytes(cfg: Config) -> int:
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) -> float:
-    """Give every optimizer the rate of update number `step` (from 0); returns AdamW's."""
+    """Give every optimizer the rate of update number `step` (from 0), and return it."""
     rate = learning_rate(step, cfg)
     for optimizer in optimizers:
-        own = isinstance(optimizer, Muon) and cfg.muon_learning_rate
         for group in optimizer.param_groups:
-            group["lr"] = rate * (own / cfg.learning_rate) if own else rate
+            group["lr"] = rate
     return rate
 
 

@@ -146,7 +146,7 @@ def raw(model: torch.nn.Module) -> GPTNeoX:
 
 def reduces(cfg: Config, last: bool) -> bool:
     """Whether a backward communicates gradients: only an optimizer step's last needs to, others do to save memory."""
-    return last or cfg.reduce_every_micro_step or cfg.cpu_offload
+    return last or cfg.cpu_offload
 
 
 def sync_gradients(model: torch.nn.Module, cfg: Config, last: bool) -> None:

@@ -316,7 +316,7 @@ def check_shards(shards: list[Shard], cfg: Config) -> str | None:
         return None
     ours = find(cfg.tokenizer)
     others = [shard for shard in shards if shard.tokenizer and shard.tokenizer[0] != ours.identity]
-    if others and not cfg.allow_data_change:
+    if others and not cfg.allow_change:
         identity, name = others[0].tokenizer or ("", "")
         theirs = name if identity == name else f"{name} ({identity})"
         mine = "" if ours.identity == cfg.tokenizer else f" ({ours.identity})"
@@ -325,7 +325,7 @@ def check_shards(shards: list[Shard], cfg: Config) -> str | None:
         raise DataError(
             f"{len(others)} of {len(shards)} shards of {cfg.data_dir}, such as {others[0].path}, were made with {theirs}, "
             f"this run has tokenizer={cfg.tokenizer}{mine}, to which their ids are other text; set {keys}, "
-            f"or make them anew with `{way}`; allow_data_change=true trains on them all the same"
+            f"or make them anew with `{way}`; allow_change=true trains on them all the same"
         )
     return ours.identity
 
