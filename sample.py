@@ -30,7 +30,7 @@ from refocused.bucket import sync
 from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, manifest
 from refocused.checkpoint.folder import Source
-from refocused.run import exits, processes, strategy
+from refocused.run import devices, exits, strategy
 from refocused.shards import tokenizers
 from refocused.shards.tokenizers import Stream, Tokenizer
 
@@ -324,7 +324,7 @@ def command(argv: list[str]) -> int:
     source = locate(cfg)
     tokenizer = tokenizer_of(source)
     rows = encode(prompts, tokenizer, source.cfg)
-    device = processes.any_device()
+    device = devices.any_device()
     if device.type == "cpu" and (cfg.cpu_threads or num_parameters(source.cfg)[0] < SMALL):
         torch.set_num_threads(cfg.cpu_threads or 1)
     dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"

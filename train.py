@@ -11,14 +11,14 @@ from refocused import entry  # before all others: it says what this machine lack
 
 # isort: split
 import configs
+from refocused.run.environment import launch, launch_or_alone
 
 if __name__ == "__main__" and {"--help", "-h"} & {*sys.argv}:  # before the imports below, which it does not need
-    sys.exit(entry.run(configs.print_help, sys.argv[1:]))
+    sys.exit(entry.run(configs.print_help, sys.argv[1:]) if not launch_or_alone().rank else 0)
 
 import dataclasses
 import faulthandler
 import hashlib
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -34,6 +34,7 @@ from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
 from refocused.measure import gpus, hardware, planner
 from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
+from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
 from refocused.run.logs import Logs, check_folder, complain, tell
@@ -134,7 +135,7 @@ def train(
     health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
     profile = profiler.Profiler(cfg, env)
-    readback = processes.Readback(env.device)
+    readback = Readback(env.device)
     made = origin.of_run(env)
     monitor = Monitor(
         cfg,
@@ -278,7 +279,7 @@ def train(
 
 def show(cfg: Config, origins: dict[str, str]) -> int:
     """Print the plan and the resolved config, as far as they are known without a process group."""
-    world = processes.world_size() if "WORLD_SIZE" in os.environ else cfg.num_processes or 1
+    world = launch().world_size if launch().address else cfg.num_processes or 1
     try:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
     except data.DataError as error:
@@ -294,17 +295,16 @@ def main(argv: list[str]) -> int:
     entry.open_streams()
     if "--show" in argv:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
-        if int(os.environ.get("RANK", 0)):
-            return DONE  # under torchrun one of them prints it
     cfg = stop = None
     try:
         cfg, origins = configs.load([a for a in argv if a != "--show"])
         if "--show" in argv:
-            return show(cfg, origins)
-        cfg.batch(processes.world_size())
+            return show(cfg, origins) if not launch().rank else DONE  # under torchrun one of them prints it
+        cfg.batch(launch().world_size)
         stop = StopSignal(cfg.stop_after_minutes)
         preemption.watch(stop.ask)
         env = processes.start(cfg)
+        processes.on_each_node(env, check_compiler, cfg, env.device)
         processes.on_each_node(env, data.unpack, cfg)
         dataset = data.open_dataset(cfg)
         faulthandler.enable()  # a shard cut short between check and read is a SIGBUS, which this names
@@ -319,7 +319,7 @@ def main(argv: list[str]) -> int:
         elif cfg and (lack := profiler.out_of_memory(error)):
             text = f"error: out of memory: {lack}"
             if failures.first("explain"):  # it takes seconds and a process
-                text += "\n" + planner.explain_out_of_memory(cfg, processes.world_size())
+                text += "\n" + planner.explain_out_of_memory(cfg, launch().world_size)
         failures.say(error, lambda: complain(cfg, text) if cfg else tell(text))
         return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
 

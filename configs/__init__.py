@@ -98,7 +98,6 @@ class Config:
     compile_model: bool = True  # torch.compile each block; off to debug or for a few steps
     cpu_threads: int = 0  # threads per process on a CPU; 0 for cores / processes
     check_hardware: bool = True  # on GPUs, seconds at the start that name a slow one; off for a machine that is known
-    collective_timeout_seconds: float = 600.0  # a step's exchange that takes longer is an error; more on slow networks
     watchdog_seconds: float = 480.0  # without a step for so long (and 20 median steps) is a hang, exit 70; 0 to debug
     max_failed_starts: int = 3  # starts in a row without a new step, then exit 78; 0 where machines vanish in minutes
     deterministic: bool = False  # bit-equal GPU kernels at some speed; on a CPU results always are
@@ -175,6 +174,7 @@ types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
 # keys that there were: (default, what to write instead); a checkpoint from then may still hold them
 REMOVED: dict[str, tuple[typing.Any, str]] = {
+    "collective_timeout_seconds": (600.0, "leave it out, it is twice watchdog_seconds and at least 600"),
     "muon_momentum": (0.95, "leave it out, Muon's momentum is 0.95"),
     "background_upload": (
         True,
@@ -211,7 +211,7 @@ BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
 # far beyond what anybody uses, and still built or refused within seconds
 AT_MOST = {
     "cpu_threads": 1024, "dataloader_num_workers": 1024, "num_hidden_layers": 10_000, "sample_tokens": 1_000_000,
-    "upload_deadline_seconds": 1e6, "collective_timeout_seconds": 1e6, "rotary_pct": 1,
+    "upload_deadline_seconds": 1e6, "rotary_pct": 1,
 }  # fmt: skip
 MOST_TOKENS, MOST_SEQUENCES, MOST_PARAMETERS = 1 << 24, 1 << 24, 10**12  # per micro-step, per step, of the model
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds")
@@ -304,10 +304,6 @@ def _check(cfg: Config) -> None:
     require(
         cfg.tokenizer is not None or not cfg.mask_documents,
         "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer",
-    )
-    require(
-        cfg.collective_timeout_seconds >= 1,
-        f"collective_timeout_seconds={cfg.collective_timeout_seconds:g} must be between 1 and 1e6",
     )
     for key, value, why in (
         ("cpu_offload", "true", "only sharded parameters can live in host memory"),
@@ -597,7 +593,7 @@ def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def print_help(argv: list[str]) -> int:
-    """train.py --help, once where torchrun starts several; returns the exit code."""
+    """train.py --help; returns the exit code."""
     lines = [
         f"usage: {here('python train.py [CONFIG.py] [key=value ...] [--show]')}",
         f"       {here('torchrun --standalone --nproc_per_node=N train.py [CONFIG.py] [key=value ...]')}",
@@ -605,8 +601,7 @@ def print_help(argv: list[str]) -> int:
         "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent",
         "  --show      print the resolved config and the plan of the run, and exit",
     ]
-    if os.environ.get("RANK", "0") in ("", "0"):
-        print(*lines, *key_table(), sep="\n")
+    print(*lines, *key_table(), sep="\n")
     return 0
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from refocused.run.processes import free_port
+from refocused.run.environment import free_port, variables
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "torch.utils.tensorboard"])
@@ -70,14 +70,7 @@ class Run:
         self.port = free_port()
         self.ranks = []
         for rank in range(nproc):
-            environment = dict(env or {})
-            if nproc > 1:
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
-                environment |= {
-                    "LOCAL_WORLD_SIZE": str(nproc),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(self.port),
-                }
+            environment = (variables(rank, nproc, self.port) if nproc > 1 else {}) | (env or {})
             self.ranks.append(CONTEXT.Process(target=_rank, args=(args, environment, str(self.log), str(folder))))
         for process in self.ranks:
             process.start()
@@ -118,6 +111,25 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return [float(x) for x in re.findall(r"^Step \d+: loss=([\d.]+|nan|inf)", self.text, re.M)]
+
+
+def _call(function: Callable, rank: int, environment: dict[str, str], args: tuple) -> None:
+    os.environ.update(environment)
+    function(rank, *args)
+
+
+def on_ranks(nproc: int, function: Callable, *args: object) -> None:
+    """function(rank, *args) in each of nproc ranks that may form a process group; all of them end well."""
+    port = free_port()
+    ranks = [CONTEXT.Process(target=_call, args=(function, r, variables(r, nproc, port), args)) for r in range(nproc)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(GUARD)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * nproc, codes
 
 
 def train(folder: Path, *args: str, nproc: int = 1, code: int = 0, env: dict[str, str] | None = None) -> Run:

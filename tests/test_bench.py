@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from launch import CONTEXT, GUARD, TINY, train
+from launch import GUARD, TINY, on_ranks, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -206,10 +207,8 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_collectives(rank: int, port: str, layout: str, results) -> None:
+def count_collectives(rank: int, layout: str, folder: Path) -> None:
     """One rank: the collectives of an optimizer step's backwards with accumulation 1, 4 and 4 that reduce each time."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     cfg, _ = configs.load([*TINY, f"parallel={layout}"])
     env = processes.start(cfg)
     model = strategy.build(cfg, env)
@@ -223,23 +222,18 @@ def count_collectives(rank: int, port: str, layout: str, results) -> None:
                 strategy.sync_gradients(model, how, last=micro_step == accumulation - 1)
                 model(x, x).backward()
         found.append(dict(seen.counts))
-    results.put(found)
+    (folder / str(rank)).write_text(json.dumps(found))
     processes.stop()
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_gradients_are_sent_once_per_optimizer_step(layout):
+def test_gradients_are_sent_once_per_optimizer_step(layout, tmp_path):
     """Collectives that carry gradients, with accumulation 1 and 4, on two real processes: the same number.
 
     With cpu_offload, whose gradients are in host memory, four times as many.
     """
-    results, port = CONTEXT.Queue(), str(20000 + os.getpid() % 10000 + (layout == "fsdp"))
-    ranks = [CONTEXT.Process(target=count_collectives, args=(rank, port, layout, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = results.get(timeout=GUARD)
-    for process in ranks:
-        process.join()
+    on_ranks(2, count_collectives, layout, tmp_path)
+    found = json.loads((tmp_path / "0").read_text())
     carriers = ("allreduce_", "_reduce_scatter_base_")
     sent = [sum(counts.get(name, 0) for name in carriers) for counts in found]
     assert sent[0] == sent[1] > 0 and sent[2] == sent[0] * (4 if layout == "fsdp" else 1)

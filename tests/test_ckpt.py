@@ -23,8 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from launch import Run
+from launch import Run, on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -218,7 +217,7 @@ def _one_node_fails(rank: int, fails: int, folder: Path, tree: dict[str, torch.T
 def test_every_layout_loads_into_every_other(tmp_path):
     """One process, DDP and FSDP2 at 2 and 4: each saves, each loads each; all parameters and moments bit for bit.
     One rank's full disk fails the save on both ranks and nothing else."""
-    mp.spawn(_layouts, (tmp_path,), nprocs=4)
+    on_ranks(4, _layouts, tmp_path)
     sizes = {}
     for layout, world in LAYOUTS:
         folder = tmp_path / f"{layout}{world}" / manifest.name(0, 1, 1)
@@ -398,7 +397,7 @@ def _crash_everywhere(rank: int, folder: Path) -> None:
 def test_killed_at_every_file_operation(tmp_path):
     """SIGKILL before each file operation of a save and of the clean-up after it, and inside writes: the old or the new
     checkpoint is complete, nothing else is left."""
-    mp.spawn(_crash_everywhere, (tmp_path,))
+    on_ranks(1, _crash_everywhere, tmp_path)
     survived = json.loads((tmp_path / "survived").read_text())
     assert survived["old"] > 10 and survived["new"] > 5
 

@@ -7,7 +7,9 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +28,19 @@ from configs import Config, ConfigError
 from model import GPTNeoX
 from refocused.checkpoint import manifest, saver
 from refocused.measure import acceptance, hardware
-from refocused.run import exits, failures, guard, optim, processes, profiler, signals, strategy, watchdog
+from refocused.run import (
+    devices,
+    environment,
+    exits,
+    failures,
+    guard,
+    optim,
+    processes,
+    profiler,
+    signals,
+    strategy,
+    watchdog,
+)
 from refocused.shards.shard import DataError
 
 
@@ -95,6 +109,8 @@ FAULTS = {
     "killed-at-skip": lambda: killed_at("Step 5: skipped"),
     "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda found, *_: (found[0] * torch.inf, found[1])),
     "torch": lambda: setattr(guard, "sources", lambda: "other sources"),
+    "brief": lambda: setattr(processes, "EXCHANGE_SECONDS", 15),
+    "elsewhere": lambda: setattr(socket, "gethostname", lambda: "other"),
     "absent": lambda: (
         setattr(processes, "FIRST_SECONDS", 3600),
         setattr(processes, "agree", lambda *_: time.sleep(3600)),
@@ -165,19 +181,19 @@ def test_a_first_collective_that_hangs_names_what_to_try(faulty):
 @pytest.mark.parametrize(
     "limit, words",
     [
-        ("watchdog_seconds=3", r"hangs: nothing for .* after step [\d,]+; rank 1 .* does not answer"),
-        ("collective_timeout_seconds=15", r"lost its peers at step [\d,]+: .*[Tt]imed out"),
+        (3, r"hangs: nothing for .* after step [\d,]+; rank 1 .* does not answer"),
+        (0, r"lost its peers at step [\d,]+: .*[Tt]imed out"),
     ],
 )
 def test_a_hang_is_found(faulty, limit, words):
     """Rank 1 is stopped in mid-run: rank 0 names it, after stacks, or the exchange that failed; both leave with 70."""
-    run = faulty("max_steps=1000000", "logging_steps=50", limit)
+    run = faulty("max_steps=1000000", "logging_steps=50", f"watchdog_seconds={limit}", FAULT0="brief")
     run.wait_for("Step 50: ")
     run.signal(signal.SIGSTOP, rank=1)
     run.ranks[0].join(GUARD)
     run.signal(signal.SIGCONT, rank=1)
     assert run.wait() == [70, 70] and re.search(f"error: rank 0 on .* {words}", run.text), run.text
-    assert ("most recent call first" in run.text) == ("watchdog" in limit)
+    assert ("most recent call first" in run.text) == (limit > 0)
 
 
 @pytest.mark.parametrize(
@@ -289,18 +305,18 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(monkeypatch, tmp_p
     (tmp_path / "nvidia3").touch()
     (tmp_path / "nvidiactl").touch()
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\n")
-    monkeypatch.setattr(processes, "DEVICES", f"{tmp_path}/nvidia[0-9]*")
-    monkeypatch.setattr(processes, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(devices, "DEVICES", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for take in (lambda: processes.pick_device(0, 1), processes.any_device, lambda: acceptance.main(["--part", "1"])):
+    for take in (lambda: devices.pick_device(0, 1), devices.any_device, lambda: acceptance.main(["--part", "1"])):
         with pytest.raises(
             ConfigError, match=r"nvidia3 .*built for CUDA 13.0, finds no usable GPU \(driver 535.104.05"
         ):
             take()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert processes.pick_device(0, 1).type == "cpu"
+    assert devices.pick_device(0, 1).type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -339,18 +355,105 @@ def test_offload_where_nothing_can_be_pinned(capfd):
 
 
 def test_limits_leave_time_to_say_who_is_missing():
-    """By default the watchdog has looked for the silent rank, at the latest, before an exchange's time is up."""
-    cfg = Config()
-    period, looking = watchdog.times(cfg.watchdog_seconds)
-    assert cfg.watchdog_seconds + period + looking < cfg.collective_timeout_seconds
+    """The watchdog has looked for the silent rank, at the latest, before an exchange's time is up."""
+    for cfg in (Config(), Config(watchdog_seconds=0.5), Config(watchdog_seconds=1e5)):
+        period, looking = watchdog.times(cfg.watchdog_seconds)
+        assert cfg.watchdog_seconds + period + looking < processes.exchange_seconds(cfg)
 
 
-def test_restarts_on_several_nodes_are_refused(monkeypatch):
-    """--max-restarts with two nodes: a sentence before anything is waited for."""
-    for key, value in {"RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
-        monkeypatch.setenv(key, value)
+WHOLE = environment.variables(1, 4, 29500)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("RANK=x", "RANK=x must be a whole number from 0 to 3"),
+        ("RANK=", "RANK= is set and RANK is empty"),
+        ("RANK=4", "RANK=4 must be a whole number from 0 to 3"),
+        ("RANK=-1", "RANK=-1 must be"),
+        ("WORLD_SIZE", "RANK=1 is set and WORLD_SIZE is not"),
+        ("WORLD_SIZE=", "WORLD_SIZE is empty"),
+        ("WORLD_SIZE=0", "WORLD_SIZE=0 must be a whole number from 1 to"),
+        ("WORLD_SIZE=2.5", "WORLD_SIZE=2.5 must be"),
+        ("WORLD_SIZE=" + "9" * 5000, "must be a whole number"),
+        ("LOCAL_RANK", "LOCAL_RANK is not"),
+        ("LOCAL_RANK=4", "LOCAL_RANK=4 must be a whole number from 0 to 3"),
+        ("LOCAL_RANK=3", "RANK=1 cannot have LOCAL_RANK=3: .*CUDA_VISIBLE_DEVICES"),
+        ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE=0 must be a whole number from 1 to 4"),
+        ("MASTER_ADDR", "MASTER_ADDR is not; torchrun sets"),
+        ("MASTER_PORT", "MASTER_PORT is not"),
+        ("MASTER_PORT=99999", "MASTER_PORT=99999 must be a whole number from 1 to 65535"),
+        ("MASTER_PORT=0", "MASTER_PORT=0 must be"),
+    ],
+)
+def test_launch_variables_are_whole(change, words):
+    """With RANK each variable that is missing or makes no sense is named with its value, its rule and the way out."""
+    key, is_set, value = change.partition("=")
+    env = {k: v for k, v in WHOLE.items() if k != key} | ({key: value} if is_set else {})
+    with pytest.raises(ConfigError, match=words):
+        environment.read(env)
+
+
+def test_launch_variables_that_are_enough():
+    """Whole, of a process for each node, and left over from another launch, which is a process alone."""
+    assert environment.read(WHOLE).address == ("127.0.0.1", 29500) and environment.read(WHOLE).local_rank == 1
+    bare = environment.read({k: v for k, v in WHOLE.items() if "LOCAL" not in k})
+    assert (bare.rank, bare.world_size, bare.local_rank, bare.local_world_size) == (1, 4, 0, 1)
+    left = environment.read({"WORLD_SIZE": "", "LOCAL_RANK": "1", "MASTER_PORT": "x", "TORCHELASTIC_RUN_ID": "a"})
+    assert left == environment.Launch(left_over="WORLD_SIZE=, LOCAL_RANK=1")
+    several = environment.read({**WHOLE, "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"})
     with pytest.raises(ConfigError, match="--max-restarts=3 on 2 nodes"):
-        processes.join("gloo", 0, 2, None)
+        processes.join(several, "gloo", None)
+
+
+def test_left_over_variables_start_one_process(faulty, tmp_path):
+    """LOCAL_RANK and WORLD_SIZE of another launch, no RANK: said, and each save is there. With RANK alone: exit 2."""
+    run = faulty("save_steps=3", "save_total_limit=0", nproc=1, LOCAL_RANK="1", WORLD_SIZE="2")
+    assert run.wait() == [0] and "WORLD_SIZE=2, LOCAL_RANK=1 without RANK" in run.text, run.text
+    assert len(manifest.names(tmp_path / "out")) == 4
+    run = faulty(nproc=1, RANK="0")
+    assert run.wait() == [2] and run.text.startswith("error: RANK=0 is set and WORLD_SIZE is not"), run.text
+    command = [sys.executable, "ckpt.py", "eval", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "RANK": "x"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: RANK=x is set"), done.stderr
+
+
+def test_a_node_without_a_first_process_ends_all(faulty):
+    """Rank 1 is on a node of its own, where it is the second: what each node has to do would be done by nobody there."""
+    run = faulty(FAULT1="elsewhere")
+    assert run.wait() == [2, 2] and "no process of other has LOCAL_RANK=0" in run.text, run.text
+
+
+FAILS = "#!/bin/sh\necho 'x.cpp:1: fatal error: Python.h: No such file' >&2\nexit 1\n"
+LATER = (
+    f'#!/bin/sh\ncase "$*" in *probe*|*--version*) exec {shutil.which("g++")} "$@";; esac\n' + FAILS.split("\n", 1)[1]
+)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="one of the compilers is g++ at first")
+@pytest.mark.parametrize(
+    "compiler, cache, words",
+    [
+        ("", "", r"needs a C\+\+ compiler, and none is found; .*apt-get install g\+\+.*compile_model=false"),
+        (FAILS, "", r"needs a compiler that works, and .*/g\+\+ fails: .*Python.h.*compile_model=false"),
+        (LATER, "", r"torch could not compile the model: .*Python.h.*compile_model=false"),
+        ("real", "file/below", r"cannot be written or loaded there: .*TORCHINDUCTOR_CACHE_DIR"),
+    ],
+)
+def test_what_compiling_lacks_is_said(faulty, tmp_path, compiler, cache, words):
+    """No compiler, one that fails at once or later, no place for what it makes: one sentence, 2 from both ranks."""
+    (tmp_path / "file").touch()
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "sh", "as", "ld"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    if compiler == "real":
+        (tmp_path / "bin/g++").symlink_to(shutil.which("g++"))
+    elif compiler:
+        (tmp_path / "bin/g++").write_text(compiler)
+        (tmp_path / "bin/g++").chmod(0o755)
+    env = {"PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / (cache or "cache"))}
+    run = faulty("compile_model=true", **env)
+    assert run.wait() == [2, 2] and re.search(words, run.text) and "Traceback" not in run.text, run.text
 
 
 def test_time_that_is_up_stops_a_run(faulty, tmp_path):

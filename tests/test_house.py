@@ -6,6 +6,7 @@ The arrows inside the package are import-linter's (pyproject.toml); it takes the
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,20 @@ def test_every_command_is_there():
         for _, place in program.COMMANDS.values():
             module, _, function = place.partition(":")
             assert callable(getattr(importlib.import_module(module), function)), place
+
+
+LAUNCH = r"RANK|WORLD_SIZE|LOCAL_\w+|MASTER_\w+|GROUP_\w+|TORCHELASTIC_\w+"
+
+
+def test_one_place_reads_the_launch_environment():
+    """refocused/run/environment.py; others may only hand the variables on to a process that they start."""
+    wrong = []
+    for path in files():
+        found = re.findall(
+            rf"""environ(?:\.get\(|\[|\.setdefault\()"(?:{LAUNCH})"|"(?:{LAUNCH})" in os""", path.read_text()
+        )
+        wrong += [f"{path.relative_to(ROOT)}: {found}"] * (path.name != "environment.py" and bool(found))
+    assert wrong == []
 
 
 def test_nothing_runs_what_it_reads():

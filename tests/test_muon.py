@@ -1,12 +1,11 @@
 """Muon shared out: the same bits as torch's on whole matrices, few collectives, and nothing applied that must not be."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from launch import CONTEXT, GUARD, train
+from launch import on_ranks, train
 from test_resume import newest, steps, take, tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -16,7 +15,6 @@ import configs
 import model as neox
 from refocused.run import optim
 from refocused.run.muon import Muon, owners
-from refocused.run.processes import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
 KEYS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
@@ -43,9 +41,8 @@ def trained(shapes, place, kind, steps: int = 3, apply=None) -> tuple[list[torch
     return *whole, count.get_total_counts()
 
 
-def _rank(rank: int, world: int, port: int, out: str) -> None:
+def _rank(rank: int, world: int, out: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (world,))
     places = {"ddp": lambda t: t.clone(), "fsdp": lambda t: distribute_tensor(t, mesh, [Shard(0)])}
@@ -60,13 +57,7 @@ def test_shared_out(world, tmp_path):
 
     As many collectives for three times the matrices: one gather, or two exchanges.
     """
-    port = free_port()
-    ranks = [CONTEXT.Process(target=_rank, args=(r, world, port, str(tmp_path))) for r in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(GUARD)
-    assert [process.exitcode for process in ranks] == [0] * world
+    on_ranks(world, _rank, world, str(tmp_path))
     expected = [trained(shapes, torch.clone, torch.optim.Muon) for shapes in (SHAPES, SHAPES * 3)]
     for file in sorted(Path(tmp_path).iterdir()):
         for name, runs in torch.load(file).items():

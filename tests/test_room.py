@@ -9,7 +9,7 @@ from launch import TINY, train
 
 import configs
 import model as neox
-from refocused.run import optim, processes, room
+from refocused.run import devices, optim, processes, room
 
 DEVICE = {kind: processes.torch.device(kind) for kind in ("cpu", "cuda")}
 
@@ -23,7 +23,7 @@ def config(*keys: str) -> configs.Config:
 
 
 def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
-    """By hand, in bytes per parameter: 16 for a whole model, 12 for the copy of all that a save writes; a container's limit."""
+    """By hand, in bytes per parameter: 16 for a whole model, 12 for the copy of all that a save writes; a container's."""
     N = neox.num_parameters(config())[0]
 
     def per_parameter(e: processes.Env, *keys: str) -> tuple[float, ...]:
@@ -40,6 +40,13 @@ def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
     assert room.memory() > 1 << 28
     monkeypatch.setattr(room, "LIMITS", (tmp_path / "none", tmp_path / "limit"))
     assert room.memory() == 1e6
+    quotas = (("max 100000", "", 64), ("50000 100000", "", 1), ("-1", "100000", 64), ("850000", "100000", 8))
+    for words, period, cores in quotas:
+        (tmp_path / "quota").write_text(words)
+        (tmp_path / "period").write_text(period)
+        monkeypatch.setattr(devices, "QUOTAS", ((tmp_path / "absent", None), (tmp_path / "quota", tmp_path / "period")))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+        assert devices.cores(1) == cores and devices.cores(4) == max(1, cores // 4)
     with pytest.raises(
         configs.ConfigError, match=r"needs at least 36.9 GiB .* has 0.0: 21.1 GiB .*and 15.8 GiB .*async_save"
     ):

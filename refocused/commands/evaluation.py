@@ -20,7 +20,7 @@ from configs import Config, ConfigError
 from refocused.checkpoint import folder
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.entry import parse_with_settings
-from refocused.run import exits, failures, processes
+from refocused.run import devices, exits, failures, processes
 from refocused.run.evaluate import Score, byte_table, score
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import separator
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     try:
         source = processes.on_rank_0(ckpt.find, options.checkpoint)
         cfg = dataclasses.replace(source.cfg, **values)
-        processes.check_precision(cfg, env.device)
+        devices.check_precision(cfg, env.device)
         dataset, scores = evaluate(source, cfg, env)
     except Exception as error:
         code, text = failures.explain(error)

@@ -47,7 +47,8 @@ from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
 from refocused.entry import ROOT
 from refocused.measure import cost, gpus, planner, predictions
-from refocused.run import optim, processes, strategy
+from refocused.run import devices, optim, processes, strategy
+from refocused.run.environment import free_port
 from refocused.run.origin import hardware
 from refocused.run.signals import StopSignal
 
@@ -233,7 +234,7 @@ def launch(
     args = [config or str(empty), *keys, *settings]
     cfg, _ = configs.load(args)
     args.append(f"data_dir={tokens(m, cfg.vocab_size)}")
-    ranks, port = [], processes.free_port()
+    ranks, port = [], free_port()
     for rank in range(nproc):
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(m.folder / "inductor"), **(env or {})}
         if not m.cuda:
@@ -1057,7 +1058,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--report", help="a file for the markdown report, beside the one that is printed")
     options = parser.parse_args(argv)
     CONTEXT.set_forkserver_preload(PRELOAD)
-    here = options.device == "cpu" or processes.any_device().type == "cuda"
+    here = options.device == "cpu" or devices.any_device().type == "cuda"
     if not here:
         print("no GPU that torch can use: nothing is checked (--device cpu --tiny tries the checks themselves)")
     rows = []

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from configs import Config
 from refocused.measure import gpus
 from refocused.measure.cost import Hardware
-from refocused.run import exits, processes
+from refocused.run import environment, exits, processes
 
 WALL = time.perf_counter
 
@@ -95,8 +95,7 @@ def rates(cfg: Config, shapes: list[tuple], env: processes.Env, clock: Callable[
 
 
 def rank_of(rank: int, world: int, port: int, cfg: Config, shapes: list[tuple], clock, results) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment.variables(rank, world, port)
     warnings.simplefilter("ignore", FutureWarning)  # names of collectives that older torch does not have
     try:
         env = processes.start(cfg)
@@ -111,7 +110,7 @@ def calibrate(cfg: Config, world: int, shapes: Iterable[tuple], clock: Callable[
     """The hardware of `world` processes on this machine, with each product of those shapes timed; slowest rank counts."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    port = processes.free_port()
+    port = environment.free_port()
     shapes = sorted(set(shapes), key=repr)
     ranks = [context.Process(target=rank_of, args=(r, world, port, cfg, shapes, clock, results)) for r in range(world)]
     for process in ranks:

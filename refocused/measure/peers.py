@@ -23,7 +23,7 @@ import model as neox
 import train
 from configs import Config
 from data import Dataset
-from refocused.run import processes, strategy
+from refocused.run import devices, processes, strategy
 from refocused.run.signals import StopSignal
 
 
@@ -109,7 +109,7 @@ def seed(cfg: Config, gate: Gate) -> None:
     accelerator = Accelerator(
         mixed_precision=cfg.mixed_precision,
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        cpu=processes.any_device().type == "cpu",
+        cpu=devices.any_device().type == "cpu",
     )
     model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
     model = torch.compile(model) if cfg.compile_model else model
@@ -172,13 +172,13 @@ class GPT2(nn.Module):
 def nanogpt(cfg: Config, gate: Gate) -> None:
     """A nanoGPT-style loop: random windows, autocast, whole-model compile, fused AdamW."""
     gate.wait()
-    where = processes.any_device()
+    where = devices.any_device()
     model = GPT2(cfg).to(where)
     compiled = torch.compile(model) if cfg.compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
     tokens, T = torch.from_numpy(Windows(cfg).tokens), cfg.sequence_length
     accumulation = cfg.gradient_accumulation_steps
-    dtype = processes.DTYPES[cfg.mixed_precision]
+    dtype = devices.DTYPES[cfg.mixed_precision]
     while True:
         for _ in range(accumulation):
             starts = torch.randint(len(tokens) - T - 1, (cfg.per_device_train_batch_size,))
@@ -196,7 +196,7 @@ def floor(cfg: Config, gate: Gate) -> None:
     """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
     attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
     gate.wait()
-    where, dtype = processes.any_device(), processes.DTYPES[cfg.mixed_precision]
+    where, dtype = devices.any_device(), devices.DTYPES[cfg.mixed_precision]
     C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
     B, H, L = cfg.per_device_train_batch_size, cfg.num_attention_heads, cfg.num_hidden_layers
 

@@ -20,8 +20,8 @@ import model as neox
 from configs import Config, ConfigError
 from refocused.entry import parse_with_settings, positive
 from refocused.measure import gpus
+from refocused.run import environment
 from refocused.run.origin import hardware
-from refocused.run.processes import free_port
 from refocused.shards import tokenizers
 
 SIZES = {
@@ -102,7 +102,7 @@ def start(name: str, folder: Path, settings: list[str], cache: Path | None = Non
     settings += [f"parallel={strategy}"] if strategy else []
     if kind in VARIANTS:
         kind, settings = "ours", [*settings, *VARIANTS[kind]]
-    port = free_port()
+    port = environment.free_port()
     processes = []
     log = home / "log"
     for rank in range(world_size):
@@ -113,8 +113,7 @@ def start(name: str, folder: Path, settings: list[str], cache: Path | None = Non
             "PYTHONPATH": str(configs.DEMO.parent.parent),
         }
         if world_size > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            env |= environment.variables(rank, world_size, port)
         command = [sys.executable, "-m", "refocused.measure.peers", kind, str(folder / "config.py"), *settings]
         with log.open("a") as errors:
             processes.append(

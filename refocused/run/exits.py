@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from refocused.run.environment import launch_or_alone
+
 DONE = 0
 MISTAKE = 2  # in the config or the command
 NOT_FINITE = 65
@@ -52,7 +54,7 @@ def leave(code: int, words: str = "", at_once: bool = False, at: float | None = 
     for function in at_leave:
         with contextlib.suppress(Exception):  # what they note matters less than leaving
             function(code, words)
-    if code and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+    if code and (file := launch_or_alone().error_file):
         at = at or time.time()
         extra = {
             "py_callstack": words or f"exit code {code}",

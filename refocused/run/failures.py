@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 import signal
 import socket
 import time
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from refocused.entry import absent
 from refocused.run import processes
+from refocused.run.environment import launch_or_alone
 from refocused.run.exits import INTERNAL, MISTAKE
 
 GRACE = 5.0  # seconds that another rank is given to speak first
@@ -36,8 +36,12 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 128 + signal.SIGINT, "interrupted"
     if text := absent(error):
         return MISTAKE, f"error: {text}"
+    if any(kind.__name__ == "InductorError" for kind in type(error).__mro__):
+        said = [line.strip() for line in str(error).splitlines()]
+        why = next((line for line in said if "error:" in line), said[0])
+        return MISTAKE, f"error: torch could not compile the model: {why}; compile_model=false trains without, slower"
     if lost_peers(error):
-        rank, step = os.environ.get("RANK", "0"), processes.progress.step
+        rank, step = launch_or_alone().rank, processes.progress.step
         when = f"at step {step:,}" if step is not None else "before the first step"
         cause = str(error).strip().splitlines()[0]
         return INTERNAL, f"error: rank {rank} on {socket.gethostname()} lost its peers {when}: {cause}"
@@ -59,8 +63,8 @@ def say(error: BaseException, speak: Callable[[], None]) -> None:
     Rank 0 can be the store's host, so it stays until the others know. A rank that merely lost its peers then waits, so
     that torchrun hears first of the one that knows why.
     """
-    rank, store = int(os.environ.get("RANK", 0)), processes.store
-    shared = getattr(error, "same_on_all_ranks", False) and processes.world_size() > 1
+    rank, store = launch_or_alone().rank, processes.store
+    shared = getattr(error, "same_on_all_ranks", False) and launch_or_alone().world_size > 1
     if shared and rank and store is None:
         time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
     heard = shared and rank and store is not None and hear(store)
@@ -81,6 +85,6 @@ def hear(store: dist.Store) -> bool:
         store.wait(["said"], datetime.timedelta(seconds=GRACE))
         heard = True
     with contextlib.suppress(RuntimeError):
-        if store.add("hearing", 1) == processes.world_size() - 1:
+        if store.add("hearing", 1) == launch_or_alone().world_size - 1:
             store.set("heard", "1")
     return heard

@@ -15,7 +15,7 @@ import configs
 import model as neox
 from configs import Config
 from refocused.checkpoint.choice import Choice
-from refocused.run import goodput, processes, strategy
+from refocused.run import devices, goodput, processes, strategy
 from refocused.run.board import Board
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute
@@ -271,7 +271,7 @@ class Monitor:
         seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
         tokens = rate * self.tokens_per_step
         mfu, share = self.mfu(tokens), self.expected and self.expected * rate
-        memory, reserved, retries = processes.peak_memory(self.env), None, strategy.alloc_retries()
+        memory, reserved, retries = devices.peak_memory(self.env.device), None, strategy.alloc_retries()
         if self.env.device.type == "cuda":
             reserved = torch.accelerator.max_memory_reserved()
         self.spent["data_seconds"] += waited - self.waited

@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from refocused.run.environment import launch
+
 PRODUCT = Path("/sys/class/dmi/id/product_name")
 
 
@@ -25,7 +27,7 @@ def metadata_server() -> str | None:
 
 def watch(ask: Callable[[str], None]) -> None:
     """On a machine of Google's, a thread of the node's first process calls ask(why) once the machine is to go."""
-    if (host := metadata_server()) and os.environ.get("LOCAL_RANK", "0") == "0":
+    if (host := metadata_server()) and not launch().local_rank:
         threading.Thread(target=wait, args=(host, ask), daemon=True, name="preemption").start()
 
 

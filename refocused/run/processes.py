@@ -1,40 +1,32 @@
-"""Devices and processes: which device this is, how processes meet, agree and part.
-
-Everything is written once for CPU, CUDA and MPS; a single process is a process group of one.
-"""
+"""Processes: how they meet, agree and part; a single one is a process group of one."""
 
 import atexit
 import contextlib
-import ctypes
 import datetime
 import gc
-import glob
 import os
-import random
-import resource
 import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 import torch.distributed as dist
 
 from configs import Config, ConfigError
+from refocused.run import devices
+from refocused.run.environment import Launch, launch
 from refocused.run.exits import INTERNAL, leave
+from refocused.run.logs import tell
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 BUSY = 1.25  # load per core from which waiting threads take the time of those that work
 FIRST_SECONDS = 60.0  # in which the first collective must be over
 STORE_SECONDS = 10.0  # in which torchrun's store must be found
+EXCHANGE_SECONDS = 600.0  # in which a step's exchange between ranks must be over, at least
 NCCL_LATER = 120.0  # seconds after gloo's time is up and said, when NCCL ends the process with SIGABRT, without a word
-DEVICES, DRIVER = "/dev/nvidia[0-9]*", Path("/proc/driver/nvidia/version")  # a container has the host's numbers
 
 
 class PeersError(ValueError):
@@ -81,106 +73,26 @@ class Env:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
 
 
-def world_size() -> int:
-    """Processes of this launch, known before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def any_device() -> torch.device:
-    """An accelerator if there is one, or the CPU. Raises ConfigError for a GPU that torch cannot use."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        refuse_idle_gpu()
-    return accelerator or torch.device("cpu")
-
-
-def pick_device(local_rank: int, local_world_size: int) -> torch.device:
-    """This process's accelerator, or the CPU. Raises ConfigError for more processes than accelerators."""
-    accelerator = any_device()
-    if accelerator.type == "cpu":
-        return accelerator
-    count = torch.accelerator.device_count()
-    if local_world_size > count:
-        hide = ", or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU" if accelerator.type == "cuda" else ""
-        raise ConfigError(
-            f"{local_world_size} processes on a machine with {count} {accelerator.type} device(s); "
-            f"use --nproc_per_node={count}{hide}"
-        )
-    return torch.device(accelerator.type, local_rank)
-
-
-def refuse_idle_gpu() -> None:
-    """Raise ConfigError where there is a GPU that torch was built for and cannot use, rather than train without it."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
-    found = sorted(glob.glob(DEVICES))
-    if not torch.version.cuda or not found or hidden:
-        return
-    driver = "unknown"
-    with contextlib.suppress(OSError):  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat ..."
-        driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), driver)
-    raise ConfigError(
-        f"{found[0]} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
-        f"(driver {driver}; CUDA 13 needs 580, CUDA 12 needs 525): update the driver, or install torch for the CUDA "
-        "that nvidia-smi shows; CUDA_VISIBLE_DEVICES= trains on the CPU"
-    )
-
-
-def check_precision(cfg: Config, device: torch.device) -> None:
-    """fp16 needs kernels that not every CPU has; found here instead of in the first step."""
-    if device.type == "cpu" and cfg.mixed_precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ConfigError("mixed_precision=fp16: this CPU has no fp16 matrix products; use bf16 or no")
-    if device.type == "mps" and world_size() > 1:
-        raise ConfigError("MPS runs one process: start train.py without torchrun")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks: by default each tensor of a step is mapped, zeroed page by page, and unmapped."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another libc
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
-
-
-def cores(local_world_size: int) -> int:
-    """Of the CPU, for each of so many processes on this machine."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // local_world_size)
+def exchange_seconds(cfg: Config) -> float:
+    """In which an exchange between ranks must be over: by then the watchdog has looked for who is missing."""
+    return max(EXCHANGE_SECONDS, 2 * cfg.watchdog_seconds)
 
 
 def start(cfg: Config) -> Env:
-    """Pick the device, set threads and numerics, join the process group. Raises ConfigError."""
-    rank, world = int(os.environ.get("RANK", 0)), world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Pick the device, set threads and numerics, join the process group. Raises ConfigError, PeersError."""
+    here = launch()
+    if here.left_over:
+        tell(
+            f"note      {here.left_over} without RANK: ignored, this is one process; CUDA_VISIBLE_DEVICES chooses a GPU"
+        )
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when the allocator starts; blocks can grow, so less is lost
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    device = pick_device(local_rank, local_world)
-    check_precision(cfg, device)
-    # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
-    threads = torch.get_num_threads()
-    if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
-        threads = cfg.cpu_threads or cores(local_world)
-        torch.set_num_threads(threads)
-    if device.type == "cpu":
-        # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not
-        # compile with bf16 parameters (torch 2.13); without horizontal fusion there is nothing to merge
-        inductor.cpp.max_horizontal_fusion_size = 1
-        keep_freed_memory()
-    else:
-        torch.accelerator.set_device_index(local_rank)
-    torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU; no effect on a CPU
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "Ring")  # trees of other shapes sum in other orders
-        torch.use_deterministic_algorithms(True)
-        deterministic: Any = torch.utils.deterministic  # a module whose attribute the stubs do not know
-        deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads what it did not write
-        torch.backends.cudnn.benchmark = False
-
+    device = devices.pick_device(here.local_rank, here.local_world_size)
+    devices.check_precision(cfg, device)
+    threads = devices.tune(cfg, device, here.local_rank, here.local_world_size)
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
-    timeout = datetime.timedelta(seconds=cfg.collective_timeout_seconds)
-    join(backend, rank, world, timeout + datetime.timedelta(seconds=NCCL_LATER * (device.type == "cuda")))
+    timeout = datetime.timedelta(seconds=exchange_seconds(cfg))
+    join(here, backend, timeout + datetime.timedelta(seconds=NCCL_LATER * (device.type == "cuda")))
     global meetings, patient
     meetings = dist.new_group(backend="gloo", timeout=timeout)
     # shards are unpacked, a checkpoint is hashed and pulled, and the last upload waited for
@@ -189,49 +101,43 @@ def start(cfg: Config) -> Env:
     world_group = dist.group.WORLD
     assert world_group is not None
     atexit.register(outlive, world_group)
-    return Env(rank, world, local_rank, local_world, device, threads, first_collective(device))
+    bandwidth = first_collective(device)
+    return Env(here.rank, here.world_size, here.local_rank, here.local_world_size, device, threads, bandwidth)
 
 
-def join(backend: str, rank: int, world: int, timeout: datetime.timedelta) -> None:
+def join(here: Launch, backend: str, timeout: datetime.timedelta) -> None:
     """Make the process group. Raises ConfigError, PeersError."""
     global store
-    if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not here.address:
+        try:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise ConfigError(f"one process needs the loopback interface (`ip link set lo up`): {first}") from error
         return
-    restarts, nodes = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("GROUP_WORLD_SIZE", "1")
-    if restarts != "0" and nodes != "1":
+    if here.max_restarts and here.nodes > 1:
         raise ConfigError(
-            f"--max-restarts={restarts} on {nodes} nodes: they count restarts apart and would not find each other again; "
-            "leave it out, and start the command again on all nodes with resume=latest"
+            f"--max-restarts={here.max_restarts} on {here.nodes} nodes: they count restarts apart and would not find each "
+            "other again; leave it out, and start the command again on all nodes with resume=latest"
         )
-    find_store()
+    if here.torchruns_store:
+        find_store(here.address)
     try:
         shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun's store outlives its ranks: after a restart the addresses of those before would be found in it
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+        store = dist.PrefixStore(f"attempt {here.restarts}", shared)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except RuntimeError as error:
-        raise PeersError(f"rank {rank} does not reach the others: {str(error).splitlines()[0]}; {advice()}") from error
+        first = str(error).splitlines()[0]
+        raise PeersError(f"rank {here.rank} does not reach the others: {first}; {advice()}") from error
 
 
-def free_port() -> int:
-    """For a store on this machine, below those that the system gives to connections: one of these, free now, may be
-    taken by any connection of another process before the store listens."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("", port))
-            return port
-
-
-def find_store() -> None:
+def find_store(place: tuple[str, int]) -> None:
     """Raise PeersError where torchrun's store, which was there before its ranks were, has gone with its torchrun.
 
     A rank that was still importing would not see its parent die, and torch would look for the store for ten minutes.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    end, place = time.monotonic() + STORE_SECONDS, (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    end = time.monotonic() + STORE_SECONDS
     while True:
         try:
             socket.create_connection(place, STORE_SECONDS).close()
@@ -316,33 +222,6 @@ def reduced(value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
     return value
 
 
-class Readback:
-    """Carries figures from the device to the host a step late, so that the host never waits for the step in flight."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.pending: deque[tuple[Any, torch.Tensor, torch.Event | None]] = deque()
-
-    def put(self, tag: Any, figures: torch.Tensor) -> None:
-        """Start copying a small 1-D tensor; `tag` comes back with it."""
-        if self.device.type == "cpu":
-            self.pending.append((tag, figures, None))
-            return
-        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=self.device.type == "cuda")
-        host.copy_(figures, non_blocking=True)
-        event = torch.Event(self.device.type)
-        event.record()
-        self.pending.append((tag, host, event))
-
-    def take(self, wait: bool) -> Iterator[tuple[Any, list[float]]]:
-        """(tag, figures) of every step but the newest, or of that too with `wait`, oldest first."""
-        while len(self.pending) > (0 if wait else 1):
-            tag, host, event = self.pending.popleft()
-            if event is not None:
-                event.synchronize()
-            yield tag, host.tolist()
-
-
 @contextlib.contextmanager
 def patiently() -> Iterator[None]:
     """What may rightly take long: nobody calls it a hang."""
@@ -357,21 +236,26 @@ def patiently() -> Iterator[None]:
 def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = False) -> list[Any]:
     """Run function(*args), however long, on the first process of every node; a failure is raised on all. Collective.
 
-    Returns each rank's result, None for those that did not run it.
+    Returns each rank's result, None for those that did not run it. Raises ConfigError for a node without a first process.
     """
     result, error = None, None
+    node, first = socket.gethostname(), env.local_rank == 0
     with patiently():
-        if env.local_rank == 0 and not (env.main and but_rank_0):
+        if first and not (env.main and but_rank_0):
             try:
                 result = function(*args)
             except Exception as caught:
                 error = caught
         outcomes: list[Any] = [None] * env.world_size
-        dist.all_gather_object(outcomes, (result, error), group=patient)
-    for _, error in outcomes:
+        dist.all_gather_object(outcomes, (result, error, node, first), group=patient)
+    if without := {node for *_, node, _ in outcomes} - {node for *_, node, first in outcomes if first}:
+        raise ConfigError(
+            f"no process of {', '.join(sorted(without))} has LOCAL_RANK=0, the first of a node; torchrun sets it"
+        )
+    for _, error, *_ in outcomes:
         if error is not None:
             raise error
-    return [result for result, _ in outcomes]
+    return [result for result, *_ in outcomes]
 
 
 def on_rank_0(function: Callable, *args: Any) -> Any:
@@ -397,16 +281,6 @@ def agree(*flags: float) -> list[float]:
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=meetings)
     progress.ticks, progress.at = progress.ticks + 1, time.monotonic()
     return values.tolist()
-
-
-def peak_memory(env: Env) -> int:
-    """Bytes: peak allocated on the accelerator, or peak resident size of the process on a CPU."""
-    if env.device.type != "cpu":
-        return torch.accelerator.max_memory_allocated()
-    with contextlib.suppress(OSError):  # getrusage's figure would include what the parent had when it forked us
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def busy(env: Env) -> str:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 
+from refocused.run.environment import launch
 from refocused.run.exits import STOPPED, leave
 
 EARLY = "stopped by a signal before the first step: what was saved before stands"
@@ -28,13 +29,13 @@ class StopSignal:
     def __init__(self, minutes: float = 0.0):
         self.since, self.begun = 0.0, False
         self.minutes, self.end = minutes, time.monotonic() + 60 * minutes if minutes else float("inf")
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.parent = os.getppid() if launch().torchrun else None
         # a thread is told of signals also while the main one sits in a collective, where no handler would run
         signals, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         # under nohup a closed terminal is ignored; torchrun's is not, it passes that on and kills those that ignore it
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "RANK" not in os.environ
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not launch().address
         for number in self.NUMBERS:
             if not (ignored and number == signal.SIGHUP):
                 signal.signal(number, lambda *_: None)
@@ -58,7 +59,7 @@ class StopSignal:
             if select.select([signals], [], [], 1.0)[0] and (number := signals.recv(1)[0]) in self.NUMBERS:
                 if not self.since:
                     # torchrun passes a signal to all its ranks, so one says it
-                    self.ask(speak=os.environ.get("RANK", "0") == "0")
+                    self.ask(speak=not launch().rank)
                 elif time.monotonic() - self.since > 1.0:  # sooner, it is the same Ctrl-C passed on by torchrun
                     leave(128 + number, "stopped at once by a second signal", at_once=True)
             if self.parent and os.getppid() != self.parent:

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config, ConfigError
 from model import GPTNeoX, Head, initial_value, num_parameters, softmax_loss
-from refocused.run import processes
+from refocused.run.devices import DTYPES, cores
 from refocused.run.logs import tell
-from refocused.run.processes import DTYPES, Env
+from refocused.run.processes import Env
 from refocused.shards.tokenizers import separator
 
 
@@ -29,7 +29,7 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
         shard(model, cfg, env)
     model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
     model.tie_weights()  # to_empty makes a tensor per module, which unties them
-    materialise(model, processes.cores(env.local_world_size))
+    materialise(model, cores(env.local_world_size))
     tune_head(model.embed_out, env.device.type)
     if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
         ids = None if env.device.type == "cpu" else [env.local_rank]

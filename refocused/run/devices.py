@@ -1,0 +1,209 @@
+"""Devices: which one this process has, what a CPU and a compiler need, and figures that come back from it."""
+
+import contextlib
+import ctypes
+import glob
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from configs import Config, ConfigError
+from refocused.run.environment import launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+DEVICES, DRIVER = "/dev/nvidia[0-9]*", Path("/proc/driver/nvidia/version")  # a container has the host's numbers
+# a container's limit of CPU time, of both versions: (file, file of the period)
+QUOTAS = (
+    ("/sys/fs/cgroup/cpu.max", None),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def any_device() -> torch.device:
+    """An accelerator if there is one, or the CPU. Raises ConfigError for a GPU that torch cannot use."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        refuse_idle_gpu()
+    return accelerator or torch.device("cpu")
+
+
+def pick_device(local_rank: int, local_world_size: int) -> torch.device:
+    """This process's accelerator, or the CPU. Raises ConfigError for more processes than accelerators."""
+    accelerator = any_device()
+    if accelerator.type == "cpu":
+        return accelerator
+    count = torch.accelerator.device_count()
+    if local_world_size > count:
+        hide = ", or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU" if accelerator.type == "cuda" else ""
+        raise ConfigError(
+            f"{local_world_size} processes on a machine with {count} {accelerator.type} device(s); "
+            f"use --nproc_per_node={count}{hide}"
+        )
+    return torch.device(accelerator.type, local_rank)
+
+
+def refuse_idle_gpu() -> None:
+    """Raise ConfigError where there is a GPU that torch was built for and cannot use, rather than train without it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
+    found = sorted(glob.glob(DEVICES))
+    if not torch.version.cuda or not found or hidden:
+        return
+    driver = "unknown"
+    with contextlib.suppress(OSError):  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat ..."
+        driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), driver)
+    raise ConfigError(
+        f"{found[0]} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
+        f"(driver {driver}; CUDA 13 needs 580, CUDA 12 needs 525): update the driver, or install torch for the CUDA "
+        "that nvidia-smi shows; CUDA_VISIBLE_DEVICES= trains on the CPU"
+    )
+
+
+def check_precision(cfg: Config, device: torch.device) -> None:
+    """Raise ConfigError for what this kind of device does not have."""
+    if device.type == "cpu" and cfg.mixed_precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError("mixed_precision=fp16: this CPU has no fp16 matrix products; use bf16 or no")
+    if device.type == "mps" and launch().world_size > 1:
+        raise ConfigError("MPS runs one process: start train.py without torchrun")
+
+
+def check_compiler(cfg: Config, device: torch.device) -> None:
+    """Of a run that compiles: compile, keep and load a library of one line, as torch.compile will. Raises ConfigError.
+
+    Inductor compiles C++ for a CPU; for a GPU Triton compiles its launchers in C. Both include Python.h.
+    """
+    if not cfg.compile_model:
+        return
+    off = "compile_model=false trains without a compiler, slower"
+    if device.type == "cpu":
+        compiler, kind = (
+            shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")),
+            "C++",
+        )
+    else:
+        compiler, kind = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))), None), "C"
+    if not compiler:
+        raise ConfigError(
+            f"compile_model=true needs a {kind} compiler, and none is found; install one (Debian, Ubuntu: apt-get install "
+            f"g++ python3-dev); {off}"
+        )
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    try:
+        os.makedirs(cache, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            source, library = Path(folder, f"probe.{'cpp' if kind == 'C++' else 'c'}"), Path(folder, "probe.so")
+            source.write_text("#include <Python.h>\nint probe;\n")
+            include = f"-I{sysconfig.get_path('include')}"
+            command = [compiler, include, "-shared", "-fPIC", str(source), "-o", str(library)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [str(done.returncode)]
+                raise ConfigError(
+                    f"compile_model=true needs a compiler that works, and {compiler} fails: {said[0].strip()}; "
+                    f"Debian, Ubuntu: apt-get install g++ python3-dev; {off}"
+                )
+            ctypes.CDLL(str(library))
+    except OSError as error:
+        raise ConfigError(
+            f"compile_model=true keeps compiled code in {cache}, and it cannot be written or loaded there: {error}; set "
+            f"TORCHINDUCTOR_CACHE_DIR to a folder with room that is not mounted noexec; {off}"
+        ) from error
+
+
+def tune(cfg: Config, device: torch.device, local_rank: int, local_world_size: int) -> int:
+    """Set this process's threads and numerics; returns the threads of a CPU's operations."""
+    # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
+    threads = torch.get_num_threads()
+    if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
+        threads = cfg.cpu_threads or cores(local_world_size)
+        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not
+        # compile with bf16 parameters (torch 2.13); without horizontal fusion there is nothing to merge
+        inductor.cpp.max_horizontal_fusion_size = 1
+        keep_freed_memory()
+    else:
+        torch.accelerator.set_device_index(local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU; no effect on a CPU
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # trees of other shapes sum in other orders
+        torch.use_deterministic_algorithms(True)
+        deterministic: Any = torch.utils.deterministic  # a module whose attribute the stubs do not know
+        deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads what it did not write
+        torch.backends.cudnn.benchmark = False
+    return threads
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks: by default each tensor of a step is mapped, zeroed page by page, and unmapped."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
+
+
+def quota() -> float:
+    """Cores' worth of time that a container may use; infinite where nothing limits it."""
+    found = [float("inf")]
+    for file, period in QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # the other version; "max"
+            words = Path(file).read_text().split() + (Path(period).read_text().split() if period else [])
+            if (limit := int(words[0])) > 0:  # -1 is none
+                found.append(limit / int(words[1]))
+    return min(found)
+
+
+def cores(local_world_size: int) -> int:
+    """Of the CPU, for each of so many processes on this machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(usable, quota())) // local_world_size)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: peak allocated on the accelerator, or peak resident size of the process on a CPU."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
+    with contextlib.suppress(OSError):  # getrusage's figure would include what the parent had when it forked us
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Readback:
+    """Carries figures from the device to the host a step late, so that the host never waits for the step in flight."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pending: deque[tuple[Any, torch.Tensor, torch.Event | None]] = deque()
+
+    def put(self, tag: Any, figures: torch.Tensor) -> None:
+        """Start copying a small 1-D tensor; `tag` comes back with it."""
+        if self.device.type == "cpu":
+            self.pending.append((tag, figures, None))
+            return
+        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=self.device.type == "cuda")
+        host.copy_(figures, non_blocking=True)
+        event = torch.Event(self.device.type)
+        event.record()
+        self.pending.append((tag, host, event))
+
+    def take(self, wait: bool) -> Iterator[tuple[Any, list[float]]]:
+        """(tag, figures) of every step but the newest, or of that too with `wait`, oldest first."""
+        while len(self.pending) > (0 if wait else 1):
+            tag, host, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            yield tag, host.tolist()
