@@ -22,7 +22,7 @@ import hashlib
 import signal
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,6 +75,26 @@ def due_after(
     )
 
 
+def still_owed(state: LoopState, cfg: Config, dataset: data.Dataset, monitor: Monitor) -> bool:
+    """Whether a checkpoint's evaluation is to be made now. Collective: that it was made since, rank 0's trace knows."""
+    known = any(processes.agree(monitor.has_evaluation()))
+    return state.evaluation_owed and cfg.eval_steps > 0 and dataset.num_eval_samples > 0 and not known
+
+
+def state_json(state: LoopState, cfg: Config, dataset: data.Dataset, made: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has besides tensors. made: origin.of_run's."""
+    of_data = {
+        "fingerprint": dataset.fingerprint,
+        "manifest": dataset.manifest,
+        "tokenizer": dataset.tokenizer,
+        "position": dataset.position(state.samples_seen),
+    }
+    global_batch = cfg.batch(made["world_size"])[1]
+    return dataclasses.asdict(state) | {
+        "global_batch": global_batch, "data": of_data, "config": dataclasses.asdict(cfg), "run": made,
+    }  # fmt: skip
+
+
 def every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
 
@@ -82,6 +102,24 @@ def every(steps: int, step: int) -> bool:
 def dropout_seed(*numbers: int) -> int:
     """64 bits that differ for every (seed, step, micro-step, rank)."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+def gradients(
+    model: torch.nn.Module, batch: data.Batch, cfg: Config, env: processes.Env, scaler, tokens_per_step: int
+) -> torch.Tensor:
+    """Forward and backward of a step's micro-steps; the sum of this rank's losses, a scalar on the device."""
+    loss_sum = torch.zeros((), device=env.device)
+    for micro_step, (x, y) in enumerate(batch.micro):
+        x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
+        if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
+            torch.manual_seed(dropout_seed(cfg.seed, batch.step, micro_step, env.rank))
+        strategy.sync_gradients(model, cfg, last=micro_step == len(batch.micro) - 1)
+        with strategy.autocast(cfg, env):
+            loss = model(x, y)  # summed over this micro-step's tokens
+        # DDP and FSDP2 average over ranks; times world_size, that is the mean over the whole global batch
+        scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
+        loss_sum += loss.detach()
+    return loss_sum
 
 
 def train(
@@ -138,17 +176,8 @@ def train(
     readback = Readback(env.device)
     made = origin.of_run(env)
     monitor = Monitor(
-        cfg,
-        env,
-        logs,
-        state,
-        choice,
-        tokens_per_step,
-        compile_seconds,
-        gpus.peak_flops(env.device_name),
-        settings,
-        found,
-    )
+        cfg, env, logs, state, choice, tokens_per_step, compile_seconds, gpus.peak_flops(env.device_name), settings, found
+    )  # fmt: skip
 
     def save(last: bool) -> bool:
         """False where nothing was saved, because the weights do not give a finite loss."""
@@ -156,17 +185,7 @@ def train(
         at = dataset.position(state.samples_seen)
         name = manifest.name(at["epoch"], state.step, at["files"])
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
-        saved = dataclasses.asdict(state) | {
-            "global_batch": global_batch,
-            "data": {
-                "fingerprint": dataset.fingerprint,
-                "manifest": dataset.manifest,
-                "tokenizer": dataset.tokenizer,
-                "position": at,
-            },
-            "config": dataclasses.asdict(cfg),
-            "run": made,
-        }
+        saved = state_json(state, cfg, dataset, made)
         stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
         if stall is not None:
             monitor.saved(state.step, name, stall)
@@ -184,9 +203,7 @@ def train(
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
     stop.begun = True
     watch.begin(state.step)
-    # the trace, which rank 0 has, may know of an evaluation that was made since the checkpoint was saved
-    known = any(processes.agree(monitor.has_evaluation()))
-    state.evaluation_owed &= cfg.eval_steps > 0 and dataset.num_eval_samples > 0 and not known
+    state.evaluation_owed = still_owed(state, cfg, dataset, monitor)
     idle = state.step >= cfg.max_steps and not state.evaluation_owed
     if state.evaluation_owed:
         evaluate_held_out()
@@ -197,17 +214,7 @@ def train(
         logs.log(profile.at(state.step + 1))
         figures = torch.empty(0)  # of a step that is skipped
         if not any(state.step + 1 in steps for steps in skips):  # known to be bad: all moves on but the weights
-            loss_sum = torch.zeros((), device=env.device)
-            for micro_step, (x, y) in enumerate(batch.micro):
-                x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
-                if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
-                    torch.manual_seed(dropout_seed(cfg.seed, state.step, micro_step, env.rank))
-                strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
-                with strategy.autocast(cfg, env):
-                    loss = model(x, y)  # summed over this micro-step's tokens
-                # DDP and FSDP2 average over ranks; times world_size, that is the mean over the whole global batch
-                scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
-                loss_sum += loss.detach()
+            loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
             scaler.unscale_(optimizers[0])
             norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips(optimizers))
             figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
@@ -251,25 +258,18 @@ def train(
 
     # --- the end
     watch.stop()
-    unreadable = loader.error() if due.unreadable else None
-    if unreadable and not env.main:
-        complain(cfg, f"error: {unreadable}")
+    error = loader.error() if due.unreadable else None
+    if error and not env.main:
+        complain(cfg, f"error: {error}")
     loader.close()
     logs.log(profile.close())
     failure, missing = checkpoints.close(logs.log)
     logs.log(checkpoints.news(), screen=False)
     processes.stop()
-    elsewhere = "another rank could not read its data, and says why"
-    end = words.End(
-        state.step,
-        checkpoints.newest,
-        idle,
-        not_finite=health.bad_in_a_row > 0 or save_again,
-        unreadable=str(unreadable or elsewhere) if due.unreadable else None,
-        failure=failure,
-        missing=missing,
-        stopped=time.monotonic() - stop.since if due.stop else None,
-    )
+    unreadable = str(error or "another rank could not read its data, and says why") if due.unreadable else None
+    not_finite = health.bad_in_a_row > 0 or save_again
+    stopped = time.monotonic() - stop.since if due.stop else None
+    end = words.End(state.step, checkpoints.newest, idle, not_finite, unreadable, failure, missing, stopped)
     code, text = words.ending(end, cfg)
     logs.log(monitor.goodput(done=code == DONE))
     logs.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
