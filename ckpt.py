@@ -156,12 +156,12 @@ class Checkpoints:
         save, at one that is waited for, and while the one before still waits. None, and nothing is saved, if it is
         not. Raises ConfigError where output_dir is no longer this run's own.
         """
-        validated = last or not self.cfg.saves_behind or not self._saver.settled
+        validated = last or not self.cfg.saves_behind or not self._saver.confirmed
         if validated and not loss_is_finite():
             return None
         processes.on_each_node(self.env, disk.check_lock, self.cfg.output_dir)
         if validated:
-            self._saver.settle(True)  # what the save before holds has led to weights that are good
+            self._saver.confirm(True)  # what the save before holds has led to weights that are good
         self._saver.save(name, self._tree, state, validated)
         self._step, self._saved_at = state["step"], time.monotonic()
         return self._saver.stall_seconds
@@ -169,7 +169,7 @@ class Checkpoints:
     def after_step(self, step: int, finite: bool) -> None:
         """Note how a step was, the same on all ranks: one that is finite confirms the save of a step before it."""
         if finite and step > self._step:
-            self._saver.settle(True)
+            self._saver.confirm(True)
 
     def news(self) -> str:
         """What to note in the log: the saves that have become checkpoints since this was asked last."""

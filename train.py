@@ -16,13 +16,12 @@ from refocused.run.environment import launch, launch_or_alone
 if __name__ == "__main__" and {"--help", "-h"} & {*sys.argv}:  # before the imports below, which it does not need
     sys.exit(entry.run(configs.print_help, sys.argv[1:]) if not launch_or_alone().rank else 0)
 
-import dataclasses
 import faulthandler
 import hashlib
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +36,7 @@ from refocused.run import exits, failures, guard, optim, origin, preemption, pro
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
-from refocused.run.logs import Logs, check_folder, complain, tell
+from refocused.run.logs import Logs, check_folder, log_error
 from refocused.run.monitor import LoopState, Monitor
 from refocused.run.signals import EARLY, StopSignal
 from refocused.run.starts import Starts
@@ -81,20 +80,6 @@ def still_owed(state: LoopState, cfg: Config, dataset: data.Dataset, monitor: Mo
     return state.evaluation_owed and cfg.eval_steps > 0 and dataset.num_eval_samples > 0 and not known
 
 
-def state_json(state: LoopState, cfg: Config, dataset: data.Dataset, made: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has besides tensors. made: origin.of_run's."""
-    of_data = {
-        "fingerprint": dataset.fingerprint,
-        "manifest": dataset.manifest,
-        "tokenizer": dataset.tokenizer,
-        "position": dataset.position(state.samples_seen),
-    }
-    global_batch = cfg.batch(made["world_size"])[1]
-    return dataclasses.asdict(state) | {
-        "global_batch": global_batch, "data": of_data, "config": dataclasses.asdict(cfg), "run": made,
-    }  # fmt: skip
-
-
 def every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
 
@@ -123,13 +108,9 @@ def gradients(
 
 
 def train(
-    cfg: Config,
-    origins: dict[str, str],
-    env: processes.Env,
-    dataset: data.Dataset,
-    stop: StopSignal,
+    cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, stop: StopSignal,
     each_step: Callable[[], None] = lambda: None,
-) -> int:
+) -> int:  # fmt: skip
     """The run, on every rank alike; returns the exit code. each_step is called after every step, for a benchmark."""
     # --- setup: first what can be refused, then what takes minutes
     guard.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
@@ -185,7 +166,7 @@ def train(
         at = dataset.position(state.samples_seen)
         name = manifest.name(at["epoch"], state.step, at["files"])
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
-        saved = state_json(state, cfg, dataset, made)
+        saved = state.saved(cfg, dataset, made)
         stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
         if stall is not None:
             monitor.saved(state.step, name, stall)
@@ -260,7 +241,7 @@ def train(
     watch.stop()
     error = loader.error() if due.unreadable else None
     if error and not env.main:
-        complain(cfg, f"error: {error}")
+        log_error(f"error: {error}", cfg)
     loader.close()
     logs.log(profile.close())
     failure, missing = checkpoints.close(logs.log)
@@ -320,7 +301,7 @@ def main(argv: list[str]) -> int:
             text = f"error: out of memory: {lack}"
             if failures.first("explain"):  # it takes seconds and a process
                 text += "\n" + planner.explain_out_of_memory(cfg, launch().world_size)
-        failures.say(error, lambda: complain(cfg, text) if cfg else tell(text))
+        failures.say(error, lambda: log_error(text, cfg))
         return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
 
 

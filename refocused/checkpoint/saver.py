@@ -29,7 +29,7 @@ class Saver:
     A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank. One of
     tensors that are not all finite fails so too. `generation` is the highest of any save that the run knows of;
     `files`, by name, what else every checkpoint holds.
-    A save may wait, written but not committed, for settle(): weights that an update has just ruined look like any others
+    A save may wait, written but not committed, for confirm(): weights that an update has just ruined look like any others
     until a loss is computed with them, and would take the place of the good ones.
     Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
     """
@@ -72,15 +72,15 @@ class Saver:
             self._host.copy(own_part(tree, self.rank, self.world))
         return self._host.note
 
-    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any], proven: bool = True) -> None:
+    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any], validated: bool = True) -> None:
         """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once.
 
-        Not proven, it is committed once settle(True) says so, on every rank.
+        Not validated, it is committed once confirm(True) says so, on every rank.
         """
         start = time.perf_counter()
         self.join()
         self._proof = concurrent.futures.Future()
-        if proven:
+        if validated:
             self._proof.set_result(True)
         part = own_part(tree, self.rank, self.world)
         source = self._host.copy(part) if self.async_save else {key: local_part(t) for key, t in part.items()}
@@ -98,11 +98,11 @@ class Saver:
         return self._saving is not None and not self._saving.done()
 
     @property
-    def settled(self) -> bool:
-        """Whether the last save was proven, or its fate told since; the same on every rank."""
+    def confirmed(self) -> bool:
+        """Whether the last save was validated, or its fate told since; the same on every rank."""
         return self._proof.done()
 
-    def settle(self, good: bool) -> None:
+    def confirm(self, good: bool) -> None:
         """Say whether the save in flight counts: what it holds has, or has not, gone through a step since."""
         if not self._proof.done():
             self._proof.set_result(good)
@@ -131,8 +131,8 @@ class Saver:
         return error
 
     def join(self) -> None:
-        """Wait for the save in flight; one that was not settled by now does not count."""
-        self.settle(False)
+        """Wait for the save in flight; one that was not confirmed by now does not count."""
+        self.confirm(False)
         if self._saving:
             self._saving.result()
             self._saving = None

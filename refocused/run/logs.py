@@ -78,19 +78,15 @@ def stamped(text: str) -> bytes:
     return "".join(f"{now}{line}\n" for line in text.splitlines()).encode("utf-8", "backslashreplace")
 
 
-def complain(cfg: Config, text: str) -> None:
-    """The last words of a run that failed: to stderr, and into train.log where there is one that is its own."""
-    tell(text)
+def log_error(text: str, cfg: Config | None = None) -> None:
+    """By any rank, at any time: to stderr, and with a config into the train.log of its run, if there is one."""
+    with console():
+        print(text, file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
-        if Path(cfg.logging_dir, OWNER).read_bytes() == os.fsencode(os.path.realpath(cfg.output_dir)):
+        if cfg and Path(cfg.logging_dir, OWNER).read_bytes() == os.fsencode(os.path.realpath(cfg.output_dir)):
             log = os.open(Path(cfg.logging_dir, LOG), PLAIN | os.O_APPEND, 0o666)
             os.write(log, stamped(text))
             os.close(log)
-
-
-def tell(text: str) -> None:
-    with console():
-        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -158,7 +154,7 @@ class Logs:
         if not self.main:
             return
         if self.failed and not any(file.shut for file in self.files):
-            tell(f"{self.folder} can be written again; {self.lost} writes to it are missing")
+            log_error(f"{self.folder} can be written again; {self.lost} writes to it are missing")
             self.failed, self.lost = False, 0
         for file in self.files:
             file.again()
@@ -175,7 +171,7 @@ class Logs:
         self.lost += 1
         if not self.failed:
             self.failed = True
-            tell(f"logs are not written: {error}; training goes on, and they are tried again at every log line")
+            log_error(f"logs are not written: {error}; training goes on, and they are tried again at every log line")
 
     def close(self) -> None:
         for file in self.files:

@@ -16,9 +16,9 @@ import model as neox
 from configs import Config
 from refocused.checkpoint.choice import Choice
 from refocused.run import devices, goodput, processes, strategy
-from refocused.run.board import Board
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute
+from refocused.run.tensorboard import TensorBoard
 from refocused.run.trace import Diverged, Trace
 from refocused.run.words import count, duration, suspect
 from refocused.shards.shard import DataError
@@ -82,6 +82,16 @@ class LoopState:
         state.recent_losses = [loss for loss in state.recent_losses if type(loss) is float]
         return state
 
+    def saved(self, cfg: Config, dataset, made: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint's state.json, with the data.Dataset's position; made: origin.of_run's."""
+        data = {key: getattr(dataset, key) for key in ("fingerprint", "manifest", "tokenizer")}
+        return dataclasses.asdict(self) | {
+            "global_batch": cfg.batch(made["world_size"])[1],
+            "data": data | {"position": dataset.position(self.samples_seen)},
+            "config": dataclasses.asdict(cfg),
+            "run": made,
+        }
+
 
 class Monitor:
     """Turns each step's figures into lines, curves and the trace. On other ranks than 0 it keeps the state alone."""
@@ -118,12 +128,12 @@ class Monitor:
         self.first = self.at = state.step  # where this run began, and the last step that it knows of
         self.causes, self.strict = differences(start.state, cfg, env.world_size)
         self.trace: Trace | None = None
-        self.board: Board | None = None
+        self.curves: TensorBoard | None = None
         self.bar = tqdm(disable=True)
         if env.main:
             self.trace = self.open_trace(start.name, dataclasses.asdict(cfg))
-            self.board = Board(logs, state.step)
-            self.board.text(state.step + 1, "config", settings)
+            self.curves = TensorBoard(logs, state.step)
+            self.curves.text(state.step + 1, "config", settings)
             self.bar = tqdm(total=cfg.max_steps, initial=state.step, disable=None, unit="step", dynamic_ncols=True)
         age = goodput.age()
         self.began, self.born = time.time() - age, time.perf_counter() - age
@@ -225,8 +235,8 @@ class Monitor:
     def record(self, **figures: Any) -> None:
         """Write the line that is held, if any."""
         if self.held and self.trace:
-            step, proven, ids, extra = self.held
-            self.trace.record(step, proven, ids, extra | figures)
+            step, compared, ids, extra = self.held
+            self.trace.record(step, compared, ids, extra | figures)
         self.held = None
 
     def prove(self, step: int, over: bool = False) -> None:
@@ -310,11 +320,11 @@ class Monitor:
                 cause = suspect(1 - share, lost, self.hardware, self.env.world_size)
                 self.log(f"note      slower than expected; {cause}")
         self.prove(step)
-        if self.board:
+        if self.curves:
             curves = {name: figures[key] for name, key in CURVES.items()}
             curves |= {"optimizer/learning_rate": lr, "optimizer/grad_norm": self.norm}
             curves |= {"memory/peak_gib": memory / 2**30, "memory/reserved_gib": reserved and reserved / 2**30}
-            self.board.scalars(step, curves)
+            self.curves.scalars(step, curves)
         self.stall, self.retries = 0.0, retries
         if now - self.clocked > CLOCK_SECONDS:
             self.clock()
@@ -328,12 +338,12 @@ class Monitor:
         text = f"Step {step}: eval_loss={loss:.4f}, perplexity={perplexity:.2f}"
         bits = per_byte is not None and f"{per_byte:.4f} bits per byte"
         self.log(joined(text, bits, self.documents_apart and "documents apart", f"{spent:.1f} s"))
-        if self.board:
+        if self.curves:
             curves: dict[str, float | None] = {"loss/validation": loss, "loss/validation_perplexity": perplexity}
-            self.board.scalars(step, curves | {"loss/validation_bits_per_byte": per_byte})
+            self.curves.scalars(step, curves | {"loss/validation_bits_per_byte": per_byte})
             if new and self.samples:
                 try:
-                    self.board.text(step, "sample", write())
+                    self.curves.text(step, "sample", write())
                 except DataError as error:
                     self.log(f"no text samples: {error}")
                     self.samples = False

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs import Config, ConfigError
 from model import GPTNeoX, Head, initial_value, num_parameters, softmax_loss
 from refocused.run.devices import DTYPES, cores
-from refocused.run.logs import tell
+from refocused.run.logs import log_error
 from refocused.run.processes import Env
 from refocused.shards.tokenizers import separator
 
@@ -103,7 +103,7 @@ def can_pin(model: GPTNeoX, parts: int) -> bool:
         _ = [torch.empty(-(-len(p) // parts), *p.shape[1:], dtype=p.dtype).pin_memory() for p in model.parameters()]
         return True
     except RuntimeError as error:
-        tell(
+        log_error(
             f"note      {socket.gethostname()} pins no {num_parameters(model.cfg)[0] * 4 / parts / 2**30:.1f} GiB, so "
             f"offload copies through unpinned memory, several times slower: {str(error).splitlines()[0]}"
         )

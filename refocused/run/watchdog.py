@@ -14,7 +14,7 @@ from collections import deque
 from configs import Config
 from refocused.run import processes
 from refocused.run.exits import INTERNAL, leave
-from refocused.run.logs import complain
+from refocused.run.logs import log_error
 from refocused.run.processes import Env, progress
 from refocused.run.starts import Starts
 
@@ -126,7 +126,7 @@ class Watchdog:
         where = f"rank {self.env.rank} on {socket.gethostname()}"
         when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
         words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {found[0]}"
-        complain(self.cfg, words)
+        log_error(words, self.cfg)
         leave(INTERNAL, words, at_once=True)
 
     def missing(self) -> str:

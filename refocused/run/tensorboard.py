@@ -10,7 +10,7 @@ from typing import Any
 from refocused.run.logs import Logs
 
 
-class Board:
+class TensorBoard:
     """Event files in logging_dir, written by the thread that calls.
 
     tensorboard's own writer has a thread that dies with a traceback where a disk is full, and it names its files by the
