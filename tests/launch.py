@@ -53,19 +53,13 @@ class Run:
     """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
 
     def __init__(
-        self,
-        args: list[str],
-        nproc: int,
-        folder: Path,
-        env: dict[str, str] | None = None,
-        config: str = "seed = 42",
-        base=TINY,
+        self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config: str = "", base=TINY
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"
         self.log.touch()
         file = folder / "config.py"  # not the demo's values: only what the test states
-        file.write_text(config)
+        file.write_text(f"seed = 42\n{config}")  # a file that sets nothing is refused
         args = [str(file), *base, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
         self.port = free_port()
         self.ranks = []

@@ -30,10 +30,10 @@ def trace(folder: Path) -> list[dict]:
 
 
 def logged_text(folder: Path) -> str:
-    """train.log without its clock times, and without what stands there alone: which saves are complete."""
+    """train.log without its clock times, and without what stands there alone: the config file's key, complete saves."""
     lines = (folder / "logs" / "train.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
-    return "".join(f"{line[20:]}\n" for line in lines if line[20:26] != "saved ")
+    return "".join(f"{line[20:]}\n" for line in lines if not line[20:].startswith(("saved ", "  seed = 42 ")))
 
 
 def forget(folder: Path, after: int) -> None:

@@ -20,7 +20,7 @@ from configs import Config, ConfigError
 from refocused.run import devices
 from refocused.run.environment import Launch, launch
 from refocused.run.exits import INTERNAL, leave
-from refocused.run.logs import tell
+from refocused.run.logs import log_error
 
 BUSY = 1.25  # load per core from which waiting threads take the time of those that work
 FIRST_SECONDS = 60.0  # in which the first collective must be over
@@ -82,7 +82,7 @@ def start(cfg: Config) -> Env:
     """Pick the device, set threads and numerics, join the process group. Raises ConfigError, PeersError."""
     here = launch()
     if here.left_over:
-        tell(
+        log_error(
             f"note      {here.left_over} without RANK: ignored, this is one process; CUDA_VISIBLE_DEVICES chooses a GPU"
         )
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when the allocator starts; blocks can grow, so less is lost
