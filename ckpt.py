@@ -31,8 +31,8 @@ COMMANDS = {
         "delete old checkpoints of a bucket, damaged ones, and uploads broken off",
         "refocused.bucket.commands:prune_command",
     ),
-    "export": ("a checkpoint -> a folder that Transformers loads", "refocused.commands.export:main_export"),
-    "import": ("a GPT-NeoX folder -> a checkpoint to start from", "refocused.commands.export:main_import"),
+    "export": ("a checkpoint -> a folder that Transformers loads", "refocused.commands.export:main"),
+    "import": ("a GPT-NeoX folder -> a checkpoint to start from", "refocused.commands.importing:main"),
     "average": ("the mean of several checkpoints' weights", "refocused.commands.average:main"),
     "eval": ("loss, perplexity and bits per byte on held-out windows", "refocused.commands.evaluation:main"),
 }
@@ -57,7 +57,7 @@ from torch import Tensor
 
 from configs import Config, ConfigError
 from refocused.bucket import commands, sync
-from refocused.checkpoint import choice, disk, folder, manifest, tensors
+from refocused.checkpoint import choice, disk, folder, huggingface, manifest, tensors
 from refocused.checkpoint.choice import Choice
 from refocused.checkpoint.folder import FUNCTION, Source
 from refocused.checkpoint.manifest import CheckpointError
@@ -248,7 +248,7 @@ def find(place: str) -> Source:
         path = commands.pull(place, None)
     else:
         path = Path(os.path.abspath(place))
-        if folder.is_hf(path):
+        if huggingface.is_hf(path):
             return folder.hf_source(path)
         if manifest.names(path):
             chosen = choice.choose(path, "latest")
@@ -256,4 +256,6 @@ def find(place: str) -> Source:
             for name, why in chosen.passed_over:
                 print(f"passed over {name}: {why}", file=sys.stderr)
             return Source.of(chosen.path, chosen.state)
+        if not (path / manifest.MANIFEST).exists() and (why := folder.advice(place)):
+            raise CheckpointError(why)
     return Source.of(path, manifest.read_state(path))

@@ -1,7 +1,7 @@
 """GPT-NeoX (Black et al. 2022, arXiv:2204.06745) on torch alone: modules, loss, parameter counts and FLOPs.
 
-Parameter names are those of Hugging Face's GPTNeoXForCausalLM on disk without the `gpt_neox.` prefix, so a state
-dict is an export after a rename. Nothing here knows about devices, processes or precision policies.
+Parameters are named as in Hugging Face's files, without the `gpt_neox.` prefix. Nothing here knows about processes or
+precision policies.
 """
 
 import functools
@@ -11,22 +11,15 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),  # the same polynomial, written differently elsewhere
-    "relu": F.relu,
-}
+gelu_tanh = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh, "relu": F.relu}
 
 
 def rotary_tables(positions: torch.Tensor, dims: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 (T, dims / 2), of the rotary angles (Su et al. 2021, arXiv:2104.09864) at int positions (T,).
-
-    Computed in every forward from nothing: cheaper than a buffer that a meta-built model must remember to refill.
-    """
+    """cos and sin, fp32 (T, dims / 2), of the rotary angles (Su et al. 2021, arXiv:2104.09864) at int positions (T,)."""
+    # computed in every forward: cheaper than a buffer that a meta-built model must remember to refill
     inverse = base ** -(torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
     angles = positions.float()[:, None] * inverse  # (T, dims / 2)
     return angles.cos(), angles.sin()
@@ -40,17 +33,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat(((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest), dim=-1)
 
 
-# CUDA's kernel gets room for a document per so many tokens of a window: a fixed number compiles once, and room for any
-# number would cost more in empty documents than in full ones. What comes behind the last that has room is one document.
-SHORTEST = 16
+# CUDA's kernel gets room for one document per so many tokens of a window. A fixed number compiles once; room for any
+# number would cost more in empty documents than in full ones. What is left behind the last of them is one document.
+TOKENS_PER_DOCUMENT = 16
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch begin: each with its end-of-text, which comes to stand for "a text starts here".
+    """Where the documents of a batch begin: each at an end-of-text, the token before its first word.
 
-    So the first word of a text is predicted from that token alone, as it is when a model is asked for a text out of
-    nothing; were it the last of its document, that word would be predicted from strangers' text. Rotary positions go
-    on through a window: scores depend on differences of positions, and these are the same wherever a document lies.
+    So that word is predicted from end-of-text alone, as when a model writes without a prompt. Rotary positions go on
+    through a window, because scores depend on differences of positions only.
     """
 
     first: torch.Tensor  # int32 (B, T): the position of the first token that this one may look at
@@ -64,7 +56,9 @@ class Documents(NamedTuple):
         first = torch.where(idx == end, positions, 0).cummax(dim=1).values
         if not edges:
             return cls(first, None)
-        begins = torch.where(first == positions, positions, T).sort(dim=1).values[:, : -(-T // SHORTEST)]  # (B, n)
+        begins = (
+            torch.where(first == positions, positions, T).sort(dim=1).values[:, : -(-T // TOKENS_PER_DOCUMENT)]
+        )  # (B, n)
         offsets = begins + T * torch.arange(B, device=idx.device, dtype=torch.int32)[:, None]  # the rest: length 0
         return cls(first, F.pad(offsets.flatten(), (0, 1), value=B * T))
 
@@ -77,9 +71,12 @@ class Documents(NamedTuple):
 @functools.cache
 def takes_edges(device: torch.device, head_dim: int) -> bool:
     """Whether varlen_attn, which is flash attention without fallbacks, runs there: torch's checks in flash_api.cpp."""
-    if device.type != "cuda" or head_dim % 8 or head_dim > 256:
+    if device.type != "cuda" or head_dim % 8 or head_dim > 256 or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    global varlen_attn  # from here on: its module loads all of torch's compiler, which other devices need not wait for
+    from torch.nn.attention.varlen import varlen_attn
+
+    return True
 
 
 class CausalSoftmax(torch.autograd.Function):
@@ -115,10 +112,8 @@ def attend_in_pieces(
     """Causal attention of q, k, v (B, H, T, D) as plain products: a piece of the queries with the keys that it sees.
 
     first: (B, T), the first key that each query sees; None for all before it.
-
-    Compiled for a CPU it is faster than scaled_dot_product_attention's kernel there (LOG.md), and keeps more for
-    backward: 5/8 of the (T, T) weights.
     """
+    # compiled for a CPU it is faster than the fused kernel there (LOG.md); backward keeps 5/8 of the (T, T) weights
     T, y = q.size(2), []
     rows = -(-T // pieces)
     for start in range(0, T, rows):
@@ -142,7 +137,7 @@ class Attention(nn.Module):
         # GPT-NeoX interleaves per head: q, k and v of head 0, then of head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, 3 * D)
         q, k, v = qkv.chunk(3, dim=-1)  # (B, H, T, D) each
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # v has no position
         p = self.dropout if self.training else 0.0
         if cache is not None:  # generation: sample.py keeps this layer's keys and values of earlier tokens
             y = cache.attend(q, k, v)
@@ -152,9 +147,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         elif documents.edges is not None and p == 0.0 and q.dtype != torch.float32:
             q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T, H, D)
-            edges = documents.edges
-            y = varlen_attn(q, k, v, edges, edges, T, T, window_size=(-1, 0))  # to the left: causal
-            y = y.unflatten(0, (B, T)).transpose(1, 2)
+            y = varlen_attn(q, k, v, documents.edges, documents.edges, T, T, window_size=(-1, 0))  # to the left: causal
+            y = y.unflatten(0, (B, T)).transpose(1, 2)  # (B, H, T, D)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.visible(), dropout_p=p)
         return self.dense(y.transpose(1, 2).reshape(B, T, C))
@@ -182,34 +176,32 @@ class Block(nn.Module):
         self.attention = Attention(cfg)
         self.mlp = MLP(cfg)
         self.parallel, self.p = cfg.use_parallel_residual, cfg.hidden_dropout
-        self.checkpointing, self.random = (
-            cfg.activation_checkpointing,
-            bool(cfg.hidden_dropout or cfg.attention_dropout),
-        )
+        self.checkpointing = cfg.activation_checkpointing
+        self.random = bool(cfg.hidden_dropout or cfg.attention_dropout)
 
-    def again(self, function, *args):
+    def recompute(self, function, *args):
         """function(*args), computed a second time in backward instead of kept."""
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.random)
 
     def forward(self, x, cos, sin, cache=None, documents=None):
         if self.training and self.checkpointing == "full":
-            return self.again(self.body, x, cos, sin, None, documents)
+            return self.recompute(self.body, x, cos, sin, None, documents)
         return self.body(x, cos, sin, cache, documents)
 
     def body(self, x, cos, sin, cache, documents):
         a = F.dropout(self.attention(self.input_layernorm(x), cos, sin, cache, documents), self.p, self.training)
         if self.parallel:  # both read x, so their matrix products do not wait for each other
-            return x + a + self.wide(x)
+            return x + a + self.mlp_branch(x)
         x = x + a
-        return x + self.wide(x)
+        return x + self.mlp_branch(x)
 
-    def wide(self, x):
+    def mlp_branch(self, x):
         h = self.post_attention_layernorm(x)
         level = self.checkpointing if self.training else "none"
         if level == "activation":  # the MLP's two wide tensors are a third of what a block keeps; this drops the second
-            h = self.again(self.mlp.narrow, self.mlp.dense_h_to_4h(h))
+            h = self.recompute(self.mlp.narrow, self.mlp.dense_h_to_4h(h))
         else:  # one product brings both back: what the second would is not asked for
-            h = self.again(self.mlp, h) if level == "selective" else self.mlp(h)
+            h = self.recompute(self.mlp, h) if level == "selective" else self.mlp(h)
         return F.dropout(h, self.p, self.training)
 
 
@@ -239,11 +231,10 @@ def padded(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Ten
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of x @ weight.T, a chunk of rows at a time: the (N, V) logits never exist at once.
+    """Summed cross entropy of x @ weight.T, a chunk of rows at a time: the (N, V) logits never exist at once."""
 
-    The gradients of both inputs are made in the forward pass, while a chunk's softmax is at hand: three matrix
-    products as in the plain loss, where a checkpointed chunk would need a fourth.
-    """
+    # forward makes both gradients while a chunk's softmax is at hand: three matrix products, as in the plain loss; a
+    # checkpointed chunk would need a fourth
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk_rows, kernel, multiple):
@@ -284,11 +275,8 @@ class Head(nn.Linear):
         super().__init__(cfg.hidden_size, cfg.vocab_size, bias=False)
         self.kernel = softmax_loss  # replaced by its compiled form
 
-    def forward(self, x, targets=None, each=False):
-        """Logits (B, T, V), or with targets (B, T) the sum of their token losses (fp32 scalar); -100 is not counted.
-
-        each, without gradients: the losses (B, T) themselves, 0 where a target is not counted.
-        """
+    def forward(self, x, targets=None, reduction="sum"):
+        """As GPTNeoX.forward, of its last hidden states x (B, T, C)."""
         if targets is None:
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
@@ -303,10 +291,10 @@ class Head(nn.Linear):
             return LinearCrossEntropy.apply(x, self.weight, targets, rows, self.kernel, self.multiple)
         V, w = self.weight.size(0), padded(self.weight, x.dtype, self.multiple)
         losses = [
-            F.cross_entropy((x_c @ w.T)[:, :V].float(), y_c, reduction="none" if each else "sum", ignore_index=-100)
+            F.cross_entropy((x_c @ w.T)[:, :V].float(), y_c, reduction=reduction, ignore_index=-100)
             for x_c, y_c in zip(x.split(rows), targets.split(rows), strict=True)
         ]
-        return torch.cat(losses).view(shape) if each else sum(losses)
+        return torch.cat(losses).view(shape) if reduction == "none" else sum(losses)
 
 
 class GPTNeoX(nn.Module):
@@ -324,11 +312,11 @@ class GPTNeoX(nn.Module):
         if self.cfg.tie_word_embeddings:
             self.embed_out.weight = self.embed_in.weight
 
-    def forward(self, idx, targets=None, each=False):
+    def forward(self, idx, targets=None, reduction="sum"):
         """Logits (B, T, V) for int64 idx (B, T); with targets (B, T) the sum of token losses, an fp32 scalar.
 
         Targets are the next tokens already: nothing is shifted here. -100 marks a target that does not count.
-        each: the token losses (B, T) instead of their sum, without gradients.
+        reduction="none", without gradients: the token losses (B, T), 0 where a target does not count.
         """
         cfg = self.cfg
         positions = torch.arange(idx.size(1), device=idx.device)
@@ -338,7 +326,7 @@ class GPTNeoX(nn.Module):
         documents = None if self.end is None else Documents.of(idx, self.end, edges)
         for layer in self.layers:
             x = layer(x, cos, sin, documents=documents)
-        return self.embed_out(self.final_layer_norm(x), targets, each)
+        return self.embed_out(self.final_layer_norm(x), targets, reduction)
 
 
 def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
@@ -355,11 +343,11 @@ def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
     return torch.empty(shape).normal_(0.0, cfg.initializer_range, generator=generator)
 
 
+@torch.no_grad()
 def init_weights(model: GPTNeoX) -> None:
     """Initialise a model of plain tensors in place."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(initial_value(name, p.shape, model.cfg))
+    for name, p in model.named_parameters():
+        p.copy_(initial_value(name, p.shape, model.cfg))
 
 
 def num_parameters(cfg) -> tuple[int, int]:
@@ -372,56 +360,11 @@ def num_parameters(cfg) -> tuple[int, int]:
 
 
 def flops_per_token(cfg) -> float:
-    """FLOPs of forward and backward per trained token: 6 N + 6 L C T.
+    """FLOPs of forward and backward per trained token: 6 N + 6 L C T (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 
-    N counts the parameters that multiply (all but the input embedding, which is a lookup): 2 FLOPs forward and 4
-    backward each (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Attention multiplies q by k and weights by v,
-    2 * 2 * C * T per layer and token forward, three times that with backward, and half of it under the causal mask.
-    PaLM (arXiv:2204.02311, appendix B) counts the masked half too, which makes its MFU look higher.
+    N counts the parameters that multiply, all but the input embedding: 2 FLOPs forward and 4 backward each. Attention
+    multiplies q by k and weights by v: 2 * 2 * C * T per layer and token forward, 3 times that with backward, half of
+    it under the causal mask. PaLM (arXiv:2204.02311, appendix B) counts the masked half too: its MFU looks higher.
     """
-    body = num_parameters(cfg)[1]
-    N = body + cfg.vocab_size * cfg.hidden_size
+    N = num_parameters(cfg)[1] + cfg.vocab_size * cfg.hidden_size
     return 6.0 * N + 6.0 * cfg.num_hidden_layers * cfg.hidden_size * cfg.sequence_length
-
-
-SAME_NAME = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act attention_dropout "
-    "hidden_dropout max_position_embeddings initializer_range layer_norm_eps tie_word_embeddings use_parallel_residual"
-).split()
-
-
-def to_hf_config(cfg) -> dict:
-    """The config.json of GPTNeoXForCausalLM; rotary keys in both the older and the newer spelling."""
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        **{key: getattr(cfg, key) for key in SAME_NAME},
-        "attention_bias": True,
-        "rotary_pct": cfg.rotary_pct,
-        "rotary_emb_base": cfg.rotary_emb_base,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": cfg.rotary_emb_base,
-            "partial_rotary_factor": cfg.rotary_pct,
-        },
-    }
-
-
-def from_hf_config(hf: dict) -> dict:
-    """Our model keys from a config.json's dict. Raises ValueError naming what this model does not have."""
-    rope = hf.get("rope_parameters") or {}
-    unsupported = [
-        f"{key}={hf.get(key)!r} (only {wanted!r})"
-        for key, wanted in (("model_type", "gpt_neox"), ("attention_bias", True), ("rope_scaling", None))
-        if hf.get(key, wanted) != wanted
-    ]
-    if rope.get("rope_type", "default") != "default":
-        unsupported.append(f"rope_type={rope['rope_type']!r} (only 'default')")
-    if hf.get("hidden_act", "gelu") not in ACTIVATIONS:
-        unsupported.append(f"hidden_act={hf['hidden_act']!r} (only {', '.join(ACTIVATIONS)})")
-    if unsupported:
-        raise ValueError("this model cannot represent " + "; ".join(unsupported))
-    ours = {key: hf[key] for key in SAME_NAME if key in hf}
-    ours["rotary_pct"] = rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))
-    ours["rotary_emb_base"] = float(rope.get("rope_theta", hf.get("rotary_emb_base", 10000.0)))
-    return ours

@@ -28,7 +28,7 @@ from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters, rotary_tables
 from refocused.bucket import sync
 from refocused.checkpoint import choice as checkpoint_choice
-from refocused.checkpoint import folder, manifest
+from refocused.checkpoint import folder, huggingface, manifest
 from refocused.checkpoint.folder import Source
 from refocused.run import devices, exits, strategy
 from refocused.shards import tokenizers
@@ -63,8 +63,6 @@ class Options:
         for key in ("temperature", "top_k", "window", "seed"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}={getattr(self, key)} must not be negative")
-        if self.seed >= 1 << 63:
-            raise ConfigError(f"seed={self.seed} must be below 2**63; any smaller number does as well")
         if not math.isfinite(self.temperature):
             raise ConfigError(f"temperature={self.temperature} must be finite")
         if not 0 < self.top_p <= 1:
@@ -285,7 +283,7 @@ def read_prompts(prompt: str) -> list[str]:
 def locate(cfg: Config) -> Source:
     """What cfg.resume (latest if unset) names: a checkpoint in output_dir or the bucket, or any path or gs:// place."""
     resume = cfg.resume or "latest"
-    if resume.startswith("gs://") or folder.is_hf(Path(resume)) or manifest.names(resume):
+    if resume.startswith("gs://") or huggingface.is_hf(Path(resume)) or manifest.names(resume):
         return ckpt.find(resume)
     if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(dataclasses.replace(cfg, resume=resume))):
         sync.pull(cfg, found)

@@ -55,7 +55,7 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out-1").rglob("*.safetensors"))) > 3
     source = ckpt.find(str(out))
     assert source.state["step"] == 6 and source.cfg.tokenizer == "byte" and len(source.state["averaged"]) == 3
-    assert export.main_export([str(out), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    assert export.main([str(out), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     exported = ckpt.find(str(tmp_path / "hf"))
     assert torch.equal(*(logits(folders.load(place), IDX) for place in (exported, source)))
     assert "weights only" in train(tmp_path / "next", f"data_dir={shards}", f"init_from={out}", "max_steps=2").text

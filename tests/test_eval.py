@@ -42,7 +42,7 @@ def run(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     args = [f"data_dir={two}", "vocab_size=260", "eval_files=2", "eval_samples=21", "eval_steps=6", "max_steps=6"]
     done = train(folder, *args, "mask_documents=true")
-    assert export.main_export([str(folder / "out"), str(folder / "hf"), "--dtype", "fp32"]) == 0
+    assert export.main([str(folder / "out"), str(folder / "hf"), "--dtype", "fp32"]) == 0
     return folder, done
 
 

@@ -27,9 +27,9 @@ import sample
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
 from refocused.checkpoint import folder as folders
-from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint import huggingface, manifest, tensors
 from refocused.checkpoint.manifest import CheckpointError
-from refocused.commands import average, export
+from refocused.commands import average, export, importing
 from refocused.shards import tokenizers
 from refocused.shards.shard import Shard
 from tests.launch import train
@@ -97,7 +97,7 @@ def test_transformers_loads_it(tmp_path, capsys, keys):
     """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, and greedy text ours."""
     cfg = Config(**{**CFG.__dict__, **keys})
     checkpoint = save(tmp_path / "out", cfg)
-    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    assert export.main([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     assert "at most 0.0e+00" in capsys.readouterr().out
     hf, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), folders.load(ckpt.find(str(checkpoint)))
     assert (logits(hf, IDX) - logits(ours, IDX)).abs().max() < 1e-5
@@ -108,8 +108,8 @@ def test_transformers_loads_it(tmp_path, capsys, keys):
 
 def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     """With a limit of 100 kB a file: an index, files below the limit, and Transformers finds the rounded weights."""
-    monkeypatch.setattr(folders, "FILE_BYTES", 100_000)
-    assert export.main_export([str(checkpoint.parent), str(tmp_path / "hf")]) == 0
+    monkeypatch.setattr(huggingface, "FILE_BYTES", 100_000)
+    assert export.main([str(checkpoint.parent), str(tmp_path / "hf")]) == 0
     files = sorted(tmp_path.glob("hf/model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_bytes())
     assert len(files) > 2 and {f.name for f in files} == set(index["weight_map"].values())
@@ -118,7 +118,9 @@ def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     ours = folders.load(ckpt.find(str(checkpoint)))
     assert hf.dtype == torch.bfloat16
     for name, p in ours.named_parameters():
-        assert torch.equal(hf.get_parameter(folders.hf_name(name).replace("embed_out", "lm_head")), p.bfloat16()), name
+        assert torch.equal(
+            hf.get_parameter(huggingface.file_name(name).replace("embed_out", "lm_head")), p.bfloat16()
+        ), name
     card = (tmp_path / "hf/README.md").read_text()
     assert all(fact in card for fact in ("step7", "7,000", "2.5000", "f00d", "c0ffee", "bf16"))
 
@@ -178,7 +180,7 @@ def test_onnx(checkpoint, tmp_path, capsys):
     """The ONNX graph in onnxruntime, on a batch of another shape, equals the checkpoint's logits to 1e-4."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert export.main_export([str(checkpoint), str(tmp_path / "hf"), "--onnx"]) == 0
+    assert export.main([str(checkpoint), str(tmp_path / "hf"), "--onnx"]) == 0
     session = onnxruntime.InferenceSession(tmp_path / "hf/onnx/model.onnx")
     idx = IDX.repeat(3, 5)[:, :37]
     (out,) = session.run(None, {"input_ids": idx.numpy()})
@@ -216,26 +218,113 @@ def test_without_onnx_packages(checkpoint, tmp_path):
     assert done.stderr.count("\n") == 1 and not (tmp_path / "hf").exists()
 
 
-def test_import(tmp_path, capsys):
-    """A Pythia-shaped folder becomes a checkpoint whose logits are Transformers'; its old mask buffers are passed by."""
-    hf = pythia(tmp_path / "hf")
-    tensors = load_file(tmp_path / "hf/model.safetensors")
-    tensors |= {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
-    tensors |= {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}
-    save_file(tensors, tmp_path / "hf/model.safetensors", {"format": "pt"})
-    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+def reworked(folder: Path, change, file: str = "model.safetensors") -> None:
+    """Change the {name: tensor} of a folder's weights; `file` is where they go."""
+    weights = change(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    save_file({key: t.clone() for key, t in weights.items()}, folder / file, {"format": "pt"})
+
+
+def named(*heads: str, prefix: str = ""):
+    """The head under these names, and all keys behind a prefix."""
+    return lambda weights: {
+        **{prefix + key: t for key, t in weights.items() if key != "embed_out.weight"},
+        **{prefix + head: weights.get("embed_out.weight", weights["gpt_neox.embed_in.weight"]) for head in heads},
+    }
+
+
+def old(weights):
+    """With the masks that old versions of Transformers saved."""
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    return weights | {
+        "gpt_neox.layers.0.attention.bias": mask,
+        "gpt_neox.layers.0.attention.masked_bias": torch.ones(()),
+    }
+
+
+def cached(folder: Path) -> None:
+    """As in the hub's cache, in which each version is a folder."""
+    files = [*folder.iterdir()]
+    (folder / "snapshots/c0ffee").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    for file in files:
+        file.rename(folder / "snapshots/c0ffee" / file.name)
+    (folder / "refs/main").write_text("c0ffee")
+
+
+TIED = {"tie_word_embeddings": True}
+WAYS = {  # what Transformers, or who trains with it, writes: (keys of config.json, a change of the folder)
+    "as Pythia": ({}, lambda folder: reworked(folder, old)),
+    "save_model of Accelerate": ({}, lambda folder: reworked(folder, named("lm_head.weight"))),
+    "both names": ({}, lambda folder: reworked(folder, named("lm_head.weight", "embed_out.weight"))),
+    "without a prefix": (
+        {}, lambda folder: reworked(folder, lambda w: {key.removeprefix("gpt_neox."): t for key, t in w.items()})),
+    "compiled under DDP": ({}, lambda folder: reworked(folder, named("lm_head.weight", prefix="module._orig_mod."))),
+    "a variant": ({}, lambda folder: reworked(folder, named("embed_out.weight"), "model.fp16.safetensors")),
+    "tanh": ({"hidden_act": "gelu_pytorch_tanh"}, lambda folder: None),
+    "exact": ({"hidden_act": "gelu_python"}, lambda folder: None),
+    "tied": (TIED, lambda folder: None),
+    "tied, a copy": (TIED, lambda folder: reworked(folder, named("embed_out.weight"))),
+    "tied, under the name of the head": (
+        TIED,
+        lambda folder: reworked(
+            folder, lambda w: {key.replace("gpt_neox.embed_in", "lm_head"): t for key, t in named()(w).items()})),
+    "in the cache": ({}, cached),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_import(way, tmp_path, capsys):
+    """A folder becomes a checkpoint whose logits are Transformers'; the command that is printed trains this model; an
+    export of it, and an average, keep its end-of-text."""
+    keys, change = WAYS[way]
+    hf = pythia(tmp_path / "hf", **keys)
+    if keys == TIED:
+        reworked(tmp_path / "hf", named())
+    if keys:
+        hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    change(tmp_path / "hf")
+    assert importing.main([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
     command = shlex.split(capsys.readouterr().out.split("train from it with: ")[1])
     assert command[:2] == ["python", "train.py"] and set(PYTHIA_KEYS.split()) <= set(command)
     cfg, _ = configs.load(command[2:])
     source = ckpt.find(str(tmp_path / "start"))
     assert source.state["step"] == 0 and manifest.verify(source.path) and cfg.init_from == str(tmp_path / "start")
     assert all(getattr(cfg, key) == getattr(source.cfg, key) for key in folders.MODEL_KEYS), "it is the import's model"
-    assert export.main_export([str(tmp_path / "start"), str(tmp_path / "again")]) == 0
-    for file in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "again" / file).read_bytes())["eos_token_id"] == 0, "as the folder that came in"
-    assert average.main([*[str(tmp_path / "start")] * 2, str(tmp_path / "mean")]) == 0
-    assert ckpt.find(str(tmp_path / "mean")).end == source.end == 0
-    assert (logits(folders.load(source), IDX) - logits(hf, IDX)).abs().max() < 1e-4
+    for there in (source, ckpt.find(str(tmp_path / "hf"))):
+        assert (logits(folders.load(there), IDX) - logits(hf, IDX)).abs().max() < 1e-4
+    if way == "as Pythia":
+        assert export.main([str(tmp_path / "start"), str(tmp_path / "again")]) == 0
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((tmp_path / "again" / file).read_bytes())["eos_token_id"] == 0, (
+                "as the folder that came in"
+            )
+        assert average.main([*[str(tmp_path / "start")] * 2, str(tmp_path / "mean")]) == 0
+        assert ckpt.find(str(tmp_path / "mean")).end == source.end == 0
+
+
+def test_import_what_accelerate_saved(tmp_path, capsys):
+    """The folder of its save_state, under either name of the head: the config file says what model it is, the message what
+    does not come along. The command that is printed trains it with that file."""
+    model = GPTNeoX(CFG)
+    init_weights(model)
+    keys = (*folders.MODEL_KEYS, "sequence_length", "tokenizer")
+    (tmp_path / "old.py").write_text("".join(f"{key} = {getattr(CFG, key)!r}\n" for key in keys))
+    for head in ("lm_head.weight", "embed_out.weight"):
+        (folder := tmp_path / f"of {head}").mkdir()
+        huggingface.write_weights(model, folder, torch.float32)
+        reworked(folder, named(head))
+        (folder / "optimizer.bin").write_bytes(b"")
+        for command in ("import", "export"):
+            assert ckpt.main([command, str(folder), str(tmp_path / "never")]) == 66
+            assert "has weights and no config.json" in (said := capsys.readouterr().err) and "--config FILE.py" in said
+        start = tmp_path / f"start {head}"
+        assert ckpt.main(["import", str(folder), str(start), "--config", str(tmp_path / "old.py")]) == 0
+        assert "without optimizer.bin" in (said := capsys.readouterr().out)
+        source = ckpt.find(str(start))
+        assert torch.equal(logits(folders.load(source), IDX), logits(model.eval(), IDX)) and source.end == 256
+        cfg, _ = configs.load(shlex.split(said.split("train from it with: ")[1])[2:])
+        assert cfg.hidden_size == CFG.hidden_size and ckpt.beginning(str(start), cfg).path == source.path
 
 
 def test_a_killed_import_or_export_does_not_refuse_the_next(checkpoint, tmp_path):
@@ -300,6 +389,7 @@ def test_hostile_config(tmp_path):
             assert "config.json" in str(error)
             refused += 1
     assert refused > 60
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/model-00001-of-00001.safetensors")
     for text in ("[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{"):
         (tmp_path / "hf/config.json").write_text(json.dumps(good))
         (tmp_path / "hf/model.safetensors.index.json").write_text(text)
@@ -397,7 +487,7 @@ def test_export_without_a_tokenizer(tmp_path, capsys):
 def test_init_from(tmp_path):
     """init_from fills the weights and nothing else of a run's tree; a config of another function is refused with the fix."""
     hf = pythia(tmp_path / "hf")
-    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    assert importing.main([str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
     cfg = ckpt.find(str(tmp_path / "start")).cfg
     model = GPTNeoX(cfg)
     tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters()))
@@ -415,7 +505,7 @@ def test_init_from(tmp_path):
     guessed = begin("start", Config(**{**cfg.__dict__, "tokenizer": "byte"}))
     assert "its tokenizer is not known, taken for tokenizer=byte" in guessed
     own_tokenizer(tmp_path / "hf", ["a text"], size=300)
-    assert export.main_import([str(tmp_path / "hf"), str(tmp_path / "with")]) == 0
+    assert importing.main([str(tmp_path / "hf"), str(tmp_path / "with")]) == 0
     mine = Config(**{**cfg.__dict__, "tokenizer": "byte"})
     with pytest.raises(ConfigError, match="trained with another tokenizer than tokenizer=byte; set tokenizer=.*/with/"):
         begin("with", mine)
@@ -430,8 +520,8 @@ def test_refused_folders(tmp_path):
         ({"attention_bias": False}, "attention_bias=False"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling="),
         ({"model_type": "llama"}, "model_type='llama'"),
-        ({"hidden_size": 32}, "is .320, 64., .320, 32. by config.json"),
-        ({"num_hidden_layers": 3}, "lacks gpt_neox.layers.2"),
+        ({"hidden_size": 32}, "is .320, 64., .320, 32. by the config"),
+        ({"num_hidden_layers": 3}, "lacks layers.2"),
         ({"num_hidden_layers": 1}, "has gpt_neox.layers.1.*which this model does not"),
         ({"hidden_size": "wide"}, "hidden_size='wide' is a str"),
         ({"num_attention_heads": 5}, "multiple of num_attention_heads"),
@@ -441,13 +531,46 @@ def test_refused_folders(tmp_path):
         config = json.loads((folder / "config.json").read_bytes()) | change
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=words):
-            export.main_import([str(folder), str(tmp_path / "never")])
-    (tmp_path / "good/model.safetensors").write_bytes(b"x" * 100)
+            importing.main([str(folder), str(tmp_path / "never")])
+    for keys, change, words in [
+        ({}, named(), "saved from a GPTNeoXModel, not from a GPTNeoXForCausalLM"),
+        (
+            {},
+            lambda w: w | {"lm_head.weight": w["embed_out.weight"] + 1},
+            "embed_out.weight and lm_head.weight, which differ",
+        ),
+        (
+            TIED,
+            lambda w: w | {"lm_head.weight": w["embed_out.weight"]},
+            "=true by config.json, and embed_out.weight differs from",
+        ),
+        ({}, lambda w: {key: t.to(torch.int8) for key, t in w.items()}, "quantized weights"),
+    ]:
+        pythia(folder := tmp_path / secrets.token_hex(4), **keys)
+        reworked(folder, change)
+        with pytest.raises(CheckpointError, match=words):
+            importing.main([str(folder), str(tmp_path / "never")])
+    good, never = tmp_path / "good", [str(tmp_path / "good"), str(tmp_path / "never")]
+    (good / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(CheckpointError, match="damaged"):
-        export.main_import([str(tmp_path / "good"), str(tmp_path / "never")])
-    (tmp_path / "good/model.safetensors").unlink()
+        importing.main(never)
+    (good / "model.safetensors").rename(good / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickled weights .*convert them once: python -c .*save_pretrained"):
-        export.main_import([str(tmp_path / "good"), str(tmp_path / "never")])
+        importing.main(never)
+    for variant in ("bf16", "fp16"):
+        (good / f"model.{variant}.safetensors").touch()
+    with pytest.raises(
+        CheckpointError, match="model.bf16.safetensors, model.fp16.safetensors and no model.safetensors"
+    ):
+        importing.main(never)
+    (good / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-1.safetensors"}}')
+    with pytest.raises(
+        CheckpointError, match="lacks model-1-of-1.safetensors, which model.safetensors.index.json names"
+    ):
+        importing.main(never)
+    for command in (importing.main, export.main):
+        with pytest.raises(CheckpointError, match="`hf download EleutherAI/pythia-70m --local-dir pythia-70m`"):
+            command(["EleutherAI/pythia-70m", never[1]])
     assert not (tmp_path / "never").exists()
 
 
@@ -455,7 +578,7 @@ def test_refused_targets(checkpoint, tmp_path):
     """A folder with files is left as it is; a damaged checkpoint is not exported, and leaves nothing behind."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("mine")
-    for command in (lambda argv: export.main_export(argv), export.main_import):
+    for command in (lambda argv: export.main(argv), importing.main):
         with pytest.raises(ConfigError, match="not empty"):
             command([str(checkpoint), str(tmp_path / "full")])
     shutil.copytree(checkpoint, damaged := tmp_path / checkpoint.name)
@@ -464,7 +587,7 @@ def test_refused_targets(checkpoint, tmp_path):
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
-        export.main_export([str(damaged), str(tmp_path / "hf")])
+        export.main([str(damaged), str(tmp_path / "hf")])
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name, "full"]
 
 
@@ -472,5 +595,5 @@ def test_weights_too_large_for_fp16(tmp_path):
     """Weights beyond fp16 are refused with the way out, and nothing is left under the name."""
     checkpoint = save(tmp_path / "out", Config(**{**CFG.__dict__, "initializer_range": 1e5}))
     with pytest.raises(CheckpointError, match="not finite in float16.*--dtype"):
-        export.main_export([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"])
+        export.main([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp16"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -33,6 +33,7 @@ USED = {"train", "data", "ckpt", "sample", "model"}  # what refocused/measure an
 
 # packages that a function may import, because not every run has or needs them
 LATE = {
+    "torch.nn.attention.varlen": "it loads torch's compiler, seconds that only CUDA needs",
     "google": "a second, and only a run with a bucket needs it",
     "matplotlib": "a second, and only pictures need it; not in requirements.txt",
     "tensorboard": "a second, and only rank 0 writes curves",

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as neox
 from configs import Config
+from refocused.checkpoint import huggingface
 
 SMALL = Config(
     vocab_size=101,
@@ -35,7 +36,7 @@ def pair(cfg: Config) -> tuple[neox.GPTNeoX, transformers.GPTNeoXForCausalLM]:
     with torch.no_grad():  # biases and norms too, so that none is where it could hide an error
         for p in ours.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    hf = neox.to_hf_config(cfg)
+    hf = huggingface.to_config(cfg)
     theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**hf))
     theirs.load_state_dict(renamed(ours.state_dict()), strict=True)
     return ours, theirs
@@ -96,12 +97,12 @@ def test_attention_in_pieces(length):
 def test_config_there_and_back():
     """Our config -> config.json -> ours; what the model cannot represent is named."""
     cfg = dataclasses.replace(SMALL, rotary_pct=0.5, rotary_emb_base=5e5, tie_word_embeddings=True, hidden_act="relu")
-    hf = transformers.GPTNeoXConfig(**neox.to_hf_config(cfg)).to_dict()
+    hf = transformers.GPTNeoXConfig(**huggingface.to_config(cfg)).to_dict()
     assert hf["rope_parameters"]["partial_rotary_factor"] == 0.5
-    back = Config(**neox.from_hf_config(hf), sequence_length=32)
-    assert neox.to_hf_config(back) == neox.to_hf_config(cfg)
+    back = Config(**huggingface.from_config(hf), sequence_length=32)
+    assert huggingface.to_config(back) == huggingface.to_config(cfg)
     with pytest.raises(ValueError, match="attention_bias.*silu"):
-        neox.from_hf_config(hf | {"attention_bias": False, "hidden_act": "silu"})
+        huggingface.from_config(hf | {"attention_bias": False, "hidden_act": "silu"})
 
 
 def test_counts_and_flops():

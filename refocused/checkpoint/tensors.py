@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -226,23 +226,13 @@ def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
     if there != here:
         raise CheckpointError(f"{path} is of another model or optimizer: {differences(there, here)}")
     for key in here:
-        check_cover(path, key, saved[key])
+        check_cover(path, key, saved[key].size, [(part.offsets, part.sizes) for part in saved[key].chunks])
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with torch.no_grad():
             dcp.load(dict(tree), storage_reader=dcp.HuggingFaceStorageReader(str(path)), planner=planner)
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be loaded: {cause(error)}") from error
-
-
-def read(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Every tensor of a verified checkpoint, whole, on the CPU. Raises CheckpointError."""
-    saved = read_metadata(path)
-    tree = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in saved.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        load(path, tree)
-    return tree
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, TensorStorageMetadata]:
@@ -254,19 +244,19 @@ def read_metadata(path: str | os.PathLike) -> dict[str, TensorStorageMetadata]:
     return {key: meta for key, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
 
 
-def check_cover(path: str | os.PathLike, key: str, meta: TensorStorageMetadata) -> None:
-    """Raise CheckpointError unless the parts of a tensor cover each of its elements once.
+def check_cover(path: str | os.PathLike, key: str, size: Sequence[int], parts: Iterable[tuple[Any, Any]]) -> None:
+    """Raise CheckpointError unless the parts of a tensor, (offsets, sizes) each, cover each of its elements once.
 
     A gap would leave what was there before the load, of an overlap it would depend on the order which part counts.
     """
-    boxes = sorted((tuple(part.offsets), tuple(part.sizes)) for part in meta.chunks if math.prod(part.sizes))
-    for i, (at, size) in enumerate(boxes):
+    boxes = sorted((tuple(at), tuple(n)) for at, n in parts if math.prod(n))
+    for i, (at, n) in enumerate(boxes):
         for other, other_size in boxes[i + 1 :]:
-            if at and other[0] >= at[0] + size[0]:
+            if at and other[0] >= at[0] + n[0]:
                 break  # they are sorted: no later one begins before this one's rows end
-            if all(a < b + n and b < a + m for a, m, b, n in zip(at, size, other, other_size, strict=True)):
+            if all(a < c + m and c < a + k for a, k, c, m in zip(at, n, other, other_size, strict=True)):
                 raise CheckpointError(f"{path}: parts of {key} overlap at {list(other)}")
-    found, whole = sum(math.prod(size) for _, size in boxes), math.prod(meta.size)
+    found, whole = sum(math.prod(n) for _, n in boxes), math.prod(size)
     if found != whole:
         raise CheckpointError(f"{path}: parts of {key} are {found:,} of its {whole:,} values")
 

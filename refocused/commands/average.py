@@ -11,49 +11,19 @@ import math
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import ckpt
 from configs import ConfigError
+from model import GPTNeoX
 from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.folder import FUNCTION, Source
-from refocused.checkpoint.manifest import CheckpointError
+from refocused.checkpoint.folder import FUNCTION, Source, weights_of
+from refocused.checkpoint.weights import Weights
 from refocused.commands.export import check_free, coming
 from refocused.entry import here
 from refocused.shards import tokenizers
 
 KEPT = ("tokens", "imported_from", "eos_token_id")  # of the newest one's state
-
-
-class Weights:
-    """A verified checkpoint's parameters, one at a time, whichever layout wrote them."""
-
-    def __init__(self, path: Path):
-        metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata()
-        self.path = path
-        self.there = {
-            key: (tuple(saved.size), saved.properties.dtype)
-            for key, saved in metadata.state_dict_metadata.items()
-            if key.startswith("model.") and isinstance(saved, TensorStorageMetadata)
-        }
-        for key, saved in tensors.read_metadata(path).items():
-            tensors.check_cover(path, key, saved)
-        self.parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {key: [] for key in self.there}
-        for index, place in metadata.storage_data.items():
-            if index.fqn in self.parts:
-                self.parts[index.fqn].append((place.relative_path, tuple(index.offset)))
-
-    def read(self, key: str) -> Tensor:
-        size, dtype = self.there[key]
-        whole = torch.empty(size, dtype=dtype)
-        for file, offset in self.parts[key]:
-            with safe_open(self.path / file, "pt") as opened:
-                part = opened.get_tensor(key)
-            whole[tuple(slice(at, at + n) for at, n in zip(offset, part.shape, strict=True))] = part
-        return whole
 
 
 class Mean:
@@ -63,10 +33,11 @@ class Mean:
         self.members, self.weights = members, weights
 
     def __getitem__(self, key: str) -> Tensor:
-        total = torch.zeros(self.members[0].there[key][0], dtype=torch.float64)  # the mean of equals is what they are
+        name = key.removeprefix("model.")
+        total = torch.zeros(self.members[0].size(name), dtype=torch.float64)  # so the mean of equals is what they are
         for member, weight in zip(self.members, self.weights, strict=True):
-            total.add_(member.read(key), alpha=weight)
-        return total.div_(math.fsum(self.weights)).to(self.members[0].there[key][1])
+            total.add_(member[name], alpha=weight)
+        return total.div_(math.fsum(self.weights)).float()
 
 
 def average(sources: list[Source], weights: list[float], out: Path) -> Path:
@@ -75,14 +46,14 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
     Holds one file's worth of the result and one tensor of one checkpoint. Raises ConfigError, CheckpointError.
     """
     newest = max(sources, key=lambda source: source.state["step"])
-    members = [Weights(source.path) for source in sources]
+    with torch.device("meta"):
+        model = GPTNeoX(newest.cfg)
+    members = [weights_of(source) for source in sources]
     for source, member in zip(sources, members, strict=True):
         for key in FUNCTION:
             if (a := getattr(source.cfg, key)) != (b := getattr(newest.cfg, key)):
                 raise ConfigError(f"{source.path} has {key}={a}, {newest.path} {key}={b}: no mean of different models")
-        if member.there != members[0].there:
-            difference = tensors.differences(members[0].there, member.there)
-            raise CheckpointError(f"{source.path} (here) and {sources[0].path} (there) differ: {difference}")
+        member.check(model)
     known = manifest.parse(newest.path.name)
     final = out.absolute() / (newest.path.name if known else manifest.name(0, newest.state["step"], 0))
     state = {
@@ -93,10 +64,9 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
         "config": dataclasses.asdict(newest.cfg),
         "run": {"torch": torch.__version__},
     }
-    shapes = {key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in members[0].there.items()}
     names = (tokenizers.FILE, tokenizers.SETTINGS)
     files = {name: (newest.path / name).read_bytes() for name in names if (newest.path / name).is_file()}
-    tensors.save_alone(final, shapes, state, Mean(members, weights), files)
+    tensors.save_alone(final, tensors.state_tree(model), state, Mean(members, weights), files)
     return final
 
 

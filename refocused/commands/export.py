@@ -1,16 +1,13 @@
-"""A checkpoint -> a Hugging Face folder, and such a folder -> a checkpoint to start from.
+"""A checkpoint -> a Hugging Face folder: `python ckpt.py export`.
 
 python ckpt.py export CHECKPOINT OUT [--dtype fp32] [--onnx]
 python ckpt.py export CHECKPOINT --torch FILE
-python ckpt.py import HF_FOLDER OUT
 """
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import os
-import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +16,14 @@ import torch
 from torch import Tensor
 
 import ckpt
-import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters
 from refocused import files, locks
-from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.folder import (
-    DTYPES,
-    MODEL_KEYS,
-    Source,
-    hf_source,
-    is_hf,
-    load,
-    read_folder,
-    write_configs,
-    write_weights,
-)
+from refocused.checkpoint import manifest
+from refocused.checkpoint.folder import DTYPES, Source, load, shards
+from refocused.checkpoint.huggingface import read_weights, write_configs, write_weights
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.checkpoint.weights import Weights
 from refocused.entry import here
 from refocused.shards import tokenizers
 from refocused.shards.shard import DataError
@@ -56,7 +44,9 @@ def check(model: GPTNeoX, folder: Path, dtype: torch.dtype) -> float:
     """
     idx = fixed_tokens(model.cfg)
     before, rounded = model(idx), {name: p.to(dtype) for name, p in model.named_parameters()}
-    read_folder(folder, model)
+    weights = read_weights(folder, model.cfg.tie_word_embeddings)
+    weights.check(model)
+    weights.fill(model)
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, rounded[name].float())]
     after = model(idx)
     if changed or not after.isfinite().all():
@@ -191,10 +181,11 @@ def coming(out: Path) -> Iterator[Path]:
 
 def write_torch(source: Source, file: Path) -> None:
     """Every tensor of a checkpoint, weights and optimizer state by their names, with its state, for torch.load."""
-    torch.save({"tensors": tensors.read(source.path), "state": source.state}, file)
+    weights = Weights(source.path, shards(source.path), str)
+    torch.save({"tensors": {key: weights[key] for key in weights}, "state": source.state}, file)
 
 
-def main_export(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """ckpt.py export. Returns the exit code; raises ConfigError, CheckpointError."""
     parser = argparse.ArgumentParser(prog="ckpt.py export", description="A checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one, a folder of them (the last), or gs://...")
@@ -221,7 +212,7 @@ def main_export(argv: list[str]) -> int:
     print(f"{source} -> {args.out}, {args.dtype}")
     with coming(args.out) as folder:
         folder.mkdir()
-        write_configs(source, folder, dtype)
+        write_configs(source.cfg, source.end, folder, dtype)
         write_weights(model, folder, dtype)
         (folder / "README.md").write_text(card(source, args.dtype), encoding="utf-8")
         print(write_tokenizer(source.cfg, folder))
@@ -233,51 +224,3 @@ def main_export(argv: list[str]) -> int:
         difference = check(model, folder, dtype)
         print(f"read back: logits differ from the checkpoint's by at most {difference:.1e}")
     return 0
-
-
-def main_import(argv: list[str]) -> int:
-    """ckpt.py import; returns the exit code. Raises ConfigError, CheckpointError."""
-    parser = argparse.ArgumentParser(prog="ckpt.py import", description="A GPT-NeoX folder as a checkpoint.")
-    parser.add_argument("folder", metavar="HF_FOLDER", help="config.json and safetensors, as GPT-NeoX or Pythia has")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT")
-    args = parser.parse_args(argv)
-    check_free(args.out)
-    if not is_hf(Path(args.folder)):
-        raise CheckpointError(f"{args.folder} has no config.json: not a Hugging Face folder")
-    source = hf_source(Path(os.path.abspath(args.folder)))
-    model = load(source)
-    state = {
-        "step": 0,
-        "imported_from": source.path.name,
-        "eos_token_id": source.end,
-        "config": dataclasses.asdict(source.cfg),
-        "run": {"torch": torch.__version__},
-    }
-    final = manifest.name(0, 0, 0)
-    known = tokenizers.find(source.cfg.tokenizer) if source.cfg.tokenizer else None
-    files = known.files(source.cfg.max_position_embeddings) if known else {}
-    with coming(args.out) as folder:
-        tensors.save_alone(folder / final, tensors.state_tree(model), state, files=files)
-    print(f"{source} -> {args.out / final}")
-    if known:
-        tokenizer = shlex.quote(str(args.out))
-        print(f"make shards for it with: {here(f'python data.py tokenize TEXTS SHARDS --tokenizer {tokenizer}')}")
-    else:
-        print(f"without a tokenizer: {args.folder} has no {tokenizers.FILE}; nothing says which text its ids are")
-    print(f"train from it with: {train_command(args.out, source.cfg)}")
-    return 0
-
-
-def train_command(start: Path, cfg: Config) -> str:
-    """A whole command that trains from an imported checkpoint: what differs from the config that it starts from."""
-    demo, _ = configs.load([str(configs.DEMO)])
-    keys = [key for key in (*MODEL_KEYS, "sequence_length") if getattr(demo, key) != getattr(cfg, key)]
-    places = {
-        "init_from": start,
-        "output_dir": f"out/{start.name}",
-        "logging_dir": f"logs/{start.name}",
-        "data_dir": "SHARDS",
-        "tokenizer": start if cfg.tokenizer else "none",
-    }
-    settings = [*places.items(), *((key, getattr(cfg, key)) for key in keys)]
-    return here(f"python train.py configs/demo.py {shlex.join(f'{key}={value}' for key, value in settings)}")

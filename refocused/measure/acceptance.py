@@ -42,7 +42,7 @@ import data
 import model as neox
 import train
 from refocused import entry
-from refocused.checkpoint import disk, manifest
+from refocused.checkpoint import disk, huggingface, manifest
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
 from refocused.entry import ROOT
@@ -642,8 +642,8 @@ def exported(m: Machine) -> Result:
     ours = folders.load(source).to(m.device).eval()
     target = m.folder / "exported"
     target.mkdir()
-    folders.write_configs(source, target, torch.float32)
-    folders.write_weights(ours, target, torch.float32)
+    huggingface.write_configs(source.cfg, source.end, target, torch.float32)
+    huggingface.write_weights(ours, target, torch.float32)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(target)
     theirs.to(m.device).eval()
     idx = torch.randint(source.cfg.vocab_size, (2, source.cfg.sequence_length), device=m.device)

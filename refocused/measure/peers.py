@@ -19,10 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import configs
-import model as neox
 import train
 from configs import Config
 from data import Dataset
+from refocused.checkpoint import huggingface
 from refocused.run import devices, processes, strategy
 from refocused.run.signals import StopSignal
 
@@ -111,7 +111,7 @@ def seed(cfg: Config, gate: Gate) -> None:
         gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         cpu=devices.any_device().type == "cpu",
     )
-    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**neox.to_hf_config(cfg), use_cache=False))
+    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**huggingface.to_config(cfg), use_cache=False))
     model = torch.compile(model) if cfg.compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, cfg.warmup_steps, cfg.max_steps)

@@ -66,7 +66,7 @@ def score(
     tokens = size = 0
     for x, y in blocks:
         with strategy.autocast(cfg, env):
-            losses = model(x.to(env.device), y.to(env.device), each=True)  # (B, T)
+            losses = model(x.to(env.device), y.to(env.device), reduction="none")  # (B, T)
         of_text = torch.zeros_like(y) if lengths is None else lengths[y.clamp(min=0)] * (y >= 0)
         loss += torch.stack((losses.sum(), losses[(of_text > 0).to(env.device)].sum()))
         tokens, size = tokens + int((y >= 0).sum()), size + int(of_text.sum())

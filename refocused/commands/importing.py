@@ -1,0 +1,83 @@
+"""Weights made elsewhere -> a checkpoint to start from: `python ckpt.py import`.
+
+python ckpt.py import HF_FOLDER OUT
+python ckpt.py import ACCELERATE_FOLDER OUT --config FILE.py
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import configs
+from configs import Config, ConfigError
+from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint.folder import Source, advice, hf_source, load
+from refocused.checkpoint.huggingface import MODEL_KEYS, is_hf
+from refocused.checkpoint.manifest import CheckpointError
+from refocused.commands.export import check_free, coming
+from refocused.entry import here
+from refocused.shards import tokenizers
+
+
+def read(place: str, config: str | None) -> Source:
+    """The folder's shape by its config.json, or by a config file of ours. Raises ConfigError, CheckpointError."""
+    path = Path(os.path.abspath(place))
+    if is_hf(path):
+        if config:
+            raise ConfigError(f"{place} has a config.json, which says what model it is; leave --config out")
+        return hf_source(path)
+    if not config or not path.is_dir():
+        raise CheckpointError(advice(place) or f"{place} has no config.json: not a Hugging Face folder")
+    cfg, _ = configs.load([config])
+    return Source(path, cfg, {}, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else None)
+
+
+def main(argv: list[str]) -> int:
+    """ckpt.py import; returns the exit code. Raises ConfigError, CheckpointError."""
+    parser = argparse.ArgumentParser(prog="ckpt.py import", description="A GPT-NeoX folder as a checkpoint.")
+    parser.add_argument("folder", metavar="FOLDER", help="config.json and safetensors, as GPT-NeoX or Pythia has")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT")
+    parser.add_argument("--config", metavar="FILE.py", help="of a folder without config.json, as Accelerate's are")
+    args = parser.parse_args(argv)
+    check_free(args.out)
+    source = read(args.folder, args.config)
+    cfg, model = source.cfg, load(source)
+    state: dict[str, Any] = {"step": 0, "eos_token_id": source.end, "config": dataclasses.asdict(cfg)}
+    state["run"] = {"torch": torch.__version__}
+    if not args.config:
+        state["imported_from"] = source.path.name  # so its tokenizer is the one beside it, or not known
+    final = manifest.name(0, 0, 0)
+    known = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
+    files = known.files(cfg.max_position_embeddings) if isinstance(known, tokenizers.File) else {}
+    with coming(args.out) as folder:
+        tensors.save_alone(folder / final, tensors.state_tree(model), state, files=files)
+    print(f"{source} -> {args.out / final}")
+    if args.config:
+        left = [path.name for path in sorted(source.path.iterdir()) if not path.name.endswith(".safetensors")]
+        print(
+            f"weights alone come along: the optimizer and the schedule start fresh at step 0, without {', '.join(left)}"
+        )
+    elif known:
+        tokenizer = shlex.quote(str(args.out))
+        print(f"make shards for it with: {here(f'python data.py tokenize TEXTS SHARDS --tokenizer {tokenizer}')}")
+    else:
+        print(f"without a tokenizer: {args.folder} has no {tokenizers.FILE}; nothing says which text its ids are")
+    print(f"train from it with: {train_command(args.out, cfg, args.config)}")
+    return 0
+
+
+def train_command(start: Path, cfg: Config, config: str | None) -> str:
+    """A whole command that trains from an imported checkpoint: what differs from the config file that it starts from."""
+    base, _ = configs.load([config or str(configs.DEMO)])
+    keys = [key for key in (*MODEL_KEYS, "sequence_length") if getattr(base, key) != getattr(cfg, key)]
+    places = {"init_from": start, "output_dir": f"out/{start.name}", "logging_dir": f"logs/{start.name}"}
+    if not config:
+        places |= {"data_dir": "SHARDS", "tokenizer": start if cfg.tokenizer else "none"}
+    settings = [*places.items(), *((key, getattr(cfg, key)) for key in keys)]
+    words = [config or "configs/demo.py", *(f"{key}={value}" for key, value in settings)]
+    return here(f"python train.py {shlex.join(words)}")
