@@ -41,7 +41,6 @@ LATE = {
     "tiktoken": "data of the byte tokenizer needs none",
     "tokenizers": "only a Hugging Face folder needs it; not in requirements.txt",
     "refocused.shards.prepare": "only a set that cannot be mapped needs it, and with it all other formats",
-    "zstandard": "only .zst files need it; not in requirements.txt",
     "pydoc_data": "0.7 MB of text that is read as text, for the demo",
     "onnxruntime": "only an ONNX export needs it; not in requirements.txt",
     "transformers": "a peer of bench.py; not in requirements.txt",

@@ -1,7 +1,6 @@
 """Preparing, unpacking, tokenizing and verifying shards: real files and real processes, compared with plain numpy."""
 
 import dataclasses
-import gzip
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -667,7 +667,7 @@ def write_texts(folder: Path) -> list[str]:
     (folder / "b/comments.jsonl").write_text("\n".join(lines))
     (folder / "a.txt").write_text("one whole document\n")
     (folder / "c.jsonl").write_text(json.dumps({"title": "A title", "selftext": "and a text"}) + "\n")
-    return ["one whole document\n", *(text.strip() for text in texts), "A title\n\nand a text"]
+    return ["one whole document\n", *texts, "A title\n\nand a text"]
 
 
 FIELDS = ["body", "title", "selftext"]
@@ -764,10 +764,10 @@ def test_tokenize_by_a_file(tmp_path, monkeypatch):
 
 
 def split_whole(words: str, mark: str) -> list[str]:
-    """The documents between marks, without the white space next to a mark."""
+    """The documents between marks, without the line breaks next to a mark."""
     parts = words.split(mark)
-    parts = [parts[0], *(part.lstrip(" \t\r\n") for part in parts[1:])]
-    return [part for part in (*(part.rstrip(" \t\r\n") for part in parts[:-1]), parts[-1]) if part]
+    parts = [parts[0], *(part.lstrip("\r\n") for part in parts[1:])]
+    return [part for part in (*(part.rstrip("\r\n") for part in parts[:-1]), parts[-1]) if part]
 
 
 @pytest.mark.parametrize("split", ["", "<|endoftext|>"])
@@ -815,17 +815,23 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
 
 
 def packed(name: str, data: bytes) -> bytes:
-    if name.endswith(".zst"):
-        frames = (data[: len(data) // 2], data[len(data) // 2 :])
-        return b"".join(pytest.importorskip("zstandard").ZstdCompressor().compress(frame) for frame in frames)
-    return gzip.compress(data) if name.endswith(".gz") else data
+    """As the suffix says, in two parts one behind the other, as parallel compressors write."""
+    module = readers.PACKED.get(name[name.rfind(".") :].lower())
+    if not module:
+        return data
+    compress = pytest.importorskip(module).compress
+    return compress(data[: len(data) // 2]) + compress(data[len(data) // 2 :])
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL.gz", "RC_2020-01.zst", "a.txt.gz", "a.TXT.zst"])
+NAMES = ["a.jsonl", "a.JSONL.gz", "RC_2020-01.zst", "a.txt.gz", "a.TXT.zst", "a.txt.xz", "a.ndjson.bz2"]
+NAMES += ["c4-train.00000-of-01024.json.gz", "a.json", "array.json", "array.json.xz"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_texts_as_people_have_them(tmp_path, name):
     """Compressed and plain, stopped and continued: the same tokens; a file cut short is an error and not a shorter set."""
-    lines = [json.dumps({"text": f"comment {i}, naïve"}) for i in range(500)]
-    data = "\n".join(lines).encode() + b"\n"
+    lines = [json.dumps({"text": f"comment {i}, naïve", "n": 0}) for i in range(500)]
+    data = (",\n".join(lines).join("[]") if "array" in name else "\n".join(lines)).encode() + b"\n"
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(packed(name, data))
     plain = ".txt" in name.lower()
@@ -838,10 +844,40 @@ def test_texts_as_people_have_them(tmp_path, name):
         (tmp_path / "out" / path).unlink()
     tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
     assert content(tmp_path / "out") == made
-    if name.lower().endswith((".gz", ".zst")):
-        (tmp_path / "in" / name).write_bytes(packed(name, data)[:-20])
-        with pytest.raises(DataError, match=f"{name}.*(ends early|ended before)"):
+    broken = [(packed(name, data)[:-20], "ended before")] if readers.PACKED.get(Path(name).suffix.lower()) else []
+    broken += [(packed(name, data) + b"more", "no gzip; cut it off")] if name.endswith(".gz") else []
+    broken += [(data[:-20], "element 500")] if name == "array.json" else []
+    for content_, message in broken:
+        (tmp_path / "in" / name).write_bytes(content_)
+        with pytest.raises(DataError, match=f"{name}.* {message}"):
             tokenize.tokenize(tmp_path / "in", tmp_path / "cut", "byte", Rules(["text"]), 10**6)
+
+
+TEXTS = ["    return x\n", " \t\n", "\u3000wide\r\n\r\n", "\ufeffbom", "\x00\x1f", "plain", "[deleted] by me", "\n"]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "gpt2", "file"])
+def test_a_text_is_what_its_file_says(tmp_path, monkeypatch, capsys, tokenizer):
+    """Odd texts in a .jsonl, a .json array and as marked .txt: each whole, by every kind of tokenizer; only what Reddit
+    deleted and what is empty is left out, and counted."""
+    shards.use_gpt2(tmp_path, monkeypatch)
+    if tokenizer == "file":
+        shards.own_tokenizer(tmp_path, TEXTS, 300)
+    known = find(str(tmp_path) if tokenizer == "file" else tokenizer)
+    (tmp_path / "in").mkdir()
+    gone = ["", "[deleted]", " [removed]\n"]
+    records = [{"text": text} for text in (*TEXTS, *gone)]
+    (tmp_path / "in/a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "in/b.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "in/c.txt").write_bytes("<mark>".join(TEXTS[:1] + TEXTS[5:7]).encode())
+    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", known.name if tokenizer != "file" else str(tmp_path),
+                               Rules(["text"], "<mark>"), 10**6)  # fmt: skip
+    marked = [text.rstrip("\n") for text in TEXTS[:1] + TEXTS[5:7]]
+    ids = known.encode_documents([*TEXTS, *TEXTS, *marked], Counter())
+    assert tokens_in(tmp_path / "out") == [token for document in ids for token in (*document.tolist(), known.end)]
+    assert (totals["documents"], totals["skipped"], totals["blank"]) == (2 * len(TEXTS) + 3, 6, 4)
+    assert known.decode(ids[0].tolist()) == TEXTS[0]
+    assert "note: 4 documents are nothing but white space" in capsys.readouterr().err
 
 
 HALF = '{"text": "cut \\ud83d"}'
@@ -877,29 +913,99 @@ def test_tokenize_command(tmp_path):
     write_texts(tmp_path / "in/x")
     (tmp_path / "in/x/c.jsonl").unlink()
     (tmp_path / "in/x/notes.json").write_text("{}")
-    (tmp_path / "in/x/stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
+    (tmp_path / "in/x/stories.txt").write_text("One.\n<|endoftext|>\n  Two.\n<|endoftext|>\n")
     command = ("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
     out = run(*command)
     assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "302 documents" in out.stdout, out.stderr
+    assert "2 empty or bad ones" in out.stdout
     assert "train on it: python " in out.stdout and f"data_dir={tmp_path}/out " in out.stdout
-    assert "left out, neither .txt nor .jsonl: x/notes.json" in out.stderr
-    assert "note: 2 times <|endoftext|> in .txt files became ordinary text; --split '<|endoftext|>'" in out.stderr
+    assert (
+        "left out, no .txt, .jsonl or .json file (of lines or one array; also as .gz, .bz2, .xz or .zst): x/n"
+        in out.stderr
+    )
+    assert "note: 302 times <|endoftext|> became ordinary text; in .txt files --split '<|endoftext|>'" in out.stderr
     stories = next((tmp_path / "in/x").glob("s*.txt"))
     alone = run("tokenize", stories, tmp_path / "alone", "--tokenizer", "byte", "--split", "<|endoftext|>")
     assert alone.returncode == 0 and "2 documents" in alone.stdout and "note" not in alone.stderr, alone.stderr
-    assert tokens_in(tmp_path / "alone") == [*b"One.", 256, *b"Two.", 256]
+    assert tokens_in(tmp_path / "alone") == [*b"One.", 256, *b"  Two.", 256]
     assert Dataset.open(config(tmp_path / "out", tmp_path / "cache", vocab_size=257, tokenizer="byte")).num_samples > 9
-    (tmp_path / "empty").mkdir()
-    for name, text_of, message in (
-        ("bad.txt", b"\xff\xfe", "bad.txt byte 0: not UTF-8 text"),
-        ("empty.jsonl", b'{"body": ""}\n\n', "the 1 files of"),
-        ("empty.txt", b"", "hold no text"),
-        ("a.pdf", b"x", "have no .txt and no .jsonl file, but 1 others such as a.pdf"),
+
+
+def tokenizing(capsys, source: Path, *more: str) -> tuple[int, str]:
+    """The command in this process; (exit code, stderr)."""
+    target = source.parent / f"{source.name} out{len(list(source.parent.iterdir()))}"
+    try:
+        code = data.main(["tokenize", str(source), str(target), "--tokenizer", "byte", *more])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    return code, capsys.readouterr().err
+
+
+LONG = '{"text": "b", "n": ' + "9" * 4301 + "}\n"
+TWO = {"a.jsonl": b'{"title": "T", "selftext": "b"}\n'}
+KINDS = "no .txt, .jsonl or .json file (of lines or one array; also as .gz, .bz2, .xz or .zst)"
+PARQUET = "pandas.read_parquet('a.parquet').to_json('a.parquet.jsonl', orient='records', lines=True)"
+NOWHERE = "the mark is nowhere in them, in which backslashes are no escapes: bash has $'\\n\\n' for"
+WORDS = [  # files, arguments, exit code, what is said
+    ({"bad.txt": b"\xff\xfe"}, "", 66, "bad.txt byte 0: not UTF-8 text"),
+    ({"e.jsonl": b'{"body": ""}\n\n'}, "--fields=body", 66, "hold no text: 1 documents were skipped"),
+    ({"e.txt": b""}, "", 66, "hold no text"),
+    ({"a.pdf": b"x"}, "", 66, f"have {KINDS}, but 1 others such as a.pdf"),
+    ({"a.parquet": b"x"}, "", 66, PARQUET),
+    ({"a.tar.gz": b"x"}, "", 66, "`tar xf a.tar.gz` makes text of a.tar.gz"),
+    ({"a.txt": b"x", "b.zip": b"x"}, "", 0, f"left out, {KINDS}: b.zip; `unzip b.zip`"),
+    ({"settings.json": b'{"a": 1}\n', "a.txt": b"x"}, "", 0, "): settings.json"),
+    ({"a.json": b'{\n "text": "x"\n}\n'}, "", 66, f"have {KINDS}"),
+    (TWO, "--fields=title,_selftext", 0, ""),
+    (TWO, "--fields=title,selfttext", 0, "none of 1 lines has the field selfttext"),
+    (TWO, "--fields=x --on_error=skip", 66, "hold no text"),
+    (TWO | {"b.txt": b"x"}, "--on_error=skip", 66, "none of 1 lines has the field text (--fields); name"),
+    (TWO, "--fields=_,_", 2, "names no field"),
+    ({"a.txt": b"x"}, "--fields=body", 0, "--fields changes nothing: there are no lines of JSON"),
+    ({"a.txt": b"x\n\ny"}, "--split=\\n\\n", 0, NOWHERE),
+    ({"a.jsonl": LONG.encode()}, "--split=M", 0, "--split 'M' changes nothing: none of the files is a .txt"),
+    ({"a.jsonl": b'{"text": "<|endoftext|>"}\n'}, "", 0, "note: 1 times <|endoftext|> became ordinary text\n"),
+]
+
+
+@pytest.mark.parametrize("files,arguments,code,words", WORDS, ids=range(len(WORDS)))
+def test_what_the_sources_have_not_is_said(tmp_path, capsys, files, arguments, code, words):
+    """Fields, marks and kinds of files that are named or expected and not there: an error, or a word; a file alone."""
+    for name, text in files.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(text)
+    words_of = [word.replace("_", " ") if "fields" in word else word for word in arguments.split()]
+    found, said = tokenizing(capsys, tmp_path / "in", *words_of)
+    assert found == code and words in said and ("note:" not in said or words), said
+    if len(files) == 1 and "have no" in words:
+        found, said = tokenizing(capsys, tmp_path / "in" / name)
+        assert found == 66 and f"{name} is {KINDS}" in said and "subfolders" not in said, said
+
+
+def test_what_a_tokenizer_has_no_token_for_is_counted(tmp_path, capsys):
+    """A BPE without token for unknown text and without bytes, one with it, one of bytes that lacks some, a WordLevel."""
+    vocab = {"</s>": 0, **{letter: i for i, letter in enumerate("abcd ", 1)}}
+    rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    end = {"id": 0, "content": "</s>", "special": True, **rules}
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    lost = "note: {} letters or bytes are lost: t/tokenizer.json has no token for them"
+    (tmp_path / "t").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": "ab 世界 cd €é"}))
+    for content, message in (
+        ({"model": model}, lost.format(4)),
+        ({"model": model, "pre_tokenizer": levels, "decoder": levels}, lost.format(14)),  # three blanks
+        (
+            {"model": model | {"vocab": vocab | {"<unk>": 9}, "unk_token": "<unk>"}},
+            "4 times the token for unknown text stands",
+        ),
+        ({"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "?"}}, "tokenizer.json cannot encode the text"),
     ):
-        (tmp_path / "empty" / name).write_bytes(text_of)
-        out = run("tokenize", tmp_path / "empty", tmp_path / "out2", "--tokenizer", "byte", "--fields", "body")
-        assert out.returncode == 66 and message in out.stderr, out.stderr
-        (tmp_path / "empty" / name).unlink()
+        (tmp_path / "t/tokenizer.json").write_text(json.dumps({"added_tokens": [end], **content}))
+        find.cache_clear()
+        code, said = tokenizing(capsys, tmp_path / "in", "--tokenizer", str(tmp_path / "t"))
+        assert message in said and code == 66 * ("cannot" in message), said
 
 
 def test_bench_runs(tmp_path):

@@ -53,10 +53,11 @@ def prepare(
         raise DataError(
             f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}; name one with --end_of_text"
         )
+    named = source
     source, everything = find_sources(source, but=(target,))
     paths = [path for path in everything if path.lower().endswith(KINDS)]
     if not paths:
-        raise DataError(f"{source} and its subfolders have no .npz, .npy or .bin file{others(everything)}")
+        raise DataError(absent(named, ".npz, .npy or .bin file", everything))
     if Path(target).resolve() == Path(source).resolve():
         raise DataError(f"{target} is the source; mapped shards need a folder of their own")
     made: dict[str, str] = {}
@@ -67,13 +68,30 @@ def prepare(
         return convert_all(source, target, paths, vocab_size, end_of_text, workers, **options)
 
 
+WAYS = {  # what others keep text in, and one line that turns it into what is read
+    ".parquet": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"",
+    ".csv": "python -c \"import pandas; pandas.read_csv('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"",
+    ".tar": "tar xf {0}", ".tar.gz": "tar xf {0}", ".tgz": "tar xf {0}", ".zip": "unzip {0}",
+}  # fmt: skip
+
+
 def others(paths: list[str]) -> str:
     """What lies there instead, and what reads it, behind a message that something is missing."""
     for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl"), "tokenize")):
         if fitting := [path for path in paths if path.lower().endswith(kinds)]:
             way = here(f"python data.py {command} SRC DST")
             return f"; `{way}` makes shards of its {len(fitting)} such as {fitting[0]}"
+    for suffix, way in WAYS.items():
+        if fitting := [path for path in paths if path.lower().endswith(suffix)]:
+            return f"; `{here(way.format(fitting[0]))}` makes text of {fitting[0]}"
     return f", but {len(paths)} others such as {paths[0]}" if paths else ""
+
+
+def absent(source: Path, kinds: str, paths: list[str]) -> str:
+    """The message that a file, or a folder in which these were found, is nothing that a command reads."""
+    if source.is_file():
+        return f"{source} is no {kinds}{others(paths) if others(paths)[:1] == ';' else ''}"
+    return f"{source} and its subfolders have no {kinds}{others(paths)}"
 
 
 def convert_all(

@@ -1,7 +1,7 @@
-"""The documents of text files, read as streams: .txt and JSON lines, as they are or as .gz or .zst."""
+"""The documents of text files, read as streams: .txt and JSON lines, as they are or compressed."""
 
-import gzip
-import io
+import contextlib
+import importlib
 import json
 import re
 import sys
@@ -15,10 +15,13 @@ from typing import IO, Any
 from refocused.entry import here
 from refocused.shards.shard import DataError
 
+RULE = 2  # by which files become texts: an interrupted run by an older one is not gone on with
 PIECE = 1 << 20  # bytes of a .txt that are handled at once
 GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
-END_OF_TEXT = b"<|endoftext|>"  # as GPT-2's own datasets spell it
-PACKED = (".gz", ".zst")
+END_OF_TEXT = "<|endoftext|>"  # as GPT-2's own datasets spell it
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "backports.zstd"}  # {suffix: module}
+LINES = (".jsonl", ".ndjson", ".json")
+READ = ".txt, .jsonl or .json file (of lines or one array; also as .gz, .bz2, .xz or .zst)"
 # Where a tokenizer cuts in any case: before a space between words, or at least before white space and not inside it
 BETWEEN = (re.compile(rb"(?<=[A-Za-z]) (?=[A-Za-z])"), re.compile(rb"(?<=\S)[ \n](?=\S)"))
 
@@ -30,126 +33,154 @@ class BadRecord(ValueError):
 @dataclass
 class Piece:
     text: str
-    end: int  # the byte of the (inflated) file where the next piece begins
+    end: int  # where the next piece begins: a byte of the (inflated) file, of a JSON array a letter
     line: int  # lines read by then; in a .txt 1 where that is inside a document, else 0
     complete: bool = True  # whether a document ends here
-    skipped: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # what was met here, for words at the end
 
 
 @dataclass
 class Rules:
-    """How documents are taken out of files; and what was met and passed over, for a word at the end."""
+    """How documents are taken out of files."""
 
     fields: list[str]
     split: str = ""  # what separates the documents of a .txt; without it, a file is one
     skip_errors: bool = False
-    marks: int = field(default=0, compare=False)  # END_OF_TEXT that stayed text
     said: int = field(default=0, compare=False)
 
 
-def kind(path: str) -> str:
-    """ "txt", "lines" or "" for a file of another kind. Reddit's dumps are RC_2020-01.zst without another suffix."""
-    name = Path(path.lower())
+def kind(file: Path, fields: list[str]) -> str:
+    """ "txt", "lines", "array" (of JSON objects) or "" for a file of another kind. Raises DataError.
+
+    Reddit's dumps are RC_2020-01.zst without another suffix. What a .json is, its beginning tells.
+    """
+    name = Path(file.name.lower())
     inner = name.with_suffix("") if name.suffix in PACKED else name
+    if inner.suffix == ".json":
+        with opened(file, 0) as stream, contextlib.suppress(ValueError, RecursionError):
+            line = stream.readline(1 << 24)
+            if line.lstrip().startswith(b"["):
+                return "array"
+            first = parsed(line)
+            if isinstance(first, dict) and (stream.readline(1) or {*first} & {*fields}):
+                return "lines"  # one object without a text is somebody's settings
+        return ""
     if inner.suffix == ".txt":
         return "txt"
-    return "lines" if inner.suffix in (".jsonl", ".ndjson") or (name != inner and not inner.suffix) else ""
-
-
-class Inflating(io.RawIOBase):
-    """A .zst as a stream that does not take a file cut short for a whole one. Raises DataError."""
-
-    def __init__(self, file: IO[bytes], path: Path):
-        try:
-            import zstandard  # optional: only Reddit's dumps need it
-        except ImportError as error:
-            way = here("pip install zstandard")
-            raise DataError(f"{path}: `{way}` makes it readable, or unpack it first: `zstd -d {path}`") from error
-        self.file, self.path, self.error = file, path, zstandard.ZstdError
-        self.new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self.frame: Any = self.new()
-        self.left = self.rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.left:
-            if not (block := self.rest or self.file.read(1 << 16)):
-                if self.frame is not None:
-                    raise DataError(f"{self.path} ends early")
-                return 0
-            self.frame = self.frame or self.new()
-            try:
-                self.left, self.rest = self.frame.decompress(block), b""
-            except self.error as error:
-                raise DataError(f"{self.path} is damaged: {error}") from error
-            if self.frame.eof:
-                self.frame, self.rest = None, self.frame.unused_data
-        count = min(len(buffer), len(self.left))
-        buffer[:count], self.left = self.left[:count], self.left[count:]
-        return count
+    return "lines" if inner.suffix in LINES or (name != inner and not inner.suffix) else ""
 
 
 @contextmanager
 def opened(path: Path, start: int) -> Iterator[IO[bytes]]:
     """The file's (inflated) bytes from `start` on. Raises DataError."""
+    suffix = path.suffix.lower()
+    errors: list[type[Exception]] = [OSError, EOFError, zlib.error]
+    stream: Any = None
     try:
         with open(path, "rb") as file:
-            stream: Any = file
-            if path.suffix.lower() == ".gz":
-                stream = gzip.open(file)
-            elif path.suffix.lower() == ".zst":
-                stream = io.BufferedReader(Inflating(file, path), PIECE)
-            if stream is file:
+            if suffix not in PACKED:
                 file.seek(start)
-            while stream is not file and start:
+                yield file
+                return
+            module = importlib.import_module(PACKED[suffix])
+            errors += [getattr(module, name) for name in ("LZMAError", "ZstdError") if hasattr(module, name)]
+            # long windows, as in Reddit's dumps, are refused unless allowed
+            options = {"options": {module.DecompressionParameter.window_log_max: 31}} if suffix == ".zst" else {}
+            stream = module.open(file, **options)
+            while start:
                 start -= len(stream.read(min(start, PIECE)))
             yield stream
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except ImportError as error:
+        way = f"`{here('pip install backports.zstd')}` makes it readable, or " if suffix == ".zst" else ""
+        raise DataError(f"{path}: this Python does not read {suffix}; {way}unpack it first") from error
+    except tuple(errors) as error:
+        why = getattr(error, "strerror", None) or error
+        if suffix == ".gz" and stream and "Not a gzipped file" in str(error) and stream.tell():
+            why = f"behind its {stream.tell():,} bytes of text something follows that is no gzip; cut it off, or unpack it"
+        raise DataError(f"cannot read {path}: {why}") from error
 
 
 def documents(path: Path, rules: Rules, start: int = 0, line: int = 0) -> Iterator[Piece]:
     """The documents of a file from a piece's end and line on. Raises DataError."""
-    with opened(path, start) as stream:
-        yield from (text_pieces if kind(path.name) == "txt" else json_lines)(stream, path, rules, start, line)
+    what = kind(path, rules.fields)
+    with opened(path, 0 if what == "array" else start) as stream:
+        if what == "txt":
+            yield from text_pieces(stream, path, rules, start, line)
+        elif what == "array":
+            yield from array_elements(stream, path, rules, start, line)
+        else:
+            for content in stream:
+                start, line = start + len(content), line + 1
+                if content.strip():
+                    yield document(content, rules, f"{path} line {line}", start, line)
+                else:
+                    yield Piece("", start, line, False)
 
 
-def json_lines(stream: IO[bytes], path: Path, rules: Rules, start: int, line: int) -> Iterator[Piece]:
-    for content in stream:
-        start, line, text, skipped = start + len(content), line + 1, "", 0
-        try:
-            text, missing = record_text(content, rules.fields) if content.strip() else ("", "")
-            if missing:  # holes are usual; a line that cannot be read, or has none of the fields, is a mistake
-                skipped = 1
-                complain(rules, f"{path} line {line}: {missing}")
-        except (BadRecord, UnicodeDecodeError, RecursionError) as error:
-            what = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            if not rules.skip_errors:
-                raise DataError(f"{path} line {line}: {what}; --on_error skip passes such lines over") from error
-            skipped = 1
-            complain(rules, f"{path} line {line}: {what}")
-        yield Piece(text, start, line, bool(text), skipped)
-
-
-def record_text(content: bytes, fields: list[str]) -> tuple[str, str]:
-    """(text of a line's fields, '' or why it has none). Raises BadRecord, UnicodeDecodeError, RecursionError."""
+def array_elements(stream: IO[bytes], path: Path, rules: Rules, at: int, element: int) -> Iterator[Piece]:
+    """The elements of a .json that is one array; all of it is in memory. at: letters that were read before."""
     try:
-        record = json.loads(content)
+        content = stream.read().decode("utf-8-sig")
+        at = at or content.index("[") + 1
+        between = re.compile(r"[^\s,]|$")  # what stands between elements is passed over
+        while (found := between.search(content, at)) and found.group() not in ("]", ""):
+            element += 1
+            record, at = json.JSONDecoder(parse_int=float).raw_decode(content, found.start())
+            yield document(record, rules, f"{path} element {element}", at, element)
+        at = found.start() if found else at
+        if content[at:].strip() != "]":
+            raise DataError(f"{path} is not one whole array: look behind its element {element}")
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} element {element}: {error}") from error
+
+
+def document(record: Any, rules: Rules, place: str, end: int, line: int) -> Piece:
+    """One record, or the line that it is, as a document. Raises DataError for a mistake, unless these are skipped."""
+    try:
+        text, missing, counts = record_text(parsed(record) if isinstance(record, bytes) else record, rules.fields)
+        if missing:  # holes are usual; a line that cannot be read, or has none of the fields, is a mistake
+            complain(rules, f"{place}: {missing}")
+    except (BadRecord, UnicodeDecodeError, RecursionError) as error:
+        what = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        if not rules.skip_errors:
+            raise DataError(f"{place}: {what}; --on_error skip passes such lines over") from error
+        text, counts = "", {"records": 1}
+        complain(rules, f"{place}: {what}")
+    if not text:
+        counts["skipped"] = 1
+    elif text.isspace():
+        counts["blank"] = 1
+    if marks := text.count(END_OF_TEXT):
+        counts["marks"] = marks
+    return Piece(text, end, line, bool(text), counts)
+
+
+def parsed(content: bytes) -> Any:
+    """JSON. Numbers are never text, and as floats they may have any number of digits."""
+    try:
+        return json.loads(content, parse_int=float)
     except json.JSONDecodeError as error:
         raise BadRecord(f"no JSON: {error}") from error
+
+
+def record_text(record: Any, fields: list[str]) -> tuple[str, str, dict[str, int]]:
+    """(text of a record's fields as it is, "" or why it has none, counts). Raises BadRecord."""
     if not isinstance(record, dict):
         raise BadRecord("JSON, but not an object")
     there = [name for name in fields if name in record]
     if not there:
         raise BadRecord(f"no field {', '.join(fields)} (--fields) but {', '.join(record)}")
+    counts = {"records": 1, **dict.fromkeys(map(met, there), 1)}
     texts = [record[name] for name in there if isinstance(record[name], str)]
     if not texts:
         kinds = ", ".join(f"{name} is {json.dumps(record[name])[:20]}" for name in there)
-        return "", f"no text, {kinds}"
-    parts = [text.strip() for text in texts]
-    return whole("\n\n".join(part for part in parts if part and part not in GONE)), ""
+        return "", f"no text, {kinds}", counts
+    return whole("\n\n".join(text for text in texts if text and text.strip() not in GONE)), "", counts
+
+
+def met(name: str) -> str:
+    """What a field's lines are counted by."""
+    return f"with field {name}"
 
 
 def whole(text: str) -> str:
@@ -172,7 +203,7 @@ def text_pieces(stream: IO[bytes], path: Path, rules: Rules, start: int, inside:
 
     From any piece's end the pieces are the same: a cut depends on the two PIECEs after the one before it.
     """
-    split, more = rules.split.encode(), True
+    split, mark, more = rules.split.encode(), END_OF_TEXT.encode(), True
     buffer = stream.read(PIECE)
     if not start and buffer.startswith(b"\xef\xbb\xbf"):  # a byte order mark is no text
         buffer, start = buffer[3:], 3
@@ -183,25 +214,28 @@ def text_pieces(stream: IO[bytes], path: Path, rules: Rules, start: int, inside:
         last = len(buffer) <= PIECE
         found = buffer.find(split, 0, PIECE + len(split)) if split else -1
         if found >= 0:
-            content, taken = buffer[:found].rstrip(), found + len(split)
+            content, taken = buffer[:found].rstrip(b"\r\n"), found + len(split)
             margin = buffer[taken : taken + (1 << 16)]
-            taken += len(margin) - len(margin.lstrip())
+            taken += len(margin) - len(margin.lstrip(b"\r\n"))
         else:
             taken = len(buffer) if last else cut(buffer[:PIECE])
             content = buffer[:taken]
         try:
-            text, skipped = content.decode(), 0
+            text, counts = content.decode(), {}
         except UnicodeDecodeError as error:
             what = f"{path} byte {start + error.start}: not UTF-8 text ({error.reason})"
             if not rules.skip_errors:
                 raise DataError(f"{what}; --on_error skip puts U+FFFD there") from error
-            text, skipped = content.decode(errors="replace"), 1
+            text, counts = content.decode(errors="replace"), {"skipped": 1}
             complain(rules, what)
-        rules.marks += content.count(END_OF_TEXT)
+        if marks := content.count(mark):
+            counts["marks"] = marks
+        if found >= 0:
+            counts["splits"] = 1
         buffer, start = buffer[taken:], start + taken
         there, ends = bool(inside or text), found >= 0 or last
         inside = int(there and not ends)
-        yield Piece(text, start, inside, there and ends, skipped)
+        yield Piece(text, start, inside, there and ends, counts)
 
 
 def cut(content: bytes) -> int:

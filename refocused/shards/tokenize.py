@@ -19,14 +19,14 @@ from tqdm import tqdm
 from configs import Config
 from refocused import entry, locks
 from refocused.files import remove_stale
-from refocused.shards import write
+from refocused.shards import readers, write
 from refocused.shards.find import find_sources
-from refocused.shards.prepare import TOTALS, add, announce, common_arguments, is_intact, others
-from refocused.shards.readers import END_OF_TEXT as MARK
+from refocused.shards.prepare import TOTALS, absent, add, announce, common_arguments, is_intact, others
 from refocused.shards.readers import PACKED, Rules, documents, kind
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import find
 
+DEFAULT_FIELDS = ["text"]
 BATCH = 1 << 20  # bytes of text that a thread encodes at once; shards end where a batch ends
 Place = tuple[int, int, int]  # file, byte and line where a batch begins
 A = TypeVar("A")
@@ -38,7 +38,7 @@ class Batch:
     next: Place  # where the following batch begins
     texts: list[tuple[str, bool]] = field(default_factory=list)  # and whether a document ends with it
     size: int = 0
-    skipped: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def batches(files: list[Path], rules: Rules, start: Place, size: int) -> Iterator[Batch]:
@@ -49,7 +49,8 @@ def batches(files: list[Path], rules: Rules, start: Place, size: int) -> Iterato
         for piece in documents(files[i], rules, *place[1:]):
             batch.size += piece.end - batch.next[1]
             batch.next = (i, piece.end, piece.line)
-            batch.skipped += piece.skipped
+            if piece.counts:
+                batch.counts.update(piece.counts)
             if piece.text or piece.complete:
                 batch.texts.append((piece.text, piece.complete))
             if batch.size >= size:
@@ -65,19 +66,20 @@ def content_of(file: Path) -> str:
 
 
 def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 0) -> Counter:
-    """Turns .txt and .jsonl files (also .gz, .zst), source or those below it, into shards of about shard_tokens.
+    """Turns text files (readers.READ), source or those below it, into shards of about shard_tokens.
 
     End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
     notes where its successor begins, so an interrupted run goes on behind the last intact one; sources whose content
     is another by then are refused. Returns totals as prepare does. Raises DataError.
     """
+    named = source
     source, everything = find_sources(source, but=(target,))
-    paths = [path for path in everything if kind(path)]
+    paths = [path for path in everything if kind(source / path, rules.fields)]
     if not paths:
-        raise DataError(f"{source} and its subfolders have no .txt and no .jsonl file{others(everything)}")
-    if left := [path for path in everything if not kind(path)]:
+        raise DataError(absent(named, readers.READ, everything))
+    if left := [path for path in everything if path not in {*paths}]:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        print(f"left out, neither .txt nor .jsonl: {', '.join(left[:5])}{more}", file=sys.stderr)
+        print(f"left out, no {readers.READ}: {', '.join(left[:5])}{more}{others(left)}", file=sys.stderr)
     known = find(tokenizer)
     dtype, end = np.dtype("<u2" if known.size <= 1 << 16 else "<u4"), [known.end]
     files = [source / path for path in paths]
@@ -85,10 +87,12 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
 
     def encode(batch: Batch) -> tuple[Batch, np.ndarray]:
         parts = [np.empty(0, dtype)]
-        ids = known.encode_documents([text for text, _ in batch.texts])
+        ids = known.encode_documents([text for text, _ in batch.texts], batch.counts)
         for tokens, (_, complete) in zip(ids, batch.texts, strict=True):
             parts += [tokens.astype(dtype), np.array(end if complete else [], dtype)]
-        return batch, np.concatenate(parts)
+        tokens = np.concatenate(parts)
+        batch.counts.update(tokens=len(tokens), documents=sum(complete for _, complete in batch.texts))
+        return batch, tokens
 
     with locks.filling(target), ThreadPoolExecutor(threads) as pool:
         remove_stale(target)
@@ -103,19 +107,17 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
             "split": rules.split,
             "on_error": "skip" if rules.skip_errors else "stop",
             "shard_tokens": shard_tokens,
+            "rule": readers.RULE,
         }
         totals, start = finished(target, settings)
-        new: dict[str, int] = dict.fromkeys(("tokens", "documents", "padding", "largest_id", "skipped"), 0)
-        report, parts, begin = dict(new), [], start
+        report, parts, begin = Counter(dict.fromkeys(TOTALS[2:], 0)), [], start
         cut = batches(files, rules, start, min(BATCH, shard_tokens))
-        inflated = any(path.lower().endswith(PACKED) for path in paths)
+        inflated = any(path.lower().endswith(tuple(PACKED)) for path in paths)
         todo = None if inflated else sum(file.stat().st_size for file in files[start[0] :]) - start[1]
         with tqdm(total=todo, desc=f"tokenizing {source}", unit="B", unit_scale=True) as bar:
             for batch, tokens in in_order(pool, encode, cut, 2 * threads):
                 parts.append(tokens)
-                report["tokens"] += len(tokens)
-                report["documents"] += sum(complete for _, complete in batch.texts)
-                report["skipped"] += batch.skipped
+                report.update(batch.counts)
                 report["largest_id"] = max(report["largest_id"], int(tokens.max(initial=0)))
                 last = batch.next[0] == len(files)
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
@@ -124,17 +126,46 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
                     file = target / shard_name(totals["files"])
                     write.write_shard(file, dtype, report["tokens"], parts, note)
                     add(totals, report)
-                    begin, parts, report = batch.next, [], dict(new)
+                    begin, parts, report = batch.next, [], Counter(dict.fromkeys(TOTALS[2:], 0))
                 bar.update(batch.size)
+        totals.update(report)  # of what came behind the last text
     if not totals["tokens"]:
-        raise DataError(f"the {len(paths)} files of {source} hold no text: {report['skipped']} documents were skipped")
-    if rules.marks and MARK.decode() not in rules.split:
-        print(
-            f"note: {rules.marks:,} times {MARK.decode()} in .txt files became ordinary text; --split '{MARK.decode()}' "
-            "makes it the end of a document",
-            file=sys.stderr,
-        )
+        raise DataError(f"the {len(paths)} files of {source} hold no text: {totals['skipped']} documents were skipped")
+    say_what_was_met(totals, rules, any(kind(file, rules.fields) == "txt" for file in files), known.name)
     return totals
+
+
+def say_what_was_met(totals: Counter, rules: Rules, txt: bool, tokenizer: str) -> None:
+    """What the sources did not have, or had and is not as it may seem. Raises DataError where no line had a field."""
+    mark, records, notes = readers.END_OF_TEXT, totals["records"], []
+    unmet = [name for name in rules.fields if not totals[readers.met(name)]]
+    if records and len(unmet) == len(rules.fields):
+        raise DataError(
+            f"none of {records:,} lines has the field {', '.join(unmet)} (--fields); name one that they have"
+        )
+    if records and unmet:
+        notes.append(f"none of {records:,} lines has the field {', '.join(unmet)} (--fields)")
+    if not records and rules.fields != DEFAULT_FIELDS:
+        notes.append("--fields changes nothing: there are no lines of JSON")
+    if rules.split and not totals["splits"]:
+        why = "the mark is nowhere in them" if txt else "none of the files is a .txt"
+        hint = ", in which backslashes are no escapes: bash has $'\\n\\n' for two line breaks" * ("\\" in rules.split)
+        notes.append(f"--split {rules.split!r} changes nothing: {why}{hint}")
+    if totals["marks"] and mark not in rules.split:
+        way = f"; in .txt files --split '{mark}' makes it the end of a document" if txt else ""
+        notes.append(f"{totals['marks']:,} times {mark} became ordinary text{way}")
+    if totals["blank"]:
+        notes.append(f"{totals['blank']:,} documents are nothing but white space")
+    if totals["dropped"]:
+        notes.append(
+            f"{totals['dropped']:,} letters or bytes are lost: {tokenizer} has no token for them, and none for unknown text"
+        )
+    if totals["unknown"]:
+        notes.append(
+            f"{totals['unknown']:,} times the token for unknown text stands for what {tokenizer} has no token for"
+        )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def shard_name(index: int) -> str:
@@ -170,19 +201,30 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterator[A
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py tokenize", description="Text files (.txt, .jsonl, also as .gz or .zst) -> shards.",
+        prog="data.py tokenize", description="Text files (.txt, .jsonl, .json, also compressed) -> shards.",
         parents=[common_arguments("SRC", "DST")],
     )  # fmt: skip
-    parser.add_argument("--fields", default="text", help="of a JSON line, joined; Reddit: body, or title,selftext")
     parser.add_argument(
-        "--split", default="", metavar="MARK", help=f"between documents of a .txt, such as '{MARK.decode()}'"
+        "--fields",
+        type=field_names,
+        default=DEFAULT_FIELDS,
+        help="of a JSON line, joined; Reddit: body, or title,selftext",
+    )
+    parser.add_argument(
+        "--split", default="", metavar="MARK", help=f"between documents of a .txt, such as '{readers.END_OF_TEXT}'"
     )
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a line that cannot be read")
     parser.add_argument("--shard_tokens", type=entry.positive, default=1 << 26, help="tokens per shard, about")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
-    rules = Rules(args.fields.split(","), args.split, args.on_error == "skip")
+    rules = Rules(args.fields, args.split, args.on_error == "skip")
     tokenizer = args.tokenizer or str(Config.tokenizer)
     totals = tokenize(args.SRC, args.DST, tokenizer, rules, args.shard_tokens, args.workers)
     announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
     return 0
+
+
+def field_names(text: str) -> list[str]:
+    if not (names := [name.strip() for name in text.split(",") if name.strip()]):
+        raise argparse.ArgumentTypeError(f"{text!r} names no field")
+    return names

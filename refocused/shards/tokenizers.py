@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class Encoding:
         """The ids of a prompt; special tokens in it are these tokens, as in Transformers."""
         return self.known.encode(text, allowed_special="all")
 
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of texts in which special tokens are but text."""
+    def encode_documents(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
+        """The ids of texts in which special tokens are but text. counts: of what the tokenizer has no token for."""
         return [self.known.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
@@ -182,9 +183,36 @@ class File:
     def encode(self, text: str) -> list[int]:
         return self.known.encode(text, add_special_tokens=False).ids
 
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        found = self.plain.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.uint32) for encoding in found]
+    def encode_documents(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
+        model = self.json["model"]
+        unknown = model.get("unk_id") if model.get("type") == "Unigram" else self.vocab.get(model.get("unk_token"))
+        whole = model.get("byte_fallback") or (self.byte_level and self.vocab.keys() >= {*byte_letters()})
+        try:
+            found = self.plain.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # such as a word that a WordLevel without unk_token does not have
+            raise DataError(f"{self.file} cannot encode the text: {error}") from error
+        if model.get("type") == "BPE" and unknown is None and not whole:
+            counts["dropped"] += sum(map(self._dropped, texts))
+        ids = [np.array(encoding.ids, np.uint32) for encoding in found]
+        if unknown is not None:
+            counts["unknown"] += sum(int((tokens == unknown).sum()) for tokens in ids)
+        return ids
+
+    def _dropped(self, text: str) -> int:
+        """How many letters of a text, or bytes where these are the alphabet, a BPE passes over."""
+        if self.plain.normalizer:
+            text = self.plain.normalizer.normalize_str(text)
+        if self.plain.pre_tokenizer:
+            text = "".join(piece for piece, _ in self.plain.pre_tokenizer.pre_tokenize_str(text))
+        first, last = (self.json["model"].get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+        return sum(
+            n for letter, n in Counter(text).items() if not {letter, first + letter, letter + last} & self.vocab.keys()
+        )
+
+    @property
+    def byte_level(self) -> bool:
+        decoder = self.json.get("decoder")
+        return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
 
     def decode(self, ids: list[int]) -> str:
         return self.known.decode(ids, skip_special_tokens=False)
@@ -196,9 +224,7 @@ class File:
 
     def byte_lengths(self) -> list[int]:
         """For a byte-level BPE, in which each letter of a token is a byte."""
-        decoder = self.json.get("decoder")
-        byte_level = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
-        if not byte_level or self.json["model"].get("type") != "BPE":
+        if not self.byte_level or self.json["model"].get("type") != "BPE":
             raise DataError(f"{self.file} is no byte-level BPE: nothing says how many bytes a token is")
         lengths = [0] * self.size
         for token, i in self.vocab.items():
