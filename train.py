@@ -31,14 +31,16 @@ import sample
 from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
-from refocused.measure import gpus, hardware, planner
 from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
+from refocused.run.gpus import peak_flops
+from refocused.run.hardware import sniff
 from refocused.run.logs import Logs, check_folder, log_error
 from refocused.run.monitor import LoopState, Monitor
 from refocused.run.signals import EARLY, StopSignal
+from refocused.run.speed import expected
 from refocused.run.starts import Starts
 from refocused.run.watchdog import Watchdog
 
@@ -123,7 +125,7 @@ def train(
     plan = words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env))
     settings = f"{plan}\n{configs.show_changes(cfg, origins)}"  # in train.log; on the screen the command line's alone
     logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
-    found = hardware.sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""
+    found = sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""
     logs.log(found)
     choice = checkpoints.choose()
     state = LoopState.restored(choice.state)
@@ -157,7 +159,8 @@ def train(
     readback = Readback(env.device)
     made = origin.of_run(env)
     monitor = Monitor(
-        cfg, env, logs, state, choice, tokens_per_step, compile_seconds, gpus.peak_flops(env.device_name), settings, found
+        cfg, env, logs, state, choice, tokens_per_step, compile_seconds, peak_flops(env.device_name), settings, found,
+        expected(cfg, env.world_size, env.local_world_size, env.device_name),
     )  # fmt: skip
 
     def save(last: bool) -> bool:
@@ -300,7 +303,7 @@ def main(argv: list[str]) -> int:
         elif cfg and (lack := profiler.out_of_memory(error)):
             text = f"error: out of memory: {lack}"
             if failures.first("explain"):  # it takes seconds and a process
-                text += "\n" + planner.explain_out_of_memory(cfg, launch().world_size)
+                text += "\n" + profiler.explain_out_of_memory(cfg, launch().world_size)
         failures.say(error, lambda: log_error(text, cfg))
         return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
 

@@ -27,13 +27,14 @@ import data
 from configs import Config, ConfigError
 from model import GPTNeoX
 from refocused.checkpoint import manifest, saver
-from refocused.measure import acceptance, hardware
+from refocused.measure import acceptance
 from refocused.run import (
     devices,
     environment,
     exits,
     failures,
     guard,
+    hardware,
     optim,
     processes,
     profiler,

@@ -28,8 +28,6 @@ STORIES: dict[str, set[str]] = {
     "train": {"model", "data", "ckpt", "sample"},
     "bench": set(),  # dispatches to measure
 }
-ABOVE_MEASURE = {"train", "bench"}
-USED = {"train", "data", "ckpt", "sample", "model"}  # what refocused/measure and refocused/commands may use
 
 # packages that a function may import, because not every run has or needs them
 LATE = {
@@ -88,13 +86,13 @@ def test_root_imports_point_down():
             top = module.split(".")[0]
             if (
                 (top in STORIES and top not in below)
-                or (is_in(module, "refocused.measure") and story not in ABOVE_MEASURE)
+                or is_in(module, "refocused.measure")
                 or (story == "model" and top != "torch" and top not in sys.stdlib_module_names)
             ):
                 wrong.append(f"{story}.py imports {module}")
     for path in files():
         if path.parent != ROOT:
-            allowed = USED if {"measure", "commands"} & {*path.parts} else {"model"}
+            allowed = STORIES.keys() if {"measure", "commands"} & {*path.parts} else {"model"}
             stories = {module.split(".")[0] for module in imported(ast.parse(path.read_text()))} & STORIES.keys()
             wrong += [f"{path.relative_to(ROOT)} imports {story}" for story in stories - allowed]
     assert wrong == []

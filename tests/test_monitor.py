@@ -19,7 +19,7 @@ import configs
 import data
 from configs import ConfigError, step_ranges
 from refocused.checkpoint import manifest
-from refocused.measure import gpus
+from refocused.run import gpus
 from refocused.run.words import fitted, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

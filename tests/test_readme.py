@@ -41,7 +41,7 @@ LEFT_OUT = {
     r"configs/production(_8gpu)?\.py.*(shard_size|/shared/|num_processes|\$run)": "needs GPUs, several machines or a bucket",
     r"launch .*(configs/production|\$run)": "needs GPUs; --show of the same is run",
     r"make (lint|test)|pytest|test_golden": "the suite itself, and its storms",
-    r"bench\.py (step|plan --check)|bench\.py losses HEAD|bench\.py losses tests": "minutes of measuring",
+    r"bench\.py step|bench\.py losses HEAD|bench\.py losses tests": "minutes of measuring",
     r"gs://(BUCKET|my-bucket|demo)": "needs a bucket: test_bucket_recipe and test_bucket_download run them on a server",
     r"config/x\.py|convert_hf_to_gguf": "another project's command",
     r"^pip install|setup\.sh$": "installs, from a network (test_setup.py)",

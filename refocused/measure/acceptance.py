@@ -46,8 +46,7 @@ from refocused.checkpoint import disk, huggingface, manifest
 from refocused.checkpoint import folder as folders
 from refocused.checkpoint.saver import Saver
 from refocused.entry import ROOT
-from refocused.measure import cost, gpus, planner, predictions
-from refocused.run import devices, optim, processes, strategy
+from refocused.run import devices, gpus, memory, optim, processes, strategy
 from refocused.run.environment import free_port
 from refocused.run.origin import hardware
 from refocused.run.signals import StopSignal
@@ -669,7 +668,7 @@ def plan_against_memory(m: Machine) -> Result:
         cfg, _ = configs.load(
             [config or str(m.folder / "empty.py"), *([] if config else m.base), *COMMON.split(), *keys]
         )
-        wanted = planner.estimate(cfg, 1).total
+        wanted = memory.estimate(cfg, 1).total
         found, reserved = run.largest("memory_allocated"), run.largest("memory_reserved")
         worst = max(worst, abs(found / wanted - 1))
         taken = max(map(int, re.findall(r"driver (\d+)", run.text)))  # the context, and libraries' own memory, too
@@ -853,31 +852,6 @@ KERNELS = {
 }
 
 
-def predicted_steps(m: Machine) -> Result:
-    """The plan's step times against the runs of `speed`: the table of `bench.py plan --check`, of this GPU."""
-    name = torch.cuda.get_device_name() if m.cuda else "H100"
-    if not (gpu := gpus.find(name)):
-        raise Skip(f"{name} is not in refocused/measure/gpus.py")
-    layouts, planned, seen = [], [], []
-    for i, keys in enumerate(TINY_LAYOUT if m.tiny else LAYOUTS):
-        if "mask_documents" in keys:  # its attention takes what the documents' lengths make of it
-            continue
-        if not (trace := Run([0], "", m.folder / f"speed-{i}").trace):
-            raise Skip("a run of the speed check is missing")
-        config = [str(m.folder / "empty.py"), *m.base] if m.tiny else [str(ROOT / "configs/production.py")]
-        cfg, _ = configs.load([*config, "parallel=ddp", *keys.split()])
-        layouts.append(("tiny" if m.tiny else "1.4B", 1, "ddp", keys))
-        planned.append(cost.step(planner.seen(cfg, 1).work, cfg, 1, cost.Hardware.of(name, gpu, node=1)).seconds)
-        seen.append(1 / trace[-1]["steps_per_second"])
-    if m.tiny:
-        return fact(f"{planned[0]:.3g} s predicted of an H100, {seen[0]:.3g} s measured")
-    text, worst, rank = predictions.table(layouts, planned, seen)
-    print(text, flush=True)
-    good = worst <= predictions.ERROR and rank >= predictions.RANK
-    bound = f"each within {predictions.ERROR:.0%}, rank correlation {predictions.RANK}"
-    return good, f"largest error {worst:.0%}, rank correlation {rank:.2f}, the table is above", bound
-
-
 def head(m: Machine) -> Result:
     """Forward and both gradients of the head and its loss, padded or not, in one chunk and in several."""
     V, C, N = (1009, 32, 256) if m.tiny else (50257, 2048, 8192)
@@ -990,7 +964,7 @@ PARTS: dict[int, tuple[str, list[Callable[[Machine], Result]]]] = {
     2: ("resume and saves", [exported, not_finite, other_devices, asynchronous_saves, unpinned_saves, loose_resume,
         bitwise_resume]),
     3: ("memory", [out_of_memory, steady, plan_against_memory, two_ranks_of_24, offload]),
-    4: ("speed", [no_host_sync, head, attention_order, speed, split, predicted_steps, dip, peers]),
+    4: ("speed", [no_host_sync, head, attention_order, speed, split, dip, peers]),
     5: ("two ranks", [layouts_agree, one_rank_fails, one_rank_is_told, clean_exits]),
 }  # fmt: skip
 

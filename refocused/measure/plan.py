@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import functools
 import math
-import os
 import re
 import shlex
+import textwrap
 from typing import Any
 
 import torch
@@ -16,15 +15,23 @@ import data
 import model as neox
 from configs import Config, ConfigError
 from refocused.entry import here, parse_with_settings, positive, positive_number
-from refocused.measure import calibrate, cost, gpus, planner, predictions, search
-from refocused.measure.cost import CEILING, REACHED, Cost, Hardware
-from refocused.measure.gpus import GPUS
-from refocused.measure.planner import KINDS, PROCESS, estimate
-from refocused.run import optim, room, words
+from refocused.measure import search
+from refocused.run import gpus, hardware, optim, room, speed, words
+from refocused.run.gpus import GPUS
+from refocused.run.memory import PROCESS, estimate
+from refocused.run.speed import Machine, Step
+
+GIB = 2**30
+WIDTH = 100  # columns of what is printed
+LIMITS = {"products": "matrix products", "memory": "memory bandwidth", "host copies": "copies from and to the host"}
 
 
 def tokens_per_step(cfg: Config, world: int) -> int:
     return cfg.batch(world)[1] * cfg.sequence_length
+
+
+def say(text: str) -> None:
+    print(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def mfu(cfg: Config, world: int, seconds: float, peak: float | None) -> str:
@@ -36,22 +43,6 @@ def settings(cfg: Config, other: Config) -> str:
     """The command line's words that make cfg the other."""
     changes = configs.difference(dataclasses.asdict(cfg), dataclasses.asdict(other))
     return " ".join(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, _, new in changes)
-
-
-def memory_table(cfg: Config, world: int, usable: float) -> str:
-    """Predicted GiB per GPU by kind; usable: GiB that torch finds on each."""
-    found = estimate(cfg, world)
-    cells = [*found.device.values(), found.total, found.pools, found.needed]
-    sizes = " | ".join(f"{size / 2**30:.2f}" for size in cells)
-    host = f"{found.host * world / 2**30:.1f}" if found.host else ""
-    fits = "yes" if found.needed <= usable * 2**30 else "no"
-    return "\n".join(
-        [
-            "| GiB per GPU | " + " | ".join(KINDS) + f" | alive | allocator | in all | fits {usable:.1f} | host |",
-            "|---|" + "---:|" * (len(KINDS) + 3) + "---|---:|",
-            f"| as configured ({layout(cfg, world)}) | {sizes} | {fits} | {host} |",
-        ]
-    )
 
 
 def layout(cfg: Config, world: int) -> str:
@@ -66,31 +57,43 @@ def layout(cfg: Config, world: int) -> str:
     return ", ".join(filter(None, parts))
 
 
-def time_table(cfg: Config, world: int, price: float | None, *links: Any) -> str:
-    """The whole run on each known GPU: whether it fits, predicted speed, hours and dollars; links: as Hardware.of has them."""
-    seen = planner.seen(cfg, world)
+def memory_table(cfg: Config, world: int) -> str:
+    """Predicted GiB per GPU by kind."""
+    found = estimate(cfg, world)
+    rows: dict[str, float] = {kind: size for kind, size in found.device.items() if size}
+    rows |= {"in all at the peak": found.total, "torch's allocator": found.pools}
+    rows |= {"with what is not torch's": found.needed}
+    rows |= {"host memory, all processes": found.host * world} if found.host else {}
+    lines = [f"| {layout(cfg, world)} | GiB per GPU |", "|---|---:|"]
+    return "\n".join(lines + [f"| {kind} | {size / GIB:.2f} |" for kind, size in rows.items()])
+
+
+def time_table(cfg: Config, world: int, price: float | None, chosen: gpus.GPU | None, *links: Any) -> str:
+    """The whole run on each known GPU: whether it fits, speed, hours and dollars; links: as Machine.of has them."""
+    needed = estimate(cfg, world).needed
     lines = [
-        "| GPU | GB | fits | s per step | tokens/s | MFU | hours | $ per GPU-hour | cost, $ |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| | GPU | GB | fits | s per step | tokens/s | MFU | hours | $ per GPU-hour | cost, $ |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, gpu in GPUS.items():
-        seconds = cost.step(seen.work, cfg, world, Hardware.of(name, gpu, *links)).seconds
+        seconds = speed.step(cfg, world, Machine.of(name, gpu, *links)).seconds
         hours, dollars = cfg.max_steps * seconds / 3600, gpu.price if price is None else price
-        fits = "yes" if seen.needed <= gpu.found * 2**30 else "no"
+        fits = "yes" if needed <= gpu.found * GIB else "no"
         lines.append(
-            f"| {world} x {name} | {gpu.sold:g} | {fits} | {seconds:.3g} | {tokens_per_step(cfg, world) / seconds:,.0f} "
-            f"| {mfu(cfg, world, seconds, gpu.peak)} | {hours:,.1f} | {dollars:.2f} | {hours * world * dollars:,.0f} |"
+            f"| {'>' * (gpu is chosen)} | {world} x {name} | {gpu.sold:g} | {fits} | {seconds:.3g} "
+            f"| {tokens_per_step(cfg, world) / seconds:,.0f} | {mfu(cfg, world, seconds, gpu.peak)} | {hours:,.1f} "
+            f"| {dollars:.2f} | {hours * world * dollars:,.0f} |"
         )
     return "\n".join(lines)
 
 
 def wish(cfg: Config, world: int, steps_per_second: float, *links: Any) -> str:
     """What a wished-for speed asks of each GPU, as a multiple of its peak, and of what is predicted for it."""
-    tokens, work = tokens_per_step(cfg, world), planner.seen(cfg, world).work
+    tokens = tokens_per_step(cfg, world)
     need = steps_per_second * tokens * neox.flops_per_token(cfg) / world
     verdicts = []
     for name, gpu in GPUS.items():
-        share, seconds = need / gpu.peak, cost.step(work, cfg, world, Hardware.of(name, gpu, *links)).seconds
+        share, seconds = need / gpu.peak, speed.step(cfg, world, Machine.of(name, gpu, *links)).seconds
         asked = f"{share:.1f} times its peak" if share > 1 else f"MFU {share:.0%}"
         verdicts.append(f"{name}: {asked}, {steps_per_second * seconds:.1f} times what is predicted")
     return (
@@ -122,63 +125,55 @@ def command(config: str, given: list[str], cfg: Config, other: Config, world: in
     return here(f"python -m refocused.run.launch {nodes} --nproc_per_node={min(world, node)} {words}")
 
 
-def fastest_table(result: search.Result, cfg: Config, world: int, price: float | None) -> str:
+def fastest_table(result: search.Result, cfg: Config, world: int, machine: Machine, price: float | None) -> str:
     """The layouts that were found, with what a step and the run take and cost."""
-    machine = result.machine
     lines = [
-        "| | layout | s per step | tokens/s | MFU | exposed communication, s | sent, GB | GiB per GPU | hours | $ |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | layout | s per step | of it link | MFU | sent, GB | GiB | hours | $ |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for i, found in enumerate(result.fastest, 1):
-        seconds, exposed = found.cost.seconds, found.cost.exposed
+        seconds = found.step.seconds
         hours = cfg.max_steps * seconds / 3600
         dollars = "n/a" if price is None else f"{hours * world * price:,.0f}"
-        memory = f"{found.needed / 2**30:.1f}"
-        memory += f" (host {found.host * min(world, machine.node) / 2**30:.0f})" if found.host else ""
+        gib = f"{found.needed / GIB:.1f}"
+        gib += f" + {found.host * min(world, machine.node) / GIB:.0f} host" if found.host else ""
         lines.append(
-            f"| {i} | {layout(found.cfg, world)} | {seconds:.3g} | {tokens_per_step(found.cfg, world) / seconds:,.0f} "
-            f"| {mfu(found.cfg, world, seconds, machine.peak)} | {exposed:.3f} ({exposed / seconds:.0%}) "
-            f"| {found.cost.sent / 1e9:.1f} | {memory} | {hours:,.1f} | {dollars} |"
+            f"| {i} | {layout(found.cfg, world)} | {seconds:.3g} | {found.step.exposed / seconds:.0%} "
+            f"| {mfu(found.cfg, world, seconds, machine.peak)} | {found.step.sent / 1e9:.1f} | {gib} | {hours:,.1f} "
+            f"| {dollars} |"
         )
     return "\n".join(lines)
 
 
-def shares(found: Cost) -> dict[str, float]:
+def shares(found: Step) -> dict[str, float]:
     """Seconds of a step by what limits them, the largest first."""
-    groups = {"products": "matrix products", "attention": "attention", "host copies": "copies from and to the host"}
-    seconds = {"the link": found.exposed}
-    for kind, value in found.kinds.items():
-        name = groups.get(kind, "memory bandwidth")
-        seconds[name] = seconds.get(name, 0.0) + value
+    seconds = {LIMITS.get(kind, kind): value for kind, value in found.parts.items()} | {"the link": found.exposed}
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def bottleneck(result: search.Result, world: int) -> str:
     """What the fastest layout waits for, and what would help."""
-    best = result.fastest[0]
-    parts = [f"{name} {value / best.cost.seconds:.0%}" for name, value in shares(best.cost).items()]
+    best = result.fastest[0].step
+    parts = [f"{name} {value / best.seconds:.0%}" for name, value in shares(best).items()]
     text = f"bound by {', '.join(part for part in parts if not part.endswith(' 0%'))}."
-    if best.cost.exposed > 0.02 * best.cost.seconds:
-        text += f" A link without limit would make it {best.cost.seconds - best.cost.exposed:.3g} s."
-        least = min(result.fastest, key=lambda found: found.cost.sent)
-        if least.cost.sent < 0.8 * best.cost.sent:
+    if best.exposed > 0.02 * best.seconds:
+        text += f" A link without limit would make it {best.seconds - best.exposed:.3g} s."
+        least = min(result.fastest, key=lambda found: found.step.sent)
+        if least.step.sent < 0.8 * best.sent:
             text += (
-                f" {layout(least.cfg, world)} sends {least.cost.sent / 1e9:.1f} GB instead of "
-                f"{best.cost.sent / 1e9:.1f} and takes {least.cost.seconds:.3g} s."
+                f" {layout(least.cfg, world)} sends {least.step.sent / 1e9:.1f} GB instead of "
+                f"{best.sent / 1e9:.1f} and takes {least.step.seconds:.3g} s."
             )
     if large := result.too_large:
-        text += (
-            f" With {large.needed / 2**30:.1f} GiB per GPU {layout(large.cfg, world)} would take "
-            f"{large.cost.seconds:.3g} s."
-        )
+        text += f" With {large.needed / GIB:.1f} GiB per GPU {layout(large.cfg, world)} would take {large.step.seconds:.3g} s."
     return text
 
 
-def missing(result: search.Result, world: int) -> str:
+def missing(result: search.Result, world: int, node: int) -> str:
     """What would make a layout fit, where none does."""
     if not (f := result.starved):
         return "more GPUs, or larger ones"
-    host = math.ceil(f.host * min(world, result.machine.node) / 2**30)
+    host = math.ceil(f.host * min(world, node) / GIB)
     return f"{layout(f.cfg, world)} would, with --host-memory {host}; or more GPUs, or larger ones"
 
 
@@ -189,11 +184,11 @@ def affordable(
     limits = [("$" + f"{budget:g}", budget / price / world)] if budget and price else []
     limits += [(f"{limit:g} h", limit)] if limit else []
     name, hours = min(limits, key=lambda pair: pair[1])
-    tokens = tokens_per_step(cfg, world)
     steps = int(hours * 3600 / seconds)
+    tokens = steps * tokens_per_step(cfg, world)
     return (
-        f"{name} buys {hours:,.1f} h = {steps:,} steps = {words.count(steps * tokens)} tokens, "
-        f"{steps * tokens / neox.num_parameters(cfg)[0]:.2g} per parameter (Chinchilla, arXiv:2203.15556: about 20), "
+        f"{name} buys {hours:,.1f} h = {steps:,} steps = {words.count(tokens)} tokens, "
+        f"{tokens / neox.num_parameters(cfg)[0]:.2g} per parameter (Chinchilla, arXiv:2203.15556: about 20), "
         f"{steps / cfg.max_steps:.0%} of the config's {cfg.max_steps:,} steps: max_steps={steps}"
     )
 
@@ -209,13 +204,11 @@ def hours(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="bench.py plan", description="Memory, time and cost, before they are paid.")
     add = found.add_argument
-    add("config", nargs="?", help="a config file, e.g. configs/production.py")
+    add("config", help="a config file, e.g. configs/production.py")
     add("--gpus", type=positive, help="default: the config's num_processes")
     add("--gpu", help=f"one of {', '.join(GPUS)}")
     add("--per-node", type=positive, default=8, help="GPUs of a node, where there are more")
-    add(
-        "--memory", type=positive_number, help="GB of each GPU, as sold; the smallest known kind that it fits if absent"
-    )
+    add("--memory", type=positive_number, help="GB of each GPU, as sold; default: the smallest known kind that it fits")
     add("--host-memory", type=positive_number, default=64, help="GiB of a node, for cpu_offload")
     add("--link", type=positive_number, help="GB/s that a GPU sends within a node, instead of the table's")
     add("--network", type=positive_number, help="GB/s that a node sends, instead of the table's")
@@ -224,20 +217,33 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=positive_number, help="$: what the fastest layout trains for that")
     add("--deadline", type=hours, help="as 48h: what the fastest layout trains in that time")
     add("--calibrate", action="store_true", help="measure this machine first and plan for it")
-    add("--check", action="store_true", help="predict and run layouts on this machine, no config: a table")
-    add("--rounds", type=positive, default=5, help="steps of each layout of --check, the best counts")
-    add("--busy", action="store_true", help="--check by CPU seconds, for a machine that others use")
     add("--tokens", type=positive_number, help="tokens of the data set, for epochs where it is not here")
     add("--steps-per-second", type=positive_number, help="a wished-for speed to hold against the hardware")
     return found
 
 
+def card(options: argparse.Namespace, cfg: Config, world: int) -> tuple[gpus.GPU | None, float, str]:
+    """The GPU of the table that is planned for, GiB that a process has there, and a card's name in words."""
+    gpu = gpus.named(options.gpu) if options.gpu else None
+    name = options.gpu or "GPU"
+    if options.calibrate and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        gpu, usable = gpus.find(name), torch.cuda.get_device_properties(0).total_memory / GIB
+    elif options.calibrate:
+        name, usable = "CPU process", room.memory() / world / GIB
+    elif not gpu and not options.memory:
+        sold = gpus.smallest(estimate(cfg, world).needed)
+        return None, gpus.usable(sold), f"GPU of {sold:g} GB, the smallest known kind that it fits"
+    else:
+        usable = gpu.found if gpu else 0.0
+    if options.memory and not (gpu and gpu.sold == options.memory):
+        usable = gpus.usable(options.memory)
+        name += f" of {options.memory:g} GB"
+    return gpu, usable, name
+
+
 def main(argv: list[str]) -> int:
     options = parse_with_settings(parser(), argv)
-    if options.check:
-        return predictions.main(options.settings, options.rounds, options.busy)
-    if options.config is None:
-        raise ConfigError("plan needs a config file, e.g. configs/production.py")
     cfg, _ = configs.load([options.config, *options.settings])
     original, world, node = cfg, options.gpus or cfg.num_processes or 1, options.per_node
     if world > node and world % node:
@@ -250,88 +256,76 @@ def main(argv: list[str]) -> int:
             cfg, global_batch_size=each * world, per_device_train_batch_size=size, num_processes=world
         )
     cfg.batch(world)
-    device = "cuda" if torch.cuda.is_available() or not options.calibrate else "cpu"
-    measured = options.calibrate and device == "cuda"
-    gpu = gpus.named(options.gpu) if options.gpu else gpus.find(torch.cuda.get_device_name()) if measured else None
-    price = options.price or (gpu.price if gpu else None)
-    if searching and not (gpu or options.calibrate):
-        raise ConfigError(f"--search, --budget and --deadline need --gpu, one of {', '.join(GPUS)}, or --calibrate")
-    if options.budget and not price:
-        raise ConfigError("--budget needs --price, or --gpu with its own")
     if options.calibrate and (options.gpu or options.link or options.network):
         raise ConfigError("--calibrate measures what --gpu, --link and --network would say; leave these out")
-    if options.memory and not (gpu and options.memory == gpu.sold):
-        memory, usable, whose = options.memory, gpus.usable(options.memory), "GPU"
-    elif measured:
-        usable = torch.cuda.get_device_properties(0).total_memory / 2**30
-        memory, whose = gpu.sold if gpu else round(usable), torch.cuda.get_device_name()
-    elif options.calibrate:
-        usable = memory = room.memory() / world / 2**30
-        whose = "CPU process"
-    elif gpu:
-        memory, usable, whose = gpu.sold, gpu.found, "GPU"
-    else:
-        memory, whose = gpus.smallest(estimate(cfg, world).needed), "GPU"
-        usable = gpus.usable(memory)
+    if searching and not (options.gpu or options.calibrate):
+        raise ConfigError(f"--search, --budget and --deadline need --gpu, one of {', '.join(GPUS)}, or --calibrate")
+    gpu, usable, name = card(options, cfg, world)
+    price = options.price or (gpu.price if gpu else None)
+    if options.budget and not price:
+        raise ConfigError("--budget needs --price, or --gpu with its own")
+    links = (options.link, options.network, node)
+    machine = hardware.machine(world) if options.calibrate else Machine.of(options.gpu, gpu, *links) if gpu else None
+
+    needed = estimate(cfg, world).needed / GIB
+    answer = f"{'fits' if needed <= usable else 'does not fit as configured'}: {needed:.1f} of {usable:.1f} GiB on "
+    answer += f"{'each of ' * (world > 1)}{world} x {name}"
+    if machine:
+        seconds = speed.step(cfg, world, machine).seconds
+        took = cfg.max_steps * seconds / 3600
+        answer += f"; {seconds:.3g} s per step, {took:,.1f} hours"
+        answer += f", ${took * world * price:,.0f}" if price else ""
+    if gpu and not gpu.bf16 and cfg.mixed_precision == "bf16":
+        answer += "; it has no bf16 products: take mixed_precision=fp16, for which the time is"
+    say(answer + ("; --search with --gpu finds what does" if needed > usable and not searching else ""))
     try:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
     except ValueError as error:
         dataset = f"not here ({str(error).splitlines()[0]})"
-    known = options.memory or gpu or options.calibrate
-    chosen = "" if known else ", the smallest known kind that it fits (--gpu or --memory names another)"
-    where = f"{world} {options.gpu or whose}{'s' * (world > 1)} of {memory:.4g} GB{chosen}"
-    where += "" if options.calibrate else ", planned without one"
-    links = (options.link, options.network, node)
-    print(words.plan(cfg, world, dataset, where))
+    where = f"{world} x {name}{'' if options.calibrate else ', planned without one'}"
+    lines = [words.plan(cfg, world, dataset, where)]
     if options.tokens:
         epochs = cfg.max_steps * tokens_per_step(cfg, world) / options.tokens
-        print(f"epochs    {epochs:.3g} of {words.count(options.tokens)} tokens")
-    print(f"saves     {checkpoints(cfg)}")
-    sent = estimate(cfg, world).sent if world > 1 else 0
-    print(f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step")
+        lines.append(f"epochs    {epochs:.3g} of {words.count(options.tokens)} tokens")
+    lines.append(f"saves     {checkpoints(cfg)}")
+    sent = speed.step(cfg, world, Machine("", 1, 1)).sent
+    lines.append(f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step")
     if options.steps_per_second:
-        print(f"wish      {wish(cfg, world, options.steps_per_second, *links)}")
-    print(f"\n{memory_table(cfg, world, usable)}\n")
-    print(
-        "Predicted from the eager graph. Allocator: a pool of memory per stream serves that stream alone, so their peaks "
-        f"add up. In all: with {estimate(cfg, world).beside / 2**30:.2f} GiB of CUDA context, workspaces"
-        f"{' and NCCL buffers' * (world > 1)} (assumed). A card sold as {memory:g} GB gives torch "
-        f"{usable:.1f} GiB. Host: all processes, pinned blocks rounded up, "
-        f"{PROCESS / 2**30:.0f} GiB of each process's own (assumed).\n"
+        lines.append(f"wish      {wish(cfg, world, options.steps_per_second, *links)}")
+    plan = words.fitted("\n".join(lines), WIDTH + 1)
+    print(f"\n{plan}\n\n{memory_table(cfg, world)}\n")
+    beside = f"with {estimate(cfg, world).beside / GIB:.2f} GiB of CUDA context, workspaces{' and NCCL' * (world > 1)}"
+    say(
+        "Predicted from the eager graph. Torch's allocator keeps a pool of memory per stream, so their peaks add up. What is "
+        f"not torch's: {beside} (assumed). Host memory: {PROCESS / GIB:.0f} GiB of each process's own (assumed)."
     )
-    machine = None
-    if options.calibrate:
-        work = planner.seen(cfg, world, device).work
-        machine = calibrate.calibrate(cfg, world, work.shapes())
-        found = cost.step(work, cfg, world, machine)
-        print(f"calibrated {machine.name}: {calibrate.described(machine)}")
-        print(f"step      {found.seconds:.3g} s: {', '.join(f'{k} {v:.3g}' for k, v in shares(found).items())}")
+    print()
+    if options.calibrate and machine:
+        rates = f"products {machine.products / 1e12:.3g} TFLOP/s, memory {machine.memory / 1e9:.3g} GB/s"
+        rates += f", link {machine.link / 1e9:.3g} GB/s" * (world > 1)
+        parts = ", ".join(f"{k} {v:.3g}" for k, v in shares(speed.step(cfg, world, machine)).items())
+        say(f"measured here: {rates}. Seconds of a step: {parts}")
     else:
-        print(time_table(cfg, world, options.price, *links))
-        usual = "given" if options.price else "assumed"
-        print(
-            f"\nPredicted from the operations of a step: products at {REACHED:.0%} of the best measured rate, or of "
-            f"{CEILING:.0%} of the dense bf16 peak; links as in refocused/measure/gpus.py; prices {usual}."
+        print(time_table(cfg, world, options.price, gpu, *links) + "\n")
+        apart = " Documents apart: flash attention, all pairs counted." * cfg.mask_documents
+        say(
+            f"By the formulas of refocused/run/speed.py: products at {speed.REACHED:.0%} of the best measured rate, or of "
+            f"{speed.CEILING:.0%} of the dense bf16 peak; links as in refocused/run/gpus.py; prices "
+            f"{'given' if options.price else 'assumed'}.{apart}"
         )
-    if gpu and not machine:
-        machine = Hardware.of(options.gpu, gpu, *links)
     if not machine or not searching:
-        if estimate(cfg, world).needed > usable * 2**30:
-            print("\ndoes not fit as configured; --search with --gpu finds what does")
         return 0
-    workers = min(os.cpu_count() or 1, 8)
-    measure = functools.partial(calibrate.calibrate, cfg, world) if options.calibrate else None
-    limits = usable * 2**30, options.host_memory * 2**30
-    result = search.search(cfg, world, machine, *limits, workers, device, measure)
+    result = search.search(cfg, world, machine, usable * GIB, options.host_memory * GIB)
     if not result.fastest:
-        print(f"\nnone of {result.looked} layouts fits {usable:.1f} GiB: {missing(result, world)}")
+        say(f"none of {result.looked} layouts fits {usable:.1f} GiB: {missing(result, world, node)}")
         return 0
     print(f"\nthe fastest of {result.looked} layouts of the same step that fit {usable:.1f} GiB:\n")
-    print(fastest_table(result, cfg, world, price))
-    print(f"\n{bottleneck(result, world)}\n")
+    print(fastest_table(result, cfg, world, machine, price) + "\n")
+    say(bottleneck(result, world))
+    print()
     for i, fast in enumerate(result.fastest, 1):
         print(f"{i}: {command(options.config, options.settings, original, fast.cfg, world, node)}")
     if options.budget or options.deadline:
         best = result.fastest[0]
-        print(affordable(best.cfg, world, best.cost.seconds, price, options.budget, options.deadline))
+        say(affordable(best.cfg, world, best.step.seconds, price, options.budget, options.deadline))
     return 0

@@ -19,8 +19,7 @@ import configs
 import model as neox
 from configs import Config, ConfigError
 from refocused.entry import parse_with_settings, positive
-from refocused.measure import gpus
-from refocused.run import environment
+from refocused.run import environment, gpus
 from refocused.run.origin import hardware
 from refocused.shards import tokenizers
 

@@ -1,4 +1,4 @@
-"""What a config needs and costs, from the real model and without a GPU: `python bench.py plan`.
+"""What a config needs of memory, from the real model and without a GPU.
 
 Two optimizer steps of the model that train.py builds run under FakeTensorMode in a pretended process group: shapes
 and lifetimes are real, the memory is not, so 1.4 billion parameters are planned in half a gigabyte.
@@ -6,14 +6,12 @@ and lifetimes are real, the memory is not, so 1.4 billion parameters are planned
 
 import dataclasses
 import functools
-import itertools
+import json
 import math
-import multiprocessing
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Sequence
-from multiprocessing.pool import Pool
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,12 +26,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import model as neox
 from configs import Config
+from refocused import entry
 from refocused.checkpoint.tensors import local_part
-from refocused.entry import here
-from refocused.measure.cost import Entry, Meter, Op, Work
 from refocused.run import optim, processes, strategy
 
-FEW = 8  # passes that take no longer than starting processes for them
 KINDS = ("parameters", "gradients", "unreduced", "optimizer", "activations", "loss", "communication", "temporaries")
 HOST = ("parameters", "gradients", "optimizer")  # what cpu_offload keeps in host memory
 # bytes beside what torch allocates, as others report them: the context with its kernels, NCCL's buffers
@@ -41,16 +37,24 @@ HOST = ("parameters", "gradients", "optimizer")  # what cpu_offload keeps in hos
 CONTEXT, NCCL, WORKSPACES, PROCESS = 0.5 * 2**30, 0.3 * 2**30, 0.05 * 2**30, 4 * 2**30
 
 
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """What the ledger knows of a storage."""
+
+    kind: str
+    size: int
+    stream: Any
+
+
 class Ledger(TorchDispatchMode):
-    """Every live tensor storage with the kind it is accounted to; the peak by kind and by stream; the bytes sent.
+    """Every live tensor storage with the kind it is accounted to; the peak by kind and by stream.
 
     A GPU's allocator keeps a pool of blocks for each stream, and what one pool has cached serves no other. FSDP2
     gathers and scatters on streams of its own, also where the device is a CPU whose streams do nothing.
     """
 
-    def __init__(self, on_host: tuple[str, ...] = (), meter: Meter | None = None):
+    def __init__(self, on_host: tuple[str, ...] = ()):
         super().__init__()
-        self.meter = meter
         self.entries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # storage -> Entry
         self.kind = "activations"  # of what is made now
         self.now: Counter[tuple[str, Any]] = Counter()  # (kind, stream) -> bytes
@@ -62,7 +66,6 @@ class Ledger(TorchDispatchMode):
         self.peak, self.host_peak = 0, 0
         self.at_peak: Counter[str] = Counter()  # kind -> bytes
         self.pools: Counter[Any] = Counter()  # stream -> the most bytes that were alive in its pool
-        self.gathered = self.reduced = 0  # bytes
 
     def __enter__(self):
         self.resize = torch.UntypedStorage.resize_
@@ -103,7 +106,6 @@ class Ledger(TorchDispatchMode):
 
     def gone(self, entry: Entry) -> None:
         self.now[entry.kind, entry.stream] -= entry.size
-        entry.alive = False
 
     def relabel(self, entry: Entry, kind: str) -> None:
         self.now[entry.kind, entry.stream] -= entry.size
@@ -117,18 +119,13 @@ class Ledger(TorchDispatchMode):
         if self.dummies:
             return result
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        fresh = [t for t in results if t.untyped_storage() not in self.entries]
         for tensor in results:
             self.account(tensor, self.kind, again=False)
-        if self.meter:
-            self.meter.see(func, args, kwargs or {}, fresh, self.entries, result)
         if func is torch.ops.c10d._allgather_base_.default:
             self.account(args[0], "communication")
-            self.gathered += args[0].nbytes
         elif func is torch.ops.c10d._reduce_scatter_base_.default:
             self.account(args[0], "gradients")
             self.account(args[1], "communication")
-            self.reduced += args[1].nbytes
         elif func is torch.ops.fsdp.split_with_sizes_copy.default:
             for whole in kwargs["out"]:
                 self.account(whole, "communication")
@@ -151,14 +148,12 @@ class Ledger(TorchDispatchMode):
 @dataclasses.dataclass
 class Estimate:
     """Bytes per process: on the device at the peak, by kind; pools: what torch's allocator needs for that, a peak for
-    each stream; beside: what is not torch's; in host memory with cpu_offload; sent per step."""
+    each stream; beside: what is not torch's; in host memory with cpu_offload."""
 
     device: dict[str, int]
     pools: int
     beside: float
     host: float
-    sent: int
-    meter: Meter
 
     @property
     def total(self) -> int:
@@ -172,7 +167,7 @@ class Estimate:
 
 @functools.cache
 def estimate(cfg: Config, world_size: int, device: str = "cuda") -> Estimate:
-    """Predict the memory of one process out of world_size, on such a device, and what it sends per optimizer step."""
+    """Predict the memory of one process out of world_size, on such a device."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         return simulate(cfg, processes.Env(0, world_size, 0, world_size, torch.device("cpu"), 1), device)
@@ -189,25 +184,12 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
         strategy.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
     ddp = cfg.parallel == "ddp" and env.world_size > 1
     strategy.tune_head(model.embed_out, device_type)
-    meter = Meter(cfg.compile_model)
 
-    def compiled_softmax_loss(logits, targets):
-        """What softmax_loss allocates and moves once it is compiled: three readings of the logits, one writing."""
-        meter.add(Op("loss", 0, 4 * logits.nbytes))
-        return logits.new_zeros((), dtype=torch.float32)
-
-    def leave(block, inputs, outputs):
-        meter.border(False)
-        if outputs.requires_grad:  # where backward enters it
-            outputs.register_hook(lambda _: meter.border(True))
-
-    if cfg.compile_model:
-        model.embed_out.kernel = compiled_softmax_loss
+    if cfg.compile_model:  # what softmax_loss allocates once it is compiled
+        model.embed_out.kernel = lambda logits, targets: logits.new_zeros((), dtype=torch.float32)
     for block in model.layers:
         block.attention.in_pieces = strategy.in_pieces(cfg, device_type)
-        block.register_forward_pre_hook(lambda *_: meter.border(True))
-        block.register_forward_hook(leave)
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(HOST if cfg.cpu_offload else (), meter) as ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(HOST if cfg.cpu_offload else ()) as ledger:
         model.to_empty(device="cpu")
         model.tie_weights()
         optimizers = optim.make_optimizers(model, cfg)
@@ -225,112 +207,46 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
             optimizer.step()
         model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
         ledger.restart()
-        meter.restart()
         for micro_step in range(accumulation):
-            ledger.kind, meter.phase = "activations", f"forward {micro_step}"
+            ledger.kind = "activations"
             strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
             with strategy.autocast(cfg, env):
                 loss = model(x, x)
-            ledger.kind, meter.phase = "temporaries", f"backward {micro_step}"
-            meter.border(False)
+            ledger.kind = "temporaries"
             loss.backward()
-            meter.border(False)
             del loss
             for entry in list(ledger.entries.values()):
                 if entry.kind == "temporaries":  # what outlives a backward: FSDP2's gradients of whole parameters
                     ledger.relabel(entry, "unreduced")
-        meter.phase = "update"
         strategy.clip_gradients(model, cfg.max_grad_norm, later=device_type == "cuda" and cfg.optimizer == "adamw")
         ledger.kind = "optimizer"
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
     device = {kind: 0 if kind in ledger.on_host else ledger.at_peak[kind] for kind in KINDS}
-    others = (env.world_size - 1) / env.world_size  # a ring sends each part to all others
-    if ddp:
-        sent = 2 * others * 4 * neox.num_parameters(cfg)[0]
-    else:
-        rounds = cfg.batch(env.world_size)[0] / accumulation
-        sent = others * (
-            ledger.gathered * rounds + ledger.reduced * (rounds if strategy.reduces(cfg, last=False) else 1)
-        )
     host = 0.0
     if cfg.cpu_offload:  # pinned blocks are rounded up to powers of two: each parameter, and its gradient
         local = [local_part(p).nbytes for p in model.parameters()]
         host = PROCESS + ledger.host_peak + 2 * sum(2 ** math.ceil(math.log2(n)) - n for n in local if n)
     beside = CONTEXT + WORKSPACES + NCCL * (env.world_size > 1)
-    return Estimate(device, sum(ledger.pools.values()), beside, host, int(sent), meter)
+    return Estimate(device, sum(ledger.pools.values()), beside, host)
 
 
-class Seen(NamedTuple):
-    """What passes over two blocks and three tell of a config of any depth."""
-
-    work: Work
-    needed: float  # bytes of a GPU's memory
-    host: float  # bytes of host memory, per process
-
-
-def seen(cfg: Config, world_size: int, device: str = "cuda") -> Seen:
-    """A step's operations and memory without a pass over all layers: they are alike, so a third shows what each adds."""
-    fewer, more = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size, device) for n in (2, 3))
+def needed(cfg: Config, world_size: int) -> tuple[float, float]:
+    """Bytes of a GPU's memory and of host memory per process, without a pass over all layers: they are alike, so a third
+    shows what each adds."""
+    fewer, more = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size) for n in (2, 3))
     beyond = cfg.num_hidden_layers - 2
-    needed = fewer.needed + beyond * (more.needed - fewer.needed)
-    host = fewer.host + beyond * (more.host - fewer.host)
-    work = Work.between(fewer.meter, more.meter, 2)
-    if cfg.optimizer == "muon":  # whole matrices are shared out, so what a rank does and sends grows with no layer
-        short = dataclasses.replace(
-            cfg, sequence_length=8, per_device_train_batch_size=1, gradient_accumulation_steps=1, global_batch_size=0,
-            num_processes=0, activation_checkpointing="none",
-        )  # fmt: skip
-        whole = estimate(short, world_size, device).meter
-        work.block["update"], work.rest["update"] = Counter(), whole.ops["update"]
-        work.carried["update"] = (whole.messages.get("update", []), [], [])
-    return Seen(work, needed, host)
+    return fewer.needed + beyond * (more.needed - fewer.needed), fewer.host + beyond * (more.host - fewer.host)
 
 
-class Passes:
-    """seen() of many configs, in `workers` processes (0: in this one)."""
-
-    def __init__(self, world_size: int, workers: int = 0, device: str = "cuda"):
-        self.world_size, self.device, self.width = world_size, device, max(1, workers)
-        self.known: dict[Config, Seen] = {}
-        self.workers = workers
-        self.pool: Pool | None = None
-
-    def __enter__(self) -> "Passes":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.pool:
-            self.pool.terminate()
-            self.pool.join()
-
-    def all(self, configs: Sequence[Config]) -> list[Seen]:
-        fresh = [cfg for cfg in dict.fromkeys(configs) if cfg not in self.known]
-        jobs = [(cfg, self.world_size, self.device) for cfg in fresh]
-        if self.workers and not self.pool and len(jobs) > FEW:  # spawned: this process has threads
-            self.pool = multiprocessing.get_context("spawn").Pool(self.workers)
-        found = self.pool.starmap(seen, jobs, chunksize=1) if self.pool else itertools.starmap(seen, jobs)
-        self.known |= zip(fresh, found, strict=True)
-        return [self.known[cfg] for cfg in configs]
+def main(argv: list[str]) -> int:
+    """`python -m refocused.run.memory CONFIG_AS_JSON PROCESSES`: what each process needs, by kind, in one line."""
+    found = estimate(Config(**json.loads(argv[0])), int(argv[1]))
+    kinds = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in found.device.items() if size)
+    print(f"planned GiB per process: {kinds}; {found.total / 2**30:.2f} in all")
+    return 0
 
 
-def explain_out_of_memory(cfg: Config, world_size: int) -> str:
-    """What the plan says that each process needs, by kind, and the keys that help."""
-    try:  # in a process of its own: this one has a process group, and no memory
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(estimate, (cfg, world_size))
-        kinds = ", ".join(f"{kind} {size / 2**30:.2f}" for kind, size in found.device.items() if size)
-        needs = f"planned GiB per process: {kinds}; {found.total / 2**30:.2f} in all"
-    except Exception as failure:  # the error to explain is another one
-        needs = f"no plan: {type(failure).__name__}: {failure}"
-    B = cfg.per_device_train_batch_size
-    offload = "cpu_offload=true" + " mixed_precision=bf16" * (cfg.mixed_precision == "fp16")
-    return (
-        f"{needs}\n"
-        f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
-        f"{cfg.batch(world_size)[0] * (2 if B > 1 else 1)} (now {B} and {cfg.batch(world_size)[0]}), "
-        f"activation_checkpointing=full (now {cfg.activation_checkpointing}), "
-        f"parallel=fsdp (now {cfg.parallel}), and with it {offload}; "
-        f"`{here('python bench.py plan CONFIG.py')} --search` compares them"
-    )
+if __name__ == "__main__":
+    sys.exit(entry.run(main, sys.argv[1:]))

@@ -1,26 +1,27 @@
-"""A few seconds at the start that find the slow one: GPU, link or disk. `./setup.sh --check`, and train.py on GPUs."""
+"""A few seconds that find the slow one: GPU, link or disk. train.py on GPUs, `./setup.sh --check`, `plan --calibrate`."""
 
 import contextlib
+import json
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from configs import Config
 from refocused import entry
-from refocused.measure import gpus
-from refocused.measure.calibrate import CalibrationError, calibrate
-from refocused.run import processes
+from refocused.run import gpus, processes, speed
 from refocused.run.processes import Env
 
 SLACK = 0.9  # below this share of the others, or of the ceiling, it is slow
 NOISE = 0.5  # the same of disks: one and the same varies by more than a tenth from one measurement to the next
-UNITS = {"product": "TFLOP/s", "to GPU": "GB/s", "from GPU": "GB/s", "written": "MB/s", "read": "MB/s"}
+UNITS = {"product": "TFLOP/s", "written": "MB/s", "read": "MB/s"}  # else GB/s
 
 
 def seconds(device: torch.device, function, repeats: int) -> float:
@@ -36,9 +37,12 @@ def seconds(device: torch.device, function, repeats: int) -> float:
 
 
 def gpu(device: torch.device, n: int = 8192, nbytes: int = 1 << 28) -> dict[str, float]:
-    """Rates of one device: a bf16 product n x n x n in TFLOP/s; copies from and to pinned memory in GB/s, of a GPU."""
+    """Rates of one device: a bf16 product n x n x n in TFLOP/s; its memory, and of a GPU copies from and to pinned
+    memory of the host, in GB/s."""
     x = torch.randn(n, n, device=device).bfloat16()  # ones cost less power, and are a tenth faster
     found = {"product": 2 * n**3 / seconds(device, lambda: x @ x, 10) / 1e12}
+    a, b = (torch.empty(nbytes // 4, device=device).fill_(1.0) for _ in range(2))
+    found["memory"] = 3 * nbytes / seconds(device, lambda: torch.add(a, b, out=a), 5) / 1e9
     if device.type == "cuda":
         host, there = torch.empty(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8, device=device)
         with contextlib.suppress(RuntimeError):  # a system that pins nothing shows in the rate
@@ -88,14 +92,15 @@ def slow(
             bound = max(usual, ceiling or 0.0) if key == "product" else usual
             if row[key] < slack * bound:
                 against = "the others" if bound == usual else "such a GPU in good health"
-                found.append(f"{name} is slow: {key} {row[key]:.3g} {UNITS[key]}, {against} {bound:.3g}")
+                found.append(f"{name} is slow: {key} {row[key]:.3g} {UNITS.get(key, 'GB/s')}, {against} {bound:.3g}")
     return found
 
 
 def words(rows: list[dict[str, float]], names: list[str], device_name: str) -> list[str]:
     """The lowest to highest rates, then a line for each that is slow."""
     shown = [
-        f"{key} {min(r[key] for r in rows):.3g} to {max(r[key] for r in rows):.3g} {UNITS[key]}" for key in rows[0]
+        f"{key} {min(r[key] for r in rows):.3g} to {max(r[key] for r in rows):.3g} {UNITS.get(key, 'GB/s')}"
+        for key in rows[0]
     ]
     known = gpus.find(device_name)
     return [", ".join(shown), *slow(rows, names, known.ceiling / 1e12 if known and known.ceiling else None)]
@@ -117,8 +122,53 @@ def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
     return "\n".join([f"measured  {line}", *(f"note      {text}" for text in complaints)])
 
 
+class CalibrationError(ValueError):
+    exit_code = 1
+
+
+def of_ranks(nbytes: int = 1 << 26) -> None:
+    """A rank of `measured`: rank 0 prints the slowest one's product, memory and all-reduce, while all are at work."""
+    env = processes.start(Config())
+    found = gpu(env.device, *(() if env.device.type != "cpu" else (2048, nbytes)))
+    if env.world_size > 1:
+        block = torch.ones(nbytes // 4, device=env.device)
+        dist.barrier()
+        passes = 2 * (env.world_size - 1) / env.world_size
+        found["all-reduce"] = passes * nbytes / seconds(env.device, lambda: dist.all_reduce(block), 5) / 1e9
+    rows: list[dict[str, float]] = [{}] * env.world_size
+    dist.all_gather_object(rows, found)
+    processes.stop()
+    if env.main:
+        print(json.dumps({key: min(row[key] for row in rows) for key in found} | {"name": env.device_name}))
+
+
+def measured(world: int) -> dict[str, Any]:
+    """The rates of `world` processes on this machine, by their names above. Raises CalibrationError."""
+    launch = ["-m", "refocused.run.launch", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    command = [sys.executable, *launch, "-m", "refocused.run.hardware", "--rates"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(entry.ROOT)})
+    if done.returncode:
+        raise CalibrationError(f"a process of the calibration failed: {done.stderr.strip()[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(world: int) -> speed.Machine:
+    """This machine as the plan wants it. Raises CalibrationError."""
+    found = measured(world)
+    gpu, overlaps = gpus.find(found["name"]), found["name"] != "CPU"
+    moved = found["memory"] * 1e9 * (speed.OF_ADDITION if overlaps else 1.0)
+    link = 1e9 * found.get("all-reduce", 1e3)
+    return speed.Machine(
+        found["name"], 1e12 * found["product"] * speed.REACHED, moved, link, node=world, overlaps=overlaps,
+        peak=gpu and gpu.peak,
+    )  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
-    """What setup.sh prints: a line of rates, then one for each GPU that is slow."""
+    """What setup.sh prints: a line of rates, then one for each GPU that is slow. --rates: see of_ranks."""
+    if argv == ["--rates"]:
+        of_ranks()
+        return 0
     count = torch.cuda.device_count()
     devices = [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
     rows = [gpu(device) if count else gpu(device, n=1024) for device in devices]
@@ -127,7 +177,7 @@ def main(argv: list[str]) -> int:
     first, *complaints = words(rows, [str(device) for device in devices], name)
     if count > 1:
         try:
-            first += f", all-reduce {calibrate(Config(), count, []).speeds['all-reduce'] / 1e9:.3g} GB/s"
+            first += f", all-reduce {measured(count)['all-reduce']:.3g} GB/s"
         except CalibrationError as error:
             complaints.append(f"the all-reduce between the GPUs could not be measured: {error}")
     print(f"{first} ({name}); this disk {write:,.0f} MB/s written and {read:,.0f} read")
