@@ -30,7 +30,7 @@ from refocused.bucket import sync
 from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, huggingface, manifest
 from refocused.checkpoint.folder import Source
-from refocused.run import devices, exits, strategy
+from refocused.run import devices, exits, processes, strategy
 from refocused.shards import tokenizers
 from refocused.shards.tokenizers import Stream, Tokenizer
 
@@ -325,6 +325,7 @@ def command(argv: list[str]) -> int:
     device = devices.any_device()
     if device.type == "cpu" and (cfg.cpu_threads or num_parameters(source.cfg)[0] < SMALL):
         torch.set_num_threads(cfg.cpu_threads or 1)
+    processes.warn_if_busy(device, torch.get_num_threads())
     dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     model = folder.load(source).to(device, folder.DTYPES[dtype]).eval()
     write(model, source, tokenizer, prompts, rows, options)

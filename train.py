@@ -122,7 +122,9 @@ def train(
     watch = Watchdog(cfg, env, processes.on_rank_0(Starts, cfg))
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
-    plan = words.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env))
+    plan = words.plan(
+        cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env.device, env.threads)
+    )
     settings = f"{plan}\n{configs.show_changes(cfg, origins)}"  # in train.log; on the screen the command line's alone
     logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
     found = sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""

@@ -164,9 +164,13 @@ def positive_number(text: str) -> float:
 
 
 def parse_with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The parser's arguments and, anywhere among them, key=value `settings`; argparse takes those only in one place."""
+    """The parser's arguments and, anywhere among them, key=value `settings`; argparse takes those only in one place.
+
+    --key=value is one, too, unless it is the parser's own.
+    """
     parser.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys")
     options, late = parser.parse_known_args(argv)
+    late = [word.removeprefix("--") if "=" in word else word for word in late]
     if unknown := [word for word in late if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.settings += late

@@ -27,6 +27,9 @@ def evaluate(*args, nproc: int = 1, code: int = 0) -> str:
     command = [sys.executable, *torchrun, "ckpt.py", "eval", *map(str, args), "cpu_threads=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
     assert done.returncode == code, done.stdout + done.stderr
+    assert f"reading {args[0]}\n" in done.stderr and (code or " windows of 32 of " in done.stderr), (
+        "no minute without a word"
+    )
     return done.stdout if code == 0 else done.stderr
 
 
@@ -75,7 +78,7 @@ def test_equals_transformers(run, two):
     """
     folder, _ = run
     wanted = expected(folder, two)
-    given = ["mask_documents=false", "per_device_train_batch_size=4", "eval_files=2", "eval_samples=21"]
+    given = ["--mask_documents=false", "per_device_train_batch_size=4", "eval_files=2", "eval_samples=21"]
     given += [f"data_dir={two}", "mixed_precision=no", "sequence_length=32"]
     ours = json.loads(evaluate(folder / "out", *given, "--json", "--per_shard", nproc=2))
     theirs = json.loads(evaluate(folder / "hf", *given, "--json"))  # its tokenizer.json says what a byte is

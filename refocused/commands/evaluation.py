@@ -9,9 +9,11 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import ckpt
 import configs
@@ -21,7 +23,7 @@ from refocused.checkpoint import folder
 from refocused.checkpoint.folder import MODEL_KEYS, Source
 from refocused.entry import parse_with_settings
 from refocused.run import devices, exits, failures, processes
-from refocused.run.evaluate import Score, byte_table, score
+from refocused.run.evaluate import Score, evaluate
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import separator
 
@@ -44,27 +46,23 @@ def line(found: Score) -> str:
     )
 
 
-def evaluate(source: Source, cfg: Config, env: processes.Env) -> tuple[data.Dataset, dict[str, Score]]:
-    """The data, and for each of its held-out shards the score of the model at `source` on that one's fixed windows.
-
-    Collective. Raises CheckpointError, DataError.
-    """
-    processes.on_each_node(env, data.unpack, cfg)
-    dataset = data.open_dataset(cfg)
-    if not dataset.num_eval_samples:
-        raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")
+def by_shard(source: Source, dataset: data.Dataset, cfg: Config, env: processes.Env) -> dict[str, Score]:
+    """For each held-out shard the score of the model at `source` on that one's fixed windows. Collective."""
     model = folder.load(source).to(env.device)
     model.end = separator(cfg)
-    lengths = byte_table(cfg.tokenizer, cfg.vocab_size)
     ids = dataset.eval_ids(cfg.eval_samples)
     shards = np.array([path for path, _ in dataset.locate(ids)])
-    scores = {}
-    for shard in dict.fromkeys(shards.tolist()):
-        blocks = dataset.blocks(ids[shards == shard], cfg.per_device_train_batch_size, env.rank, env.world_size)
-        found = score(model, blocks, lengths, cfg, env)
-        assert found is not None  # nothing asked for a stop
-        scores[shard] = found
-    return dataset, scores
+    windows = {shard: ids[shards == shard] for shard in dict.fromkeys(shards.tolist())}
+    batches = sum(math.ceil(len(some) / cfg.per_device_train_batch_size / env.world_size) for some in windows.values())
+    with tqdm(total=batches, unit="batch", disable=None if env.main else True) as bar:
+
+        def counted(blocks: Iterator) -> Iterator:
+            for block in blocks:
+                yield block
+                bar.update()
+
+        found = {shard: evaluate(model, dataset, cfg, env, None, some, counted) for shard, some in windows.items()}
+    return {shard: score for shard, score in found.items() if score}
 
 
 def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
@@ -88,11 +86,22 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{fixed[0]}={values[fixed[0]]}: the model is the checkpoint's; leave {', '.join(fixed)} out")
     machine = {key: values[key] for key in ("cpu_threads", "deterministic") if key in values}
     env = processes.start(Config(**machine))
+    if env.main:
+        print(f"reading {options.checkpoint}", file=sys.stderr, flush=True)
+        processes.warn_if_busy(env.device, env.threads)
     try:
         source = processes.on_rank_0(ckpt.find, options.checkpoint)
         cfg = dataclasses.replace(source.cfg, **values)
         devices.check_precision(cfg, env.device)
-        dataset, scores = evaluate(source, cfg, env)
+        processes.on_each_node(env, data.unpack, cfg)
+        dataset = data.open_dataset(cfg)
+        if not dataset.num_eval_samples:
+            raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")
+        apart = ", documents apart" if cfg.mask_documents else ""
+        windows = f"{len(dataset.eval_ids(cfg.eval_samples)):,} windows of {cfg.sequence_length:,}"
+        if env.main:
+            print(f"{source}, on {windows} of {cfg.data_dir}", file=sys.stderr, flush=True)
+        scores = by_shard(source, dataset, cfg, env)
     except Exception as error:
         code, text = failures.explain(error)
         failures.say(error, lambda: print(text, file=sys.stderr, flush=True))
@@ -111,8 +120,6 @@ def main(argv: list[str]) -> int:
             report["shards"] = {shard: figures(found) for shard, found in scores.items()}
         print(json.dumps(report))
         return 0
-    apart = ", documents apart" if cfg.mask_documents else ""
-    windows = f"{len(dataset.eval_ids(cfg.eval_samples)):,} windows of {cfg.sequence_length:,}"
     print(f"{source}\n{cfg.data_dir}: {windows}{apart}\n{line(whole)}")
     if options.per_shard:
         print("\n".join(f"{shard}: {line(found)}" for shard, found in scores.items()))

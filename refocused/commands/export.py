@@ -25,6 +25,7 @@ from refocused.checkpoint.huggingface import read_weights, write_configs, write_
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.weights import Weights
 from refocused.entry import here
+from refocused.run import processes
 from refocused.shards import tokenizers
 from refocused.shards.shard import DataError
 
@@ -195,6 +196,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--torch", action="store_true", help="OUT is instead one file, with all state, for torch.load")
     args = parser.parse_args(argv)
     check_free(args.out)
+    processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")
     absent = [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]
     if absent:
         way = here(f"pip install {' '.join(absent)}")

@@ -21,6 +21,7 @@ from refocused.checkpoint.huggingface import MODEL_KEYS, is_hf
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.commands.export import check_free, coming
 from refocused.entry import here
+from refocused.run import processes
 from refocused.shards import tokenizers
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE.py", help="of a folder without config.json, as Accelerate's are")
     args = parser.parse_args(argv)
     check_free(args.out)
+    processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")
     source = read(args.folder, args.config)
     cfg, model = source.cfg, load(source)
     state: dict[str, Any] = {"step": 0, "eos_token_id": source.end, "config": dataclasses.asdict(cfg)}

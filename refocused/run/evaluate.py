@@ -2,9 +2,10 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,12 +78,23 @@ def score(
     return Score(both, tokens, text, size)
 
 
-def evaluate(model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal) -> Score | None:
-    """The score of a model in training on the data.Dataset's fixed held-out windows; None when a stop was asked for."""
+def evaluate(
+    model: torch.nn.Module,
+    dataset,
+    cfg: Config,
+    env: processes.Env,
+    stop: StopSignal | None = None,
+    ids: np.ndarray | None = None,
+    counted: Callable[[Iterator], Iterable] = iter,
+) -> Score | None:
+    """The score of a model on the data.Dataset's fixed held-out windows; None when a stop was asked for. Collective.
+
+    ids: some of these windows alone; counted: what passes the batches on and counts them.
+    """
     model.eval()
-    ids, lengths = dataset.eval_ids(cfg.eval_samples), byte_table(cfg.tokenizer, cfg.vocab_size)
-    blocks = dataset.blocks(ids, cfg.per_device_train_batch_size, env.rank, env.world_size)
-    found = score(model, blocks, lengths, cfg, env, stop)
+    ids = dataset.eval_ids(cfg.eval_samples) if ids is None else ids
+    blocks = counted(dataset.blocks(ids, cfg.per_device_train_batch_size, env.rank, env.world_size))
+    found = score(model, blocks, byte_table(cfg.tokenizer, cfg.vocab_size), cfg, env, stop)
     model.train()
     strategy.reshard(model)
     return found

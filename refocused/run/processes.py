@@ -283,16 +283,22 @@ def agree(*flags: float) -> list[float]:
     return values.tolist()
 
 
-def busy(env: Env) -> str:
+def busy(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> str:
     """A note where other work has this machine's cores: OpenMP's threads wait for each other in a loop, and for a core."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
-    if env.device.type != "cpu" or env.threads == 1 or passive or load < BUSY * cores:
+    if device.type != "cpu" or threads == 1 or passive or load < BUSY * cores:
         return ""
     return (
-        f"{load:.0f} processes want this machine's {cores} cores: OMP_WAIT_POLICY=PASSIVE in front of the command, or "
-        "cpu_threads=1, may make it many times faster (on idle cores slower)"
+        f"{load:.0f} processes want this machine's {cores} cores: OMP_WAIT_POLICY=PASSIVE in front of the command{key} "
+        "may make it many times faster (on idle cores slower)"
     )
+
+
+def warn_if_busy(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> None:
+    """For commands beside train.py, whose plan has it."""
+    if note := busy(device, threads, key):
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def describe(env: Env, cfg: Config) -> str:
