@@ -243,13 +243,14 @@ def train(
             break
 
     # --- the end
-    watch.stop()
+    watch.end()
     error = loader.error() if due.unreadable else None
     if error and not env.main:
         log_error(f"error: {error}", cfg)
     loader.close()
     logs.log(profile.close())
     failure, missing = checkpoints.close(logs.log)
+    watch.stop()
     logs.log(checkpoints.news(), screen=False)
     processes.stop()
     unreadable = str(error or "another rank could not read its data, and says why") if due.unreadable else None

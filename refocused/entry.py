@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,7 +71,16 @@ def lacking() -> str:
     return f"{sys.executable} {what}; run {way}"
 
 
-if why := lacking():
+def no_temporary_folder() -> str:
+    """Why torch cannot be imported, which asks for one; "" where there is one."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
+    return ""
+
+
+if why := lacking() or no_temporary_folder():
     print(f"error: {why}", file=sys.stderr)
     sys.exit(2)
 

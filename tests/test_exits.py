@@ -3,6 +3,7 @@
 Faults are made inside the ranks, by FAULTS in the child before train.main; what leaves, speaks and decides is real.
 """
 
+import ctypes
 import http.server
 import json
 import os
@@ -26,6 +27,7 @@ import configs
 import data
 from configs import Config, ConfigError
 from model import GPTNeoX
+from refocused import entry
 from refocused.checkpoint import manifest, saver
 from refocused.measure import acceptance
 from refocused.run import (
@@ -42,6 +44,7 @@ from refocused.run import (
     strategy,
     watchdog,
 )
+from refocused.run import launch as launcher
 from refocused.shards.shard import DataError
 
 
@@ -52,6 +55,18 @@ def raise_at(step: int | None, error: BaseException) -> None:
     def rate(at, cfg):
         if step in (at, None):
             raise error
+        return before(at, cfg)
+
+    optim.learning_rate = rate
+
+
+def raise_at_held(step: int) -> None:
+    """In this step the rank sleeps in C and keeps the GIL, as a kernel's launch into a full queue does."""
+    before = optim.learning_rate
+
+    def rate(at, cfg):
+        if at == step:
+            ctypes.PyDLL(None).sleep(3600)
         return before(at, cfg)
 
     optim.learning_rate = rate
@@ -116,11 +131,14 @@ FAULTS = {
         setattr(processes, "FIRST_SECONDS", 3600),
         setattr(processes, "agree", lambda *_: time.sleep(3600)),
     ),
+    "held": lambda: raise_at_held(5),
+    "stuck": lambda: setattr(saver.Saver, "_commit", lambda *_: time.sleep(3600)),
     "slow": lambda: setattr(saver.Saver, "save", lambda *_: time.sleep(3600)),
     "absent-minded": lambda: setattr(strategy, "build", lambda *_: time.sleep(3600)),
     "impatient": lambda: setattr(processes, "FIRST_SECONDS", 2),
     "unpacks": lambda: setattr(data, "unpack", lambda cfg: print("unpacks, waited for:", processes.progress.patient)),
     "no-data": lambda: at_call(data, "unpack", 1, lambda *_: fail(DataError("made up, on one node"))),
+    "quick": lambda: setattr(watchdog, "LATER", 3),
     "late": lambda: setattr(failures, "say", lambda *args, say=failures.say: (time.sleep(2), say(*args))),
 }
 START = launch._rank
@@ -214,6 +232,19 @@ def test_a_hang_in_what_may_take_long_is_found(faulty, slow, fault, moment):
     run.kill()
     words = r"(after step 5|before the first step); (rank 1 .*|the store) does not answer"
     assert waiting.exitcode == 70 and re.search(words, run.text), run.text
+
+
+def test_a_hang_that_keeps_the_gil_ends(faulty):
+    """Rank 1 sleeps in C and lets no thread of Python's run: its stacks are on stderr all the same, and both leave."""
+    run = faulty("max_steps=1000000", "watchdog_seconds=2", FAULT1="held quick")
+    assert run.wait() == [70, 1], run.text
+    assert re.search(r"Timeout \(0:00:\d+\)!\n(.*\n)*.*in rate", run.text) and "rank 1 " in run.text, run.text
+
+
+def test_the_last_save_is_watched(faulty):
+    """The commit of the last save hangs, on a disk that does not answer: named after its time, 70 from both."""
+    run = faulty("watchdog_seconds=2", "upload_deadline_seconds=1", FAULT0="stuck", FAULT1="stuck")
+    assert run.wait() == [70, 70] and re.search(r"hangs: nothing for .* s after step 10", run.text), run.text
 
 
 def test_what_a_node_has_to_unpack_holds_nobody_to_the_time_of_a_step(faulty):
@@ -360,6 +391,19 @@ def test_limits_leave_time_to_say_who_is_missing():
     for cfg in (Config(), Config(watchdog_seconds=0.5), Config(watchdog_seconds=1e5)):
         period, looking = watchdog.times(cfg.watchdog_seconds)
         assert cfg.watchdog_seconds + period + looking < processes.exchange_seconds(cfg)
+
+
+def group_timeouts(rank: int) -> None:
+    cfg = Config(parallel="fsdp", shard_size=2, compile_model=False, watchdog_seconds=700.0)
+    env = processes.start(cfg)
+    for name in ("replicate", "shard"):
+        gloo = strategy.device_mesh(cfg, env).get_group(name)._get_backend(env.device)
+        assert gloo.options._timeout.total_seconds() == 1400, name
+
+
+def test_all_groups_have_the_timeout_of_the_run():
+    """The rows and columns of an HSDP mesh of four ranks: not the half an hour that torch gives them."""
+    launch.on_ranks(4, group_timeouts)
 
 
 WHOLE = environment.variables(1, 4, 29500)
@@ -542,6 +586,55 @@ class Launch:
 
     def wait_for(self, pattern: str) -> None:
         until(lambda: re.search(pattern, self.text, re.M))
+
+
+def _launched(argv: list[str], env: dict[str, str], log: str) -> None:
+    os.environ.update(env)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(entry.run(launcher.launch, argv))
+
+
+@pytest.mark.parametrize(
+    "flags, env, code, words",
+    [
+        ("--nproc_per_node=two", {}, 2, "error: --nproc_per_node=two is no number from 1 on, gpu or cpu"),
+        ("--nproc_per_node=0", {}, 2, "error: --nproc_per_node=0 is no number"),
+        ("--nnodes=0", {}, 2, "error: --nnodes=0 is no number from 1 on"),
+        ("--rdzv_backend=foo", {}, 2, "launch: torchrun ended with 2: .*foo"),
+        ("--master_port=TAKEN", {}, 2, "launch: torchrun ended with 2: .*choose another --master_port"),
+        ("--nproc_per_node=gpu --standalone", {}, 0, "there is no GPU: one process .*world 1"),
+        ("--standalone", {"PET_NPROC_PER_NODE": "2"}, 0, "world 2"),
+        ("--standalone", {"DIE": "1"}, 70, "launch: rank 0 ended with 70: it left without a word; what stands above"),
+        ("", {"PET_NNODES": "x"}, 2, "--nnodes=x is no number"),
+        (
+            "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE --rdzv_conf=is_host=0,read_timeout=2",
+            {},
+            70,
+            "launch: torchrun ended with 70: no answer at the endpoint",
+        ),
+        (
+            "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE --rdzv_conf=join_timeout=2 --local_addr=127.0.0.1",
+            {},
+            70,
+            "launch: torchrun ended with 70: the other nodes did not come in time",
+        ),
+    ],
+)
+def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):
+    """Flags that mean nothing, a port that is taken, nodes that do not come; PET_* variables and gpu without one work."""
+    (tmp_path / "script.py").write_text(
+        "import os\nprint('world', os.environ['WORLD_SIZE'])\n'DIE' in os.environ and os._exit(1)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, free = server.getsockname()[1], environment.free_port()
+        argv = [*flags.replace("TAKEN", str(port)).replace("FREE", str(free)).split(), str(tmp_path / "script.py")]
+        process = launch.CONTEXT.Process(target=_launched, args=(argv, env, str(tmp_path / "log")))
+        process.start()
+        process.join(GUARD)
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode == code and re.search(words, text, re.S | re.M) and "Traceback" not in text, text
 
 
 def test_the_reason_arrives_though_rank_0_has_not_spoken(tmp_path):

@@ -67,13 +67,13 @@ class Host:
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"host-{len(list(folder.glob('host-*.log')))}.log"
-        command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        command = [*prefix, sys.executable, "-m", "refocused.run.launch", "--nnodes=2", "--nproc_per_node=1"]
         command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_conf=is_host={int(index == 0)}"]
         command += [f"--local_addr={address}", str(ROOT / "train.py"), str(folder / "empty.py"), *TINY]
         (folder / "empty.py").write_text("seed = 42")
         command += ["output_dir=out", "logging_dir=logs", *args]
         interface = {"GLOO_SOCKET_IFNAME": "eth0" if prefix else "lo"}
-        env = {**os.environ, **interface, "STORAGE_EMULATOR_HOST": url, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, **interface, "STORAGE_EMULATOR_HOST": url, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
@@ -123,7 +123,8 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
         pair = start(29611, 100_000)
         wait_for(lambda: bool(server.commits), pair)
         pair[1].kill()
-        pair[0].process.wait(timeout=GUARD)  # the survivor ends too, it does not hang
+        assert pair[0].process.wait(timeout=GUARD) == 70  # the survivor ends too, and says so
+        assert "launch: rank 0 ended with 70: error: rank 0 on" in pair[0].log.read_text()
         pair[0].kill()
         shutil.rmtree(tmp_path / "1" / "out")
         place = Place(gcs.Bucket("bucket"), "run")

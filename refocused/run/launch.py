@@ -2,13 +2,15 @@
 
     python -m refocused.run.launch --standalone --nproc_per_node=2 train.py configs/demo.py resume=latest
 
-Flags and engine are torchrun's. That turns every failure into exit code 1 under a traceback of its own, and then a
-supervisor cannot tell a mistake, which ends the machine, from a stop, which is to be continued.
+Flags, their PET_* variables and engine are torchrun's. That turns every failure into exit code 1 under a traceback of its
+own, and then a supervisor cannot tell a mistake, which ends the machine, from a stop, which is to be continued.
 """
 
+import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,12 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
+from configs import ConfigError
 from refocused import entry
-from refocused.run.exits import DONE, INTERNAL, STOPPED, Cause, in_order
+from refocused.run.exits import DONE, INTERNAL, MISTAKE, STOPPED, Cause, in_order
 
 WHY: dict[int, str] = {  # a rank leaves without a report
     signal.SIGKILL: "it was killed by SIGKILL; out of memory? `dmesg` says so",
@@ -35,6 +41,8 @@ def of_failure(rank: int, failure: ProcessFailure) -> Cause:
     if isinstance(report, dict):
         return of_report(report, f"rank {rank}", code)
     words = WHY.get(-code, report) if code < 0 else "it left without a word"
+    if code == 1:  # Python's own for a traceback, and faulthandler's for a process that hangs
+        code, words = INTERNAL, f"{words}; what stands above may say why"
     ended_by_torchrun = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
     return Cause(code if code > 0 else INTERNAL, words, failure.timestamp, ended_by_torchrun, f"rank {rank}")
 
@@ -68,8 +76,36 @@ def lines(causes: list[Cause]) -> list[str]:
     return list(said.values())[::-1]
 
 
+def of_torchrun(error: Exception, followed: bool) -> Cause:
+    """What torchrun's own failure means: a mistake in its flags, or a node or store that a restart may find again."""
+    inner = error.__cause__ if isinstance(error, RendezvousConnectionError) and error.__cause__ else error
+    words = (str(inner).strip().splitlines() or [type(error).__name__])[0]
+    code = MISTAKE if isinstance(error, ValueError | AssertionError) else INTERNAL
+    if "EADDRINUSE" in words or "in use" in words:
+        code, words = MISTAKE, f"{words}; choose another --master_port or --rdzv_endpoint"
+    elif isinstance(error, RendezvousTimeoutError):
+        words = "the other nodes did not come in time; start the command on each of them"
+    elif isinstance(error, RendezvousConnectionError | dist.DistNetworkError):
+        words = f"no answer at the endpoint, so the node that serves it has ended or not begun: {words}"
+    return Cause(code, words, followed=followed, who="torchrun")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Flags that torchrun takes apart later, and what one machine needs. Raises ConfigError."""
+    numbers = {"nproc_per_node": r"[1-9]\d*|gpu|cpu|xpu|auto", "nnodes": r"[1-9]\d*(:[1-9]\d*)?"}
+    for flag, rule in numbers.items():
+        if not re.fullmatch(rule, value := getattr(args, flag)):
+            raise ConfigError(f"--{flag}={value} is no number from 1 on{', gpu or cpu' * (flag != 'nnodes')}")
+    if args.nproc_per_node == "gpu" and not torch.cuda.is_available():
+        print("launch: there is no GPU: one process trains on the CPU", file=sys.stderr)
+        args.nproc_per_node = "1"
+    if args.standalone or args.nnodes in ("1", "1:1"):
+        args.local_addr = args.local_addr or "127.0.0.1"  # this machine's own name may not resolve
+
+
 def launch(argv: list[str]) -> int:
     args = torchrun.parse_args(argv)
+    check(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, in three lines of warning
     if "TORCH_LOGS" not in os.environ:
         for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
@@ -85,6 +121,9 @@ def launch(argv: list[str]) -> int:
         except SignalException:
             causes = of_reports(Path(args.log_dir), begin)
             causes = causes or [Cause(STOPPED, "stopped by a signal; what was saved before stands", who="every rank")]
+        except Exception as error:  # torchrun's own; what its ranks reported comes first
+            causes = of_reports(Path(args.log_dir), begin)
+            causes.append(of_torchrun(error, followed=bool(causes)))
     print(*lines(causes), sep="\n", file=sys.stderr, flush=True)
     return in_order(causes)[0].code
 

@@ -78,6 +78,11 @@ def exchange_seconds(cfg: Config) -> float:
     return max(EXCHANGE_SECONDS, 2 * cfg.watchdog_seconds)
 
 
+def group_timeout(cfg: Config, device: torch.device) -> datetime.timedelta:
+    """Of the groups that a step's collectives use."""
+    return datetime.timedelta(seconds=exchange_seconds(cfg) + NCCL_LATER * (device.type == "cuda"))
+
+
 def start(cfg: Config) -> Env:
     """Pick the device, set threads and numerics, join the process group. Raises ConfigError, PeersError."""
     here = launch()
@@ -92,7 +97,7 @@ def start(cfg: Config) -> Env:
     threads = devices.tune(cfg, device, here.local_rank, here.local_world_size)
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
     timeout = datetime.timedelta(seconds=exchange_seconds(cfg))
-    join(here, backend, timeout + datetime.timedelta(seconds=NCCL_LATER * (device.type == "cuda")))
+    join(here, backend, group_timeout(cfg, device))
     global meetings, patient
     meetings = dist.new_group(backend="gloo", timeout=timeout)
     # shards are unpacked, a checkpoint is hashed and pulled, and the last upload waited for

@@ -8,12 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs import Config, ConfigError
 from model import GPTNeoX, Head, initial_value, num_parameters, softmax_loss
+from refocused.run import processes
 from refocused.run.devices import DTYPES, cores
 from refocused.run.logs import log_error
 from refocused.run.processes import Env
@@ -72,7 +74,10 @@ def device_mesh(cfg: Config, env: Env) -> DeviceMesh:
         raise ConfigError(f"shard_size={size} does not divide the {world} processes; sizes that do: {fitting}")
     if size in (0, world):
         return init_device_mesh(env.device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(env.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(env.device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # it has no parameter for their timeout, which would be NCCL's half an hour
+        _set_pg_timeout(processes.group_timeout(cfg, env.device), group)
+    return mesh
 
 
 def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:

@@ -15,6 +15,7 @@ from configs import Config
 from refocused.run import processes
 from refocused.run.exits import INTERNAL, leave
 from refocused.run.logs import log_error
+from refocused.run.optim import checkpoint_bytes
 from refocused.run.processes import Env, progress
 from refocused.run.starts import Starts
 
@@ -25,20 +26,25 @@ def times(limit: float) -> tuple[float, float]:
     return period, 4 * period + 5
 
 
+LATER = 60.0  # seconds after the limit in which Python's threads have had their say
+
+
 class Watchdog:
     """From the start to the last step, threads that see whether the ranks still meet.
 
     What counts as life is a meeting of all ranks (processes.agree), of which every step and every batch of an
     evaluation has one. None for max(watchdog_seconds, 20 median steps): the stacks of all threads go to stderr, then a
     line with who is missing, by the beats that each rank leaves in the store; then the process leaves. In what may
-    take long, as all does before begin(), that limit holds only where a rank has fallen silent; else it is LONGEST.
-    """
+    take long, as all does before begin(), that limit holds only where a rank has fallen silent; else it is `longest`.
 
-    LONGEST = 7200.0  # seconds that a save, or a wait for the bucket, may take
+    A collective that hangs fills a GPU's queue, and a launch into a full one keeps the GIL (pytorch#109074), so that no
+    thread here runs: with several ranks faulthandler, which needs no GIL, ends a process without beats, with exit code 1.
+    """
 
     def __init__(self, cfg: Config, env: Env, starts: Starts | None):
         self.cfg, self.env, self.starts = cfg, env, starts if env.main else None
         self.period, self.looking = times(cfg.watchdog_seconds)
+        self.longest = 7200.0  # seconds that a save, or a wait for the bucket, may take
         self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
         self.over = threading.Event()
         progress.at = self.last = time.monotonic()
@@ -60,8 +66,13 @@ class Watchdog:
         self.seconds.append(now - self.last)
         self.last, progress.step = now, step
 
+    def end(self) -> None:
+        """The loop is over; the last save is waited for, at 10 MB/s at least, and its upload for the time that it has."""
+        progress.patient, progress.at = progress.patient + 1, time.monotonic()
+        self.longest = self.limit + checkpoint_bytes(self.cfg) / 1e7 + self.cfg.upload_deadline_seconds
+
     def stop(self) -> None:
-        """The loop is over; what follows may take long."""
+        """Everything is saved."""
         self.over.set()
 
     @property
@@ -78,8 +89,11 @@ class Watchdog:
                 beat = [count := count + 1, progress.ticks, progress.step, socket.gethostname()]
                 with contextlib.suppress(RuntimeError):  # its host is gone; the meetings will tell
                     self.beats.set(f"beat {self.env.rank}", json.dumps(beat))
+            if self.cfg.watchdog_seconds and self.env.world_size > 1:
+                with contextlib.suppress(Exception):  # a closed stderr
+                    faulthandler.dump_traceback_later(self.limit + LATER, exit=True)
             if self.over.wait(self.period):
-                return
+                return faulthandler.cancel_dump_traceback_later()
 
     def watch(self) -> None:
         while True:
@@ -90,7 +104,7 @@ class Watchdog:
             if now - asleep > 2 * self.period + 1:  # the whole process was stopped, perhaps the machine
                 progress.at = now
             elif (idle := now - progress.at) > self.limit:
-                if not progress.patient or idle > self.LONGEST or self.waits_in_vain():
+                if not progress.patient or idle > self.longest or self.waits_in_vain():
                     self.bark(time.monotonic() - progress.at)
 
     def waits_in_vain(self) -> bool:
