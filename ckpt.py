@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":  # before the imports below, torch above all, which `list` does not need
     sys.exit(main(sys.argv[1:]))
 
+import dataclasses
 import functools
 import os
 import time
@@ -56,6 +57,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import Config, ConfigError
+from refocused import files
 from refocused.bucket import commands, sync
 from refocused.checkpoint import choice, disk, folder, huggingface, manifest, tensors
 from refocused.checkpoint.choice import Choice
@@ -74,13 +76,15 @@ class Checkpoints:
     """
 
     def __init__(self, cfg: Config, env: Env):
-        self.cfg, self.env = cfg, env
+        self.env = env
         self.bucket = bool(cfg.bucket_name and cfg.checkpoint_bucket_path)
         self.choice = Choice(None, {}, [])
         self.start: Source | None = None  # the model that init_from names, where the run is a fresh one
         self._syncer: sync.Syncer | None = None
         owner = processes.on_rank_0(disk.lock, cfg.output_dir)
         owners = processes.on_each_node(env, disk.lock, cfg.output_dir, owner, but_rank_0=True)
+        # once: if output_dir is a link that is turned in mid-run, nothing is saved or deleted where it leads then
+        self.cfg = dataclasses.replace(cfg, output_dir=os.path.realpath(cfg.output_dir))
         if not self.bucket and (others := {*owners} - {None, owner}):
             raise ConfigError(
                 f"output_dir={cfg.output_dir} is not on one disk for {owner}, and {min(others)}: each would keep a part of "
@@ -172,8 +176,11 @@ class Checkpoints:
             self._saver.confirm(True)
 
     def news(self) -> str:
-        """What to note in the log: the saves that have become checkpoints since this was asked last."""
-        return "\n".join(f"saved {self._saver.news.popleft()}" for _ in range(len(self._saver.news)))
+        """What to note in the log: the saves that have become checkpoints since this was asked last, and what went."""
+        saved = [f"saved {self._saver.news.popleft()}" for _ in range(len(self._saver.news))]
+        gone = [disk.deleted.popleft() for _ in range(len(disk.deleted))]
+        noted = [files.notes.popleft() for _ in range(len(files.notes))]
+        return "\n".join([*saved, *([f"deleted {', '.join(gone)}"] if gone else []), *noted])
 
     def poll(self) -> tuple[bool, bool]:
         """Of this process, without waiting: (save_seconds have passed since the last save, the last save failed).

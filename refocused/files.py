@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -34,7 +35,7 @@ class DiskError(ValueError):
 
 
 _named: set[Any] = set()
-notes: list[str] = []  # what was named, until somebody takes it for a log
+notes: deque[str] = deque()  # what was named, until somebody takes it for a log
 
 
 def why(error: OSError) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import dataclasses
 import hashlib
 import io
 import json
@@ -33,14 +32,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ckpt
-import data
-from configs import Config, ConfigError
+from configs import ConfigError
 from refocused import locks
 from refocused.checkpoint import disk, manifest, tensors
 from refocused.checkpoint.choice import choose
-from refocused.checkpoint.folder import Source
 from refocused.checkpoint.saver import Saver
-from refocused.run import guard, processes
+from refocused.run import processes
 
 REPO = Path(ckpt.__file__).parent
 LAYOUTS = [("one", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)]
@@ -454,8 +451,8 @@ def test_forged_pickle_is_not_run(two, tmp_path):
         for name, content in whole.items():
             (two[1] / name).write_bytes(content)
         forge(file, pickle.dumps(Payload(effect)))
-        with pytest.raises(ckpt.CheckpointError, match=f"{file.name} (cannot be used: no safetensors|is not JSON)"):
-            choose(tmp_path, two[1].name)
+        with pytest.raises(ckpt.CheckpointError, match=f"{file.name} (is damaged: .*no safetensors|is not JSON)"):
+            tensors.load(choose(tmp_path, two[1].name).path, tensors.state_tree(*[build()[0]]))
     with pytest.raises(ckpt.CheckpointError):
         tensors.load(two[1], tree)  # nor unverified
     assert not effect.exists()
@@ -482,7 +479,7 @@ def _link(folder: Path) -> None:
 DAMAGES = {
     "truncated": (_cut, "safetensors has 100 bytes instead of"),
     "missing": (lambda d: next(d.glob("*.safetensors")).unlink(), "safetensors is missing"),
-    "extra": (lambda d: (d / "note").touch(), "note is an extra file"),
+    "extra": (lambda d: (d / "note.json").touch(), "note.json is an extra file"),
     "no state": (lambda d: (d / manifest.STATE).unlink(), "state.json is missing"),
     "link": (_link, "state.json is not a plain file"),
     "no manifest": (lambda d: (d / manifest.MANIFEST).unlink(), "has no MANIFEST.json"),
@@ -678,11 +675,10 @@ def test_retention(alone, tmp_path):
 
 def test_going_back_is_a_branch(alone, tmp_path, capsys):
     """After a save of an earlier step: latest is that save; what lies ahead of it is listed as abandoned, passed over
-    for what the new way came from, and the first to go. Old manifests without a generation go by step, before all."""
+    for what the new way came from, and the first to go. Equal generations go by step."""
     for step in (10, 20, 30, 40):
         path = save(tmp_path, step)
-        told = manifest.read_manifest(path)
-        del told["generation"]
+        told = {**manifest.read_manifest(path), "generation": 0}  # of machines that saved at once
         (path / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
     saved = [manifest.name(0, step, 1) for step in (10, 20, 25, 30, 40)]
     assert manifest.names(tmp_path) == [saved[4], saved[3], saved[1], saved[0]]
@@ -813,40 +809,15 @@ def some(value: Any, count: int = 300) -> list[Any]:
 
 
 def test_forged_state_and_manifest(two, tmp_path):
-    """Hundreds of mutations of state.json and MANIFEST.json, signed again: each is passed over by name or harmless; a
-    state that is accepted serves everything that reads one."""
-    state = {
-        "step": 2, "samples_seen": 8, "tokens": 256, "best_loss": 1.0, "loss": 2.0, "history": [[1, 2.0, 1e-3]],
-        "recent_losses": [1.0], "eval_loss": None, "spike_window": [[1.0, 2.0]] * 128, "scaler": {},
-        "data": {
-            "fingerprint": "f",
-            "manifest": [{"path": "a", "tokens": 9, "dtype": "uint16", "crc32": "00"}],
-            "position": {},
-        },
-        "config": dataclasses.asdict(Config()), "run": {"torch": "2", "world_size": 1},
-    }  # fmt: skip
-    small = {**state, "spike_window": [[1.0, 2.0]], "config": {"seed": 1, "learning_rate": 1e-3, "tokenizer": "byte"}}
-    cfg = Config(spikes="report")
+    """Mutations of MANIFEST.json, and of what a state is, signed again: each is passed over by name or harmless."""
     file = two[1] / manifest.STATE
-    accepted = 0
-    for changed in some(small):
-        if isinstance(changed, dict) and changed.get("config") == small["config"]:
-            changed = {**changed, "config": state["config"]}
-        if isinstance(changed, dict) and changed.get("spike_window") == small["spike_window"]:
-            changed = {**changed, "spike_window": state["spike_window"]}
+    for changed in (*ODD, {"data": {}}, {"step": 2, "data": {}, "tokens": 1}):
         forge(file, json.dumps(changed).encode())
         choice = choose(tmp_path, "latest")
-        if choice.path == two[0]:
-            assert str(file) in choice.passed_over[0][1] and "cannot be used" in choice.passed_over[0][1]
-            continue
-        accepted += 1
-        if "data" in choice.state:  # else it is refused as imported weights
-            data.explain_change(choice.state["data"]["manifest"], state["data"]["manifest"])
-            guard.Guard(cfg, torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False), choice.state)
-            with contextlib.suppress(ckpt.CheckpointError):
-                Source.of(choice.path, choice.state)
-    assert accepted > 3
-    forge(file, json.dumps(state).encode())
+        assert (
+            changed in ({}, {"": []}) or choice.path == two[0] and f"{file} cannot be used" in choice.passed_over[0][1]
+        )
+    forge(file, b"{}")
     told = manifest.read_manifest(two[1])
     for changed in some({**told, "files": {manifest.STATE: told["files"][manifest.STATE]}}) + some(told["files"], 50):
         changed = changed if isinstance(changed, dict) and "name" in changed else {**told, "files": changed}

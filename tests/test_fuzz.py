@@ -185,6 +185,7 @@ def write_checkpoint(where: Path, state: bytes, part: bytes) -> Path:
         "name": final.name,
         "save_id": "ab" * 8,
         "step": 10,
+        "generation": 1,
         "time": 1,
         "files": files,
     }

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs import ConfigError
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, order
 from refocused.checkpoint.manifest import CheckpointError, names, read_state
+from refocused.entry import here
 
 
 class Choice(NamedTuple):
@@ -27,13 +28,19 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
     resume is None, "latest" (what was saved last), a checkpoint's name in output_dir, or a path. Raises CheckpointError,
     or ConfigError if resume is None although there are checkpoints. All ranks must start from the same one: agree(choose, ...).
     """
-    there = names(output_dir)
+    ours, others = manifest.read_manifests(output_dir)
+    there = [*others, *(m["name"] for m in order.newest_first(ours))]  # so a search meets and names what cannot be read
     listing = f"{output_dir} has {', '.join(there)}" if there else f"{output_dir} has no checkpoints"
     if resume is None:
-        if there:
+        if ours:
             raise ConfigError(
-                f"output_dir={output_dir} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one "
-                f"{there[0]}; continue with resume=latest or start afresh in another output_dir"
+                f"output_dir={output_dir} already has {len(ours)} checkpoint{'s' * (len(ours) > 1)}, the last one "
+                f"{there[len(others)]}; continue with resume=latest or start afresh in another output_dir"
+            )
+        if others:
+            raise ConfigError(
+                f"{listing}, which this program cannot read: damaged, or another program's. It leaves them as they are; choose "
+                f"another output_dir. `{here('python ckpt.py import FOLDER OUT')}` takes over a model's weights"
             )
         return Choice(None, {}, [])
     if resume != "latest":

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from refocused.files import create, digest, sync_folder, too_small, why
 TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is writing, or will put back if it dies
 UNFINISHED = re.compile(r"\.(?:tmp|old)-[0-9a-f]{8,64}-(.+)")
 
-deleted: list[str] = []  # names, until somebody takes them for a log
+deleted: deque[str] = deque()  # names, until somebody takes them for a log
 
 
 def commit(
@@ -176,7 +177,7 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-_held: dict[str, locks.Lock] = {}  # by the output_dir that they are of
+_held: dict[str, locks.Lock] = {}  # by the output_dir that they are of, its links resolved
 
 
 def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
@@ -211,7 +212,7 @@ def holds(output_dir: str | os.PathLike) -> bool:
 
 def check_lock(output_dir: str | os.PathLike) -> None:
     """Raise ConfigError if this process had locked output_dir and the lock file has gone or is another one now."""
-    held = _held.get(os.path.realpath(output_dir))
+    held = _held.get(str(output_dir)) or _held.get(os.path.realpath(output_dir))
     if held and not held.intact():
         raise ConfigError(
             f"output_dir={output_dir} is no longer this run's own: its .lock was removed while it trained, so another "

@@ -12,7 +12,7 @@ import torch
 import configs
 from configs import Config
 from model import GPTNeoX, num_parameters
-from refocused.checkpoint import huggingface, manifest, schema
+from refocused.checkpoint import huggingface, manifest
 from refocused.checkpoint.huggingface import MODEL_KEYS
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.weights import MALFORMED, Weights
@@ -74,7 +74,7 @@ def hf_source(path: Path) -> Source:
         hf = json.loads((path / "config.json").read_bytes())
         end = hf.get("eos_token_id")
         end = end[0] if isinstance(end, list) else end
-        if end is not None and not schema.whole(end):
+        if end is not None and not manifest.whole(end):
             raise ValueError(f"eos_token_id={str(hf['eos_token_id'])[:80]} is no id of a token")
         ours = {key: configs.convert(key, value) for key, value in huggingface.from_config(hf).items()}
         length = min(Config.sequence_length, ours.get("max_position_embeddings", Config.sequence_length))

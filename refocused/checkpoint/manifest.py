@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refocused.checkpoint import order, schema
+from refocused.checkpoint import order
 from refocused.files import digest, why
 
 FORMAT = 1  # of the directory; raise it when an older version could not read what this one writes
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 SHARD = ".safetensors"
+PART = re.compile(r"\.(safetensors|json|distcp|metadata|bin|pt|pth)$")
 
 
 class CheckpointError(ValueError):
@@ -27,6 +28,10 @@ class CheckpointError(ValueError):
 
     exit_code = 66
     same_on_all_ranks = True  # so one of them says it
+
+
+class Unreadable(CheckpointError):
+    """The disk did not give what is there: it says nothing about the checkpoint."""
 
 
 class Name(NamedTuple):
@@ -87,7 +92,7 @@ def read_manifests(output_dir: str | os.PathLike) -> tuple[list[dict[str, Any]],
 
 def generation(output_dir: str | os.PathLike) -> int:
     """The highest generation of any save here; 0 if there is none."""
-    return max((m.get("generation", 0) for m in read_manifests(output_dir)[0]), default=0)
+    return max((m["generation"] for m in read_manifests(output_dir)[0]), default=0)
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
@@ -106,10 +111,14 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         with open(path / MANIFEST, "rb") as file:
             content = file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = f"has no {MANIFEST}: not a complete checkpoint" if path.is_dir() else "is no directory"
+        what = (
+            f"has no {MANIFEST}: not a complete checkpoint, or another program's"
+            if path.is_dir()
+            else "is no directory"
+        )
         raise CheckpointError(f"{path} {what}") from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path / MANIFEST}: {why(error)}") from error
+        raise Unreadable(f"cannot read {path / MANIFEST}: {why(error)}") from error
     return decode(content, path / MANIFEST)
 
 
@@ -127,12 +136,32 @@ def decode(content: bytes, where: str | os.PathLike) -> dict[str, Any]:
         )
     if not intact:
         raise CheckpointError(f"{where} is damaged: its own SHA-256 differs")
-    wrong = schema.of_manifest(manifest, STATE)
-    if not wrong and (not parse(manifest["name"]) or step_of(manifest["name"]) != manifest["step"]):
-        wrong = f"step={manifest['step']} and name={manifest['name'][:80]}"
-    if wrong:
+    if wrong := _wrong(manifest):
         raise CheckpointError(f"{where} cannot be used: it has {wrong}")
     return manifest
+
+
+def _wrong(manifest: Any) -> str:
+    """What another program's manifest lacks, or has in a form that could lead out of its folder; "" of a good one."""
+    try:
+        for file, entry in manifest["files"].items():
+            if file in ("", ".", "..") or not file.isprintable() or set(file) & {"/", "\\"}:
+                return f"the file name {file[:80]!r}"
+            if not (whole(entry["size"]) and isinstance(entry["crc32c"], str) and isinstance(entry["sha256"], str)):
+                return f"the entry of {file}"
+        numbers = [manifest[key] for key in ("step", "generation", "time")]
+        if not all(map(whole, numbers)) or not re.fullmatch(r"[0-9a-f]{8,64}", manifest["save_id"]):
+            return f"save_id={manifest['save_id']!s:.80} and step, generation and time {numbers!s:.80}"
+        found = parse(manifest["name"])
+        if STATE not in manifest["files"] or not found or found.step != manifest["step"]:
+            return f"name={manifest['name'][:80]}, step={manifest['step']} and files {[*manifest['files']]!s:.80}"
+    except (LookupError, TypeError, AttributeError) as error:
+        return f"no {error}"
+    return ""
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 1 << 53  # beyond it JSON's numbers are not exact everywhere
 
 
 def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
@@ -151,8 +180,12 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
         for file in sorted(files.keys() | here.keys()):
             if file not in here:
                 raise CheckpointError(f"{path / file} is missing")
-            if file not in files:
-                raise CheckpointError(f"{path / file} is an extra file that {MANIFEST} does not know")
+            if (
+                file not in files
+            ):  # a note of somebody's is not read; a file that a reader might take for a part is refused
+                if PART.search(file):
+                    raise CheckpointError(f"{path / file} is an extra file that {MANIFEST} does not know")
+                continue
             if not stat.S_ISREG(here[file].st_mode):
                 raise CheckpointError(f"{path / file} is not a plain file")
             if here[file].st_size != files[file]["size"]:
@@ -164,13 +197,10 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
             for file, found in zip(chosen, pool.map(lambda f: digest(path / f), chosen), strict=True):
                 if found != {key: files[file][key] for key in found}:
                     raise CheckpointError(f"{path / file} is damaged: its SHA-256 differs")
-        for file in chosen:
-            if file.endswith(SHARD) and (wrong := schema.of_shard(path / file)):
-                raise CheckpointError(f"{path / file} cannot be used: {wrong}")
         if hashes:
             _verified[path] = {file: _identity(here[file]) for file in files}
     except OSError as error:
-        raise CheckpointError(f"cannot read {error.filename or path}: {why(error)}") from error
+        raise Unreadable(f"cannot read {error.filename or path}: {why(error)}") from error
     return manifest
 
 
@@ -223,6 +253,8 @@ def decode_state(content: bytes, where: str | os.PathLike) -> dict[str, Any]:
         state = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON") from error
-    if wrong := schema.of_state(state):
-        raise CheckpointError(f"{where} cannot be used: it has {wrong}")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{where} cannot be used: it has no object")
+    if "data" in state and (lacks := {"step", "samples_seen", "tokens", "config", "run"} - state.keys()):
+        raise CheckpointError(f"{where} cannot be used: it has no {min(lacks)}")
     return state

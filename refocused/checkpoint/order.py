@@ -2,7 +2,7 @@
 
 A save's generation is the highest that its run knew of, on disk and in the bucket, plus one. So one machine's clock
 may be a day ahead of the next one's, and a run that went back to an earlier step still has the newest saves.
-Checkpoints from before there were generations count as 0; among equals the higher step is the later one.
+Among equals, of two machines that saved at once, the higher step is the later one.
 """
 
 import math
@@ -14,7 +14,7 @@ Manifest = dict[str, Any]
 
 def key(manifest: Manifest) -> tuple[int, int, str]:
     """Grows from save to save."""
-    return manifest.get("generation", 0), manifest["step"], manifest["name"]
+    return manifest["generation"], manifest["step"], manifest["name"]
 
 
 def abandoned(manifests: Iterable[Manifest]) -> set[str]:

@@ -18,13 +18,19 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -32,9 +38,14 @@ from torch.futures import Future
 
 from refocused.checkpoint import disk, manifest
 from refocused.checkpoint.manifest import CheckpointError
-from refocused.files import digest, sync, widen
+from refocused.files import digest, sync, why, widen
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds this much, so that uploads can run side by side
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 ADAM = ("exp_avg", "exp_avg_sq")
 SLOTS = {"AdamW": ADAM, "HalfAdamW": ADAM, "Muon": ("momentum_buffer",)}  # an optimizer's tensors per parameter
 
@@ -185,6 +196,93 @@ def check_finite(key: str, t: Tensor) -> None:
             raise CheckpointError(f"{key} has values that are not finite")
 
 
+class File:
+    """The tensors in a safetensors file, read and not mapped: some disks map no file. Raises CheckpointError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # dtype, shape, place in the file
+        try:
+            with open(path, "rb") as file:
+                size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+                if length > min(size, 100 << 20):  # what safetensors itself allows
+                    raise ValueError("no safetensors header")
+                header = json.loads(file.read(length))
+            self.note: dict[str, str] = header.pop("__metadata__", None) or {}
+            for key, entry in header.items():
+                dtype, shape, (begin, end) = TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+                counts = all(type(n) is int and n >= 0 for n in (*shape, begin))
+                if not counts or math.prod(shape) * dtype.itemsize != end - begin or 8 + length + end > size:
+                    raise ValueError(f"{key[:80]} does not fit in it")
+                self.tensors[key] = (dtype, shape, 8 + length + begin)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {why(error)}") from error
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some rows of it."""
+        dtype, shape, begin = self.tensors[key]
+        if rows:
+            row = math.prod(shape[1:]) * dtype.itemsize
+            begin, shape = begin + rows.start * row, (rows.stop - rows.start, *shape[1:])
+        content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(begin)
+                if file.readinto(content.numpy().data) != len(content):
+                    raise CheckpointError(f"{self.path} ends early")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {why(error)}") from error
+        return content.view(dtype).view(shape)
+
+
+class Reader(dcp.HuggingFaceStorageReader):
+    """Of a checkpoint's files, what a rank needs, through File."""
+
+    def read_metadata(self) -> Metadata:
+        self.parts: dict[MetadataIndex, tuple[File, str]] = {}
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for path in sorted(Path(self.path).glob(f"*{manifest.SHARD}")):
+            file = File(path)
+            try:
+                offsets = json.loads(file.note["DCP_SHARDING_INFO"])
+                for key, (dtype, shape, _) in file.tensors.items():
+                    at = torch.Size(offsets[key]["saved_offsets"])
+                    if len(at) != len(shape) or min(at, default=0) < 0:
+                        raise ValueError(f"{key[:80]} of shape {list(shape)} lies at {list(at)}")
+                    chunks.setdefault(key, []).append(ChunkStorageMetadata(at, torch.Size(shape)))
+                    dtypes[key] = dtype
+                    self.parts[MetadataIndex(key, at)] = file, key
+            except (ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
+                raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {str(error)[:200]}") from error
+        if uneven := [key for key, parts in chunks.items() if len({len(part.sizes) for part in parts}) > 1]:
+            raise CheckpointError(f"{self.path}: parts of {uneven[0]} have different numbers of dimensions")
+        ends = {key: [map(sum, zip(p.offsets, p.sizes, strict=True)) for p in parts] for key, parts in chunks.items()}
+        found: dict[str, Any] = {
+            key: TensorStorageMetadata(
+                TensorProperties(dtypes[key]), torch.Size(map(max, zip(*ends[key], strict=True))), parts
+            )
+            for key, parts in chunks.items()
+        }
+        return Metadata(found, storage_data=self.parts, storage_meta=StorageMeta(load_id=self.load_id))
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            file, key = self.storage_data[item.storage_index]
+            at, size = item.storage_offsets, item.lengths
+            t = file.read(key, slice(at[0], at[0] + size[0]) if size else None)
+            for dim in range(1, len(size)):
+                t = t.narrow(dim, at[dim], size[dim])
+            target = planner.resolve_tensor(item)
+            target.detach().copy_(t)
+            planner.commit_tensor(item, target)
+        future: Future = Future()
+        future.set_result(None)
+        return future
+
+
 def save_alone(
     final: Path,
     tree: dict[str, Tensor],
@@ -230,17 +328,14 @@ def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with torch.no_grad():
-            dcp.load(dict(tree), storage_reader=dcp.HuggingFaceStorageReader(str(path)), planner=planner)
+            dcp.load(dict(tree), storage_reader=Reader(str(path)), planner=planner)
     except CheckpointException as error:
         raise CheckpointError(f"{path} could not be loaded: {cause(error)}") from error
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, TensorStorageMetadata]:
     """Shape, dtype and parts of every tensor. Raises CheckpointError."""
-    try:
-        found = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # not verified
-        raise CheckpointError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
+    found = Reader(str(path)).read_metadata().state_dict_metadata
     return {key: meta for key, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
 
 

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from refocused.checkpoint import tensors
@@ -19,13 +18,13 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 class Part(NamedTuple):
     """What one file has of a tensor."""
 
-    file: Any  # open
+    file: tensors.File
     key: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.key)
+        return self.file.read(self.key)
 
 
 class Weights:
@@ -36,17 +35,16 @@ class Weights:
         self.parts: dict[str, list[Part]] = {}
         for file in files:
             try:
-                opened = safe_open(file, "pt")
-                offsets = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for key in opened.keys():
+                opened = tensors.File(file)
+                offsets = json.loads(opened.note.get("DCP_SHARDING_INFO", "{}"))
+                for key, (_, sizes, _) in opened.tensors.items():
                     if (ours := name(key)) is not None:
-                        sizes = tuple(opened.get_slice(key).get_shape())
                         at = offsets[key]["saved_offsets"] if offsets else [0] * len(sizes)
                         self.parts.setdefault(ours, []).append(Part(opened, key, tuple(at), sizes))
-            except (SafetensorError, *MALFORMED) as error:
+            except CheckpointError:
+                raise
+            except MALFORMED as error:
                 raise CheckpointError(f"{file} is damaged: {error}") from error
-            except OSError as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from error
 
     def size(self, name: str) -> tuple[int, ...]:
         parts = [[a + n for a, n in zip(part.offsets, part.sizes, strict=True)] for part in self.parts[name]]

@@ -121,7 +121,7 @@ class Logs:
 
     def __init__(self, logging_dir: str, output_dir: str, main: bool = True):
         """On rank 0 (main) check_folder has been called."""
-        self.folder, self.output_dir, self.main = Path(logging_dir), output_dir, main
+        self.folder, self.output_dir, self.main = Path(os.path.realpath(logging_dir)), output_dir, main
         self.files: list[File] = []
         self.failed, self.lost = False, 0  # since it was said that something cannot be written
         self.train_log = self.file(LOG)

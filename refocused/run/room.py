@@ -63,7 +63,7 @@ def kept_forever(cfg: Config, step: int) -> int:
 def check_disk(cfg: Config, step: int) -> None:
     """Raise ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more: the
     oldest goes once the newest is complete."""
-    size, there = checkpoint_bytes(cfg), len(manifest.names(cfg.output_dir))
+    size, there = checkpoint_bytes(cfg), len(manifest.read_manifests(cfg.output_dir)[0])
     free = files.free(cfg.output_dir)
     left = max(0, cfg.max_steps - step)
     saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
