@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from launch import GUARD, TINY, Run, train, until
+from saves import save
 
 import configs
 import data
@@ -45,6 +46,7 @@ from refocused.run import (
     watchdog,
 )
 from refocused.run import launch as launcher
+from refocused.run.starts import CrashLoop, Starts
 from refocused.shards.shard import DataError
 
 
@@ -314,6 +316,31 @@ def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):
         assert run.wait() == [expected] and words in run.text, run.text
     train(tmp_path, f"data_dir={shards}", "max_failed_starts=3")
     assert json.loads((tmp_path / "out" / ".starts").read_text())["failed"] == 0
+
+
+def test_starts_that_save_come_to_something(tmp_path, monkeypatch):
+    """A run that went back saves below the step that it had reached: none of its kills counts. Without a save the fourth
+    start is refused. What a power cut or a hand made of the file is no start that counts."""
+    monkeypatch.setattr(exits, "at_leave", [])
+    cfg = Config(output_dir=str(tmp_path), max_failed_starts=3)
+    for step in (62, 28, 38, 48, 58):
+        save(tmp_path, step, size=1000)
+        Starts(cfg).write(step=62)
+    key = json.loads((tmp_path / ".starts").read_text())["of"]
+    for damaged in (
+        "[" * 100_000,
+        '{"of": 1}',
+        f'{{"of": "{key}", "failed": "x", "step": 1e999}}',
+        "9" * 5000,
+        "\xff",
+        "",
+    ):
+        for last in (damaged, f'{{"of": "{key}"}}'):
+            (tmp_path / ".starts").write_text(last, encoding="latin-1")
+            assert Starts(cfg).failed == 0
+    Starts(cfg), Starts(cfg)
+    with pytest.raises(CrashLoop, match="3 starts in a row"):
+        Starts(cfg)
 
 
 @pytest.mark.parametrize("moment", ["step", "eval", "bad-step", "skip"])

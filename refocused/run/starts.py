@@ -13,6 +13,7 @@ import torch
 import configs
 from configs import Config
 from refocused import files
+from refocused.checkpoint import manifest
 from refocused.run import exits, guard, processes
 
 WRITING = threading.Lock()
@@ -28,8 +29,9 @@ class CrashLoop(ValueError):
 class Starts:
     """Counts the starts in a row without a new step, in a small file of output_dir; on rank 0, once that is locked.
 
-    A start counts until it has made a step beyond all before. One that ended as it should, or for a reason that its
-    exit code names, does not; nor do those of another config or other sources.
+    A start counts until it has made a step beyond all before, or a checkpoint: after a damaged one the steps that count
+    are behind those that were made. One that ended as it should, or for a reason that its exit code names, does not
+    count; nor do those of another config or other sources.
     """
 
     CALM = (exits.DONE, exits.MISTAKE, exits.NO_DATA, exits.STOPPED)
@@ -39,12 +41,15 @@ class Starts:
         self.path = Path(os.path.realpath(cfg.output_dir), ".starts")
         what = configs.to_json(cfg) + guard.sources() + torch.__version__
         key = hashlib.sha256(what.encode()).hexdigest()
-        before: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            before = json.loads(self.path.read_text())
-        if not isinstance(before, dict) or before.get("of") != key:
-            before = {"of": key, "failed": 0, "step": 0, "reason": ""}
-        self.state = before
+        self.state: dict[str, Any] = {"of": key, "failed": 0, "step": 0, "saved": 0, "reason": ""}
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            before = json.loads(self.path.read_bytes()) if self.path.is_file() else None
+            if isinstance(before, dict) and before.get("of") == key:
+                good = {k: v for k, v in before.items() if type(v) is type(self.state.get(k))}
+                self.state |= good
+        saved = manifest.generation(cfg.output_dir)
+        if saved > self.state["saved"]:
+            self.state |= {"failed": 0, "saved": saved}
         if cfg.max_failed_starts and self.state["failed"] >= cfg.max_failed_starts:
             reason = str(self.state["reason"]).strip().splitlines() or ["killed, or out of host memory, without a word"]
             raise CrashLoop(
