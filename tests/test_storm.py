@@ -46,6 +46,7 @@ KEYS = (
 # what a run survives, and what ends it, so that it is started again
 SOFT = ["the clock jumps", "everything stands still", "the bucket fails", "shards are touched", "the logs are removed"]
 SOFT += ["the disk of the checkpoints is full", "the disk of the logs is full"]
+SOFT += ["a checkpoint cannot be read", "somebody puts files there"]
 HARD = ["a rank is killed", "torchrun is killed", "everything is killed", "SIGTERM", "a rank hangs"]
 HARD += ["the machine is lost", "a bit of the newest checkpoint flips", "a shard goes bad"]
 LOSSES = {"the machine is lost", "a bit of the newest checkpoint flips"}
@@ -119,6 +120,9 @@ class Storm:
         self.held = 0  # the last step of what is complete somewhere
         self.restarts: list[float] = []  # seconds to the first step
         self.hangs: list[float] = []  # seconds until the ranks that wait leave
+        self.damaged: set[str] = set()  # names of checkpoints that this storm has damaged
+        self.theirs: dict[str, bytes] = {}  # what somebody has put into output_dir, by the end of its path
+        self.theirs_there: dict[str, bytes] = {}  # and into the bucket
 
     # --- what can be seen of the run
 
@@ -126,7 +130,8 @@ class Storm:
         """Of all traces so far; of a line that is being written nothing."""
         here = self.logs / "trace.jsonl"
         whole = here.read_text().splitlines(keepends=True) if here.exists() else []
-        return [json.loads(line) for line in [*self.kept, *whole] if line.endswith("\n")]
+        both = dict.fromkeys([*self.kept, *whole])  # what came back from the bucket was kept here as well
+        return [json.loads(line) for line in both if line.endswith("\n")]
 
     def text(self, launch: Launch) -> str:
         with self.log.open("rb") as file:
@@ -163,8 +168,12 @@ class Storm:
             try:
                 found.append(manifest.verify(self.out / name)["step"])
             except manifest.CheckpointError:
-                assert name == self.damaged, f"{name} is neither complete nor absent"
+                assert name in self.damaged, f"{name} is neither complete nor absent"
         return sorted(found)
+
+    def ours(self) -> list[str]:
+        """Names of checkpoints in output_dir, the last save first, but those that are damaged or somebody's."""
+        return [name for name in manifest.names(self.out) if name not in self.damaged]
 
     # --- what happens
 
@@ -223,6 +232,10 @@ class Storm:
             self.keep_lines()
             for entry in self.logs.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        elif fault == "a checkpoint cannot be read":
+            self.hide()
+        elif fault == "somebody puts files there":
+            self.put_files()
         else:
             filler = (self.out if "checkpoints" in fault else self.logs) / "filler"
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -260,17 +273,55 @@ class Storm:
         else:
             launch.send(signal.SIGKILL)
         self.gone(launch)
+        if launch.process.returncode == 0:  # it was over before: nothing would make good what is taken now
+            return
         if fault == "the machine is lost":  # its logs are on a disk that is not
+            self.theirs.clear()
             for entry in self.out.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        elif fault == "a bit of the newest checkpoint flips" and len(self.complete()) > 1 and manifest.names(self.out):
-            self.damaged = manifest.names(self.out)[0]
-            victim = self.dice.choice(sorted((self.out / self.damaged).iterdir()))
+        elif fault == "a bit of the newest checkpoint flips" and len(self.complete()) > 1 and self.ours():
+            name = self.ours()[0]
+            self.damaged.add(name)
+            victim = self.dice.choice(sorted((self.out / name).iterdir()))
             data = bytearray(victim.read_bytes())
             data[self.dice.randrange(len(data))] ^= 1 << self.dice.randrange(8)
             victim.write_bytes(data)
 
-    damaged = ""
+    def hide(self) -> None:
+        """For a second the newest checkpoint's manifest cannot be read. Whoever deletes it for that is found out."""
+        if not (newest := next(iter(self.ours()), "")):
+            return
+        path, aside = self.out / newest / manifest.MANIFEST, self.out / f"manifest-{newest}"
+        with contextlib.suppress(FileNotFoundError):  # pruned in the same moment
+            os.rename(path, aside)
+            path.symlink_to(path)  # opening it is an OSError
+            time.sleep(1)
+            gone = not path.is_symlink()
+            if not gone:
+                os.replace(aside, path)
+            assert not gone, f"{newest} was deleted although nothing could be known of it"
+
+    def put_files(self) -> None:
+        """Into output_dir, beside it in the bucket, and into a checkpoint that is complete in both."""
+        place = remote.Place(gcs.Bucket("bucket"), "run")
+        good = [r.name for r in place.checkpoints(place.objects()) if not r.problem]
+        if not good:  # beside nothing of ours they would be another system's place, which is refused
+            return
+        number = len(self.theirs_there)
+        old, note = f"checkpoint-epoch0-step{number}-files9", f"notes-{number}.txt"
+        (self.out / old).mkdir()
+        mine = {note: self.out / note, f"{old}/model.safetensors": self.out / old / "model.safetensors"}
+        self.damaged.add(old)
+        both = [name for name in good[1:] if name in manifest.names(self.out) and name not in self.damaged]
+        if both:  # not the newest, so that one goes that a prune would take
+            self.damaged.add(both[-1])
+            mine[f"inside-{number}.txt"] = self.out / both[-1] / f"inside-{number}.txt"
+        for end, path in mine.items():
+            with contextlib.suppress(FileNotFoundError):  # the checkpoint was pruned in the same moment
+                path.write_bytes(os.urandom(99))
+                self.theirs[end] = path.read_bytes()
+        for path in (f"run/{note}", f"run/{old}/optimizer_0/__0_0.distcp", f"run/logs/{note}"):
+            self.theirs_there[path] = self.server.put(path, os.urandom(99)).data
 
     def gone(self, launch: Launch) -> None:
         """Wait until no process of the launch is left: torchrun's death does not end its ranks at once."""
@@ -350,14 +401,20 @@ def compare(storm: Storm, calm: Path) -> None:
             assert bits[3] == expected[line["step"]][3], line
             assert found.setdefault(line["step"], bits) == bits or len(storm.layouts) > 1, line
     assert set(range(1, storm.steps + 1)) - set(found) <= storm.blind
-    last = newest(storm.folder)
+    last = storm.out / next(name for name in manifest.names(storm.out) if manifest.step_of(name) == storm.steps)
     state = manifest.read_state(last)
     assert (state["step"], state["samples_seen"]) == (storm.steps, 8 * storm.steps)
     if len(storm.layouts) == 1:
         assert all(expected[step] == bits for step, bits in found.items())
         a, b = tensors(newest(calm)), tensors(last)
         assert [name for name in a if not (a[name] == b[name]).all()] == []
-    assert storm.complete()[-1] == storm.steps and len(manifest.names(storm.out)) <= LIMIT
+    assert storm.complete()[-1] == storm.steps and len(storm.ours()) <= LIMIT
+    there = {
+        str(path): path.read_bytes() for path in storm.out.rglob("*") if path.is_file() and path.stat().st_size == 99
+    }
+    for end, data in storm.theirs.items():
+        assert data in [found for path, found in there.items() if path.endswith(end)], f"{end} is gone"
+    assert {path: storm.server.data(path) for path in storm.theirs_there} == storm.theirs_there
     there = [name for name in storm.server.names("run/") if name.endswith(manifest.MANIFEST)]
     assert f"run/{last.name}/{manifest.MANIFEST}" in there and len(there) <= LIMIT + 1, there
     assert not [p for p in storm.out.iterdir() if p.name.startswith((".tmp-", ".old-", ".pull-"))]

@@ -171,10 +171,11 @@ def prune(
 
 
 def _is_complete(path: Path) -> bool:
+    """Whether it is, as far as it can be read at the moment."""
     try:
         return bool(verify(path, hashes=False))
-    except CheckpointError:
-        return False
+    except CheckpointError as error:
+        return isinstance(error.__cause__, OSError)
 
 
 _held: dict[str, locks.Lock] = {}  # by the output_dir that they are of, its links resolved
