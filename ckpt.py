@@ -58,7 +58,7 @@ from torch import Tensor
 
 from configs import Config, ConfigError
 from refocused import files
-from refocused.bucket import commands, sync
+from refocused.bucket import commands, start, sync
 from refocused.checkpoint import choice, disk, folder, huggingface, manifest, tensors
 from refocused.checkpoint.choice import Choice
 from refocused.checkpoint.folder import FUNCTION, Source
@@ -100,18 +100,24 @@ class Checkpoints:
         """
         cfg, env = self.cfg, self.env
         if self.bucket and cfg.resume:
-            said = sync.bring_together(cfg, functools.partial(processes.on_each_node, env))
+            said = start.bring_together(cfg, functools.partial(processes.on_each_node, env))
             if said and env.main:
                 print(said, file=sys.stderr, flush=True)
-        if self.bucket and (found := processes.on_rank_0(sync.find, cfg)):  # what is newer there comes down
-            processes.on_each_node(env, sync.pull, cfg, found)
+        if self.bucket and (found := processes.on_rank_0(start.find, cfg)):  # what is newer there comes down
+            processes.on_each_node(env, start.pull, cfg, found)
         self.choice = processes.on_rank_0(choice.choose, cfg.output_dir, cfg.resume)
         if self.choice.path:
             if "data" not in self.choice.state:
                 raise CheckpointError(
                     "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
                 )
-            processes.on_each_node(env, sync.bring, cfg, self.choice.path, self.choice.save_id, but_rank_0=True)
+            processes.on_each_node(env, start.bring, cfg, self.choice.path, self.choice.save_id, but_rank_0=True)
+            if self.bucket and self.choice.path.parent == Path(
+                cfg.output_dir
+            ):  # else another run's, and so are its logs
+                said = processes.on_rank_0(start.restore_logs, cfg)
+                if said and env.main:
+                    print(said, file=sys.stderr, flush=True)
         elif cfg.init_from:
             self.start = beginning(cfg.init_from, cfg)
         return self.choice
@@ -147,7 +153,7 @@ class Checkpoints:
 
     def _generation(self) -> int:
         """The highest of any save that a node can see: what this run saves is later than all of these."""
-        there = processes.on_rank_0(sync.generation, self.cfg) if self.bucket else 0
+        there = processes.on_rank_0(start.generation, self.cfg) if self.bucket else 0
         here = processes.on_each_node(self.env, manifest.generation, self.cfg.output_dir)
         return max(there, *(number or 0 for number in here))
 

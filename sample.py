@@ -26,7 +26,7 @@ import ckpt
 import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters, rotary_tables
-from refocused.bucket import sync
+from refocused.bucket import start
 from refocused.checkpoint import choice as checkpoint_choice
 from refocused.checkpoint import folder, huggingface, manifest
 from refocused.checkpoint.folder import Source
@@ -285,8 +285,12 @@ def locate(cfg: Config) -> Source:
     resume = cfg.resume or "latest"
     if resume.startswith("gs://") or huggingface.is_hf(Path(resume)) or manifest.names(resume):
         return ckpt.find(resume)
-    if cfg.bucket_name and cfg.checkpoint_bucket_path and (found := sync.find(dataclasses.replace(cfg, resume=resume))):
-        sync.pull(cfg, found)
+    if (
+        cfg.bucket_name
+        and cfg.checkpoint_bucket_path
+        and (found := start.find(dataclasses.replace(cfg, resume=resume)))
+    ):
+        start.pull(cfg, found)
     choice = checkpoint_choice.choose(cfg.output_dir, resume)
     for name, why in choice.passed_over:
         print(f"passed over {name}: {why}", file=sys.stderr)

@@ -60,7 +60,8 @@ def save(
 
 
 def config(output_dir: Path, prefix: str = "run", **keys) -> Config:
-    return Config(output_dir=str(output_dir), bucket_name="bucket", checkpoint_bucket_path=prefix, **keys)
+    places = {"output_dir": str(output_dir), "logging_dir": f"{output_dir}-logs", "bucket_name": "bucket"}
+    return Config(**{**places, "checkpoint_bucket_path": prefix, **keys})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""`data.py download` as a real process, against a real HTTP server that counts what is asked of it."""
+"""`data.py download` against a real HTTP server that counts what is asked of it."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -55,16 +57,14 @@ def scratch(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_TMP", str(tmp_path / "scratch"))
 
 
-def start(*args: str, **options) -> subprocess.Popen:
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", RUN, *args], cwd=ROOT, **pipes | options)
+def start(*args: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", RUN, *args], cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def run(*args: str) -> str:
-    process = start(*args)
-    out, err = process.communicate(timeout=GUARD)
-    assert process.returncode == 0, err
-    return out
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert download.main(list(args)) == 0
+    return out.getvalue()
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -90,8 +90,7 @@ def test_sixty_files_killed_ten_times(server, config, tmp_path):
         process = start(config, "gs://bucket/tokens")
         server.wait_until(lambda g=goal, p=process: server.count("GET", MEDIA) >= g or p.poll() is not None)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
     server.faults.clear()
     assert "60 files ready" in run(config, "gs://bucket/tokens")
     assert files(tmp_path / "shards") == want
@@ -102,27 +101,72 @@ def test_sixty_files_killed_ten_times(server, config, tmp_path):
 
 
 def test_index_and_what_happens_without(server, config, tmp_path):
-    """Lost index: checksums are recomputed, nothing is fetched. Changed bytes of the same size: only they are fetched."""
+    """Replaced in the bucket: only that one is fetched. Changed here: it is named and stays, and is fetched again once it
+    is gone. Lost index: checksums are recomputed, nothing is fetched."""
     for i in range(4):
         server.put(name(i), shard(i))
     folder = tmp_path / "shards"
     run(config, "gs://bucket")
+    [*_, entry] = [json.loads(line) for line in (folder / download.INDEX).read_text().split("\n") if line]
+    assert entry["object"] == entry["crc32c"] == server.buckets["bucket"][entry["path"]].crc32c
     before, want = server.count("GET", MEDIA), files(folder)
-    (folder / download.INDEX).unlink()
-    run(config, "gs://bucket")
-    assert server.count("GET", MEDIA) == before
     with open(folder / download.INDEX, "a") as index:
         index.write('\n{"path": "part0')  # a torn line
     os.utime(folder / name(1))  # another mtime, the same bytes
+    server.put(name(3), shard(99))
+    want[name(3)] = hashlib.sha256(server.data(name(3))).hexdigest()
     run(config, "gs://bucket")
-    assert server.count("GET", MEDIA) == before
+    assert server.count("GET", MEDIA) == before + 1 and files(folder) == want
     damaged = bytearray((folder / name(2)).read_bytes())
     damaged[-1000] ^= 1
     (folder / name(2)).write_bytes(damaged)
-    server.put(name(3), shard(99))  # replaced in the bucket
+    with pytest.raises(gcs.BucketError, match=f"1 of the 4 files already, such as {name(2)}, and not as this command"):
+        run(config, "gs://bucket")
+    assert (folder / name(2)).read_bytes() == damaged
+    (folder / name(2)).unlink()
     run(config, "gs://bucket")
-    want[name(3)] = hashlib.sha256(server.data(name(3))).hexdigest()
+    (folder / download.INDEX).unlink()
+    run(config, "gs://bucket")
     assert server.count("GET", MEDIA) == before + 2 and files(folder) == want
+
+
+def test_files_that_this_command_did_not_write(server, config, tmp_path):
+    """Padded originals, another file and a link that lie there stay, byte for byte, and nothing is fetched. A shard that
+    needs no packing and has the object's bytes is ready, and stays when the bucket has another one."""
+    server.put(name(0), packed()[0])
+    server.put(name(1), shard(1))
+    folder = tmp_path / "shards"
+    (folder / name(0)).parent.mkdir(parents=True)
+    (folder / name(1)).parent.mkdir(parents=True)
+    for content in (packed()[0], b"notes", None):
+        if content is None:
+            (folder / name(0)).unlink()
+            (folder / name(0)).symlink_to(folder / "other")
+        else:
+            (folder / name(0)).write_bytes(content)
+        before = server.count("GET", MEDIA)
+        with pytest.raises(gcs.BucketError, match=f"such as {name(0)}.*they stay.*data.py prepare SRC DST"):
+            run(config, "gs://bucket")
+        assert server.count("GET", MEDIA) == before
+        assert content is None or (folder / name(0)).read_bytes() == content
+    (folder / name(0)).unlink()
+    (folder / name(1)).write_bytes(server.data(name(1)))
+    assert "2 files ready" in run(config, "gs://bucket") and server.count("GET", MEDIA) == before + 1
+    kept = (folder / name(1)).read_bytes()
+    server.put(name(1), shard(99))
+    with pytest.raises(gcs.BucketError, match=f"such as {name(1)}"):
+        run(config, "gs://bucket")
+    assert (folder / name(1)).read_bytes() == kept and not (folder / download.COMING).exists()
+
+
+@pytest.mark.parametrize(
+    "place, count", [("tokens/*.npz", 3), ("tokens/a.npz", 1), ("tokens/sub", 1), ("tokens/b*", 1)]
+)
+def test_places(server, config, tmp_path, place, count):
+    """A folder, a pattern behind it, or one object, whatever tokenized_file_pattern says of the names."""
+    for path in ("tokens/a.npz", "tokens/b.npz", "tokens/sub/tokenized_cleaned_c.npz", "tokens/readme.txt"):
+        server.put(path, shard(1, 1000))
+    assert f"{count} files ready" in run(config, f"gs://bucket/{place}") and len(files(tmp_path / "shards")) == count
 
 
 def test_packed_shards_become_readable(server, config, tmp_path):
@@ -193,11 +237,3 @@ def test_one_downloader_per_folder(server, config, tmp_path):
     with pytest.raises(locks.Taken, match=f"is in use by host .*, pid {first.pid}; "):
         download.main([config, "gs://bucket"])
     assert first.wait(GUARD) == 0 and len(files(tmp_path / "shards")) == 1
-
-
-def test_index_is_a_line_per_file(server, config, tmp_path):
-    """The index says for each file which object it was made from and how it looks; the object's CRC-32C is the listed."""
-    server.put("tokenized_cleaned_a.npz", shard(1))
-    run(config, "gs://bucket")
-    [entry] = [json.loads(x) for x in (tmp_path / "shards" / download.INDEX).read_text().split("\n") if x]
-    assert entry["object"] == entry["crc32c"] == server.buckets["bucket"]["tokenized_cleaned_a.npz"].crc32c

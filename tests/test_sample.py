@@ -240,13 +240,13 @@ def test_batch_from_a_file(checkpoint, tmp_path, capsys):
 
 def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
     """resume=gs://BUCKET/PREFIX gives the text that the local checkpoint gives."""
-    from refocused.bucket import sync
+    from refocused.bucket import remote
 
     monkeypatch.chdir(tmp_path)
     with FakeGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         place, _ = commands.open_place("gs://bucket/runs/a")
-        sync.publish(place, checkpoint)
+        remote.publish(place, checkpoint)
         _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
         keys = ["bucket_name=bucket", "checkpoint_bucket_path=runs/a", f"output_dir={tmp_path}/empty"]
         _, latest, _ = main(capsys, *keys, "prompt=x", "max_new_tokens=9")  # no resume is the latest

@@ -21,7 +21,7 @@ from saves import config, save
 import ckpt
 from configs import Config, ConfigError
 from refocused import locks
-from refocused.bucket import gcs, remote, sync
+from refocused.bucket import gcs, remote, start, sync
 from refocused.checkpoint import disk, manifest
 
 
@@ -150,14 +150,14 @@ def test_clocks_do_not_order_saves(server, place, tmp_path):
         save(tmp_path / "a", step, at=time.time() + DAY)
     assert first.close(30)
     cfg = config(tmp_path / "b", resume="latest", bucket_total_limit=3, save_total_limit=2)
-    found = sync.find(cfg)
-    second = sync.Syncer(cfg, sync.pull(cfg, found).name)
+    found = start.find(cfg)
+    second = sync.Syncer(cfg, start.pull(cfg, found).name)
     for step in (40, 50, 60):
         save(tmp_path / "b", step)
         assert second.flush(30), second.failure
-        assert local_steps(tmp_path / "b") == [step, step - 10] and sync.find(cfg) is None
+        assert local_steps(tmp_path / "b") == [step, step - 10] and start.find(cfg) is None
     assert second.close(30) and steps(place) == [60, 50, 40, 30], "30 is what it was resumed from"
-    assert sync.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 60, 1)
+    assert start.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 60, 1)
 
 
 def test_going_back_with_a_bucket(server, place, tmp_path):
@@ -177,7 +177,7 @@ def test_going_back_with_a_bucket(server, place, tmp_path):
     assert local_steps(tmp_path) == [55, 50, 40] and steps(place) == [55, 50, 40, 30]
     again = sync.Syncer(config(tmp_path, **limits), manifest.name(0, 55, 1))
     assert again.close(30) and local_steps(tmp_path) == [55, 50, 40]
-    assert sync.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 55, 1)
+    assert start.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 55, 1)
 
 
 def test_what_waits_for_the_bucket_stays_on_the_disk(server, place, tmp_path):
@@ -229,19 +229,99 @@ def test_verify_reads_the_bucket(server, place, tmp_path, capsys):
 
 
 def test_prune_damaged(server, place, tmp_path, capsys):
-    """A damaged checkpoint that is newer than the newest complete one goes only if asked for; an older one at once."""
-    for step in (10, 20, 30):
+    """A damaged checkpoint that is newer than the newest complete one, or that keep_every keeps, goes only if asked for; an
+    older one at once. One whose manifest cannot be read is not known to be ours, and is named and left by all."""
+    for step in (10, 20, 30, 40):
         remote.publish(place, save(tmp_path, step))
-    for step in (10, 30):
+    for step in (10, 20, 40):
         server.remove("bucket", next(n for n in server.names() if f"step{step}-" in n and "shard" in n))
-    server.put(f"run/{manifest.name(0, 40, 1)}/{manifest.MANIFEST}", b"{")
+    unreadable = f"run/{manifest.name(0, 50, 1)}/{manifest.MANIFEST}"
+    server.put(unreadable, b"{")
     left = lambda: [r.step for r in place.checkpoints(place.objects())]  # noqa: E731
-    assert ckpt.main(["prune", "gs://bucket/run"]) == 0 and left() == [40, 30, 20]
-    assert ckpt.main(["prune", "gs://bucket/run", "--damaged"]) == 0 and left() == [20]
-    assert capsys.readouterr().out.count("deleted") == 3
+    for args, steps_left in ((["--keep-every=10"], [50, 40, 30, 20, 10]), (["--keep-every=20"], [50, 40, 30, 20])):
+        assert ckpt.main(["prune", "gs://bucket/run", *args]) == 0 and left() == steps_left
+    assert ckpt.main(["prune", "gs://bucket/run", "--damaged"]) == 0 and left() == [50, 30]
+    out = capsys.readouterr().out
+    assert out.count("deleted") == 3 and out.count(f"left gs://bucket/run/{manifest.name(0, 50, 1)}: ") == 3
+    with pytest.raises(gcs.Conflict, match="left as it is"):
+        remote.publish(place, save(tmp_path, 50), replace=True)
+    assert server.data(unreadable) == b"{"
     assert ckpt.main(["list", "gs://nowhere/run"]) == 66
     assert "there is no bucket gs://nowhere" in capsys.readouterr().err
     server.violations.clear()
+
+
+def test_what_others_put_there_stays(server, place, tmp_path, capsys):
+    """Another system's checkpoints, sharded and whole, under names of ours, and files that somebody put beside and into ours:
+    every byte is there after saves, prunes by the run and by hand, a resume and a pull. prune and list name them."""
+    old = {f"{manifest.name(0, step, 0)}/{file}": os.urandom(99) for step in (10, 1250) for file in (
+        "metadata.json", "model.safetensors", "optimizer.bin", "optimizer_0/__0_0.distcp", "0123456789abcdef/notes.txt"
+    )}  # fmt: skip
+    old |= {f"{manifest.name(0, 20, 1)}/NOTES.txt": b"mine", "logs/trace.jsonl": b'{"step": 1}\n', "OWNER.txt": b"me"}
+    for path, data in old.items():
+        server.put(f"run/{path}", data).updated = "2020-01-01T00:00:00Z"
+    latest = config(tmp_path / "a", resume="latest")
+    with pytest.raises(
+        manifest.CheckpointError, match="no checkpoint of this trainer, but another system's: .* more; take"
+    ):
+        start.find(latest)
+    assert start.find(config(tmp_path / "a")) is None, "a fresh run may begin beside them"
+    Path(latest.logging_dir).mkdir()
+    Path(latest.logging_dir, "trace.jsonl").write_text('{"step": 1, "another": "run"}\n')
+    syncer = sync.Syncer(config(tmp_path / "a", save_total_limit=1, bucket_total_limit=1))
+    for step in (10, 20, 30, 40):
+        folder = save(tmp_path / "a", step)
+        into = f"run/{folder.name}/{manifest.read_manifest(folder)['save_id']}/mine"
+        old[into.removeprefix("run/")] = server.put(into, b"put in").data
+        assert syncer.flush(GUARD), syncer.failure
+    assert syncer.close(GUARD) and steps(place) == [40]
+    assert "logs/trace.jsonl is not how" in syncer.status
+    assert start.pull(config(tmp_path / "b", resume="latest"), start.find(config(tmp_path / "b", resume="latest")))
+    capsys.readouterr()
+    assert ckpt.main(["prune", "gs://bucket/run", "--keep", "1", "--damaged"]) == 0
+    out = capsys.readouterr().out
+    assert "deleted" not in out and f"left gs://bucket/run/{manifest.name(0, 1250, 0)}/" in out
+    assert ckpt.main(["list", "gs://bucket/run"]) == 66
+    assert f"{manifest.name(0, 1250, 0)}/0123456789abcdef/notes.txt: no save of this trainer" in capsys.readouterr().out
+    assert {path: server.data(f"run/{path}") for path in old} == old
+    server.put("run/OWNER.json", b"[]")
+    save(tmp_path / "a", 50)
+    refused = sync.Syncer(config(tmp_path / "a"))
+    assert not refused.close(GUARD) and "OWNER.json is no note of this trainer" in refused.status
+
+
+def test_trace_and_curves_follow_a_checkpoint(server, place, tmp_path):
+    """They are in the bucket once a checkpoint is, grow there, and come to a logging_dir that has none, also where that was
+    broken off; to no other. Of a line that is being written nothing goes; a server that refuses them fails no upload."""
+    cfg, event = config(tmp_path / "a"), f"events.out.tfevents.{17 * 10**8}.host.1"
+    logs = Path(cfg.logging_dir)
+    logs.mkdir()
+    (logs / event).write_bytes(b"\0\1")
+    (logs / "train.log").write_text("stays here\n")
+    syncer = sync.Syncer(cfg)
+    for step in (10, 20):
+        with open(logs / "trace.jsonl", "a") as file:
+            file.write(f'{{"step": {step}}}\n')
+        save(tmp_path / "a", step)
+        assert syncer.flush(GUARD)
+        trace = lambda: getattr(server.buckets["bucket"].get("run/logs/trace.jsonl"), "data", b"")  # noqa: E731
+        server.wait_until(lambda step=step, trace=trace: str(step).encode() in trace())
+    with open(logs / "trace.jsonl", "a") as file:
+        file.write('{"step": 3')
+    save(tmp_path / "a", 30)
+    assert syncer.close(GUARD) and not syncer.status
+    want = {"trace.jsonl": b'{"step": 10}\n{"step": 20}\n', event: b"\0\1"}
+    assert {n.removeprefix("run/logs/"): server.data(n) for n in server.names("run/logs/")} == want
+    for there, brought in (({}, want), ({event: b"\0\1", "trace.jsonl": b""}, want), ({"trace.jsonl": b"x\n"}, {})):
+        new = config(tmp_path / "b")
+        shutil.rmtree(new.logging_dir, ignore_errors=True)
+        Path(new.logging_dir).mkdir()
+        for name, data in there.items():
+            Path(new.logging_dir, name).write_bytes(data)
+        assert bool(start.restore_logs(new)) == bool(brought)
+        assert content(Path(new.logging_dir)) == {**there, **brought}
+    server.fault("POST|PUT|GET", "", status=403, times=10**6)
+    assert "stay in the bucket: " in start.restore_logs(config(tmp_path / "c"))
 
 
 def test_write_forbidden(server, tmp_path):
@@ -357,14 +437,14 @@ def test_what_all_nodes_have_arrives(server, place, tmp_path):
         assert leader.flush(GUARD) and other.flush(GUARD)
         save_in_parts(tmp_path, step)
     assert leader.close(GUARD) and other.close(GUARD) and {20, 30, 40} <= {*steps(place)}
-    until(lambda: not {10, 20, 30} & {*local_steps(tmp_path / "a"), *local_steps(tmp_path / "b")})
+    until(lambda: not {10, 30} & {*local_steps(tmp_path / "a"), *local_steps(tmp_path / "b")})
 
 
 def test_a_part_that_came_during_an_upload_stays(tmp_path):
     """Of the parts on a disk, none of which is a checkpoint by itself, those go that are older than what arrived."""
     names = [save_in_parts(tmp_path, step, "a") for step in (10, 20, 30)]
     disk.prune(tmp_path / "a", names[1], 1, 0)
-    assert local_steps(tmp_path / "a") == [30]
+    assert local_steps(tmp_path / "a") == [30, 20]
 
 
 def test_a_superseded_run_keeps_its_part(server, place, tmp_path):
@@ -381,7 +461,7 @@ def test_a_superseded_run_keeps_its_part(server, place, tmp_path):
 def bring_together(folder: Path, *nodes: str, **keys) -> str:
     """As the first processes of these nodes would."""
     configs = [config(folder / node, resume="latest", **keys) for node in nodes]
-    return sync.bring_together(configs[0], lambda function, _, *args: [function(cfg, *args) for cfg in configs])
+    return start.bring_together(configs[0], lambda function, _, *args: [function(cfg, *args) for cfg in configs])
 
 
 def test_parts_are_brought_together(server, place, tmp_path):
@@ -458,9 +538,9 @@ def test_killed_while_pulling(server, place, tmp_path):
     here = save(tmp_path / "a", 10, size=3_000_000)
     remote.publish(place, here)
     server.fault("GET", "alt=media.*shard|shard.*alt=media", rate=2_000_000, times=1000)
-    code = "import sys; from refocused.bucket import sync; from tests.saves import config; "
+    code = "import sys; from refocused.bucket import start; from tests.saves import config; "
     code += "c = config(sys.argv[1], resume='latest'); "
-    command = [sys.executable, "-c", code + "sync.pull(c, sync.find(c))", str(tmp_path / "b")]
+    command = [sys.executable, "-c", code + "start.pull(c, start.find(c))", str(tmp_path / "b")]
     for kill in (2, 2, 1):
         goal = server.count("GET", "shard.*alt=media") + kill
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
@@ -478,15 +558,15 @@ def test_no_room_for_a_pull(server, place, tmp_path):
     """A disk that takes no more in the middle of a pull: one line, no checkpoint, and the next pull goes on from there."""
     here = save(tmp_path / "a", 10, size=3_000_000)
     remote.publish(place, here)
-    code = "import resource, sys; from refocused.bucket import sync; from tests.saves import config; "
+    code = "import resource, sys; from refocused.bucket import start; from tests.saves import config; "
     code += "c = config(sys.argv[1], resume='latest'); "
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2); "
-    command = [sys.executable, "-c", code + limit + "sync.pull(c, sync.find(c))", str(tmp_path / "b")]
+    command = [sys.executable, "-c", code + limit + "start.pull(c, start.find(c))", str(tmp_path / "b")]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "BucketError" in failed.stderr and ".part: File too large" in failed.stderr
     assert manifest.names(tmp_path / "b") == []
     cfg = config(tmp_path / "b", resume="latest")
-    assert content(sync.pull(cfg, sync.find(cfg))) == content(here)
+    assert content(start.pull(cfg, start.find(cfg))) == content(here)
 
 
 def test_two_nodes_pull_into_one_folder(place, tmp_path):
@@ -496,7 +576,7 @@ def test_two_nodes_pull_into_one_folder(place, tmp_path):
     cfg = config(tmp_path / "b", resume="latest")
     with ThreadPoolExecutor() as pool:
         with locks.filling(tmp_path / "b"):
-            pulled = pool.submit(sync.pull, cfg, sync.find(cfg))
+            pulled = pool.submit(start.pull, cfg, start.find(cfg))
             with pytest.raises(TimeoutError):
                 pulled.result(timeout=0.5)
             with pytest.raises(locks.Taken, match=f"is in use by host .*, pid {os.getpid()}; "):
@@ -510,13 +590,13 @@ def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
     remote.publish(place, here)
     save_id = manifest.read_manifest(here)["save_id"]
     cfg, there = config(tmp_path / "b"), tmp_path / "b" / here.name
-    sync.bring(cfg, there, save_id)
+    start.bring(cfg, there, save_id)
     assert content(there) == content(here)
     (there / "shard-00000-00001.safetensors").write_bytes(b"0" * 300_000)
-    sync.bring(cfg, there, save_id)
+    start.bring(cfg, there, save_id)
     assert content(there) == content(here)
     save(tmp_path / "b", 10)
-    sync.bring(cfg, there, save_id)
+    start.bring(cfg, there, save_id)
     assert content(there) == content(here)
     other = manifest.read_manifest(save(tmp_path / "c", 10))["save_id"]
     alone = Config(output_dir=str(tmp_path / "c"))
@@ -525,50 +605,50 @@ def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
         (tmp_path / "d" / here.name, "is no directory"),
     ):
         with pytest.raises(manifest.CheckpointError, match=f"lacks the checkpoint that rank 0 loads, .*{what}"):
-            sync.bring(alone, path, save_id)
+            start.bring(alone, path, save_id)
 
 
 def test_find(server, place, tmp_path, capsys):
     """What resume needs from the bucket, in each case of where the newest, damaged, missing and named ones are."""
     cfg = lambda resume: config(tmp_path / "a", resume=resume)  # noqa: E731
-    assert sync.find(cfg("latest")) is None and sync.find(cfg(None)) is None
+    assert start.find(cfg("latest")) is None and start.find(cfg(None)) is None
     ten, twenty, thirty = (save(tmp_path / "b", step) for step in (10, 20, 30))
     for folder in (ten, twenty):
         remote.publish(place, folder)
     with pytest.raises(ValueError, match="already has 2 checkpoints, the last one .*step20.*resume=latest"):
-        sync.find(cfg(None))
-    assert sync.find(cfg("latest")).name == twenty.name and sync.find(cfg(ten.name)).name == ten.name
+        start.find(cfg(None))
+    assert start.find(cfg("latest")).name == twenty.name and start.find(cfg(ten.name)).name == ten.name
     with pytest.raises(
         manifest.CheckpointError, match=f"resume=checkpoint-x is neither in .*{twenty.name}, {ten.name}"
     ):
-        sync.find(cfg("checkpoint-x"))
-    assert sync.find(cfg(str(tmp_path / "a" / "checkpoint-x"))) is None  # its own, wherever it may be
+        start.find(cfg("checkpoint-x"))
+    assert start.find(cfg(str(tmp_path / "a" / "checkpoint-x"))) is None  # its own, wherever it may be
     with pytest.raises(ConfigError, match="begins a run of its own .* has 2 checkpoints already"):
-        sync.find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
+        start.find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
     elsewhere = dataclasses.replace(cfg(str(ten)), checkpoint_bucket_path="branch")
-    assert sync.find(elsewhere) is None
-    sync.pull(cfg("latest"), sync.find(cfg("latest")))
-    assert sync.find(cfg("latest")) is None and sync.find(cfg(None)) is None  # as good on disk; choice.choose decides
+    assert start.find(elsewhere) is None
+    start.pull(cfg("latest"), start.find(cfg("latest")))
+    assert start.find(cfg("latest")) is None and start.find(cfg(None)) is None  # as good on disk; choice.choose decides
     shutil.copytree(thirty, tmp_path / "a" / thirty.name)
-    assert sync.find(cfg("latest")) is None  # the one on disk is newer
+    assert start.find(cfg("latest")) is None  # the one on disk is newer
     (tmp_path / "a" / thirty.name / "state.json").write_text("{}")
     (tmp_path / "a" / twenty.name / "state.json").write_text("{}")
-    assert sync.find(cfg("latest")).name == twenty.name  # both damaged here, one of them good there
+    assert start.find(cfg("latest")).name == twenty.name  # both damaged here, one of them good there
     assert thirty.name in capsys.readouterr().err
-    assert content(sync.pull(cfg("latest"), sync.find(cfg("latest")))) == content(twenty)
+    assert content(start.pull(cfg("latest"), start.find(cfg("latest")))) == content(twenty)
     remote.publish(place, thirty)
     server.remove("bucket", next(n for n in server.names() if thirty.name in n and "state.json" in n))
     server.violations.clear()
     shutil.rmtree(tmp_path / "a" / thirty.name)
-    assert sync.find(cfg("latest")) is None  # 30 is named as damaged there, 20 on disk is good
+    assert start.find(cfg("latest")) is None  # 30 is named as damaged there, 20 on disk is good
     shutil.rmtree(tmp_path / "a")
-    assert sync.find(cfg("latest")).name == twenty.name and "state.json is missing" in capsys.readouterr().err
+    assert start.find(cfg("latest")).name == twenty.name and "state.json is missing" in capsys.readouterr().err
     for name in server.names("run/"):
         if not name.endswith(manifest.MANIFEST):
             server.remove("bucket", name)
     server.violations.clear()
     with pytest.raises(manifest.CheckpointError, match="no checkpoint can be loaded"):
-        sync.find(cfg("latest"))
+        start.find(cfg("latest"))
 
 
 def test_hostile_manifests(server, place, tmp_path):
@@ -590,7 +670,7 @@ def test_hostile_manifests(server, place, tmp_path):
         with pytest.raises(manifest.CheckpointError):
             remote.fetch(place, damaged.name, tmp_path / "c")
     with pytest.raises(manifest.CheckpointError, match="no checkpoint can be loaded"):
-        sync.find(config(tmp_path / "c", resume="latest"))
+        start.find(config(tmp_path / "c", resume="latest"))
 
 
 def test_command_line(server, place, tmp_path, capsys):
@@ -606,9 +686,9 @@ def test_command_line(server, place, tmp_path, capsys):
     assert ckpt.main(["pull", url, str(tmp_path / "b")]) == 0 and local_steps(tmp_path / "b") == [30]
     assert ckpt.main(["pull", f"{url}/{folders[0].name}", str(tmp_path / "b")]) == 0
     assert ckpt.main(["verify", str(tmp_path / "b")]) == 0
-    for path in (place.name(folders[2].name, "0" * 16, "shard"), place.name(folders[2].name, "1" * 16, "shard")):
-        server.put(path, b"orphan")
-    server.buckets["bucket"][place.name(folders[2].name, "0" * 16, "shard")].updated = "2020-01-01T00:00:00Z"
+    for save_id in ("0" * 16, "1" * 16):
+        orphan = server.put(place.name(folders[2].name, save_id, "shard-00000-00000.safetensors"), b"orphan")
+        orphan.updated = orphan.updated if "1" in save_id else "2020-01-01T00:00:00Z"
     capsys.readouterr()
     assert ckpt.main(["prune", url, "--keep", "2"]) == 0
     assert capsys.readouterr().out.count("deleted") == 2 and steps(place) == [30, 20]

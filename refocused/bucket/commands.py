@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refocused.bucket import gcs
-from refocused.bucket.remote import Place, compare_bytes, fetch, prune, publish
+from refocused.bucket.remote import STRANGE, Place, compare_bytes, fetch, prune, publish
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint import order
 from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
@@ -63,7 +63,9 @@ def prune_command(argv: list[str]) -> int:
     parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
     parser.add_argument("--keep", type=int, default=0, help="newest complete ones to keep; 0, the default, for all")
     parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
-    parser.add_argument("--damaged", action="store_true", help="damaged ones too that may be newer than those kept")
+    parser.add_argument(
+        "--damaged", action="store_true", help="damaged ones too that may be newer or are kept for ever"
+    )
     args = parser.parse_args(argv)
     for line in prune(open_place(args.url)[0], args.keep, args.keep_every, args.damaged):
         print(line)
@@ -136,6 +138,10 @@ def rows(where: str, hashes: bool) -> Iterable[Row]:
                 yield Row(remote.name, remote.manifest, state, _note(hashes, remote.name in gone))
             except CheckpointError as error:
                 yield Row(remote.name, {}, {}, str(error), damaged=True)
+        for stranger in place.strangers(objects, remotes):
+            name = stranger.removeprefix(f"{place}/").partition("/")[0]
+            if only in ("", name):
+                yield Row(name, {}, {}, f"{stranger}: {STRANGE}", damaged=name not in {r.name for r in remotes})
         return
     folder = Path(where)
     if not folder.is_dir():

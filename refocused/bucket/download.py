@@ -1,15 +1,18 @@
 """Shards from a bucket to a folder, where they are ready to be read in place.
 
-    python data.py download [CONFIG.py] [gs://BUCKET/PREFIX] [DEST] [--list] [key=value ...]
+    python data.py download [CONFIG.py] [gs://BUCKET/PREFIX[/FILE.npz]] [DEST] [--list] [key=value ...]
 
-Without a place it is bucket_name, without DEST it is data_dir; tokenized_file_pattern and max_files choose the files.
-It can be killed at any moment and started again. `--list` only says what is there.
+Without a place it is bucket_name, without DEST it is data_dir; tokenized_file_pattern (or the place's last part, as
+gs://BUCKET/PREFIX/*.npz) and max_files choose the files. `--list` only says what is there.
+It can be killed at any moment and started again. Files come to .download below DEST and get their names once they are
+ready and noted in the index; a file in DEST that the index does not describe is somebody's own and stays as it is.
 """
 
 import contextlib
 import fnmatch
 import io
 import json
+import os
 import sys
 import threading
 import zipfile
@@ -17,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from refocused import locks
+from refocused import files, locks
 from refocused.bucket import gcs
 from refocused.bucket.transfer import Bar, check_space, has_size, in_parallel, part_size
+from refocused.entry import here
 from refocused.shards import prepare, shard
 from refocused.shards.tokenizers import end_of_text
 
 STREAMS = 8  # files at once; the client's connection pool holds 10
+COMING = ".download"  # a folder below DEST, for what is not ready yet
 INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a file counts
 
 
@@ -40,11 +45,18 @@ def main(argv: list[str]) -> int:
         raise configs.ConfigError("no bucket: name one, gs://BUCKET/PREFIX, or set bucket_name")
     name, prefix = gcs.split(places[0] if places else f"gs://{cfg.bucket_name}")
     bucket = gcs.Bucket(name)
-    shards, refused = choose(bucket, prefix, cfg.tokenized_file_pattern, cfg.max_files)
+    parent, _, last = prefix.rpartition("/")
+    pattern = cfg.tokenized_file_pattern
+    if set(last) & set("*?[") or last.endswith(".npz"):
+        prefix, pattern = parent, last
+    shards, refused = choose(bucket, prefix, pattern, cfg.max_files)
     for reason in refused:
         print(reason, file=sys.stderr)
     if not shards:
-        raise gcs.BucketError(f"gs://{name}/{prefix} has no object like {cfg.tokenized_file_pattern}")
+        raise gcs.BucketError(
+            f"gs://{name}/{prefix} has no object like {pattern}; `gs://{name}/{prefix or 'PREFIX'}/*.npz` takes all, "
+            "also from below it"
+        )
     if "--list" in argv:
         show(bucket, shards)
     else:
@@ -103,26 +115,44 @@ def count_tokens(bucket: gcs.Bucket, obj: gcs.Object) -> tuple[int, bool]:
 
 
 def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Config) -> None:
-    """Bring every shard into folder, verified and prepared; what is there and intact is not fetched again."""
-    paths = {path: gcs.local_path(folder, path) for path in shards}
-    with locks.filling(folder, wait=False):
-        ready = Index(folder)
-        todo = [path for path in shards if not ready.knows(path, paths[path], shards[path])]
-        missing = {path: shards[path] for path in todo if not has_size(paths[path], shards[path].size)}
-        check_space(folder, sum(obj.size - part_size(paths[path], obj) for path, obj in missing.items()))
+    """Bring every shard into folder, verified and prepared; what is there and intact is not fetched again.
 
-        def bring(path: str, bar: "Bar") -> None:
-            obj, file = shards[path], paths[path]
+    Raises BucketError, before anything is fetched, where a file that this command did not write is in the way.
+    """
+    paths = {path: gcs.local_path(folder, path) for path in shards}
+    coming = {path: gcs.local_path(folder / COMING, path) for path in shards}
+    with locks.filling(folder, wait=False):
+        index = Index(folder)
+        todo = [path for path in shards if not index.knows(path, paths[path], shards[path])]
+        if theirs := [path for path in todo if index.blocked(path, paths[path])]:
+            raise gcs.BucketError(
+                f"{folder} has {len(theirs)} of the {len(shards)} files already, such as {theirs[0]}, and not as this "
+                "command wrote them; they stay. Choose another folder, or remove them to have them fetched; "
+                f"`{here('python data.py prepare SRC DST')}` makes packed shards of padded ones"
+            )
+        missing = {path: shards[path] for path in todo if not has_size(coming[path], shards[path].size)}
+        check_space(folder, sum(obj.size - part_size(coming[path], obj) for path, obj in missing.items()))
+
+        def bring(path: str, bar: Bar) -> None:
+            obj, file = shards[path], coming[path]
             if has_size(file, obj.size) and gcs.checksum_of(file) == obj.crc32c:
                 bar.add(obj.size)
             else:
                 bucket.download(obj, file, bar.add)
-            prepare_in_place(folder, path, cfg)
-            ready.add(path, file, obj)
+            prepare_in_place(folder / COMING, path, cfg)
+            index.add(path, file, obj)
+            paths[path].parent.mkdir(parents=True, exist_ok=True)
+            if index.blocked(path, paths[path]):
+                raise gcs.BucketError(f"{paths[path]} was put there while it was fetched, and stays")
+            files.replace(file, paths[path])
+            files.sync_folder(paths[path].parent)
             bar.count()
 
         with Bar(sum(shards[path].size for path in todo), len(todo)) as bar:
             in_parallel(lambda path: bring(path, bar), todo, STREAMS)
+        for parent, _, _ in os.walk(folder / COMING, topdown=False):
+            with contextlib.suppress(OSError):  # what another call has left there may still be of use
+                os.rmdir(parent)
     print(f"{folder}: {len(shards):,} files ready, {len(todo):,} of them new")
 
 
@@ -136,29 +166,46 @@ def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> None:
 
 
 class Index:
-    """Which files are ready: the object they were made from, and what they looked like then."""
+    """Which files are ready: the object they were made from, and what they look like."""
 
     def __init__(self, folder: Path):
         self.folder, self.lock = folder, threading.Lock()
-        self.entries: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, list[dict[str, Any]]] = {}
         with contextlib.suppress(FileNotFoundError):
-            for line in (folder / INDEX).read_text().splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a killed run is torn
+            for line in (folder / INDEX).read_text(errors="replace").splitlines():
+                with contextlib.suppress(
+                    ValueError, TypeError, KeyError, RecursionError
+                ):  # a killed run's last is torn
                     entry = json.loads(line)
-                    self.entries[entry["path"]] = entry
+                    self.entries.setdefault(entry["path"], []).append(entry)
+
+    def entry(self, path: str, file: Path) -> dict[str, Any]:
+        """The line that describes the file as it is; {} if none does. Before a file is replaced both have one."""
+        for entry in reversed(self.entries.get(path, [])):
+            if has_size(file, entry.get("size")) and not file.is_symlink():
+                if file.stat().st_mtime_ns == entry.get("mtime_ns") or gcs.checksum_of(file) == entry.get("crc32c"):
+                    return entry
+        return {}
+
+    def blocked(self, path: str, file: Path) -> bool:
+        """Whether something is in the file's place that this command did not write."""
+        entry = self.entry(path, file)
+        return os.path.lexists(file) and (not entry or bool(entry.get("found")))
 
     def knows(self, path: str, file: Path, obj: gcs.Object) -> bool:
-        entry = self.entries.get(path)
-        if entry is None or entry["object"] != obj.crc32c or not has_size(file, entry["size"]):
+        """Whether the file is what the object becomes; one that somebody else brought, and that needs no packing, is."""
+        if entry := self.entry(path, file):
+            return entry.get("object") == obj.crc32c
+        if not has_size(file, obj.size) or gcs.checksum_of(file) != obj.crc32c:
             return False
-        if file.stat().st_mtime_ns == entry["mtime_ns"]:
-            return True
-        if gcs.checksum_of(file) != entry["crc32c"]:
+        try:
+            shard.Shard.open(self.folder, path)
+        except shard.DataError:
             return False
-        self.add(path, file, obj)
+        self.add(path, file, obj, found=True)
         return True
 
-    def add(self, path: str, file: Path, obj: gcs.Object) -> None:
+    def add(self, path: str, file: Path, obj: gcs.Object, **more: bool) -> None:
         status = file.stat()
         entry = {
             "path": path,
@@ -166,6 +213,7 @@ class Index:
             "size": status.st_size,
             "crc32c": gcs.checksum_of(file),
             "mtime_ns": status.st_mtime_ns,
+            **more,
         }
         with self.lock, open(self.folder / INDEX, "a") as out:
             out.write(f"\n{json.dumps(entry)}")  # a newline first, so that a torn line spoils nothing but itself

@@ -150,7 +150,7 @@ class Bucket:
         Raises Conflict when it is not, unless the object holds exactly these bytes: then it was us, and the answer
         was lost on its way.
         """
-        return self._send(name, io.BytesIO(data), len(data), _base64(Checksum(data)), generation)
+        return self._send(name, io.BytesIO(data), len(data), checksum_of_bytes(data), generation)
 
     def upload(self, name: str, path: Path, size: int, crc32c: str) -> None:
         """Create an object from a file; the server refuses bytes whose CRC-32C is not the one given (base64).
@@ -377,6 +377,10 @@ def checksum_of(file: BinaryIO | Path) -> str:
     while data := file.read(READ_SIZE):
         crc.update(data)
     return _base64(crc)
+
+
+def checksum_of_bytes(data: bytes) -> str:
+    return _base64(Checksum(data))
 
 
 def _base64(crc: Any) -> str:

@@ -22,6 +22,11 @@ from refocused.checkpoint.manifest import MANIFEST, CheckpointError
 
 STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not disturb a training loop
 ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's
+# what a save puts below its random id: without a manifest that names it, only this is known to be ours
+PART = re.compile(r"([0-9a-f]{16})/(shard-\d+-\d+\.safetensors|state\.json|tokenizer(_config)?\.json)")
+
+
+STRANGE = "no save of this trainer wrote it"
 
 
 class Remote(NamedTuple):
@@ -67,6 +72,19 @@ class Place:
         broken = sorted((r for r in found.values() if not r.manifest), key=lambda r: (r.step, r.name), reverse=True)
         return broken + [found[m["name"]] for m in order.newest_first(r.manifest for r in found.values() if r.manifest)]
 
+    def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> list[str]:
+        """What lies where checkpoints would and no save of ours wrote, as `checkpoint: object`, one for each name."""
+        files = {
+            r.name: {f"{r.manifest['save_id']}/{file}" for file in r.manifest["files"]} for r in remotes if r.manifest
+        }
+        found: dict[str, str] = {}
+        for path in objects:
+            name, _, rest = path.partition("/")
+            ours = rest in (MANIFEST, "") or PART.fullmatch(rest) or rest in files.get(name, ())
+            if local.parse(name) and not ours:
+                found.setdefault(name, path)
+        return [f"{self}/{path}" for path in found.values()]
+
     def _remote(self, name: str, obj: gcs.Object, objects: dict[str, gcs.Object]) -> Remote:
         if obj.generation not in self.seen:
             content, generation = self.bucket.read(obj.name) or (b"", 0)
@@ -110,15 +128,18 @@ def same(obj: gcs.Object | None, entry: dict[str, Any]) -> bool:
 
 
 def delete(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> None:
-    """Remove a checkpoint from the bucket: manifest first, so that no half of it is ever taken for one."""
+    """Remove a checkpoint from the bucket: manifest first, so that no half of it is ever taken for one.
+
+    Of the objects those go that the manifest names, in the generation that was listed.
+    """
+    assert remote.manifest, f"{remote.name} is not known to be ours"
     place.bucket.delete(place.name(remote.name, MANIFEST), remote.generation)
-    if remote.manifest:
-        delete_data(place, f"{remote.name}/{remote.manifest['save_id']}/", objects)
+    delete_data(place, remote.manifest, objects)
 
 
-def delete_data(place: Place, below: str, objects: dict[str, gcs.Object]) -> None:
-    for path, obj in objects.items():
-        if path.startswith(below):
+def delete_data(place: Place, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> None:
+    for file in manifest["files"]:
+        if obj := objects.get(f"{manifest['name']}/{manifest['save_id']}/{file}"):
             place.bucket.delete(obj.name, obj.generation)
 
 
@@ -136,6 +157,8 @@ def publish(place: Place, folder: Path, commit: bool = True, replace: bool = Fal
     old = next(iter(place.checkpoints(objects)), None)
     if old and old.content == content and not old.problem:
         return True
+    if old and not old.manifest:
+        raise gcs.Conflict(f"{old.problem}; it was left as it is, and {folder.name} stays out of the bucket")
     if old and not old.problem and not replace:
         raise gcs.Conflict(f"{place}/{folder.name} is there already, from another save; it was left as it is")
 
@@ -152,9 +175,9 @@ def publish(place: Place, folder: Path, commit: bool = True, replace: bool = Fal
         return any(remote.content == content for remote in place.checkpoints(objects))
     if not old or old.content != content:
         place.bucket.create(place.name(folder.name, MANIFEST), content, old.generation if old else 0)
-    if old and old.manifest and old.manifest["save_id"] != manifest["save_id"]:
+    if old and old.manifest["save_id"] != manifest["save_id"]:
         with contextlib.suppress(gcs.BucketError):  # nobody's data now, which `ckpt.py prune` finds
-            delete_data(place, f"{folder.name}/{old.manifest['save_id']}/", objects)
+            delete_data(place, old.manifest, objects)
     return True
 
 
@@ -217,32 +240,40 @@ def compare_bytes(place: Place, remote: Remote, objects: dict[str, gcs.Object]) 
 
 
 def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> list[str]:
-    """Delete complete checkpoints that are not retained, damaged ones, and old orphans; returns what was done.
+    """Delete complete checkpoints that are not retained, damaged ones that are older, and old parts of broken uploads.
 
-    Damaged ones that may be newer than the newest complete one are all that is left of it: they go only if asked for.
+    Of what is damaged, what may be newer than the newest complete one and what keep_every keeps go only if asked for.
+    What is not known to be ours stays. Returns a line for each thing that was done or left.
     """
     objects = place.objects()
     remotes = place.checkpoints(objects)
     good = [remote.manifest for remote in remotes if not remote.problem]
     kept = order.retained(good, keep, keep_every)
+    newest = max(map(order.key, good), default=None)
 
     def goes(remote: Remote) -> bool:
         if not remote.problem:
             return remote.name not in kept
-        return damaged or bool(remote.manifest and good and order.key(remote.manifest) < max(map(order.key, good)))
+        if not remote.manifest or newest is None:
+            return False
+        surplus = not (keep_every and remote.step % keep_every == 0)
+        return damaged or order.key(remote.manifest) < newest and surplus
 
     done = []
     for remote in remotes:
         if goes(remote):
             delete(place, remote, objects)
             done.append(f"deleted {place}/{remote.name}")
+        elif remote.problem:
+            done.append(f"left {place}/{remote.name}: {remote.problem}")
     # Data that no manifest speaks for: of an upload that was cut off, or left by a delete that was.
     spoken_for = {(remote.name, remote.manifest.get("save_id")) for remote in remotes}
     unreadable = {remote.name for remote in remotes if not remote.manifest}
     for path, obj in objects.items():
         name, _, rest = path.partition("/")
-        orphan = rest.count("/") == 1 and local.parse(name) and (name, rest.partition("/")[0]) not in spoken_for
-        if orphan and name not in unreadable and time.time() - obj.updated > ORPHAN_SECONDS:
+        part = local.parse(name) and PART.fullmatch(rest)
+        orphan = part and name not in unreadable and (name, part[1]) not in spoken_for
+        if orphan and time.time() - obj.updated > ORPHAN_SECONDS:
             place.bucket.delete(obj.name, obj.generation)
             done.append(f"deleted {place}/{path}, part of an upload that was never finished")
-    return done
+    return done + [f"left {stranger}: {STRANGE}" for stranger in place.strangers(objects, remotes)]

@@ -1,6 +1,7 @@
-"""A run's checkpoints and its bucket: published behind training, found and pulled before it, pruned in both places.
+"""A run's checkpoints and its bucket: published behind training, pruned in both places.
 
-Which files make a checkpoint in a bucket, and how one comes and goes, is in remote.py. Here, besides:
+What a start takes from the bucket is in start.py. Which files make a checkpoint in a bucket, and how one comes and goes,
+is in remote.py. Here, besides:
 
     gs://BUCKET/PREFIX/OWNER.json    the run that may write below PREFIX: the last one that started
 """
@@ -13,20 +14,24 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from configs import Config, ConfigError
-from refocused.bucket import gcs
-from refocused.bucket.remote import Place, delete, fetch, publish
+from configs import Config
+from refocused.bucket import gcs, history
+from refocused.bucket.remote import Place, delete, publish
 from refocused.checkpoint import disk, order
 from refocused.checkpoint import manifest as local
-from refocused.checkpoint.manifest import STATE, CheckpointError
 
 OWNER = "OWNER.json"
 SCAN_SECONDS = 1.0  # a scan that finds nothing new reads one folder
 LONGEST_PAUSE = 60.0  # seconds between tries while the bucket fails
+
+
+def open_place(cfg: Config, patience: float = 300.0) -> Place:
+    assert cfg.bucket_name and cfg.checkpoint_bucket_path
+    return Place(gcs.Bucket(cfg.bucket_name, patience), cfg.checkpoint_bucket_path)
 
 
 class Superseded(gcs.BucketError):
@@ -51,7 +56,7 @@ class Syncer:
         self.cfg, self.leader = cfg, leader
         assert cfg.checkpoint_bucket_path
         self.where = f"gs://{cfg.bucket_name}/{cfg.checkpoint_bucket_path.strip('/')}"
-        self.output_dir = Path(cfg.output_dir)
+        self.output_dir = Path(os.path.realpath(cfg.output_dir))  # once: a link may be turned to another run's folder
         self.resumed_from = resumed_from
         self._before = local.generation(cfg.output_dir)  # what is above it was saved by this run
         self.started, self.token = int(time.time()), secrets.token_hex(8)
@@ -63,8 +68,9 @@ class Syncer:
         self._waiting: set[str] = set()  # save ids that are to be sent and are not there yet
         self._failed: set[str] = set()  # save ids that could not be sent from here
         self._arrived: dict[str, Any] = {"step": -1, "name": ""}  # manifest of the last save that is in the bucket
-        self._notice = ""  # that something cannot be deleted; said once
-        self._noticed = False
+        self._notices: list[str] = []  # what is no failed upload and is said once
+        self._noticed: set[str] = set()
+        self._logs_due = False  # a checkpoint came to the bucket since the logs did
         self._changed = threading.Condition()
         self._asked = self._answered = 0  # flush() asks for a scan that starts after it was called
         self._refused = 0  # the last such scan that was refused, which waiting does not change
@@ -76,8 +82,13 @@ class Syncer:
     def status(self) -> str:
         """For the log line; empty when there is nothing to say. What is said once is gone from the next."""
         waiting = f"{self.backlog} waiting for the bucket" if self.backlog else ""
-        notice, self._notice = self._notice, ""
-        return ", ".join(part for part in (waiting, self.failure, notice) if part)
+        notices, self._notices = self._notices, []
+        return ", ".join(part for part in (waiting, self.failure, *notices) if part)
+
+    def _note(self, what: str, error: Exception) -> None:
+        if what not in self._noticed:
+            self._noticed.add(what)
+            self._notices.append(f"{what}: {error}")
 
     def owes(self, generation: int) -> bool:
         """Whether that save is on its way to a bucket which takes what it is sent."""
@@ -102,7 +113,10 @@ class Syncer:
     def close(self, seconds: float) -> bool:
         """flush(), then stop. False: the newest checkpoint is not in the bucket, `failure` says why; exit with 74."""
         done = self.flush(seconds)
+        end = time.monotonic() + history.PATIENCE
         with self._changed:
+            while done and self._logs_due and time.monotonic() < end:
+                self._changed.wait(end - time.monotonic())
             self._closed = True
             self._changed.notify_all()
         return done  # a thread that hangs on the network is a daemon: it does not hold the exit
@@ -127,9 +141,21 @@ class Syncer:
                 if not failures and not more:
                     self._answered = serving
                 self._changed.notify_all()
+            if self._logs_due and not more:
+                self._send_logs()
+            with self._changed:
                 pause = SCAN_SECONDS if self._asked > self._answered else min(SCAN_SECONDS * 2**failures, LONGEST_PAUSE)
                 if not more and not self._closed and self._asked == serving:
                     self._changed.wait(pause)
+
+    def _send_logs(self) -> None:
+        try:
+            history.send(open_place(self.cfg, history.PATIENCE), Path(self.cfg.logging_dir))
+        except Exception as error:  # nothing that a run can go on from is in them
+            self._note("the logs are not in the bucket", error)
+        with self._changed:
+            self._logs_due = False
+            self._changed.notify_all()
 
     def _scan(self) -> bool:
         """Publish at most one checkpoint; True if there may be another to publish at once. Raises what went wrong."""
@@ -207,7 +233,7 @@ class Syncer:
         self.reached = max(self.reached, manifest.get("generation", 0))
         self._waiting.discard(manifest["save_id"])
         self.backlog = len(self._waiting)
-        self._arrived = max(self._arrived, manifest, key=order.key)
+        self._arrived, self._logs_due = max(self._arrived, manifest, key=order.key), self.leader
         self._prune()
 
     def _begun(self, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> int:
@@ -245,14 +271,17 @@ class Syncer:
                 try:
                     delete(self._place, remote, objects)
                 except gcs.BucketError as error:  # no permission, a retention policy: what was to be saved is saved
-                    self._notice = "" if self._noticed else f"old checkpoints stay in the bucket: {error}"
-                    self._noticed = True
+                    self._note("old checkpoints stay in the bucket", error)
                     break
 
     def _take_over(self, place: Place) -> None:
         """Become the one run that writes below the prefix; also the first proof that the bucket can be written."""
         note = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "time": self.started}
         there = place.bucket.read(place.name(OWNER))
+        if there and not owner_of(there[0]):
+            raise gcs.Refused(
+                f"{place}/{OWNER} is no note of this trainer and stays; move it, or choose another checkpoint_bucket_path"
+            )
         place.bucket.create(place.name(OWNER), json.dumps(note).encode(), there[1] if there else 0)
 
     def _check_owner(self) -> None:
@@ -260,15 +289,21 @@ class Syncer:
             return
         assert self._place is not None
         content, _ = self._place.bucket.read(self._place.name(OWNER)) or (b"{}", 0)
-        try:
-            owner = dict(json.loads(content))
-        except (ValueError, TypeError):
-            owner = {}
+        owner = owner_of(content)
         if owner.get("token") != self.token:
             raise Superseded(
                 f"another run (host {owner.get('host')}, pid {owner.get('pid')}) took {self.where} over, so this one "
                 "uploads no more; give each run its own checkpoint_bucket_path"
             )
+
+
+def owner_of(content: bytes) -> dict[str, Any]:
+    """What an OWNER.json says; {} if no run wrote it."""
+    try:
+        owner = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) and isinstance(owner.get("token"), str) else {}
 
 
 def present(manifest: dict[str, Any], output_dir: Path) -> set[str]:
@@ -279,166 +314,3 @@ def present(manifest: dict[str, Any], output_dir: Path) -> set[str]:
 def sent(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> set[str]:
     """The files of that save that are listed in the bucket."""
     return {file for file in manifest["files"] if f"{manifest['name']}/{manifest['save_id']}/{file}" in objects}
-
-
-class Found(NamedTuple):
-    """A checkpoint that is to come down before training starts."""
-
-    name: str
-    save_id: str
-
-
-def find(cfg: Config) -> Found | None:
-    """What cfg.resume needs from the bucket; None if what is on disk is as good, or there is nothing anywhere.
-
-    To be called on rank 0, before ckpt.choose. Raises ConfigError if resume is unset, or names a checkpoint elsewhere,
-    although the bucket has checkpoints, CheckpointError if the one named is nowhere, and BucketError if the bucket cannot
-    be read.
-    """
-    place = open_place(cfg)
-    there = {remote.name: remote for remote in place.checkpoints(place.objects())}
-    readable, broken = local.read_manifests(cfg.output_dir)
-    here = {*broken, *(m["name"] for m in readable)}
-    known = [remote.manifest for remote in there.values() if remote.manifest] + readable
-    latest = {m["name"]: m for m in sorted(known, key=order.key)}  # of two saves of a name the later one
-    unreadable = [name for name in dict.fromkeys([*broken, *there]) if name not in latest]
-    both = unreadable + [m["name"] for m in order.newest_first(latest.values())]
-    if cfg.resume is None:
-        if there and not here:
-            raise ConfigError(
-                f"{place} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one {both[0]}; "
-                "continue with resume=latest or choose another checkpoint_bucket_path"
-            )
-        return None
-    if cfg.resume != "latest":
-        if os.sep in cfg.resume:
-            branch = Path(cfg.resume).absolute().parent.resolve() != Path(cfg.output_dir).resolve()
-            if branch and there and not here:  # a first start: what it saves would stand for the run that it leaves
-                raise ConfigError(
-                    f"resume={cfg.resume} begins a run of its own in {cfg.output_dir}, and {place} has {len(there)} "
-                    f"checkpoint{'s' * (len(there) > 1)} already: if these are this run's, go on with resume=latest, "
-                    "else choose another checkpoint_bucket_path"
-                )
-            return None
-        if cfg.resume not in both:
-            raise CheckpointError(
-                f"resume={cfg.resume} is neither in {cfg.output_dir} nor in {place}; there are "
-                f"{', '.join(both) or 'no checkpoints'}"
-            )
-        both = [cfg.resume]
-    problems: list[str] = []
-    for name in both:
-        mine, remote, passed = None, there.get(name), problems.copy()
-        if name in here:
-            try:
-                mine = local.verify(Path(cfg.output_dir, name))
-            except CheckpointError as error:
-                problems.append(str(error))
-        if remote and remote.problem:
-            problems.append(remote.problem)
-        elif remote and (mine is None or order.key(mine) < order.key(remote.manifest)):
-            if passed:
-                print("passed over:", *passed, sep="\n  ", file=sys.stderr)
-            return Found(name, remote.manifest["save_id"])
-        if mine:
-            return None  # ckpt.choose names what it passes over
-    if problems:
-        raise CheckpointError("\n  ".join([f"resume={cfg.resume}: no checkpoint can be loaded:", *problems]))
-    return None
-
-
-def bring_together(cfg: Config, on_each_node: Callable[..., list[Any]]) -> str:
-    """Publish the last save of which each node has a part, if it never came to the bucket: only there it is whole.
-
-    Collective, by processes.on_each_node. Returns a line to print, or "". Raises BucketError.
-    """
-    saves = {save["save_id"]: save for found in on_each_node(in_parts, cfg) for save in found or ()}
-    said = ""
-    for save in sorted(saves.values(), key=order.key, reverse=True):
-        parts = on_each_node(part, cfg, save)
-        if {file for files in parts for file in files or ()} != save["files"].keys():
-            continue
-        problems = [w for commit in (False, True) for w in on_each_node(send_part, cfg, save, commit) if w]
-        said = f"each node has a part of {save['name']}: sent to the bucket{', in vain: ' * bool(problems)}"
-        said += "; ".join(dict.fromkeys(problems))
-        if not problems:
-            break
-    return said
-
-
-def in_parts(cfg: Config) -> list[dict[str, Any]]:
-    """Manifests of saves of which this disk has a part, later than all that are complete in the bucket.
-
-    A run of several nodes that was killed before the upload leaves such. Raises BucketError.
-    """
-    place = open_place(cfg)
-    there = [order.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
-    mine = [m for m in local.read_manifests(cfg.output_dir)[0] if cfg.resume in ("latest", m["name"])]
-    return [m for m in mine if order.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
-
-
-def part(cfg: Config, manifest: dict[str, Any]) -> set[str]:
-    """The files of that save that this disk can give; none of another save, or of one that was to go to another place."""
-    folder = Path(cfg.output_dir, manifest["name"])
-    try:
-        if local.read_manifest(folder) != manifest or not local.is_whole(folder, manifest):
-            return set()
-        here = present(manifest, folder.parent)
-        state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}
-    except (CheckpointError, OSError):
-        return set()
-    place = state.get("config", {})
-    same = all(
-        place.get(key, getattr(cfg, key)) == getattr(cfg, key) for key in ("bucket_name", "checkpoint_bucket_path")
-    )
-    return here if same else set()
-
-
-def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
-    """Publish what is on this disk of a save, with commit=True its manifest; why that did not succeed, or ""."""
-    if not part(cfg, manifest):
-        return ""
-    try:
-        done = publish(open_place(cfg), Path(cfg.output_dir, manifest["name"]), commit=commit, replace=True)
-    except (gcs.BucketError, OSError) as error:
-        return str(error)
-    return "" if done or not commit else "the bucket does not show what was sent"
-
-
-def generation(cfg: Config) -> int:
-    """The highest generation of any save in the bucket, complete or not; 0 if there is none. Raises BucketError."""
-    place = open_place(cfg)
-    return max((r.manifest.get("generation", 0) for r in place.checkpoints(place.objects())), default=0)
-
-
-def open_place(cfg: Config, patience: float = 300.0) -> Place:
-    assert cfg.bucket_name and cfg.checkpoint_bucket_path
-    return Place(gcs.Bucket(cfg.bucket_name, patience), cfg.checkpoint_bucket_path)
-
-
-def pull(cfg: Config, found: Found) -> Path:
-    """Bring that checkpoint into output_dir; to be called on one process of each node. Returns its folder."""
-    place = open_place(cfg)
-    # nodes can share the folder: one fetches, the others find it there
-    return fetch(place, found.name, Path(cfg.output_dir), found.save_id, wait=True)
-
-
-def bring(cfg: Config, path: Path, save_id: str) -> None:
-    """See to it that this node, too, has the checkpoint that rank 0 has chosen, every byte; from the bucket if need be.
-
-    Raises CheckpointError if it is missing, damaged or another save here, and in no bucket.
-    """
-    try:
-        here = local.verify(path)["save_id"]
-        if here == save_id:
-            return
-        problem = f"{path} is save {here}"
-    except CheckpointError as error:
-        problem = str(error)
-    if cfg.bucket_name and cfg.checkpoint_bucket_path and path.parent == Path(cfg.output_dir):
-        pull(cfg, Found(path.name, save_id))
-    else:
-        raise CheckpointError(
-            f"host {socket.gethostname()} lacks the checkpoint that rank 0 loads, save {save_id}: {problem}; copy it "
-            "there, use a disk that all nodes share, or a bucket"
-        )

@@ -69,7 +69,7 @@ def check_space(folder: Path, need: int) -> None:
         )
 
 
-def has_size(file: Path, size: int) -> bool:
+def has_size(file: Path, size: int | None) -> bool:
     try:
         return file.stat().st_size == size
     except OSError:
