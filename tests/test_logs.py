@@ -119,19 +119,15 @@ def test_unreadable_lines_are_counted_and_skipped(shards, tmp_path):
         b'{"step": true}',
         b"[5]",
         b'{"step": "\xff"}',
-    ]
-    bad += [
-        b'{"step": 6, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"step": 7, "event": ["eval"]}',
-        b'{"step": ' + b"9" * 400 + b"}",
-        b'{"step": -1}',
         b"",
-        b"\xff\xfe",
     ]
+    bad += [b'{"step": 7, "event": ["eval"]}', b'{"step": %s}' % (b"9" * 400), b'{"step": -1}', b"\xff\xfe"]
+    bad += [b'{"step": 6, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"]
     clock = next(line for line in good if b'"clock"' in line)
     for key, value in itertools.product(("run_seconds", "began", "save_seconds"), DAMAGED):
         good.append(re.sub(rb'"%s": [\d.]+' % key.encode(), b'"%s": %s' % (key.encode(), value), clock))
         good.append(b'{"step": 9, "loss": %s, "grad_norm": %s}' % (value, value))
+    good.append(re.sub(rb'"step": \d+', b'"step": %d' % 2**53, clock))
     path.write_bytes(b"\n".join([*good[:5], *bad, *good[5:]]) + b'\n{"step": 9')
     text = train(tmp_path, *args, "resume=latest").text
     assert re.search(r"^time      \d+\.\d% of \d+s became training", text, re.M), text

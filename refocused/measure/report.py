@@ -102,7 +102,8 @@ def branch(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             head, at = (line, head), step
             continue
         own = kind in (None, "skip")  # a line that says what a step was
-        for again in range(at + 1, step + (not own)):
+        between = range(at + 1, step + (not own))
+        for again in between if len(between) < len(standing) else sorted(s for s in standing if s in between):
             for old in standing.get(again, ()):
                 head = (old, head)
         at = max(at, step)

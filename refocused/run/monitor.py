@@ -248,7 +248,8 @@ class Monitor:
             return
         same, difference = found
         if not difference:
-            self.log(f"replayed {same} steps, {same} identical")
+            lost = f", {self.trace.missing} not in the trace" if self.trace.missing else ""
+            self.log(f"replayed {same} steps, {same} identical{lost}")
             return
         meant = f" ({', '.join(self.causes[:3])} changed)" if self.causes else ""
         proof = f"replayed {same} steps identically, then not the same run: {difference}{meant}"

@@ -87,7 +87,7 @@ class Trace:
                     self.expected.pop(step, None)
         self.unreadable = lines.unreadable
         os.truncate(file.path, lines.size)
-        self.same = 0
+        self.same = self.missing = 0
         self.first_difference: str | None = None
         known = [*self.expected, *(step for kind, step in self.events if kind == "skip")]
         self.last = max((step for step in known if step <= max_steps), default=0)
@@ -106,6 +106,8 @@ class Trace:
                 self.same += 1
                 return  # the line stands already
             self.differs(step, ", ".join(difference(k, before, line) for k in differs))
+        elif step < self.last:
+            self.missing += 1
         self.write(line | {key: readable(value) for key, value in extra.items()})
 
     def write(self, line: dict[str, Any]) -> None:
@@ -141,7 +143,7 @@ class Trace:
         if not self.last or (step < self.last and not over):
             return None
         self.last = 0
-        return (self.same, self.first_difference) if self.same or self.first_difference else None
+        return (self.same, self.first_difference) if self.same or self.missing or self.first_difference else None
 
 
 def difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
