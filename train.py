@@ -35,7 +35,6 @@ from refocused.run import exits, failures, guard, optim, origin, preemption, pro
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
-from refocused.run.gpus import peak_flops
 from refocused.run.hardware import sniff
 from refocused.run.logs import Logs, check_folder, log_error
 from refocused.run.monitor import LoopState, Monitor
@@ -161,7 +160,7 @@ def train(
     readback = Readback(env.device)
     made = origin.of_run(env)
     monitor = Monitor(
-        cfg, env, logs, state, choice, tokens_per_step, compile_seconds, peak_flops(env.device_name), settings, found,
+        cfg, env, logs, state, choice, tokens_per_step, compile_seconds, settings, found,
         expected(cfg, env.world_size, env.local_world_size, env.device_name),
     )  # fmt: skip
 

@@ -185,11 +185,11 @@ class File:
         self.logs, self.path, self.flags = logs, path, flags
         self.fd, self.shut = -1, False  # shut: it failed and was not tried again yet
 
-    def write(self, data: bytes) -> bool:
-        """Append all of it or nothing; False, and said, if that could not be."""
+    def write(self, data: bytes) -> None:
+        """Append all of it or nothing; the first write that could not be is said."""
         if self.shut:
             self.logs.lost += 1
-            return False
+            return
         try:
             if self.fd < 0:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,8 +207,6 @@ class File:
             self.close()
             self.shut = True
             self.logs.fail(error if error.filename else OSError(error.errno, error.strerror, str(self.path)))
-            return False
-        return True
 
     def again(self) -> None:
         self.shut = False

@@ -15,7 +15,7 @@ import configs
 import model as neox
 from configs import Config
 from refocused.checkpoint.choice import Choice
-from refocused.run import devices, goodput, processes, strategy
+from refocused.run import devices, goodput, gpus, processes, strategy
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute
 from refocused.run.tensorboard import TensorBoard
@@ -105,15 +105,14 @@ class Monitor:
         start: Choice,
         tokens_per_step: int,
         compile_seconds: float,
-        peak: float | None,
         settings: str = "",
         hardware: str = "",
         expected_seconds: float | None = None,
     ):
         """Just before the loop, which goes on from `state`.
 
-        peak: the dense FLOP/s of this device, None where unknown; settings: the plan and every key that something set;
-        hardware: what the test of it has found; expected_seconds: of a step by the plan, None where it is not known.
+        settings: the plan and every key that something set; hardware: what the test of it has found;
+        expected_seconds: of a step by the plan, None where it is not known.
         """
         self.env, self.logs, self.log, self.state, self.tokens_per_step = env, logs, logs.log, state, tokens_per_step
         self.hardware, self.expected = hardware, expected_seconds
@@ -121,7 +120,7 @@ class Monitor:
         self.averages = bool(cfg.logging_steps or cfg.logging_seconds)
         self.documents_apart = cfg.mask_documents
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
-        self.flops_per_token, self.peak = neox.flops_per_token(cfg), peak
+        self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpus.peak_flops(env.device_name)
         self.norm, self.stall, self.retries = math.nan, 0.0, 0
         self.slow = 0  # windows in a row that were slower than expected
         self.held: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = None  # a step's line, see step()
