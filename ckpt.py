@@ -56,12 +56,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from configs import Config, ConfigError
+from configs import MODEL, Config, ConfigError, check_same_model
 from refocused import files
 from refocused.bucket import commands, start, sync
 from refocused.checkpoint import choice, disk, folder, huggingface, manifest, tensors
 from refocused.checkpoint.choice import Choice
-from refocused.checkpoint.folder import FUNCTION, Source
+from refocused.checkpoint.folder import Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
 from refocused.run import exits, processes
@@ -228,11 +228,7 @@ def beginning(place: str, cfg: Config) -> Source:
     if source.is_hf:
         way = entry.here(f"python ckpt.py import {place} OUT")
         raise ConfigError(f"init_from={place} is a Hugging Face folder; first: `{way}`")
-    different = [k for k in FUNCTION if getattr(source.cfg, k) != getattr(cfg, k)]
-    if different:
-        needed = " ".join(f"{k}={getattr(source.cfg, k)}" for k in different)
-        ours = " ".join(f"{k}={getattr(cfg, k)}" for k in different)
-        raise ConfigError(f"init_from={place} is another model: set {needed} (now {ours})")
+    check_same_model(f"init_from={place}", vars(source.cfg), cfg, MODEL)
     if not cfg.allow_change and processes.on_rank_0(tokenizers.differ, source.cfg.tokenizer, cfg.tokenizer):
         raise ConfigError(
             f"init_from={place} was trained with another tokenizer than tokenizer={cfg.tokenizer}; set tokenizer="

@@ -132,8 +132,7 @@ def train(
     state = LoopState.restored(choice.state)
     if choice.path:
         dataset.check_same(choice.state, cfg)
-        guard.check_same_batch(choice.state, cfg, global_batch)
-        guard.check_same_model(choice.state, cfg)
+        guard.check_same_run(choice.state, cfg, global_batch)
     room.check(cfg, env, state.step)
     logs.log(words.describe_resume(choice, cfg, dataset))
 

@@ -169,6 +169,10 @@ class Config:
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
+# what makes a model the same, its tensors and their function: the first group without what only training knows
+TRAINED = ("max_position_embeddings", "initializer_range", "attention_dropout", "hidden_dropout")
+MODEL = [key for key in list(KEYS)[: list(KEYS).index("data_dir")] if key not in TRAINED]
+OPTIMIZER = ["optimizer", "adam_moments"]  # what its optimizer's tensors are
 LARGEST = 1 << 53  # of a whole number: JSON readers elsewhere hold numbers as doubles
 types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
@@ -210,10 +214,10 @@ AT_LEAST_ONE = (
 BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
 # far beyond what anybody uses, and still built or refused within seconds
 AT_MOST = {
-    "cpu_threads": 1024, "dataloader_num_workers": 1024, "num_hidden_layers": 10_000, "sample_tokens": 1_000_000,
+    "cpu_threads": 1024, "dataloader_num_workers": 1024, "sample_tokens": 1_000_000,
     "upload_deadline_seconds": 1e6, "rotary_pct": 1,
 }  # fmt: skip
-MOST_TOKENS, MOST_SEQUENCES, MOST_PARAMETERS = 1 << 24, 1 << 24, 10**12  # per micro-step, per step, of the model
+MOST_TOKENS, MOST_SEQUENCES = 1 << 24, 1 << 24  # per micro-step, per step
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds")
 PATHS = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir", "resume", "init_from")  # ~, $NAME: expanded
 
@@ -277,12 +281,6 @@ def _check(cfg: Config) -> None:
         f"as with rotary_pct={_share(min(rotary // 2 * 2 or 2, cfg.head_dim // 2 * 2), cfg.head_dim)}",
     )
     require(cfg.rotary_emb_base > 0, f"rotary_emb_base={cfg.rotary_emb_base} must be positive")
-    parameters = 2 * cfg.vocab_size * D + cfg.num_hidden_layers * (4 * D * D + 2 * D * cfg.intermediate_size)
-    require(
-        parameters <= MOST_PARAMETERS,
-        f"hidden_size={D} intermediate_size={cfg.intermediate_size} vocab_size={cfg.vocab_size} num_hidden_layers="
-        f"{cfg.num_hidden_layers} make {parameters:.2g} parameters, at most {MOST_PARAMETERS:.0e} are built; lower them",
-    )
     require(
         T <= cfg.max_position_embeddings,
         f"sequence_length={T} exceeds max_position_embeddings={cfg.max_position_embeddings}; lower the first or raise the "
@@ -574,6 +572,17 @@ def to_json(cfg: Config) -> str:
 def difference(old: dict[str, typing.Any], new: dict[str, typing.Any]) -> list[tuple[str, typing.Any, typing.Any]]:
     """(key, old value, new value) for each key whose value differs, in the order of Config."""
     return [(k, old.get(k), new.get(k)) for k in KEYS if old.get(k) != new.get(k)]
+
+
+def check_same_model(
+    what: str, theirs: dict[str, typing.Any], cfg: Config, keys: list[str], way: str = "go on with {needed}"
+) -> None:
+    """Raise ConfigError unless `what`, made with the config `theirs`, has the values of cfg for these keys."""
+    was = {key: theirs.get(key, KEYS[key].default) for key in keys}
+    if changes := [(key, old, getattr(cfg, key)) for key, old in was.items() if old != getattr(cfg, key)]:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
+        needed = " ".join(f"{key}={old}" for key, old, _ in changes)
+        raise ConfigError(f"{what} is of another model or optimizer: {listed}; {way.format(needed=needed)}")
 
 
 def removed(old: dict[str, typing.Any]) -> list[tuple[str, typing.Any, str]]:

@@ -49,7 +49,8 @@ def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
         assert devices.cores(1) == cores and devices.cores(4) == max(1, cores // 4)
     with pytest.raises(
-        configs.ConfigError, match=r"needs at least 36.9 GiB .* has 0.0: 21.1 GiB .*and 15.8 GiB .*async_save"
+        configs.ConfigError,
+        match=r"needs at least 38.4 GiB .* has 0.0: 21.1 GiB .*and 15.8 GiB .*async_save.* and 1.5 GiB",
     ):
         room.check_memory(configs.load([str(ROOT / "configs/production.py")])[0], env())
 
@@ -66,14 +67,28 @@ def test_refused_before_anything_is_built(shards, tmp_path):
     resume = ["resume=latest", "max_steps=4"]
     for name, keys, words in (
         ("huge", huge, "GiB of this machine's memory and it has "),
+        (
+            "batch",
+            ["per_device_train_batch_size=500000", "num_hidden_layers=999"],
+            "GiB for the activations of per_device_train_batch_size=500000",
+        ),
         ("many", many, f"(save_total_limit={2 * fits}, and the one that is written)"),
-        ("start", [f"init_from={tmp_path}/first/out", "hidden_size=64"], "is another model: set hidden_size=32 (now"),
+        (
+            "start",
+            [f"init_from={tmp_path}/first/out", "hidden_size=64"],
+            "optimizer: hidden_size 32 -> 64; go on with hidden_size=32",
+        ),
         (
             "first",
             [*resume, "optimizer=muon"],
             "optimizer adamw -> muon; go on with optimizer=adamw, or begin a new run: name another output_dir",
         ),
         ("first", [*resume, "num_attention_heads=2"], "num_attention_heads 4 -> 2"),
+        (
+            "first",
+            [*resume, "rotary_pct=0.5", "hidden_act=relu"],
+            "go on with rotary_pct=0.25 hidden_act=gelu, or begin",
+        ),
     ):
         run = train(tmp_path / name, data, *keys, "compile_model=true", code=2)
         assert words in run.text and "compiling" not in run.text, run.text

@@ -13,19 +13,12 @@ import configs
 from configs import Config
 from model import GPTNeoX, num_parameters
 from refocused.checkpoint import huggingface, manifest
-from refocused.checkpoint.huggingface import MODEL_KEYS
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.weights import MALFORMED, Weights
 from refocused.entry import here
 from refocused.shards import tokenizers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# of these, what weights mean; the others say how they are trained, and may differ between runs of one model
-FUNCTION = tuple(
-    key
-    for key in MODEL_KEYS
-    if key not in ("attention_dropout", "hidden_dropout", "max_position_embeddings", "initializer_range")
-)
 
 
 class Source(NamedTuple):

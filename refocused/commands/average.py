@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import ckpt
-from configs import ConfigError
+from configs import MODEL, ConfigError, check_same_model
 from model import GPTNeoX
 from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.folder import FUNCTION, Source, weights_of
+from refocused.checkpoint.folder import Source, weights_of
 from refocused.checkpoint.weights import Weights
 from refocused.commands.export import check_free, coming
 from refocused.entry import here
@@ -50,9 +50,8 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
         model = GPTNeoX(newest.cfg)
     members = [weights_of(source) for source in sources]
     for source, member in zip(sources, members, strict=True):
-        for key in FUNCTION:
-            if (a := getattr(source.cfg, key)) != (b := getattr(newest.cfg, key)):
-                raise ConfigError(f"{source.path} has {key}={a}, {newest.path} {key}={b}: no mean of different models")
+        way = f"{newest.path} and it have no mean"
+        check_same_model(str(source.path), vars(source.cfg), newest.cfg, MODEL, way)
         member.check(model)
     known = manifest.parse(newest.path.name)
     final = out.absolute() / (newest.path.name if known else manifest.name(0, newest.state["step"], 0))

@@ -20,7 +20,8 @@ import configs
 import data
 from configs import Config, ConfigError
 from refocused.checkpoint import folder
-from refocused.checkpoint.folder import MODEL_KEYS, Source
+from refocused.checkpoint.folder import Source
+from refocused.checkpoint.huggingface import MODEL_KEYS
 from refocused.entry import parse_with_settings
 from refocused.run import devices, exits, failures, processes
 from refocused.run.evaluate import Score, evaluate

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs import KEYS, Config, ConfigError
+from configs import KEYS, MODEL, OPTIMIZER, Config, ConfigError, check_same_model
 from refocused.checkpoint.tensors import local_part
 from refocused.entry import ROOT
 from refocused.run import processes
 from refocused.run.exits import INTERNAL
 
 PLACES = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir")  # each node has its own
-SHAPE = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size tie_word_embeddings "
-    "optimizer adam_moments"
-).split()  # keys that say what a checkpoint's tensors are
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 SIGMA = 6.0  # deviations above them that make a spike
 
@@ -57,31 +53,16 @@ def check_ranks(cfg: Config, fingerprint: str, tokenizer: str | None) -> None:
             raise ConfigError(f"ranks {rank} and 0 differ in {shown}{more}; start all with the same command and data")
 
 
-def check_same_batch(state: dict[str, Any], cfg: Config, global_batch: int) -> None:
-    """Raise ConfigError unless a step has as many sequences as those of a checkpoint's run had, or it is allowed."""
-    before = (
-        state.get("global_batch")
-        or Config(**{key: value for key, value in state["config"].items() if key in KEYS}).batch(
-            state["run"]["world_size"]
-        )[1]
-    )
+def check_same_run(state: dict[str, Any], cfg: Config, global_batch: int) -> None:
+    """Raise ConfigError unless model, optimizer and, if it is not allowed to change, sequences per step are a checkpoint's."""
+    way = "go on with {needed}, or begin a new run: name another output_dir and logging_dir"
+    check_same_model("the checkpoint", state["config"], cfg, MODEL + OPTIMIZER, way)
+    was = Config(**{key: value for key, value in state["config"].items() if key in KEYS})
+    before = state.get("global_batch") or was.batch(state["run"]["world_size"])[1]
     if before != global_batch and not cfg.allow_change:
         raise ConfigError(
             f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
             f"global_batch_size={before}, or set allow_change=true to go on with {global_batch}"
-        )
-
-
-def check_same_model(state: dict[str, Any], cfg: Config) -> None:
-    """Raise ConfigError where the tensors of a checkpoint's run, or what they mean, are not this run's."""
-    was = {key: state["config"].get(key, KEYS[key].default) for key in SHAPE}
-    changes = [(key, old, getattr(cfg, key)) for key, old in was.items() if old != getattr(cfg, key)]
-    if changes:
-        listed = ", ".join(f"{key} {old} -> {new}" for key, old, new in changes)
-        raise ConfigError(
-            f"the checkpoint is of another model or optimizer: {listed}; go on with "
-            f"{' '.join(f'{key}={old}' for key, old, _ in changes)}, or begin a new run: name another output_dir and "
-            "logging_dir (init_from=CHECKPOINT takes its weights where the model is the same)"
         )
 
 

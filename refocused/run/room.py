@@ -26,6 +26,15 @@ def host_bytes(cfg: Config, env: Env) -> tuple[float, float]:
     return held, share * checkpoint_bytes(cfg) * cfg.saves_behind
 
 
+def activation_bytes(cfg: Config, env: Env) -> float:
+    """What the processes of this machine hold at least of a micro-step's activations, where they have no GPU."""
+    if env.device.type == "cuda":
+        return 0.0
+    kept = {"full": 1, "none": 8}.get(cfg.activation_checkpointing, 4)  # tensors of hidden_size per block, at least
+    tokens = cfg.per_device_train_batch_size * cfg.sequence_length * env.local_world_size
+    return tokens * cfg.num_hidden_layers * kept * cfg.hidden_size * (4 if cfg.mixed_precision == "no" else 2)
+
+
 def memory() -> float:
     """Bytes of memory that this machine, or the container, has."""
     found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
@@ -37,20 +46,23 @@ def memory() -> float:
 
 def check_memory(cfg: Config, env: Env) -> None:
     """Raise ConfigError where less memory is here than is needed at least: the kernel would end the run without a word."""
-    (held, copy), have = host_bytes(cfg, env), memory()
-    if held + copy <= have:
+    (held, copy), batch, have = host_bytes(cfg, env), activation_bytes(cfg, env), memory()
+    if held + copy + batch <= have:
         return
     needs = [f"{held / 2**30:.1f} GiB for weights, gradients and moments" if held else ""]
     needs += [
-        f"{copy / 2**30:.1f} GiB for the copy that a save is written from (async_save=false needs none)" * (copy > 0)
+        f"{copy / 2**30:.1f} GiB for the copy that a save is written from (async_save=false needs none)" * (copy > 0),
+        f"{batch / 2**30:.1f} GiB for the activations of per_device_train_batch_size={cfg.per_device_train_batch_size}"
+        * (batch > 0),
     ]
     ways = (
         "another machine"
         if env.device.type == "cuda"
-        else "a machine with GPUs, or a smaller hidden_size or num_hidden_layers"
+        else "a machine with GPUs, or a smaller hidden_size, num_hidden_layers or batch"
     )
+    needed = (held + copy + batch) / 2**30
     raise ConfigError(
-        f"the run needs at least {(held + copy) / 2**30:.1f} GiB of this machine's memory and it has {have / 2**30:.1f}: "
+        f"the run needs at least {needed:.1f} GiB of this machine's memory and it has {have / 2**30:.1f}: "
         f"{' and '.join(filter(None, needs))}; it takes {ways}"
     )
 
