@@ -11,13 +11,13 @@ BucketError: one line that names the object, the reason and the fix, and holds n
 
 import base64
 import errno
+import glob
 import hashlib
 import io
 import itertools
 import logging
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,9 +201,9 @@ class Bucket:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(path, obj)
-        for stale in path.parent.glob(f"{_glob_escape(path.name)}.*.part"):
-            if stale != part:
-                stale.unlink(missing_ok=True)
+        for stale in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            if stale != part and stale.name.split(".")[-2].isdigit():  # another generation's
+                files.remove(stale)
         try:
             with open(part, "a+b", buffering=READ_SIZE) as file:
                 self._receive(obj, file, progress)
@@ -218,11 +218,9 @@ class Bucket:
 
     def sha256(self, obj: Object, progress: Callable[[int], Any] | None = None) -> str:
         """The SHA-256 of an object's bytes, which are all read and not kept."""
-        sink = _Hash()
-        self._receive(obj, sink, progress)  # type: ignore[arg-type]  # all of a file that it needs
-        return sink.sha.hexdigest()
+        return self._receive(obj, None, progress).sha.hexdigest()
 
-    def _receive(self, obj: Object, file: BinaryIO, progress: Callable[[int], Any] | None = None) -> None:
+    def _receive(self, obj: Object, file: BinaryIO | None, progress: Callable[[int], Any] | None = None) -> "_Sink":
         """The object's bytes behind those that file already holds; on return size and CRC-32C are the listed ones."""
         blob = self.bucket.blob(obj.name, generation=obj.generation)
         sink = _Sink(file, obj, progress)
@@ -237,6 +235,7 @@ class Bucket:
                 raise _WrongBytes("the bytes do not have the checksum that the server lists")
 
         self._persist(f"read {self.url(obj.name)}", call)
+        return sink
 
     def delete(self, name: str, generation: int) -> None:
         """Delete exactly that generation; good if it is already gone. Raises Conflict if it is another one now."""
@@ -281,52 +280,38 @@ class _WrongBytes(Exception):
     pass
 
 
-class _Hash:
-    """A file that keeps no bytes but their SHA-256, of what was written since it was last emptied."""
-
-    def __init__(self) -> None:
-        self.sha = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self.sha.update(data)
-
-    def truncate(self) -> None:
-        self.sha = hashlib.sha256()
-
-    def seek(self, offset: int) -> None:
-        pass  # only ever to its beginning, before a truncate
-
-    def read(self, size: int) -> bytes:
-        return b""
-
-
 class _Sink:
-    """Takes a body: counts it, sums it, and refuses more than was listed (so an inflated or endless one ends here)."""
+    """Takes a body: counts it, sums it, and refuses more than was listed (so an inflated or endless one ends here).
 
-    def __init__(self, file: BinaryIO, obj: Object, progress: Callable[[int], Any] | None):
+    Without a file it keeps no bytes, but their SHA-256.
+    """
+
+    def __init__(self, file: BinaryIO | None, obj: Object, progress: Callable[[int], Any] | None):
         self.file, self.obj, self.progress = file, obj, progress or (lambda count: None)
-        self.size, self.crc = 0, Checksum()
-        file.seek(0)
-        while data := file.read(READ_SIZE):
-            self.crc.update(data)
-            self.size += len(data)
+        self.size, self.crc, self.sha = 0, Checksum(), hashlib.sha256()
+        if file:
+            file.seek(0)
+            while data := file.read(READ_SIZE):
+                self.crc.update(data)
+                self.size += len(data)
         self.progress(self.size)
 
     def write(self, data: bytes) -> int:
         if self.size + len(data) > self.obj.size:
             self.restart()
             raise _WrongBytes(f"the server sends more than the {self.obj.size:,} bytes that it lists")
-        self.file.write(data)
+        self.file.write(data) if self.file else self.sha.update(data)
         self.crc.update(data)
         self.size += len(data)
         self.progress(len(data))
         return len(data)
 
     def restart(self) -> None:
-        self.file.seek(0)
-        self.file.truncate()
+        if self.file:
+            self.file.seek(0)
+            self.file.truncate()
         self.progress(-self.size)
-        self.size, self.crc = 0, Checksum()
+        self.size, self.crc, self.sha = 0, Checksum(), hashlib.sha256()
 
 
 def part_of(path: Path, obj: Object) -> Path:
@@ -387,10 +372,6 @@ def _base64(crc: Any) -> str:
     return base64.b64encode(crc.digest()).decode()
 
 
-def _glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
 def _object(blob: Any) -> Object:
     updated = blob.updated.timestamp() if blob.updated else 0.0
     encoded = blob.content_encoding not in (None, "")
@@ -412,26 +393,21 @@ def _explain(error: BaseException, place: str) -> tuple[str, int]:
         return f"no credentials for {place}; {LOGIN}", 1
     if isinstance(error, auth.RefreshError):
         return f"the credentials could not be refreshed; {LOGIN}", MANY if error.retryable else 1
-    status = None
-    if isinstance(error, GoogleAPICallError):
-        status = int(error.code or 0)
-    elif isinstance(error, InvalidResponse):
+    status = int(error.code or 0) if isinstance(error, GoogleAPICallError) else 0
+    if isinstance(error, InvalidResponse):
         status = error.response.status_code
-    final = {
-        401: f"401, the credentials were not accepted; {LOGIN}",
-        403: f"403, the account may not do this; grant it roles/storage.objectUser on {place} (objectViewer to read)",
+    reasons = {
+        400: ("400, the server refused the request or the bytes' checksum", FEW),
+        401: (f"401, the credentials were not accepted; {LOGIN}", 1),
+        403: (
+            f"403, the account may not do this; grant it roles/storage.objectUser on {place} (objectViewer to read)",
+            1,
+        ),
+        404: (f"404, no such bucket or object in {place}, or the upload's session was lost", FEW),
+        410: ("410, the upload's session was lost", FEW),
     }
-    few = {
-        400: "400, the server refused the request or the bytes' checksum",
-        404: f"404, no such bucket or object in {place}, or the upload's session was lost",
-        410: "410, the upload's session was lost",
-    }
-    if status in final:
-        return final[status], 1
-    if status in few:
-        return few[status], FEW
     if status:
-        return f"the server answers {status}", MANY
+        return reasons.get(status, (f"the server answers {status}", MANY))
     if isinstance(error, _WrongBytes):
         return str(error), FEW
     return _root_cause(error), MANY

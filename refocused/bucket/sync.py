@@ -270,6 +270,7 @@ class Syncer:
                 self._check_owner()
                 try:
                     delete(self._place, remote, objects)
+                    disk.deleted.append(f"{self.where}/{remote.name}")
                 except gcs.BucketError as error:  # no permission, a retention policy: what was to be saved is saved
                     self._note("old checkpoints stay in the bucket", error)
                     break
