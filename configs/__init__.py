@@ -13,7 +13,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -615,14 +617,17 @@ def print_help(argv: list[str]) -> int:
 
 
 def key_table(owner: type = Config) -> list[str]:
-    """A line with name, type, default and meaning for each key of a dataclass, under the names of their groups."""
-    lines = []
+    """Name, default, meaning and type of each key of a dataclass under the names of their groups, as wide as the terminal."""
+    lines, column, width = [], 44, max(80, shutil.get_terminal_size((128, 24)).columns)
     for group, keys in describe(owner):
         lines += ["", group]
         for key, meaning in keys:
             default = getattr(owner, key)
             shown = str(default).lower() if default is None or isinstance(default, bool) else default
-            lines.append(f"  {key:<28} {type_name(key, owner):<12} {shown!s:<24} {meaning}")
+            head = f"  {key} = {shown} ".ljust(column)
+            lines += textwrap.wrap(
+                f"{head}{meaning} ({type_name(key, owner)})", width - 1, subsequent_indent=" " * column
+            )
     return lines
 
 

@@ -6,11 +6,14 @@ import os
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 
 import configs
+import model
 from configs import Config, ConfigError, load
 from configs._others import OTHERS
+from refocused.run import devices, guard, optim, words
 
 
 def test_precedence_and_origins(tmp_path):
@@ -198,8 +201,7 @@ def test_global_batch():
 def test_the_recommended_configuration():
     """production_muon.py: the model and the tokens of production_8gpu.py, in steps of 1 to 2 million on its 8 GPUs."""
     ours, theirs = (load([f"configs/production_{name}.py"])[0] for name in ("muon", "8gpu"))
-    model = [key for key, _ in dict(configs.describe())["model: GPT-NeoX, names as in Hugging Face's config.json"]]
-    assert [getattr(ours, key) for key in model] == [getattr(theirs, key) for key in model] and len(model) > 10
+    assert [getattr(ours, key) for key in configs.MODEL] == [getattr(theirs, key) for key in configs.MODEL]
     steps = [cfg.batch(8)[1] * cfg.sequence_length for cfg in (ours, theirs)]
     assert 1e6 <= steps[0] <= 2.1e6 and ours.max_steps * steps[0] == pytest.approx(
         theirs.max_steps * steps[1], rel=1e-4
@@ -231,10 +233,56 @@ def test_the_three_configurations():
         assert (cfg.logging_seconds, cfg.save_seconds, cfg.resume) == (60, 1800, "latest") and cfg.eval_steps
 
 
+KEYS = """
+    vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings
+    rotary_pct rotary_emb_base use_parallel_residual hidden_act layer_norm_eps initializer_range
+    tie_word_embeddings attention_dropout hidden_dropout data_dir tokenized_file_pattern max_files cache_dir
+    sequence_length tokenizer mask_documents shift_windows eval_files eval_samples dataloader_num_workers
+    max_steps per_device_train_batch_size gradient_accumulation_steps global_batch_size num_processes
+    learning_rate min_learning_rate lr_scheduler_type warmup_steps decay_steps weight_decay optimizer adam_beta1
+    adam_beta2 adam_epsilon adam_moments max_grad_norm max_bad_steps spikes stop_after_minutes skip_steps seed
+    parallel shard_size activation_checkpointing cpu_offload mixed_precision compile_model cpu_threads
+    check_hardware watchdog_seconds max_failed_starts deterministic output_dir logging_dir logging_steps
+    logging_seconds eval_steps sample_tokens profile save_steps save_seconds save_total_limit keep_every
+    async_save resume init_from allow_change bucket_name checkpoint_bucket_path bucket_total_limit
+    upload_deadline_seconds
+"""
+
+
 def test_every_key_is_explained_once():
-    """The comments of Config are the help: each key has exactly one, in a group, and no other key appears."""
+    """The keys are those of the list above: a new one is a decision that a reviewer sees here. The comments of Config are
+    the help: each key has exactly one, in a group, and no other key appears. What a removed one says names keys."""
     explained = [key for _, keys in configs.describe() for key, _ in keys]
-    assert explained == list(configs.KEYS)
+    assert explained == list(configs.KEYS) == KEYS.split() and len(explained) <= 78
+    assert not configs.REMOVED.keys() & configs.KEYS.keys()
+    old = {key: default for key, (default, _) in configs.REMOVED.items()}
+    assert configs.removed(old | {"seed": 3}) == []
+    assert [key for key, _, _ in configs.removed(old | {"muon_momentum": 0.9, "spike_sigma": 6.0})] == [
+        "muon_momentum",
+        "spike_sigma",
+    ]
+
+
+def consumers(cfg: Config) -> None:
+    """What decides by a key with a list of choices."""
+    net = model.GPTNeoX(cfg)
+    optim.make_optimizers(net, cfg)
+    assert optim.learning_rate(3, cfg) > 0 and devices.DTYPES[cfg.mixed_precision]
+    assert words.plan(cfg, 1, "no data", "a machine")
+    if cfg.spikes != "off":
+        guard.Spikes(cfg, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("key", sorted(set(configs.CHOICES) - {"parallel", "activation_checkpointing"}))
+def test_choices_have_one_owner(key):
+    """Each choice of a key works where it is used, and one that only the list of choices had would fail there."""
+    cfg = load(["configs/demo.py"])[0]
+    for choice in configs.CHOICES[key]:
+        consumers(dataclasses.replace(cfg, **{key: choice}))
+    object.__setattr__(cfg, key, "new")
+    with pytest.raises((KeyError, NotImplementedError)):
+        consumers(cfg)
+    assert set(model.ACTIVATIONS) == set(configs.CHOICES["hidden_act"])
 
 
 def test_what_must_be_finite():

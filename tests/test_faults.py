@@ -121,7 +121,9 @@ def test_the_order_of_causes():
 
 
 def test_tokens_are_counted(shards, tmp_path):
-    """Half the length of a sequence after a resume: the tokens seen are the sum of what was seen."""
+    """Half the length of a sequence after a resume: the tokens seen are the sum of what was seen. No step, no next one."""
+    nothing = train(tmp_path / "nothing", f"data_dir={shards}", "max_steps=0").text
+    assert "done: 0 steps, and no checkpoint: max_steps=0 trains nothing" in nothing and "Next:" not in nothing
     train(tmp_path, f"data_dir={shards}", "max_steps=10")  # 10 x 4 x 32
     train(tmp_path, f"data_dir={shards}", "max_steps=20", "resume=latest", "sequence_length=16", "allow_change=true")
     assert manifest.read_state(newest(tmp_path))["tokens"] == 10 * 4 * 32 + 10 * 4 * 16

@@ -107,7 +107,7 @@ class Spikes:
     """
 
     def __init__(self, cfg: Config, device: torch.device, window: list[list[float]] | None):
-        self.skips = cfg.spikes == "skip"
+        self.skips = {"report": False, "skip": True}[cfg.spikes]
         # -1 marks a row that is not filled yet: neither a loss nor a norm can be negative
         self.window = torch.full((WINDOW, 2), -1.0, device=device)
         if window:

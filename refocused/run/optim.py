@@ -20,11 +20,15 @@ def learning_rate(step: int, cfg: Config) -> float:
     if cfg.lr_scheduler_type == "warmup_stable_decay":
         begin = max(begin, cfg.max_steps - (cfg.decay_steps or cfg.max_steps // 5))
     done = min(1.0, max(0, step - begin) / max(1, cfg.max_steps - begin))
-    if cfg.lr_scheduler_type == "cosine":
-        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    if cfg.lr_scheduler_type == "constant":
-        return peak
-    return peak + (floor - peak) * done
+    match cfg.lr_scheduler_type:
+        case "cosine":
+            return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        case "constant":
+            return peak
+        case "linear" | "warmup_stable_decay":
+            return peak + (floor - peak) * done
+        case unknown:
+            raise NotImplementedError(f"lr_scheduler_type={unknown}")
 
 
 def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Optimizer]:
@@ -34,14 +38,15 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     so that AdamW's learning rate and weight decay fit it.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muons = [p for name, p in named if cfg.optimizer == "muon" and "layers." in name and p.dim() == 2]
+    with_muon = {"adamw": False, "muon": True}[cfg.optimizer]
+    muons = [p for name, p in named if with_muon and "layers." in name and p.dim() == 2]
     rest = [p for _, p in named if not any(p is m for m in muons)]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    kind = HalfAdamW if cfg.adam_moments == "bf16" else torch.optim.AdamW
+    kind = {"bf16": HalfAdamW, "fp32": torch.optim.AdamW}[cfg.adam_moments]
     optimizers: list[torch.optim.Optimizer] = [
         kind(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     ]

@@ -215,6 +215,8 @@ def _last_words(code: int, end: End, cfg: Config) -> str:
             f"nothing to do: {newest} is at step {step:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
             "or name another output_dir and logging_dir for another run"
         )
+    if not newest:
+        return f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
     logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
     out, logs = shlex.quote(cfg.output_dir), logs.parent if logs.parent.name == "logs" else logs
     return "\n  ".join(
