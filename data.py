@@ -35,7 +35,7 @@ import torch
 from configs import KEYS, Config
 from refocused.shards import shard as shard_format
 from refocused.shards import tokenizers
-from refocused.shards.find import find_files
+from refocused.shards.find import find_files, local_path
 from refocused.shards.shard import DataError, PackedShard, Shard
 
 HELD_OUT_TAIL = 0.05  # of a single shard
@@ -131,17 +131,21 @@ class Dataset:
         held = min(eval_files, len(shards)) if len(shards) > 1 else 0
         if held and held == len(shards):
             raise DataError(f"eval_files={eval_files} holds out all of {len(shards)} shards; lower it or add shards")
-        self.shards, self.eval_shards = shards[: len(shards) - held], shards[len(shards) - held :]
+        cut = len(shards) - held
+        self.shards, self.eval_shards = shards[:cut], shards[cut:]
         spans = [(shard, 0, count) for shard, count in zip(shards, windows, strict=True)]
-        cut = len(self.shards)
-        if len(shards) == 1 and eval_files:
-            tail = max(1, round(windows[0] * HELD_OUT_TAIL))
-            self.eval_shards = shards
-            spans = [(shards[0], 0, max(0, windows[0] - tail)), (shards[0], (windows[0] - tail) * self.T, tail)]
+        divided = None
+        if eval_files and any(windows) and (len(shards) == 1 or not any(windows[:cut]) or not any(windows[cut:])):
+            # all windows are on one side, as behind `tokenize`, whose last shard is a remainder: the last one gives its tail
+            i = max(i for i, count in enumerate(windows) if count)
+            divided, tail = shards[i], max(1, round(windows[i] * HELD_OUT_TAIL))
+            spans[i] = (divided, 0, windows[i] - tail)
+            spans.append((divided, (windows[i] - tail) * self.T, tail))
+            self.shards, self.eval_shards, cut = shards, [divided], len(shards)
 
         self._shards, self._begins, counts = zip(*spans, strict=True)
-        # where a span's last window may begin at most: what is held out of a single shard stays held out
-        tails = [0 if len(spans) > len(shards) else (shard.num_tokens - 1) % self.T for shard in self._shards]
+        # where a span's last window may begin at most: what is held out of a shard stays held out
+        tails = [0 if shard is divided else (shard.num_tokens - 1) % self.T for shard in self._shards]
         self._lasts = [b + (n - 1) * self.T + t for b, n, t in zip(self._begins, counts, tails, strict=True)]
         self._first_ids = np.cumsum((0, *counts))
         self.num_samples = int(self._first_ids[cut])
@@ -190,6 +194,11 @@ class Dataset:
                 f"{len(short)} of {len(shards)} shards have fewer than sequence_length+1={self.T + 1} tokens and are "
                 f"never read: {listed(short)}"
             )
+        if len(self.shards) > 1 and self.eval_shards[-1:] and self.eval_shards[-1] in self.shards:
+            [held] = self.eval_shards
+            notes.append(
+                f"the last {HELD_OUT_TAIL:.0%} of {held.path} are held out: the last eval_files shards have no window, or all"
+            )
         first: dict[tuple[int, int, str], str] = {}
         twins: list[str] = []
         for shard in shards:
@@ -224,8 +233,11 @@ class Dataset:
             )
         return notes
 
-    def check_same(self, state: dict[str, Any], cfg: Config) -> None:
-        """Raise DataError unless the run of a checkpoint's state read these shards in this order, or it is allowed."""
+    def check_same(self, state: dict[str, Any], cfg: Config) -> list[str]:
+        """Raise DataError unless the run of a checkpoint's state read these shards in this order, or it is allowed.
+
+        Returns what the change means for the run that goes on, a sentence each; [] where nothing changed.
+        """
         changes = explain_change(state["data"]["manifest"], self.manifest)
         for key in ("seed", "sequence_length", "eval_files", "shift_windows"):
             was = state["config"].get(key, KEYS[key].default)
@@ -240,6 +252,26 @@ class Dataset:
                 "restore it, set allow_change=true to go on with what is there now, or name another output_dir and "
                 "logging_dir for a new run"
             )
+        return self._after_change(state) if changes else []
+
+    def _after_change(self, state: dict[str, Any]) -> list[str]:
+        at, was = self.position(state["samples_seen"]), state["data"]["manifest"]
+        files = state["config"].get("eval_files", KEYS["eval_files"].default)
+        old = {(shard["crc32"], shard["tokens"]): shard["path"] for shard in was}
+        held = dict([*old.items()][-files:]) if files else {}  # of a single shard, its tail
+        now = {(f"{shard.crc32:08x}", shard.num_tokens): shard.path for shard in self.shards}
+        held_now = {(f"{shard.crc32:08x}", shard.num_tokens): shard.path for shard in self.eval_shards}
+        lines = [
+            f"data or order are other ones: this run begins {at['epoch_fraction']:.1%} into epoch {at['epoch']} of them, and "
+            "reads what comes before that only in the next epoch"
+        ]
+        if paths := [path for shard, path in held.items() if shard in now and shard not in held_now]:
+            lines.append(f"held out before and trained on now: {listed(paths)}")
+        if paths := [path for shard, path in held_now.items() if shard in old and shard not in held]:
+            lines.append(f"trained on before and held out now: {listed(paths)}")
+        if held.keys() != held_now.keys():
+            lines.append("eval_loss before and after are of different text")
+        return lines
 
     def sample_ids(self, first: int, count: int) -> np.ndarray:
         """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
@@ -463,7 +495,7 @@ class Loader:
 
 def bench(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="data.py bench", description="tokens/s of the loader, its page cache warm.")
-    parser.add_argument("DIR", type=Path)
+    parser.add_argument("DIR", type=local_path)
     parser.add_argument("--sequence_length", type=entry.positive, default=Config.sequence_length)
     parser.add_argument("--workers", type=entry.positive, default=Config.dataloader_num_workers)
     parser.add_argument("--seconds", type=entry.positive_number, default=3.0)

@@ -195,7 +195,7 @@ def probe(folder: str | os.PathLike, maps: bool = False) -> None:
                 try:
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).close()
                 except OSError as error:
-                    lack(folder, f"cannot map files ({why(error)}): train from a copy on another disk")
+                    lack(folder, f"cannot map files ({why(error)}): shards there are read instead, which takes longer")
         moved = beside(trial)
         os.rename(trial, moved)
         trial = moved

@@ -6,12 +6,14 @@ import errno
 import gc
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,10 +31,10 @@ from configs import Config, ConfigError
 from data import Dataset, Loader, explain_change, permutation
 from refocused.run import words
 from refocused.shards import shard as shard_module
-from refocused.shards.find import find_files
+from refocused.shards.find import find_files, find_sources
 from refocused.shards.shard import DataError, PackedShard, Shard
 from refocused.shards.tokenizers import find
-from refocused.shards.write import write_shard
+from refocused.shards.write import read_note, write_shard
 
 ROOT = Path(__file__).parent.parent
 V, T = 50257, 16
@@ -57,12 +59,12 @@ def dataset(folder: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4", "<i4"])
-@pytest.mark.parametrize("name", ["input_ids", "tokens"])
+@pytest.mark.parametrize("name", ["input_ids", "tokens", "arr_0"])
 @pytest.mark.parametrize("shape", [(1000,), (20, 50)])
 def test_shard_maps_what_numpy_wrote(tmp_path, dtype, name, shape):
     """A window read from a plain np.savez file against the array itself, for each dtype, name and rank."""
     array = np.random.default_rng(0).integers(0, V, shape).astype(dtype)
-    np.savez(tmp_path / "a.npz", **{name: array, "other": np.arange(3)})
+    np.savez(tmp_path / "a.npz", **{name: array} | {"other": np.arange(3)} if name != "arr_0" else {name: array})
     shard = Shard.open(tmp_path, "a.npz")
     assert shard.stream.dtype == dtype and (shard.stream == array.ravel()).all() and not shard.stream.flags.writeable
     assert shard.tokens.shape == shape and (shard.tokens == array).all()
@@ -118,9 +120,10 @@ def save_encrypted(file: Path):
 BAD_SHARDS = {
     "pickled objects": save_object,
     "<f4": lambda file: np.savez(file, input_ids=np.zeros(100, np.float32)),
-    "Fortran": lambda file: np.savez(file, input_ids=np.asfortranarray(np.ones((20, 30), np.int32))),
-    "shape (2, 3, 4)": lambda file: np.savez(file, input_ids=np.ones((2, 3, 4), np.int32)),
-    "exactly one of": lambda file: np.savez(file, ids=np.ones(100, np.int32)),
+    "save np.ascontiguousarray": lambda file: np.savez(file, input_ids=np.asfortranarray(np.ones((20, 30), np.int32))),
+    "save a.reshape(-1, a.shape[-1])": lambda file: np.savez(file, input_ids=np.ones((2, 3, 4), np.int32)),
+    "exactly one of": lambda file: np.savez(file, np.ones(9, np.int32), np.ones(9, np.int32)),
+    "save it as np.savez(file, input_ids=tokens)": lambda file: np.savez(file, ids=np.ones(100, np.int32)),
     "at most 16": lambda file: np.savez(file, **{f"a{i}": np.ones(1) for i in range(17)}),
     "not an .npz file or ends early": save_truncated,
     "ends early": save_cut_in_the_middle,
@@ -234,6 +237,23 @@ def test_a_single_shard_holds_out_its_tail(tmp_path):
     assert Dataset.open(config(tmp_path, eval_files=0)).num_samples == len(everything)
 
 
+@pytest.mark.parametrize("lengths", [[400, 1000, 16], [16, 1000], [16, 1000, 3, 3]])
+def test_a_short_last_shard_holds_out_a_tail(tmp_path, lengths):
+    """No window in the held-out shards, or none in the others: the last long shard's tail is held out, and that is said."""
+    shards.write_mapped(tmp_path, lengths)
+    paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.npz"))
+    for path in paths:  # in the order of the lengths
+        os.rename(tmp_path / path, tmp_path / Path(path).name)
+    dataset = Dataset.open(config(tmp_path, eval_files=len(lengths) - 2 or 1))
+    everything = windows_of(tmp_path, sorted(path.name for path in tmp_path.glob("*.npz")))
+    assert dataset.num_eval_samples == 3 and dataset.num_samples == len(everything) - 3
+    assert dataset.gather(np.arange(len(everything))).tolist() == everything
+    assert [text for text in dataset.notes if "the last 5% of tokenized_cleaned_001.npz are held out" in text]
+    moving = Dataset.open(config(tmp_path, shift_windows=True))
+    read = [start for path, start in moving.locate(moving.sample_ids(0, 50 * moving.num_samples)) if "_001" in path]
+    assert max(read) + T <= min(start for _, start in moving.locate(moving.eval_ids(9)))
+
+
 def test_max_files_takes_the_first(folder):
     """max_files=3 against the first three paths, the third held out."""
     dataset = Dataset.open(config(folder, max_files=3))
@@ -269,6 +289,28 @@ def test_fingerprint_and_what_changed(folder, dataset):
     assert "changed 1: part_1/tokenized_cleaned_004.npz (crc32 " in message
 
 
+def test_what_another_set_means_for_a_resume(tmp_path):
+    """A grown set, a shrunk one and another eval_files, allowed: where the run begins, what was held out and what is now."""
+    shards.write_mapped(tmp_path, [400, 400, 400], seed=1)
+    for path in sorted(tmp_path.rglob("*.npz")):
+        os.rename(path, tmp_path / path.name)
+    before = Dataset.open(config(tmp_path))
+    keys = {key: getattr(config(tmp_path), key) for key in ("seed", "sequence_length", "eval_files")}
+    state = {"data": {"manifest": before.manifest}, "config": keys, "samples_seen": 60}
+    assert before.check_same(state, config(tmp_path)) == []
+    write_shard(tmp_path / "tokenized_cleaned_9.npz", np.dtype("<u2"), 400, [np.arange(400)], {})
+    cfg = config(tmp_path, allow_change=True)
+    assert Dataset.open(cfg).check_same(state, cfg) == [
+        f"data or order are other ones: this run begins {60 / 72:.1%} into epoch 0 of them, and reads what comes before that "
+        "only in the next epoch",
+        "held out before and trained on now: tokenized_cleaned_002.npz",
+        "eval_loss before and after are of different text",
+    ]
+    cfg = config(tmp_path, allow_change=True, max_files=2)
+    lines = Dataset.open(cfg).check_same(state, cfg)
+    assert "60.0%" not in lines[0] and lines[1] == "trained on before and held out now: tokenized_cleaned_001.npz"
+
+
 # ---- the tokenizer
 
 
@@ -300,7 +342,11 @@ def test_shards_of_another_tokenizer(tmp_path):
             Dataset.open(config(tmp_path / "set", tokenizer=other))
 
     def state(**data) -> dict:
-        return {"data": {"manifest": dataset.manifest, **data}, "config": {**dataset_keys, "tokenizer": "a path"}}
+        return {
+            "data": {"manifest": dataset.manifest, **data},
+            "config": {**dataset_keys, "tokenizer": "a path"},
+            "samples_seen": 0,
+        }
 
     dataset_keys = {key: getattr(config(tmp_path), key) for key in ("seed", "sequence_length", "eval_files")}
     ours_now = config(tmp_path / "set", tokenizer=str(tmp_path / "copy"))
@@ -358,7 +404,7 @@ def test_missing_and_empty_folders(tmp_path):
     shards.write_mapped(tmp_path, [16, 5])
     with pytest.raises(DataError, match="sequence_length\\+1=17 tokens: the longest of all 2 has 16"):
         Dataset.open(config(tmp_path))
-    for lengths, use in (([17], "held out"), ([17, 16], "trained on"), ([16, 17], "held out")):
+    for lengths, use in (([17], "held out"), ([17, 16], "held out"), ([16, 17], "held out")):
         shards.write_mapped(tmp_path / use, lengths)
         with pytest.raises(
             DataError, match=f"all 1 windows of sequence_length.1=17 tokens in {len(lengths)} .* are {use}"
@@ -432,6 +478,45 @@ def test_a_walk_meets_each_file_once(tmp_path):
     assert beyond not in expected
     found = Dataset.open(config(folder, cache_dir=str(folder / "cache"), eval_files=0)).shards
     assert [shard.path for shard in found] == expected
+
+
+def test_what_is_no_regular_file(tmp_path, capsys):
+    """A FIFO and a socket named like shards or texts, and in the cache: left out with a word, and nothing waits for them."""
+    shards.write_mapped(tmp_path / "set", [400, 400])
+    os.mkfifo(tmp_path / "set/part_0/tokenized_cleaned_9.npz")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(tmp_path / "s"))
+        os.rename(tmp_path / "s", tmp_path / "set/tokenized_cleaned_8.npz")
+    assert len(Dataset.open(config(tmp_path / "set")).manifest) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"left out {tmp_path}/set/part_0/tokenized_cleaned_9.npz: no regular file" in said
+        and "cleaned_8.npz: no" in said
+    )
+    os.mkfifo(tmp_path / "out.npz")
+    assert read_note(tmp_path / "out.npz") == {}
+    with pytest.raises(DataError, match="out.npz is no regular file and no folder"):
+        find_sources(tmp_path / "out.npz")
+
+
+def test_a_disk_that_cannot_map(tmp_path, monkeypatch, capsys):
+    """Windows of a set that is read, not mapped, against those of the map; a word, once; a file that ends early."""
+    shards.write_mapped(tmp_path, [400, 900])
+    mapped = Dataset.open(config(tmp_path))
+
+    def refuse(*args, **more):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    read = Dataset.open(config(tmp_path))
+    ids = np.arange(mapped.num_samples)
+    assert (read.gather(ids) == mapped.gather(ids)).all() and read.fingerprint == mapped.fingerprint
+    assert (read.shards[0].tokens == mapped.shards[0].tokens).all() and read.notes == mapped.notes
+    assert capsys.readouterr().err.count("cannot map files (No such device): shards are read instead") == 1
+    read.shards[0].check_unchanged = lambda: None
+    os.truncate(read.shards[0].file, 500)
+    with pytest.raises(DataError, match="ends early: .* tokens are missing"):
+        read.gather(ids)
 
 
 def test_what_is_odd_is_said_in_the_plan(tmp_path):
@@ -696,7 +781,7 @@ def test_demo(tmp_path):
         out = subprocess.run(command, capture_output=True, text=True, timeout=GUARD)
         return out.stdout if out.returncode == 0 else f"{out.returncode} {out.stderr}"
 
-    (tmp_path / ".a.4711.tmp" / "text").mkdir(parents=True)
+    (tmp_path / ".tmp-0123456789abcdef-a" / "text").mkdir(parents=True)
     assert "7 shards" in demo("a") and "7 shards" in demo("b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     files = {p.relative_to(tmp_path / "a"): p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}

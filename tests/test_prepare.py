@@ -124,6 +124,13 @@ def linked(folder: Path):
     (folder.parent / "disk/up").symlink_to(folder)
 
 
+def write_npy(file: Path, version: tuple[int, int]):
+    with open(file, "wb") as stream:
+        np.lib.format.write_array(stream, TOKENS.astype("<i4"), (2, 0))
+        stream.seek(6)
+        stream.write(bytes(version))
+
+
 FOREIGN = {
     "uint16 .bin": bin_of("<u2"),
     "uint32 .bin": bin_of("<u4"),
@@ -134,6 +141,7 @@ FOREIGN = {
     "llm.c": llm_c(20240520, "<u2"),
     "llm.c, Llama 3": llm_c(20240801, "<u4"),
     ".npy": saved(np.save, "<i8", "train.npy"),
+    ".npy, version 3": lambda folder: write_npy(folder / "train.npy", (3, 0)),
     "big-endian .npy": saved(np.save, ">u2", "train.npy"),
     "int64 .npz": saved(np.savez, "<i8", "tokenized_cleaned_0.npz"),
     "int16 .npz": saved(np.savez_compressed, "<i2", "tokenized_cleaned_0.npz"),
@@ -478,6 +486,8 @@ def test_usage_errors(tmp_path, capsys):
         (("tokenize", tmp_path / "in", tmp_path / "out"), 66, "`python data.py prepare SRC DST` makes shards of its 1"),
         (("verify", tmp_path / "texts"), 66, "`python data.py tokenize SRC DST` makes shards of its 1 such as a.TXT"),
         (("bench", tmp_path / "empty"), 66, "have no .npz file"),
+        (("tokenize", "gs://b/texts", tmp_path / "out"), 2, "gs://b/texts is in a bucket, and this reads from a disk"),
+        (("verify", "gs:/b/texts"), 2, "`gcloud storage cp -r gs://BUCKET/PREFIX DEST` other files"),
         (("prepare", tmp_path / "in", tmp_path / "in"), 66, "is the source"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--end_of_text", 60000), 66, "no id below vocab_size=50257"),
         (("prepare", tmp_path / "in", tmp_path / "out", "--vocab_size", 65), 66, "name one with --end_of_text"),
@@ -612,6 +622,24 @@ def test_a_cache_of_an_older_version(tmp_path):
     assert after.shards[0].tokens.tolist() == [1, 2, END] * 60
     changed = data.explain_change(before.manifest, after.manifest)
     assert changed.startswith("changed 1: tokenized_cleaned_a.npz (tokens 240 -> 180, crc32")
+
+
+def test_without_a_tokenizer(tmp_path):
+    """tokenizer=none: packed shards without padding are unpacked; padded ones are refused, and the command is named."""
+    (tmp_path / "a").mkdir()
+    np.savez_compressed(tmp_path / "a/tokenized_cleaned_0.npz", np.arange(900) % 65)
+    cfg = config(tmp_path / "a", tmp_path / "cache", tokenizer=None, vocab_size=65)
+    assert open_dataset(cfg).gather(np.array([0]))[0].tolist() == list(range(17))
+    shards.write_padded(tmp_path / "b/tokenized_cleaned_0.npz", ROWS * 9, 8)
+    with pytest.raises(DataError, match="is padded .* tokenizer=none does not say it; name the tokenizer"):
+        open_dataset(config(tmp_path / "b", tmp_path / "cache", tokenizer=None))
+    name = "x" * 245 + ".npz"
+    (tmp_path / "c").mkdir()
+    os.rename(tmp_path / "a/tokenized_cleaned_0.npz", tmp_path / "c" / name)
+    out = run("prepare", tmp_path / "c", tmp_path / "d", "--vocab_size", 65, "--end_of_text", 0, "--workers", 1)
+    assert (
+        out.returncode == 0 and " tokenizer=none vocab_size=65 " in out.stdout and (tmp_path / "d" / name).exists()
+    ), out
 
 
 def test_a_mapped_set_is_opened_where_it_is(tmp_path):

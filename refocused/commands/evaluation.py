@@ -70,7 +70,9 @@ def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
     """Whether the run, as far as the checkpoint knows it, may have trained on what is held out here."""
     if source.trained_on is None:
         return False
-    tail_moves = dataset.shards == dataset.eval_shards and cfg.sequence_length != source.cfg.sequence_length
+    tail_moves = (
+        not {*dataset.shards}.isdisjoint(dataset.eval_shards) and cfg.sequence_length != source.cfg.sequence_length
+    )
     return source.trained_on != dataset.fingerprint or cfg.eval_files > source.cfg.eval_files or tail_moves
 
 

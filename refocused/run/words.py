@@ -132,6 +132,7 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
         f"          data: continues at sample {state['samples_seen']:,}, token {state['tokens']:,}, epoch {at['epoch']}, "
         f"{at['epoch_fraction']:.1%}, shard {at['next_shard']} offset {at['next_offset']:,}"
     )
+    lines += [f"          data: {text}" for text in dataset.check_same(state, cfg)]
     for key, old, new in configs.difference(state["config"], dataclasses.asdict(cfg)):
         if key != "resume":
             lines.append(f"          config: {key} {old} -> {new}")

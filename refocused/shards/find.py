@@ -1,11 +1,13 @@
 """One walk for whoever looks for files of data: each folder once, and nothing that is only lying about."""
 
+import argparse
 import fnmatch
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from refocused import entry
 from refocused.shards.shard import DataError
 
 
@@ -13,7 +15,7 @@ def find_files(folder: str | Path, pattern: str = "*", but: Iterable[str | Path]
     """Sorted relative paths, with forward slashes, of the files below a folder whose name matches, but not below `but`.
 
     A folder that several links lead to is walked once, under its own name if that lies here too. Left out: names that
-    begin with a dot, lost+found, and with a word on stderr folders of other users that may not be read.
+    begin with a dot, lost+found, and with a word on stderr what is no regular file and folders of others that may not be read.
     Raises DataError for a folder of one's own that cannot be read.
     """
     root = Path(folder)
@@ -30,8 +32,11 @@ def find_files(folder: str | Path, pattern: str = "*", but: Iterable[str | Path]
             seen.add(here)
             folders[:] = sorted(name for name in folders if name[0] != "." and name != "lost+found")
             tops += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-            shown = (name for name in fnmatch.filter(names, pattern) if name[0] != ".")
-            found += [Path(parent, name).relative_to(root).as_posix() for name in shown]
+            for path in (Path(parent, name) for name in fnmatch.filter(names, pattern) if name[0] != "."):
+                if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+                    print(f"left out {path}: no regular file", file=sys.stderr)
+                else:
+                    found.append(path.relative_to(root).as_posix())
     return sorted(found)
 
 
@@ -47,10 +52,21 @@ def refuse(error: OSError) -> None:
     print(f"left out {error.filename}, another user's: {error.strerror}", file=sys.stderr)
 
 
+def local_path(text: str) -> Path:
+    """An argument's type: a file or folder on a disk."""
+    if text.startswith("gs:/"):
+        way = entry.here("python data.py download")
+        raise argparse.ArgumentTypeError(
+            f"{text} is in a bucket, and this reads from a disk; `{way} gs://BUCKET/PREFIX DEST` brings shards, and "
+            "`gcloud storage cp -r gs://BUCKET/PREFIX DEST` other files"
+        )
+    return Path(text)
+
+
 def find_sources(source: Path, but: Iterable[str | Path] = ()) -> tuple[Path, list[str]]:
     """(folder, sorted relative paths) of every file below a folder, or of a single file."""
     if source.is_file():
         return source.parent, [source.name]
     if not source.is_dir():
-        raise DataError(f"{source} is no file and no folder")
+        raise DataError(f"{source} is no {'regular ' * source.exists()}file and no folder")
     return source, find_files(source, but=but)

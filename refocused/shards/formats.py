@@ -380,7 +380,7 @@ def look(file: Path, size: int, vocab_size: int, bin_dtype: str | None) -> Flat:
         if file.suffix.lower() == ".npy":
             shape, dtype = npy_header(stream, file, "it", INTEGERS)
             return exactly(file, size, stream.tell(), dtype, int(np.prod(shape)), crc_of(stream), shape)
-        index = next((i for i in (file.with_suffix(".idx"), file.with_suffix(".IDX")) if i.exists()), None)
+        index = next((i for i in (file.with_suffix(".idx"), file.with_suffix(".IDX")) if i.is_file()), None)
         if index and not bin_dtype:
             dtype, count = megatron_index(index)
             return exactly(file, size, 0, dtype, count, crc_of(stream))

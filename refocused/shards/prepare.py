@@ -1,7 +1,9 @@
 """Foreign shards -> shards that are read in place; and what the commands that make shards have in common."""
 
 import argparse
+import contextlib
 import fnmatch
+import json
 import multiprocessing
 import os
 import shlex
@@ -18,11 +20,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+import configs
 from configs import Config
 from refocused import entry, files, locks
 from refocused.entry import here
 from refocused.shards import shard, write
-from refocused.shards.find import find_files, find_sources
+from refocused.shards.find import find_files, find_sources, local_path
 from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, MAX_RATIO, RULE, TokenFile, zip_identity
 from refocused.shards.shard import DataError, Shard, WriteError
 from refocused.shards.tokenizers import HELP, find
@@ -183,9 +186,11 @@ def die_with_parent() -> None:
 
 def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int | None) -> None:
     """Makes the shards of a cache that it lacks, or that were made from other sources. Raises DataError, WriteError."""
+    if all(is_unpacked(source / path, cache / path) for path in paths):  # nothing is written, not even the lock
+        return
     with locks.filling(cache):
         todo = [path for path in paths if not is_unpacked(source / path, cache / path)]
-        if not todo:
+        if not todo:  # another process was faster
             return
         origins = (TokenFile(source / path, vocab_size, end_of_text) for path in todo)
         needed = sum(origin.most * origin.out_dtype.itemsize for origin in origins)
@@ -224,21 +229,36 @@ def announce(totals: Counter, folder: Path, tokenizer: str, vocab_size: int | No
 
 
 def training_command(folder: Path, tokenizer: str, vocab_size: int | None) -> str:
-    """A whole command that trains the demo's small model on a set, in folders of its own."""
+    """A whole command that trains on a set, in folders of its own: an imported model with its tokenizer, or the demo's."""
     name = folder.absolute().name
     keys = {"data_dir": folder, "output_dir": f"out/{name}", "logging_dir": f"logs/{name}", "tokenizer": tokenizer}
-    keys["vocab_size"] = vocab_size or find(tokenizer).size
+    if model := imported_model(tokenizer):
+        demo, _ = configs.load([str(configs.DEMO)])
+        keys |= {"init_from": tokenizer, **{key: value for key, value in model.items() if value != getattr(demo, key)}}
+    else:
+        keys["vocab_size"] = vocab_size or find(tokenizer).size
     if any(not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_files(folder, "*.npz")):
         keys["tokenized_file_pattern"] = "*.npz"
     settings = shlex.join(f"{key}={value}" for key, value in keys.items())
     return here(f"python train.py configs/demo.py {settings}")
 
 
+def imported_model(tokenizer: str) -> dict[str, Any]:
+    """The keys of the model that `ckpt.py import` put beside a tokenizer; {} where it did not."""
+    keys = [*(key for key, _ in configs.describe()[0][1]), "sequence_length"]
+    for state in sorted(Path(tokenizer).glob("checkpoint-*/state.json")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            content = json.loads(state.read_bytes())
+            if content["imported_from"]:
+                return {key: content["config"][key] for key in keys}
+    return {}
+
+
 def common_arguments(*folders: str) -> argparse.ArgumentParser:
     """What the commands about shards have in common: a parent for their parsers."""
     parser = argparse.ArgumentParser(add_help=False)
     for folder in folders:
-        parser.add_argument(folder, type=Path)
+        parser.add_argument(folder, type=local_path)
     parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP}; {Config.tokenizer} unless said")
     parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
     parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="so many at once")
@@ -264,5 +284,7 @@ def main(argv: list[str]) -> int:
         args.SRC, args.DST, vocab_size, end_of_text, args.workers, max_ratio=args.max_ratio, bin_dtype=args.bin_dtype,
         overlap=args.overlap, maker=(known.identity, known.name) if named else None,
     )  # fmt: skip
-    announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
+    if not args.tokenizer and (args.vocab_size or args.end_of_text is not None):
+        tokenizer = "none"  # its ids are not those of the default
+    announce(totals, args.DST, tokenizer, vocab_size, time.perf_counter() - begin)
     return 0

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from refocused import files
 from refocused.entry import here
 
 TOKEN_ARRAYS = ("input_ids", "tokens")
@@ -84,10 +85,14 @@ def made_with(note: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def token_member(members: dict[str, zipfile.ZipInfo], path: Path) -> zipfile.ZipInfo:
-    found = [members[name] for name in TOKEN_ARRAYS if name in members]
+    # np.savez(file, tokens) without a name makes arr_0 of it
+    found = [members[name] for name in (TOKEN_ARRAYS if {*members} != {"arr_0"} else members) if name in members]
     if len(found) != 1:
         names = ", ".join(sorted(members)) or "nothing"
-        raise DataError(f"{path} holds {names}; a shard holds exactly one of {' and '.join(TOKEN_ARRAYS)}")
+        raise DataError(
+            f"{path} holds {names}; a shard holds exactly one of {' and '.join(TOKEN_ARRAYS)}; save it as "
+            "np.savez(file, input_ids=tokens)"
+        )
     return found[0]
 
 
@@ -99,7 +104,7 @@ def npy_header(
     head = io.BytesIO(stream.read(1 << 14))  # a header may claim to be 4 GB long
     try:
         version = np.lib.format.read_magic(head)
-        if version not in ((1, 0), (2, 0)):
+        if version not in ((1, 0), (2, 0), (3, 0)):  # 3.0 differs in the letters that a field's name may have
             raise ValueError(f"unknown .npy version {version}")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(head)
@@ -109,8 +114,11 @@ def npy_header(
         kind = "pickled objects" if dtype.hasobject else f"dtype {dtype.str}"
         raise DataError(f"{path}: {array} holds {kind}; it may hold integers of any width")
     if len(shape) not in (1, 2) or (fortran and len(shape) == 2):
-        order = "Fortran" if fortran else "C"
-        raise DataError(f"{path}: {array} has shape {shape} in {order} order; a 1-D stream or 2-D rows in C order")
+        order, way = ("Fortran", "np.ascontiguousarray(a)") if fortran else ("C", "a.reshape(-1, a.shape[-1])")
+        raise DataError(
+            f"{path}: {array} has shape {shape} in {order} order; a shard is a 1-D stream or 2-D rows in C order: save "
+            f"{way if shape else 'an array'} instead"
+        )
     stream.seek(begin + head.tell())
     return shape, dtype
 
@@ -166,6 +174,30 @@ def open_file(file: Path) -> int:
     return fd
 
 
+@dataclass
+class Unmapped:
+    """The tokens of a file on a disk that cannot map it: each slice is read, anew each time."""
+
+    file: Path
+    dtype: np.dtype
+    count: int
+    offset: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        start, stop, _ = wanted.indices(self.count)
+        found = np.fromfile(self.file, self.dtype, stop - start, offset=self.offset + start * self.dtype.itemsize)
+        if len(found) != stop - start:
+            raise DataError(f"{self.file} ends early: {stop - start - len(found)} tokens are missing")
+        return found
+
+
 CHECKING = threading.Lock()
 
 
@@ -182,8 +214,7 @@ class Shard:
     offset: int  # of the first token
     size: int  # of the file, with its time of change: a file that differs from what was opened is not read
     mtime_ns: int
-    map: mmap.mmap
-    stream: np.ndarray  # all tokens, read-only and 1-D, in the map
+    stream: "np.ndarray | Unmapped"  # all tokens, read-only and 1-D
 
     @classmethod
     def open(cls, folder: str | Path, path: str) -> "Shard":
@@ -200,24 +231,28 @@ class Shard:
             with open(fd, "rb", closefd=False) as stream:
                 shape, dtype, begin, offset, member = cls._find_tokens(stream, file, status.st_size)
                 note = zip_note(stream)
-            mapped = cls._map(fd, file)
+            tokens = cls._tokens(fd, file, int(np.prod(shape)), dtype, offset)
         except OSError as error:  # such as a header that would lie before the file's first byte
             raise DataError(f"{file} is damaged or ends early: {error}") from error
         finally:
             os.close(fd)  # the map has one of its own
-        tokens = np.ndarray(int(np.prod(shape)), dtype, mapped, offset)
         size, time_ns = status.st_size, status.st_mtime_ns
-        return cls(path, file, shape, member.CRC, note, begin, offset, size, time_ns, mapped, tokens)
+        return cls(path, file, shape, member.CRC, note, begin, offset, size, time_ns, tokens)
 
     @staticmethod
-    def _map(fd: int, file: Path) -> mmap.mmap:
+    def _tokens(fd: int, file: Path, count: int, dtype: np.dtype, offset: int) -> "np.ndarray | Unmapped":
         try:
             mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
             mapped.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 KiB for every window of 2
         except OSError as error:
+            if error.errno in files.NO_MAP:
+                files.lack(
+                    file.parent, f"cannot map files ({files.why(error)}): shards are read instead, which takes longer"
+                )
+                return Unmapped(file, dtype, count, offset)
             limits = "; `ulimit -n`, `ulimit -v` and the kernel's vm.max_map_count bound how many shards are open"
             raise DataError(f"cannot map {file}: {error.strerror}{limits}") from error
-        return mapped
+        return np.ndarray(count, dtype, mapped, offset)
 
     @staticmethod
     def _find_tokens(
@@ -263,7 +298,7 @@ class Shard:
     @property
     def tokens(self) -> np.ndarray:
         """All tokens in the array's own shape."""
-        return self.stream.reshape(self.shape)
+        return self.stream[:].reshape(self.shape)
 
     def check_unchanged(self) -> None:
         """Raises DataError unless the file is what was opened.

@@ -50,6 +50,8 @@ def write_shard(path: Path, dtype: np.dtype, count: int, chunks: Iterable[np.nda
 def read_note(path: Path) -> dict[str, Any]:
     """The note of a shard that write_shard made, {} for any other file and for none."""
     try:
+        if not path.is_file():  # a FIFO would wait for a writer
+            return {}
         with open(path, "rb") as file:
             return zip_note(file)
     except OSError:
