@@ -117,15 +117,17 @@ def train(
     guard.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
-    checkpoints = ckpt.Checkpoints(cfg, env)
+    checkpoints = ckpt.Checkpoints(cfg, env)  # takes output_dir: a second run must not get as far as compiling
     watch = Watchdog(cfg, env, processes.on_rank_0(Starts, cfg))
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     plan = words.plan(
         cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env.device, env.threads)
     )
-    settings = f"{plan}\n{configs.show_changes(cfg, origins)}"  # in train.log; on the screen the command line's alone
+    # every key that something set is in train.log; the screen shows what the command line set
+    settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
     logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
+    # one slow GPU makes all of them wait, so it is named before hours are paid for
     found = sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""
     logs.log(found)
     choice = checkpoints.choose()
@@ -142,7 +144,7 @@ def train(
     begin = time.perf_counter()
     if cfg.compile_model:
         logs.log("compiling, 20 to 90 s if it is new")
-    strategy.warm_up(model, cfg, env)
+    strategy.warm_up(model, cfg, env)  # before the state is loaded, because it makes gradients
     compile_seconds = time.perf_counter() - begin
     logs.log(f"ready in {compile_seconds:.1f} s of compilation and warm-up")
     logs.log(checkpoints.load(state_tree(model, *optimizers)))
@@ -153,6 +155,7 @@ def train(
         dataset, state.step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
         accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=state.samples_seen,
     )  # fmt: skip
+    # decides on the device whether a step is applied, and says a step later how it was
     health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
     profile = profiler.Profiler(cfg, env)
@@ -165,7 +168,7 @@ def train(
 
     def save(last: bool) -> bool:
         """False where nothing was saved, because the weights do not give a finite loss."""
-        guard.check_replicas(model, cfg, state.step)
+        guard.check_replicas(model, cfg, state.step)  # one copy is saved, and a wrong one would be loaded by all
         at = dataset.position(state.samples_seen)
         name = manifest.name(at["epoch"], state.step, at["files"])
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
@@ -207,6 +210,7 @@ def train(
         state.step += 1
         state.samples_seen += global_batch
         state.tokens += tokens_per_step
+        # a skipped step goes through the same queue, or the trace and the replay proof would see it too early
         readback.put((state.step, lr, batch.ids), figures)
         watch.step(state.step)
         each_step()
@@ -223,10 +227,10 @@ def train(
             checkpoints.after_step(at, finite=not health.bad_in_a_row)
         if due.log:
             monitor.line(state.step, lr, loader.wait_seconds, checkpoints.status)
-        logs.log(checkpoints.news(), screen=False)
+        logs.log(checkpoints.news(), screen=False)  # a save becomes complete behind training, at any step
         if due.save_failed:
             logs.log(f"Step {state.step}: {checkpoints.failure()}; training goes on, the checkpoint before it stands")
-        if health.gives_up:
+        if health.gives_up:  # before a save: the last good checkpoint stands
             break
         state.evaluation_owed = due.evaluation
         if due.evaluation and not due.stop:
@@ -240,11 +244,11 @@ def train(
         if due.last:
             break
 
-    # --- the end
+    # --- the end: what the run still owes, then every cause that there was, in one order
     watch.end()
     error = loader.error() if due.unreadable else None
     if error and not env.main:
-        log_error(f"error: {error}", cfg)
+        log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
     loader.close()
     logs.log(profile.close())
     failure, missing = checkpoints.close(logs.log)

@@ -52,9 +52,8 @@ def test_the_first_steps_are_the_golden_ones(precision, tmp_path):
     """20 steps of each layout: the golden bits; on another kind of CPU to 1e-3; on a Python whose library, and so the
     demo's text, is another, the layouts are compared with each other instead."""
     assert data.main(["demo", str(tmp_path / "demo")]) == 0
-    fingerprint = data.Dataset.open(
-        Config(data_dir=str(tmp_path / "demo"), tokenizer="byte", vocab_size=257)
-    ).fingerprint
+    cfg = Config(data_dir=str(tmp_path / "demo"), tokenizer="byte", vocab_size=257)
+    fingerprint = data.Dataset.open(cfg).fingerprint
     layouts = [layout for layout in LAYOUTS if layout.endswith(f"-{precision}")]
     found = {layout: run(layout, 20, tmp_path / "demo", tmp_path) for layout in layouts}
     for layout, steps in found.items():
@@ -62,10 +61,8 @@ def test_the_first_steps_are_the_golden_ones(precision, tmp_path):
         file = GOLDEN / f"{layout}.jsonl"
         made = json.loads(file.open().readline())
         if fingerprint != made["data"]:
-            rel = 1e-5 if precision == "no" else 1e-2
-            assert_close(
-                steps, found[f"one-{precision}"], rel, f"{layout} and one process, as the demo's text is another"
-            )
+            rel, what = 1e-5 if precision == "no" else 1e-2, f"{layout} and one process, as the demo's text is another"
+            assert_close(steps, found[f"one-{precision}"], rel, what)
         elif made_on() == {key: made[key] for key in made_on()}:
             count, difference = losses.compare(losses.read(file), steps)
             assert (count, difference) == (20, None), f"{layout}: {difference}"

@@ -51,11 +51,8 @@ def test_a_resumed_run_has_one_curve(shards, tmp_path):
     args = [f"data_dir={shards}", "max_steps=12", "save_steps=4", "save_total_limit=0", "eval_steps=4"]
     args += ["logging_steps=2", "sample_tokens=20"]
     first = train(tmp_path, *args)
-    assert re.search(
-        r"^Step 6: loss=\d\.\d{4}, lr=\d\.\d\de-03 \| [\d.]+k? tok/s \| (save stall \d\.\d\ds \| )?\d+s left$",
-        first.text,
-        re.M,
-    ), first.text
+    line = r"^Step 6: loss=\d\.\d{4}, lr=\d\.\d\de-03 \| [\d.]+k? tok/s \| (save stall \d\.\d\ds \| )?\d+s left$"
+    assert re.search(line, first.text, re.M), first.text
     assert logged_text(tmp_path) == first.text
     saved = re.findall(r" saved checkpoint-epoch0-step(\d+)-", (tmp_path / "logs" / "train.log").read_text())
     assert saved == ["4", "8", "12"]

@@ -195,9 +195,8 @@ def test_a_different_replay_is_reported(shards, tmp_path):
     train(tmp_path, *args)
     subprocess.run(["rm", "-r", *map(str, (tmp_path / "out").glob("*step[18]*"))], check=True)
     run = train(tmp_path, *args, "resume=latest", "learning_rate=2e-2")
-    assert re.search(
-        r"then not the same run: step 5: .*lr was 0.00\d+, is 0.01\d* \(learning_rate 0.01 -> 0.02 changed\)", run.text
-    )
+    said = r"then not the same run: step 5: .*lr was 0.00\d+, is 0.01\d* \(learning_rate 0.01 -> 0.02 changed\)"
+    assert re.search(said, run.text)
     assert "config: learning_rate 0.01 -> 0.02" in run.text
 
 
