@@ -5,10 +5,13 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from refocused.entry import ROOT
 from refocused.run.environment import free_port, variables
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -105,6 +108,32 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return [float(x) for x in re.findall(r"^Step \d+: loss=([\d.]+|nan|inf)", self.text, re.M)]
+
+
+class Launch:
+    """`python -m MODULE` with two ranks of a script that runs `before` and then train.main."""
+
+    def __init__(
+        self, folder, *args: str, before="", flags: tuple[str, ...] = (), module="refocused.run.launch", prefix=()
+    ):
+        script = folder / "script.py"
+        script.write_text(
+            f"import os, signal, sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{before}\n"
+            "import train\nsys.exit(train.main(sys.argv[1:]))\n"
+        )
+        (folder / "config.py").write_text("seed = 42")
+        command = [*prefix, sys.executable, "-m", module, "--standalone", "--nproc_per_node=2", *flags, str(script)]
+        command += [str(folder / "config.py"), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        self.log = folder / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, pattern: str) -> None:
+        until(lambda: re.search(pattern, self.text, re.M))
 
 
 def _call(function: Callable, rank: int, environment: dict[str, str], args: tuple) -> None:

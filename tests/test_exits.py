@@ -21,19 +21,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
-from launch import GUARD, TINY, Run, train, until
+from launch import GUARD, TINY, Run, train
 from saves import save
 
 import configs
 import data
 from configs import Config, ConfigError
 from model import GPTNeoX
-from refocused import entry
 from refocused.checkpoint import manifest, saver
 from refocused.measure import acceptance
 from refocused.run import (
     devices,
-    environment,
     exits,
     failures,
     guard,
@@ -41,11 +39,9 @@ from refocused.run import (
     optim,
     processes,
     profiler,
-    signals,
     strategy,
     watchdog,
 )
-from refocused.run import launch as launcher
 from refocused.run.starts import CrashLoop, Starts
 from refocused.shards.shard import DataError
 
@@ -249,22 +245,21 @@ def test_the_last_save_is_watched(faulty):
     assert run.wait() == [70, 70] and re.search(r"hangs: nothing for .* s after step 10", run.text), run.text
 
 
-def test_what_a_node_has_to_unpack_holds_nobody_to_the_time_of_a_step(faulty):
-    """Who unpacks is waited for as long as it takes: by the group of what may be long, and by the watchdog."""
-    run = faulty(FAULT0="unpacks")
-    assert run.wait() == [0, 0] and "unpacks, waited for: 1" in run.text, run.text
-
-
-def test_a_node_whose_data_is_missing_ends_all(faulty, tmp_path):
-    """One node fails while it opens its data: all leave with its code and its words, none waits for it."""
-    run = faulty(FAULT0="no-data")
-    assert run.wait() == [66, 66] and "made up, on one node" in run.text, run.text
-
-
-def test_ranks_whose_torchrun_died_while_they_started_leave(faulty):
-    """torchrun's store, there before any rank, does not answer: soon 70, where torch would look for ten minutes."""
-    run = faulty(TORCHELASTIC_USE_AGENT_STORE="True")
-    assert run.wait() == [70, 70] and "the torchrun of this process is gone" in run.text, run.text
+@pytest.mark.parametrize(
+    "how, code, words",
+    [
+        ({"FAULT1": "torch"}, 2, "ranks 1 and 0 differ in the code"),
+        ({"FAULT1": "elsewhere"}, 2, "no process of other has LOCAL_RANK=0"),  # nobody would do that node's work
+        ({"FAULT0": "no-data"}, 66, "made up, on one node"),
+        ({"FAULT0": "unpacks"}, 0, "unpacks, waited for: 1"),  # for as long as it takes, by its group and the watchdog
+        # the store is there before any rank, so 70 is soon; torch would look for it for ten minutes
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 70, "the torchrun of this process is gone"),
+    ],
+)
+def test_what_one_rank_or_node_lacks_ends_all(faulty, how, code, words):
+    """Before the loop: another rank's code, a node without a first process or data, a torchrun that is gone."""
+    run = faulty(**how)
+    assert run.wait() == [code, code] and words in run.text, run.text
 
 
 def test_a_second_signal_ends_a_hang(faulty):
@@ -295,12 +290,6 @@ def test_a_norm_that_is_infinite_on_one_rank_is_refused_on_all(faulty):
     """Rank 1 alone sees an infinite norm in step 4: no rank applies it, and the copies are equal at the end."""
     run = faulty("save_steps=1", FAULT1="infinite")
     assert run.wait() == [0, 0] and re.search(r"Step 4: .*grad norm=inf: not applied", run.text), run.text
-
-
-def test_ranks_of_other_code_are_refused(faulty):
-    """Rank 1's sources differ: both leave with 2 and the sentence."""
-    run = faulty(FAULT1="torch")
-    assert run.wait() == [2, 2] and re.search("ranks 1 and 0 differ in the code", run.text), run.text
 
 
 def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):
@@ -433,51 +422,6 @@ def test_all_groups_have_the_timeout_of_the_run():
     launch.on_ranks(4, group_timeouts)
 
 
-WHOLE = environment.variables(1, 4, 29500)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ("RANK=x", "RANK=x must be a whole number from 0 to 3"),
-        ("RANK=", "RANK= is set and RANK is empty"),
-        ("RANK=4", "RANK=4 must be a whole number from 0 to 3"),
-        ("RANK=-1", "RANK=-1 must be"),
-        ("WORLD_SIZE", "RANK=1 is set and WORLD_SIZE is not"),
-        ("WORLD_SIZE=", "WORLD_SIZE is empty"),
-        ("WORLD_SIZE=0", "WORLD_SIZE=0 must be a whole number from 1 to"),
-        ("WORLD_SIZE=2.5", "WORLD_SIZE=2.5 must be"),
-        ("WORLD_SIZE=" + "9" * 5000, "must be a whole number"),
-        ("LOCAL_RANK", "LOCAL_RANK is not"),
-        ("LOCAL_RANK=4", "LOCAL_RANK=4 must be a whole number from 0 to 3"),
-        ("LOCAL_RANK=3", "RANK=1 cannot have LOCAL_RANK=3: .*CUDA_VISIBLE_DEVICES"),
-        ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE=0 must be a whole number from 1 to 4"),
-        ("MASTER_ADDR", "MASTER_ADDR is not; torchrun sets"),
-        ("MASTER_PORT", "MASTER_PORT is not"),
-        ("MASTER_PORT=99999", "MASTER_PORT=99999 must be a whole number from 1 to 65535"),
-        ("MASTER_PORT=0", "MASTER_PORT=0 must be"),
-    ],
-)
-def test_launch_variables_are_whole(change, words):
-    """With RANK each variable that is missing or makes no sense is named with its value, its rule and the way out."""
-    key, is_set, value = change.partition("=")
-    env = {k: v for k, v in WHOLE.items() if k != key} | ({key: value} if is_set else {})
-    with pytest.raises(ConfigError, match=words):
-        environment.read(env)
-
-
-def test_launch_variables_that_are_enough():
-    """Whole, of a process for each node, and left over from another launch, which is a process alone."""
-    assert environment.read(WHOLE).address == ("127.0.0.1", 29500) and environment.read(WHOLE).local_rank == 1
-    bare = environment.read({k: v for k, v in WHOLE.items() if "LOCAL" not in k})
-    assert (bare.rank, bare.world_size, bare.local_rank, bare.local_world_size) == (1, 4, 0, 1)
-    left = environment.read({"WORLD_SIZE": "", "LOCAL_RANK": "1", "MASTER_PORT": "x", "TORCHELASTIC_RUN_ID": "a"})
-    assert left == environment.Launch(left_over="WORLD_SIZE=, LOCAL_RANK=1")
-    several = environment.read({**WHOLE, "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"})
-    with pytest.raises(ConfigError, match="--max-restarts=3 on 2 nodes"):
-        processes.join(several, "gloo", None)
-
-
 def test_left_over_variables_start_one_process(faulty, tmp_path):
     """LOCAL_RANK and WORLD_SIZE of another launch, no RANK: said, and each save is there. With RANK alone: exit 2."""
     run = faulty("save_steps=3", "save_total_limit=0", nproc=1, LOCAL_RANK="1", WORLD_SIZE="2")
@@ -488,12 +432,6 @@ def test_left_over_variables_start_one_process(faulty, tmp_path):
     command = [sys.executable, "ckpt.py", "eval", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "RANK": "x"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: RANK=x is set"), done.stderr
-
-
-def test_a_node_without_a_first_process_ends_all(faulty):
-    """Rank 1 is on a node of its own, where it is the second: what each node has to do would be done by nobody there."""
-    run = faulty(FAULT1="elsewhere")
-    assert run.wait() == [2, 2] and "no process of other has LOCAL_RANK=0" in run.text, run.text
 
 
 FAILS = "#!/bin/sh\necho 'x.cpp:1: fatal error: Python.h: No such file' >&2\nexit 1\n"
@@ -584,182 +522,3 @@ def test_the_slow_one_is_named(tmp_path):
     assert rates.keys() == {"written", "read"} and str(tmp_path) in name
     assert hardware.of_node(tmp_path / "no", 1 << 20)[1] == {}
     assert hardware.gpu(torch.device("cpu"), n=64)["product"] > 0 and min(hardware.disk(tmp_path, 1 << 20)) > 0
-
-
-# --- under torchrun's engine
-
-
-class Launch:
-    """`python -m MODULE` with two ranks of a script that runs `before` and then train.main."""
-
-    def __init__(
-        self, folder, *args: str, before: str = "", flags: tuple[str, ...] = (), module="refocused.run.launch"
-    ):
-        script = folder / "script.py"
-        script.write_text(
-            f"import os, signal, sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{before}\n"
-            "import train\nsys.exit(train.main(sys.argv[1:]))\n"
-        )
-        (folder / "config.py").write_text("seed = 42")
-        command = [sys.executable, "-m", module, "--standalone", "--nproc_per_node=2", *flags, str(script)]
-        command += [str(folder / "config.py"), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
-        self.log = folder / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, pattern: str) -> None:
-        until(lambda: re.search(pattern, self.text, re.M))
-
-
-def _launched(argv: list[str], env: dict[str, str], log: str) -> None:
-    os.environ.update(env)
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(entry.run(launcher.launch, argv))
-
-
-@pytest.mark.parametrize(
-    "flags, env, code, words",
-    [
-        ("--nproc_per_node=two", {}, 2, "error: --nproc_per_node=two is no number from 1 on, gpu or cpu"),
-        ("--nproc_per_node=0", {}, 2, "error: --nproc_per_node=0 is no number"),
-        ("--nnodes=0", {}, 2, "error: --nnodes=0 is no number from 1 on"),
-        ("--rdzv_backend=foo", {}, 2, "launch: torchrun ended with 2: .*foo"),
-        ("--master_port=TAKEN", {}, 2, "launch: torchrun ended with 2: .*choose another --master_port"),
-        ("--nproc_per_node=gpu --standalone", {}, 0, "there is no GPU: one process .*world 1"),
-        ("--standalone", {"PET_NPROC_PER_NODE": "2"}, 0, "world 2"),
-        ("--standalone", {"DIE": "1"}, 70, "launch: rank 0 ended with 70: it left without a word; what stands above"),
-        ("", {"PET_NNODES": "x"}, 2, "--nnodes=x is no number"),
-        (
-            "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE --rdzv_conf=is_host=0,read_timeout=2",
-            {},
-            70,
-            "launch: torchrun ended with 70: no answer at the endpoint",
-        ),
-        (
-            "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE --rdzv_conf=join_timeout=2 --local_addr=127.0.0.1",
-            {},
-            70,
-            "launch: torchrun ended with 70: the other nodes did not come in time",
-        ),
-    ],
-)
-def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):
-    """Flags that mean nothing, a port that is taken, nodes that do not come; PET_* variables and gpu without one work."""
-    (tmp_path / "script.py").write_text(
-        "import os\nprint('world', os.environ['WORLD_SIZE'])\n'DIE' in os.environ and os._exit(1)"
-    )
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port, free = server.getsockname()[1], environment.free_port()
-        argv = [*flags.replace("TAKEN", str(port)).replace("FREE", str(free)).split(), str(tmp_path / "script.py")]
-        process = launch.CONTEXT.Process(target=_launched, args=(argv, env, str(tmp_path / "log")))
-        process.start()
-        process.join(GUARD)
-    text = (tmp_path / "log").read_text()
-    assert process.exitcode == code and re.search(words, text, re.S | re.M) and "Traceback" not in text, text
-
-
-def test_the_reason_arrives_though_rank_0_has_not_spoken(tmp_path):
-    """Rank 1 finds a mistake in the config while rank 0 still starts: its sentence is there and last, its code is ours."""
-    run = Launch(tmp_path, "max_steps=-1", before="if os.environ['RANK'] == '0': time.sleep(3600)")
-    assert run.process.wait(GUARD) == 2, run.text
-    assert run.text.splitlines()[-1] == "launch: rank 1 ended with 2: error: max_steps=-1 must not be negative"
-    assert "Traceback" not in run.text
-
-
-@pytest.mark.parametrize(
-    "faults, last",
-    [
-        (("pass", "optim.learning_rate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"), r"it was killed .*dmesg"),
-        (
-            ("strategy.build = lambda *_: time.sleep(3600)", "strategy.build = lambda *_: {}['nothing']"),
-            "this is a bug",
-        ),
-    ],
-)
-def test_what_broke_first_decides(shards, tmp_path, faults, last):
-    """Rank 1 is killed, or fails, while rank 0 waits for it or is stopped by torchrun: rank 1's end is code and words."""
-    before = "from refocused.run import optim, signals, strategy\nsignals.StopSignal.PATIENCE = 1\n"
-    before += f"exec({list(faults)!r}[int(os.environ['RANK'])])"
-    run = Launch(tmp_path, f"data_dir={shards}", before=before)
-    assert run.process.wait(GUARD) == 70, run.text
-    assert re.search(f"launch: rank 1 ended with 70: {last}", run.text.splitlines()[-1]), run.text
-
-
-def test_order_of_causes():
-    """What no restart mends, then the first in time, then what followed; causes without a time as they are given."""
-    lost, late, first = exits.Cause(70, at=1, followed=True), exits.Cause(75, at=3), exits.Cause(74, at=2)
-    mistake = exits.Cause(65, at=9)
-    assert exits.in_order([lost, late, first, mistake]) == [mistake, first, late, lost]
-    assert [cause.code for cause in exits.in_order([exits.Cause(74), exits.Cause(75), exits.Cause(66)])] == [66, 74, 75]
-
-
-def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):
-    """SIGTERM to the launcher: 75, not torchrun's 1, and our line is the last."""
-    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=1000000")
-    run.wait_for("^Step 9: ")
-    run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(GUARD) == 75, run.text
-    last = run.text.splitlines()[-1]
-    assert re.search(r"launch: rank \d of this node ended with 75: stopped at step", last), run.text
-    assert "death signal" not in run.text  # torch's words about it
-    step = int(re.search(r"stopped at step ([\d,]+)", last)[1].replace(",", ""))
-    assert manifest.parse(manifest.names(tmp_path / "out")[0]).step == step
-
-
-@pytest.mark.parametrize("ends", ["torchrun", "all"])
-def test_a_stop_while_a_node_unpacks(shards, tmp_path, ends):
-    """torchrun is killed, or Ctrl-C reaches all and breaks what unpacks: the ranks leave with words, none of them a bug."""
-    before = "import data\nfrom refocused.run import signals\nsignals.StopSignal.PATIENCE = 2\ndef unpack(cfg):\n"
-    before += "    print('unpacks', flush=True)\n    while not broken():\n        time.sleep(0.1)\n"
-    before += "    raise RuntimeError('a worker died')\n"
-    before += f"def broken():\n    return os.path.exists({str(tmp_path / 'broken')!r})\ndata.unpack = unpack"
-    run = Launch(tmp_path, f"data_dir={shards}", before=before, module="torch.distributed.run")
-    run.wait_for("^unpacks")
-    if ends == "torchrun":
-        run.process.kill()
-        run.wait_for("the torchrun of this process is gone")
-    else:
-        os.killpg(run.process.pid, signal.SIGINT)
-        run.wait_for("stopping before the first step")
-        (tmp_path / "broken").touch()
-    run.process.wait(GUARD)
-    until(lambda: run.text.count(signals.EARLY) >= 2)
-    assert "bug" not in run.text
-
-
-def test_orphans_leave_saved(shards, tmp_path):
-    """torchrun is killed: its ranks save and leave, and the lock is free for the next run."""
-    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=1000000", module="torch.distributed.run")
-    run.wait_for("^Step 5: ")
-    run.process.kill()
-    run.process.wait()
-    run.wait_for("stopped at step")
-    assert "the torchrun of this process is gone" in run.text
-    end = time.monotonic() + GUARD
-    while True:  # the lock goes with the processes
-        try:
-            train(tmp_path, f"data_dir={shards}", "resume=latest", "max_steps=10", "global_batch_size=8")
-            break
-        except AssertionError as error:
-            assert "exit codes [2]" in str(error) and time.monotonic() < end
-
-
-def test_max_restarts(shards, tmp_path):
-    """A rank is killed in step 3: the engine's second attempt goes to the end, on the store that outlived the first."""
-    before = (
-        "from test_exits import optim\nrate = optim.learning_rate\n"
-        "def killed(at, cfg):\n"
-        "    if at == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return rate(at, cfg)\n"
-        "optim.learning_rate = killed"
-    )
-    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=6", before=before, flags=("--max-restarts=1",))
-    assert run.process.wait(GUARD) == 0 and run.text.count("lost its peers at step") == 1, run.text
-    assert "done: 6 steps" in run.text

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from launch import GUARD, TINY, train
+from launch import GUARD, TINY, Launch, train
 from saves import save
-from test_exits import Launch
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
