@@ -53,6 +53,8 @@ def name_once(key: Any, text: str) -> None:
 
 
 def lack(folder: str | os.PathLike, what: str) -> None:
+    """Name what a folder's disk does not have."""
+    folder = Path(folder).parent if OWN.fullmatch(Path(folder).name) else folder
     with contextlib.suppress(OSError):
         name_once((what.split(" (")[0], os.stat(folder).st_dev), f"the disk of {folder} {what}")
 
@@ -142,7 +144,7 @@ def remove(path: Path) -> bool:
         with contextlib.suppress(OSError):
             shutil.rmtree(path, ignore_errors=True)  # as much as goes
         if os.path.lexists(path):
-            name_once(path, f"{path} cannot be removed ({why(error)}); nothing needs it")
+            name_once(("rubbish", path.parent), f"{path} cannot be removed ({why(error)}); nothing needs it")
             return False
     return True
 
@@ -196,7 +198,7 @@ def probe(folder: str | os.PathLike, maps: bool = False) -> None:
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).close()
                 except OSError as error:
                     lack(folder, f"cannot map files ({why(error)}): shards there are read instead, which takes longer")
-        moved = beside(trial)
+        moved = beside(Path(folder, "probe"))
         os.rename(trial, moved)
         trial = moved
         if path.exists() or (trial / "file").read_bytes() != b"22":

@@ -1,0 +1,188 @@
+"""Disks that lack something, and folders in which somebody else keeps things: nothing of theirs goes, and a run goes on."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from launch import TINY, Run, train
+from saves import save
+
+from configs import ConfigError
+from refocused import files, locks
+from refocused.checkpoint import disk, manifest
+from refocused.checkpoint.choice import choose
+from refocused.run import room
+
+OLD = ("metadata.json", "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # Accelerate's
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory):
+    """odd(lacks, folder): the environment of a process for which the folder's disk lacks that."""
+    library = tmp_path_factory.mktemp("odd") / "odd.so"
+    build = ["cc", "-shared", "-fPIC", "-o", library, ROOT / "tests/odd.c", "-ldl"]
+    if not shutil.which("cc") or sys.platform != "linux":
+        pytest.skip("needs a C compiler and Linux")
+    subprocess.run(build, check=True)
+    return lambda lacks, folder: {"LD_PRELOAD": str(library), "ODD": lacks, "ODD_DIR": str(folder)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def old_checkpoint(out: Path, step: int, number: int = 0) -> Path:
+    """What the system that this one replaces saves, under a name that is also ours."""
+    folder = out / f"checkpoint-epoch0-step{step}-files{number}"
+    folder.mkdir(parents=True)
+    for name in OLD:
+        (folder / name).write_bytes(os.urandom(100))
+    return folder
+
+
+def run(args: list, env: dict[str, str], code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_everything_on_a_disk_that_lacks_everything(odd, shards, tmp_path):
+    """No locks, modes, maps, fsync or removal of folders: train, prune, resume, export, import, average and tokenize all
+    succeed, and each lack is named once by a process."""
+    env = odd("flock,dirsync,chmod,mmap,rmdir", tmp_path)
+    keys = [*TINY, f"data_dir={shards}", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", "save_steps=2"]
+    start = ["train.py", "configs/demo.py", *keys, "save_total_limit=1"]
+    for more in ("max_steps=4",), ("max_steps=6", "resume=latest"):
+        text = run([*start, *more], env)
+        for what in ("no file locks", "no fsync of folders", "lets nobody change modes", "out/.* cannot be removed"):
+            assert len(re.findall(f"^note: .*{what}", text, re.M)) == 1, (what, text)
+    assert manifest.names(tmp_path / "out") == [manifest.name(0, 6, 0)]
+    run(["ckpt.py", "export", tmp_path / "out", tmp_path / "hf"], env)
+    run(["ckpt.py", "import", tmp_path / "hf", tmp_path / "back"], env)
+    run(["ckpt.py", "average", tmp_path / "out", tmp_path / "out", tmp_path / "mean"], env)
+    (tmp_path / "a.txt").write_text("text " * 500)
+    text = run(["data.py", "tokenize", tmp_path / "a.txt", tmp_path / "set", "--tokenizer", "byte"], env)
+    assert "cannot map files" in text and list((tmp_path / "set").rglob("*.npz"))
+    text = run([*start, f"data_dir={tmp_path}/set", f"output_dir={tmp_path}/other", "max_steps=4", "eval_files=0"], env)
+    assert "shards are read instead" in text and "done: 4 steps" in text
+
+
+def test_a_lock_without_the_kernel(odd, tmp_path):
+    """Where flock is refused a second process of this machine is kept out while the first lives, and not after it."""
+    code = "import sys; from refocused.checkpoint import disk; disk.lock(sys.argv[1]); print('has it', flush=True); "
+    env = os.environ | odd("flock", tmp_path)
+    command = [sys.executable, "-c", code + "sys.stdin.read()", str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    assert first.stdout.readline() == "has it\n"
+    second = subprocess.run(command, cwd=ROOT, env=env, input="", capture_output=True, text=True)
+    assert f"is in use by host {os.uname().nodename}, pid {first.pid}" in second.stderr
+    first.kill()
+    assert "Lustre: -o flock" in first.communicate()[1]
+    after = subprocess.run(command, cwd=ROOT, env=env, input="", capture_output=True, text=True)
+    assert after.stdout == "has it\n"
+    (tmp_path / ".lock").write_text("host elsewhere, pid 1\n1 00\n")
+    other = subprocess.run(command, cwd=ROOT, env=env, input="", capture_output=True, text=True)
+    assert other.stdout == "has it\n" and "was last used by host elsewhere, pid 1" in other.stderr
+
+
+def test_another_systems_checkpoints(tmp_path):
+    """Folders of the same names, temporary names and notes beside ours through 20 saves, prunes and starts, one of them
+    where ours is to be saved: every byte of theirs is there, none is counted as ours, each is named."""
+    theirs = [old_checkpoint(tmp_path, step) for step in (1, 1250, 10000)]
+    for name in (".tmp-mine", ".old-checkpoint-epoch0-step3-files1", "checkpoint-epoch0-step5-files1.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(b"x")
+    (old_checkpoint(tmp_path, 7, 1) / "note").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="cannot read: damaged, or another program's.*ckpt.py import FOLDER"):
+        choose(tmp_path, None)
+    with pytest.raises(manifest.CheckpointError, match=f"(?s)no checkpoint in .*{theirs[1].name} has no MANIFEST.json"):
+        choose(tmp_path, "latest")
+    disk.lock(tmp_path)
+    for step in range(2, 22):
+        if step == 7:  # the name is taken: theirs moves aside
+            made = save(tmp_path / "elsewhere", step, generation=manifest.generation(tmp_path) + 1)
+            disk.take_place(made, tmp_path / made.name, "ab" * 8)
+        newest = made.name if step == 7 else save(tmp_path, step).name
+        if step == 11:
+            (tmp_path / newest / "NOTES.txt").write_text("look at this one")
+        disk.prune(tmp_path, newest, 2, 10)
+        disk.recover(tmp_path)
+        assert choose(tmp_path, "latest").name == newest
+    assert sorted(m["step"] for m in manifest.read_manifests(tmp_path)[0]) == [
+        10,
+        11,
+        19,
+        20,
+        21,
+    ]  # 11 has a note in it
+    assert (tmp_path / manifest.name(0, 11, 1) / "NOTES.txt").read_text() == "look at this one"
+    moved = {re.sub(r"^(checkpoint-[^/]+)\.before-[0-9a-f]+", r"\1", name): b for name, b in contents(tmp_path).items()}
+    assert before.items() <= moved.items() and len(list(tmp_path.glob("*.before-*"))) == 1
+    assert {"note"} <= {path.name for path in next(tmp_path.glob("*.before-*")).iterdir()}
+
+
+def test_what_cannot_be_read_for_a_moment_stays(odd, shards, tmp_path):
+    """One EIO for state.json of the newest checkpoint, right behind its commit: it is there, and so is the one before."""
+    env = odd("eio", tmp_path) | {"ODD_EIO": f"/{manifest.name(0, 6, 0)}/"}
+    train(tmp_path, f"data_dir={shards}", "save_steps=2", "save_total_limit=2", "max_steps=6", env=env)
+    kept = {manifest.parse(n).step for n in manifest.names(tmp_path / "out")}
+    assert {4, 6} <= kept, kept
+
+
+def test_a_link_that_is_turned(shards, tmp_path):
+    """output_dir is a link that leads to another run's folder in mid-run: what is there stays, ours goes where it did."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    other = [save(tmp_path / "b", step) for step in (1, 2, 3)]
+    before = contents(tmp_path / "b")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "a")
+    keys = [f"data_dir={shards}", f"output_dir={link}", "max_steps=100000", "save_steps=20", "save_total_limit=1"]
+    running = Run(keys, 1, tmp_path / "run")
+    running.wait_for("Step 25: ")
+    (tmp_path / "new").symlink_to(tmp_path / "b")
+    os.replace(tmp_path / "new", link)
+    step = int(re.findall(r"Step (\d+): ", running.text)[-1])
+    running.wait_for(f"Step {step + 60}: ")
+    running.signal(15)
+    assert running.wait() == [75], running.text
+    assert contents(tmp_path / "b") == before and len(other) == 3
+    assert manifest.step_of(manifest.names(tmp_path / "a")[0]) > step
+
+
+def test_a_damaged_save_is_never_committed(tmp_path):
+    """A state or a manifest that could not be read again fails the save, and the checkpoint before it stands."""
+    folder = tmp_path / ".tmp-0123456789abcdef-x"
+    folder.mkdir()
+    final = tmp_path / manifest.name(0, 1, 1)
+    with pytest.raises(manifest.CheckpointError, match="has no config"):
+        state = b'{"data": {}, "step": 1, "samples_seen": 1, "tokens": 1, "run": {}}'
+        disk.commit(folder, final, "ab" * 8, {}, {manifest.STATE: state}, 1)
+    told = {"format": 1, "name": final.name, "save_id": "../x", "step": 1, "generation": 1, "time": 1, "files": {}}
+    with pytest.raises(manifest.CheckpointError, match="save_id"):
+        disk.put(folder, final, "ab" * 8, manifest.encode_manifest(told))
+    assert not final.exists()
+
+
+def test_long_names_and_silent_disks(tmp_path, monkeypatch):
+    """A name as long as a disk takes is written aside under a shorter one; a disk that names no size is no full one."""
+    for name in ("x" * 255, "ü" * 127):
+        files.write(tmp_path / name, b"1")
+        assert (tmp_path / name).read_bytes() == b"1" and len(os.fsencode(files.beside(tmp_path / name).name)) < 143
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    assert files.too_small(tmp_path, 1 << 60) == "" and room.files.free(tmp_path) == np.inf
+    (tmp_path / "taken").mkdir()
+    with locks.filling(tmp_path / "taken", wait=False), pytest.raises(locks.Taken, match=f"pid {os.getpid()}"):
+        with locks.filling(tmp_path / "taken", wait=False):
+            raise AssertionError
