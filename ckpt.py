@@ -19,22 +19,17 @@ import sys
 
 from refocused import entry  # before all others: it says what this machine lacks
 
+BUCKET, HERE = "refocused.bucket.commands", "refocused.commands"
 COMMANDS = {
-    "list": ("the checkpoints of folders and buckets", "refocused.bucket.commands:list_command"),
-    "verify": (
-        "the same, and every byte is read and compared with its manifest",
-        "refocused.bucket.commands:verify_command",
-    ),
-    "pull": ("bring a checkpoint from the bucket", "refocused.bucket.commands:pull_command"),
-    "push": ("publish a checkpoint", "refocused.bucket.commands:push_command"),
-    "prune": (
-        "delete old checkpoints of a bucket, damaged ones, and uploads broken off",
-        "refocused.bucket.commands:prune_command",
-    ),
-    "export": ("a checkpoint -> a folder that Transformers loads", "refocused.commands.export:main"),
-    "import": ("a GPT-NeoX folder -> a checkpoint to start from", "refocused.commands.importing:main"),
-    "average": ("the mean of several checkpoints' weights", "refocused.commands.average:main"),
-    "eval": ("loss, perplexity and bits per byte on held-out windows", "refocused.commands.evaluation:main"),
+    "list": ("the checkpoints of folders and buckets", f"{BUCKET}:list_command"),
+    "verify": ("the same, and every byte is read and compared with its manifest", f"{BUCKET}:verify_command"),
+    "pull": ("bring a checkpoint from the bucket", f"{BUCKET}:pull_command"),
+    "push": ("publish a checkpoint", f"{BUCKET}:push_command"),
+    "prune": ("delete old checkpoints of a bucket, damaged ones, and uploads broken off", f"{BUCKET}:prune_command"),
+    "export": ("a checkpoint -> a folder that Transformers loads", f"{HERE}.export:main"),
+    "import": ("a GPT-NeoX folder -> a checkpoint to start from", f"{HERE}.importing:main"),
+    "average": ("the mean of several checkpoints' weights", f"{HERE}.average:main"),
+    "eval": ("loss, perplexity and bits per byte on held-out windows", f"{HERE}.evaluation:main"),
 }
 
 

@@ -57,14 +57,18 @@ class Options:
     window: int = 0  # tokens that the model looks back at; 0 for its max_position_embeddings
 
     def __post_init__(self):
-        for key in ("num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("temperature", "top_k", "window", "seed"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"{key}={getattr(self, key)} must not be negative")
-        if not math.isfinite(self.temperature):
-            raise ConfigError(f"temperature={self.temperature} must be finite")
+        least = {
+            "num_samples": 1,
+            "max_new_tokens": 1,
+            "batch_size": 1,
+            "temperature": 0,
+            "top_k": 0,
+            "window": 0,
+            "seed": 0,
+        }
+        for key, number in least.items():
+            if not number <= getattr(self, key) < math.inf:
+                raise ConfigError(f"{key}={getattr(self, key)} must be at least {number}, and finite")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
         if self.dtype not in ("auto", *folder.DTYPES):
@@ -207,13 +211,6 @@ def open_ended(model: GPTNeoX, cfg: Config) -> str:
         model.train()
 
 
-def tokenizer_of(source: Source) -> Tokenizer:
-    """The tokenizer that a model was trained with. Raises ConfigError."""
-    if not source.cfg.tokenizer:
-        raise ConfigError(f"{source.path} does not know its tokenizer: nothing says which text its tokens are")
-    return tokenizers.find(source.cfg.tokenizer)
-
-
 class Writer:
     """Writes several texts to one output: the first unfinished one as it grows, the others when their turn comes."""
 
@@ -232,18 +229,12 @@ class Writer:
             if token is not None:
                 self.waiting[i] += self.streams[i].add([token])
             elif not self.done[i]:
-                self._end(i)
+                self.waiting[i] += self.streams[i].close() + "\n"
+                self.done[i] = True
         self._write()
 
     def close(self) -> None:
-        for i, done in enumerate(self.done):
-            if not done:
-                self._end(i)
-        self._write()
-
-    def _end(self, i: int) -> None:
-        self.waiting[i] += self.streams[i].close() + "\n"
-        self.done[i] = True
+        self.add([None] * len(self.done))
 
     def _write(self) -> None:
         while self.turn < len(self.done):
@@ -300,31 +291,29 @@ def locate(cfg: Config) -> Source:
 
 
 def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[int]]:
-    rows = []
-    for prompt in prompts:
-        row = tokenizer.encode(prompt)
-        row = row or [tokenizer.end]  # no text: what follows the end of a document
+    """The prompts' ids; of an empty one end-of-text, behind which a document begins. Raises ConfigError."""
+    rows = [tokenizer.encode(prompt) or [tokenizer.end] for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
         if max(row) >= cfg.vocab_size:
             raise ConfigError(
-                f"prompt {prompt[:40]!r} has token {max(row)}, the model's vocabulary "
-                f"{cfg.vocab_size} ids: not the tokenizer that it was trained with"
+                f"prompt {prompt[:40]!r} has token {max(row)}, the model's vocabulary {cfg.vocab_size} ids: not the "
+                "tokenizer that it was trained with"
             )
-        rows.append(row)
     return rows
 
 
 def command(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        usage, way = (
-            __doc__.replace("python sample.py", entry.here("python sample.py")),
-            entry.here("python train.py --help"),
-        )
-        print(usage, *configs.key_table(Options), "", f"and every key of `{way}`", sep="\n")
+        usage = __doc__.replace("python sample.py", entry.here("python sample.py"))
+        last = f"and every key of `{entry.here('python train.py --help')}`"
+        print(usage, *configs.key_table(Options), "", last, sep="\n")
         return 0
     cfg, options = parse(argv)
     prompts = [p for p in read_prompts(options.prompt) for _ in range(options.num_samples)]
     source = locate(cfg)
-    tokenizer = tokenizer_of(source)
+    if not source.cfg.tokenizer:
+        raise ConfigError(f"{source.path} does not know its tokenizer: nothing says which text its tokens are")
+    tokenizer = tokenizers.find(source.cfg.tokenizer)
     rows = encode(prompts, tokenizer, source.cfg)
     device = devices.any_device()
     if device.type == "cpu" and (cfg.cpu_threads or num_parameters(source.cfg)[0] < SMALL):

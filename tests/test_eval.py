@@ -27,9 +27,8 @@ def evaluate(*args, nproc: int = 1, code: int = 0) -> str:
     command = [sys.executable, *torchrun, "ckpt.py", "eval", *map(str, args), "cpu_threads=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
     assert done.returncode == code, done.stdout + done.stderr
-    assert f"reading {args[0]}\n" in done.stderr and (code or " windows of 32 of " in done.stderr), (
-        "no minute without a word"
-    )
+    if code == 0:  # no minute without a word
+        assert f"reading {args[0]}\n" in done.stderr and " windows of 32 of " in done.stderr
     return done.stdout if code == 0 else done.stderr
 
 

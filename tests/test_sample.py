@@ -289,13 +289,13 @@ def test_mistakes(checkpoint, tmp_path, capsys):
     (broken / "tokenizer.json").write_bytes(tokenizers.find("byte").files(64)["tokenizer.json"])
     for args, code, words in [
         (["temprature=1"], 2, "unknown key 'temprature'; did you mean temperature"),
-        (["temperature=-1"], 2, "must not be negative"),
+        (["temperature=-1"], 2, "must be at least 0"),
         (["temperature=hot"], 2, "temperature=hot is not a float; its default is 0.8"),
         (["top_p=0"], 2, "above 0"),
         (["temperature=nan"], 2, "temperature=nan"),
         ([f"resume={broken}", "prompt=a"], 65, "logits are not finite"),
         (["seed=99999999999999999999"], 2, "beyond 2**53"),
-        (["seed=-1"], 2, "must not be negative"),
+        (["seed=-1"], 2, "must be at least 0"),
         (["prompt"], 2, "no config file prompt"),
         (["cpu_threads=100000"], 2, "at most 1024"),
         (["dtype=int8"], 2, "none of auto, bf16, fp16, fp32"),

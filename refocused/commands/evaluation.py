@@ -40,11 +40,9 @@ def figures(found: Score) -> dict[str, Any]:
 
 
 def line(found: Score) -> str:
-    bits = "n/a, by this tokenizer" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
-    return (
-        f"loss {found.mean:.4f} | perplexity {math.exp(min(found.mean, 700)):.2f} | bits per byte {bits} | "
-        f"{int(found.tokens):,} tokens, {int(found.bytes):,} bytes"
-    )
+    loss, perplexity, bits, tokens, size = figures(found).values()
+    shown = "n/a, by this tokenizer" if bits is None else f"{bits:.4f}"
+    return f"loss {loss:.4f} | perplexity {perplexity:.2f} | bits per byte {shown} | {tokens:,} tokens, {size:,} bytes"
 
 
 def by_shard(source: Source, dataset: data.Dataset, cfg: Config, env: processes.Env) -> dict[str, Score]:

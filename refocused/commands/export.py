@@ -180,12 +180,6 @@ def coming(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out} is being made by {error.owner}; wait for it, or name another one") from None
 
 
-def write_torch(source: Source, file: Path) -> None:
-    """Every tensor of a checkpoint, weights and optimizer state by their names, with its state, for torch.load."""
-    weights = Weights(source.path, shards(source.path), str)
-    torch.save({"tensors": {key: weights[key] for key in weights}, "state": source.state}, file)
-
-
 def main(argv: list[str]) -> int:
     """ckpt.py export. Returns the exit code; raises ConfigError, CheckpointError."""
     parser = argparse.ArgumentParser(prog="ckpt.py export", description="A checkpoint as a Hugging Face folder.")
@@ -205,8 +199,9 @@ def main(argv: list[str]) -> int:
     if source.is_hf:
         raise CheckpointError(f"{source.path} is a Hugging Face folder already")
     if args.torch:
-        with coming(args.out) as file:
-            write_torch(source, file)
+        with coming(args.out) as file:  # every tensor, weights and optimizer state by their names, with the state
+            weights = Weights(source.path, shards(source.path), str)
+            torch.save({"tensors": {key: weights[key] for key in weights}, "state": source.state}, file)
             manifest.check_unchanged(source.path)
         print(f"{source} -> {args.out}, for torch.load")
         return 0
