@@ -27,11 +27,23 @@ import torch
 
 import ckpt
 import data
-import sample
 from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.tensors import state_tree
-from refocused.run import exits, failures, guard, optim, origin, preemption, processes, profiler, room, strategy, words
+from refocused.run import (
+    exits,
+    failures,
+    generation,
+    guard,
+    optim,
+    origin,
+    preemption,
+    processes,
+    profiler,
+    room,
+    strategy,
+    words,
+)
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
@@ -185,7 +197,7 @@ def train(
         state.evaluation_owed = score is None
         stop.pass_on(state.evaluation_owed)
         if score is not None:
-            monitor.evaluated(state.step, score, begin, lambda: sample.open_ended(strategy.raw(model), cfg))
+            monitor.evaluated(state.step, score, begin, lambda: generation.open_ended(strategy.raw(model), cfg))
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
     stop.begun = True

@@ -15,8 +15,9 @@ from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
 from refocused.bucket import commands
 from refocused.checkpoint import huggingface
+from refocused.run import generation
+from refocused.run.generation import Options
 from refocused.shards import tokenizers
-from sample import Options
 from tests.conftest import ROOT
 from tests.fakegcs import FakeGCS
 
@@ -38,7 +39,7 @@ def model():
 
 def collect(model, prompts, end=None, **keys) -> list[list[int]]:
     """Each row's tokens, those before its end."""
-    steps = list(sample.generate(model, prompts, Options(**{"temperature": 0.0, **keys}), end))
+    steps = list(generation.generate(model, prompts, Options(**{"temperature": 0.0, **keys}), end))
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
@@ -106,7 +107,7 @@ def test_choose():
     def draw(seed=0, **keys):
         options = Options(**{"temperature": 1.0, "top_p": 1.0, **keys})
         generator = torch.Generator().manual_seed(seed)
-        drawn = sample.choose(logits.expand(20_000, -1), options, generator)
+        drawn = generation.choose(logits.expand(20_000, -1), options, generator)
         return drawn.bincount(minlength=5) / 20_000
 
     def close(got, *wanted):
