@@ -211,13 +211,13 @@ def _last_words(code: int, end: End, cfg: Config) -> str:
     if code == STOPPED:
         return f"stopped at step {step:,} {end.stopped:.1f} s after the signal; {goes_on}"
     assert code == DONE, code
+    if not newest:
+        return f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
     if end.idle:
         return (
             f"nothing to do: {newest} is at step {step:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
             "or name another output_dir and logging_dir for another run"
         )
-    if not newest:
-        return f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
     logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
     out, logs = shlex.quote(cfg.output_dir), logs.parent if logs.parent.name == "logs" else logs
     return "\n  ".join(
