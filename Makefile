@@ -1,4 +1,4 @@
-# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]     make test [ARGS="-k resume"]     make gpu-check [ARGS="--part 3"]
+# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]     make test [ARGS="-k resume"]     make gpu-check [ARGS="-k memory"]
 # NPROC: processes; without it 2, or 1 where there is a single GPU
 PYTHON ?= python3
 CONFIG ?= configs/demo.py
@@ -18,7 +18,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest $(ARGS)
 
 gpu-check: .venv/dev
-	$(BIN)/python -m refocused.measure.acceptance $(ARGS)
+	$(BIN)/python -m pytest -q -n 0 --device cuda --timeout 600 $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

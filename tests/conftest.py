@@ -24,7 +24,22 @@ FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of each parser
 
 def pytest_configure(config):
     """Hide the GPU, from torch (which looks when it is first used) and from child processes; `make gpu-check` uses it."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device := config.getoption("--device"):
+        sys.path.append(str(ROOT / "tests/gpu"))
+        config.pluginmanager.import_plugin("card")
+    if device != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The checks of a GPU are there with --device alone."""
+    return True if collection_path.name == "gpu" and not config.getoption("--device") else None
+
+
+@pytest.fixture
+def device(request) -> str:
+    """cpu; cuda where `make gpu-check` runs the same test on a GPU."""
+    return request.config.getoption("--device") or "cpu"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,6 +78,10 @@ def server(monkeypatch):
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--device", choices=["cuda", "cpu"], help="the checks of a GPU (tests/gpu/card.py); cpu: tiny ones"
+    )
+    parser.addoption("--report", help="with --device: a file for the report in markdown")
     parser.addoption("--kills", type=int, default=200, help="SIGKILLs of the long storm, with -m slow")
     parser.addoption("--minutes", type=float, default=30, help="how long tests/test_storm.py goes on, with -m slow")
     parser.addoption("--seed", type=int, default=0, help="the same storm once more, with -m slow")

@@ -29,7 +29,6 @@ import data
 from configs import Config, ConfigError
 from model import GPTNeoX
 from refocused.checkpoint import manifest, saver
-from refocused.measure import acceptance
 from refocused.run import (
     devices,
     exits,
@@ -358,7 +357,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(monkeypatch, tmp_p
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for take in (lambda: devices.pick_device(0, 1), devices.any_device, lambda: acceptance.main(["--part", "1"])):
+    for take in (lambda: devices.pick_device(0, 1), devices.any_device):
         with pytest.raises(
             ConfigError, match=r"nvidia3 .*built for CUDA 13.0, finds no usable GPU \(driver 535.104.05"
         ):

@@ -1,18 +1,16 @@
 """What only a GPU does, as far as a machine without one can tell."""
 
-import os
 import re
 import subprocess
 import sys
 import types
-from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT
+from launch import GUARD
 
 from refocused.checkpoint.saver import _Host
-from refocused.measure import acceptance
 
 
 def test_saves_where_memory_cannot_be_pinned(monkeypatch):
@@ -43,21 +41,37 @@ def test_runs_without_googles_packages():
     assert lacking.returncode == 2 and "has no google_crc32c; run " in lacking.stderr
 
 
-COMMAND = [sys.executable, "-m", "refocused.measure.acceptance"]
+def check(*words: str) -> tuple[int, str]:
+    """`make gpu-check` with these words more; (its exit code, what it says)."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "--timeout",
+        str(GUARD),
+        *words,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
-def test_acceptance_without_a_gpu():
-    """`make gpu-check` where there is no GPU: a SKIP for every check, and exit 0."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    hidden = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True)
-    verdicts = Counter(line.split()[0] for line in hidden.stdout.splitlines() if re.match("(PASS|FAIL|SKIP) ", line))
-    checks = sum(len(found) for _, found in acceptance.PARTS.values())
-    assert hidden.returncode == 0 and verdicts == {"SKIP": checks}, hidden.stdout + hidden.stderr
+def test_checks_without_a_gpu():
+    """Where there is no GPU all checks are skipped, and what a check writes is no test of the default suite."""
+    code, said = check("--device", "cuda")
+    assert code == 0 and re.search(r"\n\d+ skipped, \d+ deselected", said) and "| SKIP | " in said, said
+    code, said = check("--collect-only", "tests/test_loss.py", "tests/gpu")
+    assert "test_value_and_gradients" in said and "test_card" not in said
 
 
-@pytest.mark.parametrize("part", acceptance.PARTS)
-def test_acceptance_on_a_cpu(part):
+@pytest.mark.parametrize("part", ["numbers", "saves", "speed"])
+def test_checks_on_a_cpu(part, tmp_path):
     """Every check that a CPU can run, tiny: none fails, so that the first run on a card does not die of a typo."""
-    command = [*COMMAND, "--device", "cpu", "--tiny", "--part", str(part)]
-    tiny = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert tiny.returncode == 0 and "PASS " in tiny.stdout, tiny.stdout + tiny.stderr
+    report = tmp_path / "report.md"
+    code, said = check("--device", "cpu", f"tests/gpu/test_card_{part}.py", "--report", str(report))
+    assert code == 0, said
+    assert "| PASS | " in report.read_text() and "FAIL" not in report.read_text()

@@ -37,9 +37,10 @@ def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("rows", [N, 40, 1], ids=["one chunk", "three chunks, the last one short", "a row each"])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
-def test_value_and_gradients(dtype, limit, rows):
+def test_value_and_gradients(dtype, limit, rows, device):
     """Chunked loss, input and weight gradient against the plain loss in fp64, with targets that do not count."""
-    x, weight, targets = inputs(dtype)
+    x, weight, targets = (t.detach().to(device) for t in inputs(dtype))
+    x.requires_grad_(), weight.requires_grad_()
     loss = LinearCrossEntropy.apply(x, weight, targets, rows, softmax_loss, 1)
     gradients = torch.autograd.grad(loss, (x, weight))
     assert loss.dtype == torch.float32 and gradients[1].dtype == torch.float32

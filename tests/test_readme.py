@@ -37,7 +37,7 @@ PROGRAM = re.compile(
 
 # not run here: why
 LEFT_OUT = {
-    r"make gpu-check|refocused.measure.acceptance": "needs a GPU; on a CPU its parts are tests of their own (test_gpu.py)",
+    r"make gpu-check": "needs a GPU; on a CPU its parts are tests of their own (test_gpu.py)",
     r"configs/production(_8gpu)?\.py.*(shard_size|/shared/|num_processes|\$run)": "needs GPUs, several machines or a bucket",
     r"launch .*(configs/production|\$run)": "needs GPUs; --show of the same is run",
     r"make (lint|test)|pytest|test_golden": "the suite itself, and its storms",
