@@ -33,12 +33,10 @@ import numpy as np
 import torch
 
 from configs import KEYS, Config
-from refocused.shards import shard as shard_format
-from refocused.shards import tokenizers
+from refocused.shards import notes, tokenizers
 from refocused.shards.find import find_files, local_path
+from refocused.shards.notes import HELD_OUT_TAIL, explain_change
 from refocused.shards.shard import DataError, PackedShard, Shard
-
-HELD_OUT_TAIL = 0.05  # of a single shard
 
 
 def cache_folder(cfg: Config) -> Path:
@@ -187,51 +185,7 @@ class Dataset:
     @property
     def notes(self) -> list[str]:
         """What is odd about the set and no error, a sentence each."""
-        notes, held_out = [], {shard.path for shard in self.eval_shards}
-        shards = list(dict.fromkeys((*self.shards, *self.eval_shards)))
-        if short := [shard.path for shard in shards if shard.num_tokens <= self.T]:
-            notes.append(
-                f"{len(short)} of {len(shards)} shards have fewer than sequence_length+1={self.T + 1} tokens and are "
-                f"never read: {listed(short)}"
-            )
-        if len(self.shards) > 1 and self.eval_shards[-1:] and self.eval_shards[-1] in self.shards:
-            [held] = self.eval_shards
-            notes.append(
-                f"the last {HELD_OUT_TAIL:.0%} of {held.path} are held out: the last eval_files shards have no window, or all"
-            )
-        first: dict[tuple[int, int, str], str] = {}
-        twins: list[str] = []
-        for shard in shards:
-            content = (shard.crc32, shard.num_tokens, shard.stream.dtype.str)
-            if (other := first.setdefault(content, shard.path)) == shard.path:
-                continue
-            if len({shard.path, other} & held_out) == 1:
-                twins.insert(0, f"{shard.path} = {other} (one is held out, the other is trained on)")
-            else:
-                twins.append(f"{shard.path} = {other}")
-        if twins:
-            notes.append(f"{len(twins)} of {len(shards)} shards are copies of others: {listed(twins)}")
-        reports = [report for shard in shards if isinstance(report := shard.note.get("report"), dict)]
-        totals = {key: sum(int(report.get(key) or 0) for report in reports) for key in shard_format.ROWS}
-        if text := shard_format.shares(totals):
-            notes.append(text)
-        way = entry.here(shard_format.PREPARE)
-        padded = (shard for shard in shards if {*shard_format.PADDING_ARRAYS} & {*shard.note.get("source", ())})
-        if old := [shard.path for shard in padded if "rule" not in shard.note]:
-            notes.append(
-                f"{len(old)} of {len(shards)} shards were unpacked by an older version, which wrote a second end-of-text where "
-                f"a row had one, and windows that overlap twice; `{way}` makes them anew: {listed(old)}"
-            )
-        rows = [shard.tokens for shard in shards if len(shard.shape) == 2]
-        found = [
-            overlap for tokens in rows if (overlap := shard_format.overlap_of(zip(tokens, tokens[1:], strict=False)))
-        ]
-        if found:
-            notes.append(
-                f"rows of {len(found)} of {len(shards)} shards begin with the last {found[0]} tokens of the row before: "
-                f"their texts are read twice; `{way}` drops that"
-            )
-        return notes
+        return notes.oddities(self.shards, self.eval_shards, self.T)
 
     def check_same(self, state: dict[str, Any], cfg: Config) -> list[str]:
         """Raise DataError unless the run of a checkpoint's state read these shards in this order, or it is allowed.
@@ -252,26 +206,11 @@ class Dataset:
                 "restore it, set allow_change=true to go on with what is there now, or name another output_dir and "
                 "logging_dir for a new run"
             )
-        return self._after_change(state) if changes else []
-
-    def _after_change(self, state: dict[str, Any]) -> list[str]:
-        at, was = self.position(state["samples_seen"]), state["data"]["manifest"]
-        files = state["config"].get("eval_files", KEYS["eval_files"].default)
-        old = {(shard["crc32"], shard["tokens"]): shard["path"] for shard in was}
-        held = dict([*old.items()][-files:]) if files else {}  # of a single shard, its tail
-        now = {(f"{shard.crc32:08x}", shard.num_tokens): shard.path for shard in self.shards}
-        held_now = {(f"{shard.crc32:08x}", shard.num_tokens): shard.path for shard in self.eval_shards}
-        lines = [
-            f"data or order are other ones: this run begins {at['epoch_fraction']:.1%} into epoch {at['epoch']} of them, and "
-            "reads what comes before that only in the next epoch"
-        ]
-        if paths := [path for shard, path in held.items() if shard in now and shard not in held_now]:
-            lines.append(f"held out before and trained on now: {listed(paths)}")
-        if paths := [path for shard, path in held_now.items() if shard in old and shard not in held]:
-            lines.append(f"trained on before and held out now: {listed(paths)}")
-        if held.keys() != held_now.keys():
-            lines.append("eval_loss before and after are of different text")
-        return lines
+        return (
+            notes.after_change(state, self.position(state["samples_seen"]), self.shards, self.eval_shards)
+            if changes
+            else []
+        )
 
     def sample_ids(self, first: int, count: int) -> np.ndarray:
         """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
@@ -357,25 +296,6 @@ def allow_open_files(count: int) -> None:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def explain_change(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
-    """What distinguishes two manifests, for the reader of an error: shards added, removed and changed; '' if equal."""
-    was, now = ({shard["path"]: shard for shard in manifest} for manifest in (old, new))
-    changed = []
-    for path in was.keys() & now.keys():
-        before, after = was[path], now[path]
-        if keys := [f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]:
-            changed.append(f"{path} ({', '.join(keys)})")
-    lines = []
-    for what, paths in (("added", now.keys() - was.keys()), ("removed", was.keys() - now.keys()), ("changed", changed)):
-        if paths:
-            lines.append(f"{what} {len(paths)}: {listed(sorted(paths), 10)}")
-    return "\n".join(lines)
 
 
 def open_dataset(cfg: Config) -> Dataset:

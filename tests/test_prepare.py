@@ -791,6 +791,22 @@ def test_tokenize_by_a_file(tmp_path, monkeypatch):
         assert Shard.open(tmp_path / "p", "a.npz").tokenizer == maker, "what nobody named is not known"
 
 
+def test_the_command_after_an_import(tmp_path, monkeypatch):
+    """What is printed behind `tokenize --tokenizer IMPORTED` trains that model, with its keys, and not the demo's."""
+    monkeypatch.chdir(tmp_path)
+    model = Config(vocab_size=320, hidden_size=64, num_attention_heads=8, rotary_pct=0.5, tokenizer=None)
+    state = {"imported_from": "x", "config": dataclasses.asdict(model)}
+    place = tmp_path / "imported/x/checkpoint-epoch0-step0-files0"
+    place.mkdir(parents=True)
+    shards.own_tokenizer(place, ["some text"], 300)
+    (tmp_path / "set").mkdir()
+    assert "init_from" not in prepare.training_command(Path("set"), "imported/x", None)
+    (place / "state.json").write_text(json.dumps(state))
+    words = prepare.training_command(Path("set"), "imported/x", None).split()
+    assert {"init_from=imported/x", "tokenizer=imported/x", "vocab_size=320", "hidden_size=64"} <= {*words}
+    assert {"num_hidden_layers=24", "sequence_length=1024", "data_dir=set"} <= {*words}
+
+
 def split_whole(words: str, mark: str) -> list[str]:
     """The documents between marks, without the line breaks next to a mark."""
     parts = words.split(mark)

@@ -94,6 +94,8 @@ class Encoding:
 
     def files(self, max_length: int) -> dict[str, bytes]:
         """{file name: content} by which Transformers loads it."""
+        from refocused.shards.spelling import tokenizer_json  # only an export writes it
+
         content = as_json(tokenizer_json(self.name, self.known))
         ours = [self.name, hashlib.sha256(content).hexdigest()]
         return {FILE: content, SETTINGS: as_json(settings("<|endoftext|>", max_length, {}) | {OURS: ours})}
@@ -396,60 +398,3 @@ def byte_letters() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
-def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge rules, in order, of a BPE known by its tokens' ranks: a token's two halves are what is left when its
-    bytes are merged by the earlier rules alone. A token that these do not lead to has no rule."""
-    merges = []
-    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if parts[0] in ranks and parts[1] in ranks:
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def tokenizer_json(name: str, known: Any) -> dict[str, Any]:
-    """The content of tokenizer.json for a tiktoken.Encoding."""
-    ranks, letters = known._mergeable_ranks, byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[b] for b in token)
-
-    old = name not in ("cl100k_base", "o200k_base")  # whose pattern is GPT-2's, or any byte by itself
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": old and name != "byte",
-    }
-    # Oniguruma takes {1,3}+ for a repetition of its own
-    pattern = {"Regex": known._pat_str.replace("{1,3}+", "{1,3}")}
-    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    specials = sorted(known._special_tokens.items(), key=lambda item: item[1])
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": token, **special} for token, i in specials],
-        "normalizer": None,
-        "pre_tokenizer": byte_level if old else {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": not old,  # as tiktoken takes a piece that is a token whole
-            "vocab": {spell(token): rank for token, rank in ranks.items()} | dict(specials),
-            "merges": [[spell(a), spell(b)] for a, b in merges_of(ranks)],
-        },
-    }
