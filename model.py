@@ -106,9 +106,7 @@ class CausalSoftmax(torch.autograd.Function):
         return ((d - (d * p).sum(dim=-1, keepdim=True)) * p * ctx.scale).to(weights.dtype), None, None
 
 
-def attend_in_pieces(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor | None = None, pieces: int = 4
-) -> torch.Tensor:
+def attend_in_pieces(q, k, v, first=None, pieces=4):
     """Causal attention of q, k, v (B, H, T, D) as plain products: a piece of the queries with the keys that it sees.
 
     first: (B, T), the first key that each query sees; None for all before it.

@@ -81,10 +81,10 @@ def hf_source(path: Path) -> Source:
 def advice(place: str) -> str:
     """How to come by a model where `place` is none yet; "" where nothing is known of it."""
     path = Path(place)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+    if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", place):
         way = here(f"hf download {place} --local-dir {path.name}")
         return f"{place} is no folder here; if it is a model's name on the Hugging Face hub: `{way}`"
-    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+    if any(path.glob("*model*.safetensors")) or any(path.glob("*model*.bin")):  # a checkpoint of ours has other names
         way = here(f"python ckpt.py import {shlex.quote(place)} OUT --config FILE.py")
         return f"{place} has weights and no config.json, as Accelerate leaves them; with the config that trained them: `{way}`"
     return ""
