@@ -7,7 +7,7 @@ import time
 
 import pytest
 from launch import GUARD, Run, train
-from test_resume import assert_same_run, lines, newest, steps, tensors
+from test_resume import lines, newest, steps, tensors
 from test_sync import WatchedGCS
 
 from refocused.checkpoint import manifest
@@ -28,17 +28,30 @@ def environment(server) -> dict[str, str]:
 
 
 def test_an_empty_disk_continues_the_run(shards, tmp_path, server):
-    """SIGKILL, output_dir deleted, the same command: the lines and the final bits of a run that was left alone."""
+    """SIGKILL, all folders deleted, the same command: the lines and the final bits of a run that was left alone. Trace,
+    clocks and curves of the first start came back with the checkpoint."""
     args = [f"data_dir={shards}", "max_steps=200", "save_steps=40"]
     calm = train(tmp_path / "calm", *args, nproc=2)
     run = Run([*args, *BUCKET], 2, tmp_path / "vanished", environment(server))
-    server.wait_until(lambda: bool(server.commits))
+    server.wait_until(lambda: any("logs/events" in name for name in server.names()))
+    server.wait_until(lambda: any("logs/trace" in name for name in server.names()))
     run.kill()
     shutil.rmtree(tmp_path / "vanished" / "out")
+    shutil.rmtree(tmp_path / "vanished" / "logs")
     again = train(tmp_path / "vanished", *args, *BUCKET, nproc=2, env=environment(server))
     assert lines(again.text) == lines(calm.text)[-len(lines(again.text)) :]
     assert 0 < len(lines(again.text)) < 200
-    assert_same_run(tmp_path / "calm", tmp_path / "vanished")
+    found, wanted = steps(tmp_path / "vanished"), steps(tmp_path / "calm")
+    assert found.items() <= wanted.items() and {1, 40, 200} <= found.keys()
+    logs = tmp_path / "vanished" / "logs"
+    clocks = [
+        line
+        for line in map(json.loads, (logs / "trace.jsonl").read_text().splitlines())
+        if line.get("event") == "clock"
+    ]
+    assert len({line["began"] for line in clocks}) == 2 == len(list(logs.glob("events.out.tfevents.*")))
+    x, y = tensors(newest(tmp_path / "calm")), tensors(newest(tmp_path / "vanished"))
+    assert [name for name in x if not (x[name] == y[name]).all()] == []
     assert any("step200" in name for name in server.commits)
 
 
