@@ -67,7 +67,11 @@ class Syncer:
         self._settled: set[str] = set()  # save ids that are in the bucket, or are not to be sent
         self._waiting: set[str] = set()  # save ids that are to be sent and are not there yet
         self._failed: set[str] = set()  # save ids that could not be sent from here
-        self._arrived: dict[str, Any] = {"generation": -1, "step": -1, "name": ""}  # manifest of the last save that is in the bucket
+        self._arrived: dict[str, Any] = {
+            "generation": -1,
+            "step": -1,
+            "name": "",
+        }  # manifest of the last save that is in the bucket
         self._notices: list[str] = []  # what is no failed upload and is said once
         self._noticed: set[str] = set()
         self._logs_due = False  # a checkpoint came to the bucket since the logs did
