@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,11 @@ def test_packed_shards_become_readable(server, config, tmp_path):
     """A compressed, padded shard arrives as one that data.Shard maps, with the tokens of its rows; a rerun keeps it."""
     content, tokens = packed()
     server.put("tokens/tokenized_cleaned_a.npz", content)
-    run(config, "gs://bucket/tokens")
+    said = run(config, "gs://bucket/tokens")
+    assert re.search(
+        r"of \d+ rows [\d.]+% ended with end-of-text, and 0.0% began with the end of the row before", said
+    ), said
+    assert "data.py download [CONFIG.py]" in run("--help")
     folder = tmp_path / "shards"
     opened = data.Shard.open(folder, "tokenized_cleaned_a.npz")
     assert opened.stream.dtype == np.uint16

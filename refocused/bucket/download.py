@@ -25,7 +25,7 @@ from refocused.bucket import gcs
 from refocused.bucket.transfer import Bar, check_space, has_size, in_parallel, part_size
 from refocused.entry import here
 from refocused.shards import prepare, shard
-from refocused.shards.tokenizers import end_of_text
+from refocused.shards.tokenizers import find
 
 STREAMS = 8  # files at once; the client's connection pool holds 10
 COMING = ".download"  # a folder below DEST, for what is not ready yet
@@ -34,6 +34,9 @@ INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a fi
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code. Raises ConfigError and BucketError for the caller to print."""
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+        return 0
     settings = [a for a in argv if "=" in a or a.endswith(".py")]
     places = [a for a in argv if a.startswith("gs://")]
     folders = [a for a in argv if a not in settings + places and not a.startswith("--")]
@@ -133,13 +136,15 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
         missing = {path: shards[path] for path in todo if not has_size(coming[path], shards[path].size)}
         check_space(folder, sum(obj.size - part_size(coming[path], obj) for path, obj in missing.items()))
 
+        reports: list[dict[str, Any]] = []
+
         def bring(path: str, bar: Bar) -> None:
             obj, file = shards[path], coming[path]
             if has_size(file, obj.size) and gcs.checksum_of(file) == obj.crc32c:
                 bar.add(obj.size)
             else:
                 bucket.download(obj, file, bar.add)
-            prepare_in_place(folder / COMING, path, cfg)
+            reports.append(prepare_in_place(folder / COMING, path, cfg))
             index.add(path, file, obj)
             paths[path].parent.mkdir(parents=True, exist_ok=True)
             if index.blocked(path, paths[path]):
@@ -154,15 +159,21 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
             with contextlib.suppress(OSError):  # what another call has left there may still be of use
                 os.rmdir(parent)
     print(f"{folder}: {len(shards):,} files ready, {len(todo):,} of them new")
+    if text := shard.shares({key: sum(report.get(key, 0) for report in reports) for key in shard.ROWS}):
+        print(text)
 
 
-def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> None:
-    """Make a compressed or padded shard one that can be mapped; one that can be stays as it is. Raises DataError."""
+def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> dict[str, Any]:
+    """Make a compressed or padded shard one that can be mapped; one that can be stays as it is. Raises DataError.
+
+    Returns the report of what was made, {} where nothing was.
+    """
     try:
         shard.Shard.open(folder, path)
     except shard.PackedShard:
-        settings = {"vocab_size": cfg.vocab_size, "end_of_text": end_of_text(cfg.tokenizer, "unpacking")}
-        prepare.convert(folder / path, folder, path, settings)
+        end = find(cfg.tokenizer).end if cfg.tokenizer else None
+        return prepare.convert(folder / path, folder, path, {"vocab_size": cfg.vocab_size, "end_of_text": end})
+    return {}
 
 
 class Index:
