@@ -182,10 +182,7 @@ types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 REMOVED: dict[str, tuple[typing.Any, str]] = {
     "collective_timeout_seconds": (600.0, "leave it out, it is twice watchdog_seconds and at least 600"),
     "muon_momentum": (0.95, "leave it out, Muon's momentum is 0.95"),
-    "background_upload": (
-        True,
-        "leave it out, uploads run behind training and the end of a run waits for the last one",
-    ),
+    "background_upload": (True, "leave it out, uploads run behind training and the end of a run waits for the last"),
     "upload_megabytes_per_second": (0.0, "leave it out, or limit the network outside of the run (tc, trickle)"),
     "histogram_steps": (0, "leave it out, TensorBoard shows scalars and text"),
     "check_replicas_steps": (0, "leave it out, each save compares the model's copies"),
@@ -261,11 +258,8 @@ def _check(cfg: Config) -> None:
             "checkpoint_bucket_path=; `data.py download` and `ckpt.py pull` fetch from one",
         )
 
-    require(
-        cfg.adam_epsilon >= 1e-37,  # fp32's smallest normal number, about
-        f"adam_epsilon={cfg.adam_epsilon:g} must be at least 1e-37: in fp32 it is 0 otherwise, and a weight that has had no "
-        "gradient yet becomes 0 / 0",
-    )
+    tiny = f"adam_epsilon={cfg.adam_epsilon:g} must be at least 1e-37: in fp32 it is 0 otherwise, and 0 / 0 a weight"
+    require(cfg.adam_epsilon >= 1e-37, tiny)  # fp32's smallest normal number, about
     require(
         cfg.adam_moments == "fp32" or cfg.moments_fit_bf16,
         f"adam_moments=bf16 with adam_beta1={cfg.adam_beta1} and adam_beta2={cfg.adam_beta2}: bf16 does not resolve the "
@@ -283,47 +277,38 @@ def _check(cfg: Config) -> None:
         f"as with rotary_pct={_share(min(rotary // 2 * 2 or 2, cfg.head_dim // 2 * 2), cfg.head_dim)}",
     )
     require(cfg.rotary_emb_base > 0, f"rotary_emb_base={cfg.rotary_emb_base} must be positive")
-    require(
-        T <= cfg.max_position_embeddings,
-        f"sequence_length={T} exceeds max_position_embeddings={cfg.max_position_embeddings}; lower the first or raise the "
-        "second",
-    )
+    long = f"sequence_length={T} exceeds max_position_embeddings={cfg.max_position_embeddings}"
+    require(T <= cfg.max_position_embeddings, f"{long}; lower the first or raise the second")
     require(
         cfg.per_device_train_batch_size * T <= MOST_TOKENS,
         f"per_device_train_batch_size={cfg.per_device_train_batch_size} * sequence_length={T} tokens at once are more than "
         f"2**24 = {MOST_TOKENS:,}; larger batches come from gradient_accumulation_steps or global_batch_size",
     )
-    require(
-        cfg.max_files == -1 or cfg.max_files >= 1,
-        f"max_files={cfg.max_files} leaves no shard to train on; use -1 for all or a positive number",
-    )
-    require(
-        cfg.min_learning_rate <= cfg.learning_rate,
-        f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}",
-    )
+    none = f"max_files={cfg.max_files} leaves no shard to train on; use -1 for all or a positive number"
+    require(cfg.max_files == -1 or cfg.max_files >= 1, none)
+    floor = f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}"
+    require(cfg.min_learning_rate <= cfg.learning_rate, floor)
     require(
         cfg.tokenizer is not None or not cfg.mask_documents,
         "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer",
     )
-    for key, value, why in (
-        ("cpu_offload", "true", "only sharded parameters can live in host memory"),
-        ("shard_size", cfg.shard_size, "ddp keeps a whole copy in each process"),
+    offload, fsdp, fp16 = cfg.cpu_offload, cfg.parallel == "fsdp", cfg.mixed_precision == "fp16"
+    needs, untried = f"needs parallel=fsdp, not {cfg.parallel}", "has never been tried; leave one of them out"
+    for refused, message in (
+        (offload and not fsdp, f"cpu_offload=true {needs}: only sharded parameters can live in host memory"),
+        (cfg.shard_size and not fsdp, f"shard_size={cfg.shard_size} {needs}: ddp keeps a whole copy in each process"),
+        (
+            offload and fp16,
+            "cpu_offload=true keeps gradients where mixed_precision=fp16's scaler cannot follow; use bf16",
+        ),
+        (offload and cfg.optimizer == "muon", f"cpu_offload=true with optimizer=muon {untried}"),
+        (offload and cfg.shard_size, f"cpu_offload=true with shard_size={cfg.shard_size} {untried}"),
+        (
+            fp16 and cfg.optimizer == "muon",
+            "optimizer=muon knows no gradient scaler, as mixed_precision=fp16 needs; use bf16",
+        ),
     ):
-        message = f"{key}={value} needs parallel=fsdp, not {cfg.parallel}: {why}"
-        require(not getattr(cfg, key) or cfg.parallel == "fsdp", message)
-    require(
-        not cfg.cpu_offload or cfg.mixed_precision != "fp16",
-        "cpu_offload=true keeps gradients in host memory, where mixed_precision=fp16's scaler cannot follow; use bf16",
-    )
-    for key, other in (("optimizer", "muon"), ("shard_size", cfg.shard_size or None)):
-        require(
-            not cfg.cpu_offload or getattr(cfg, key) != other,
-            f"cpu_offload=true with {key}={other} has never been tried; leave one of them out",
-        )
-    require(
-        cfg.optimizer != "muon" or cfg.mixed_precision != "fp16",
-        "optimizer=muon knows no gradient scaler, which mixed_precision=fp16 needs; use bf16",
-    )
+        require(not refused, message)
     step_ranges("skip_steps", cfg.skip_steps)
     one = len(step_ranges("profile", cfg.profile)) <= 1
     require(one, f"profile={cfg.profile} must be one range of steps, as 10-12")
@@ -572,8 +557,9 @@ def to_json(cfg: Config) -> str:
 
 
 def difference(old: dict[str, typing.Any], new: dict[str, typing.Any]) -> list[tuple[str, typing.Any, typing.Any]]:
-    """(key, old value, new value) for each key whose value differs, in the order of Config."""
-    return [(k, old.get(k), new.get(k)) for k in KEYS if old.get(k) != new.get(k)]
+    """(key, old value, new value) for each key whose value differs, in the order of Config; an absent one is its default."""
+    both = [(key, old.get(key, field.default), new.get(key, field.default)) for key, field in KEYS.items()]
+    return [(key, was, now) for key, was, now in both if was != now]
 
 
 def check_same_model(

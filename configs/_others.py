@@ -6,7 +6,6 @@ A line: names of theirs, a colon, what to write. docs/migrating.md says more.
 _TABLE = """
 batch_size micro_batch_size device_batch_size local_batch_size train_batch_size per_device_batch_size
     train_micro_batch_size_per_gpu: per_device_train_batch_size
-per_device_eval_batch_size eval_batch_size: leave it out, evaluations take per_device_train_batch_size
 total_batch_size global_bs: global_batch_size, in sequences
 grad_accum_steps grad_accumulation_steps accumulate_grad_batches accumulation_steps gradient_accumulation
     iter_size: gradient_accumulation_steps, or global_batch_size
@@ -15,8 +14,6 @@ n_layer n_layers num_layers depth: num_hidden_layers
 n_head n_heads num_heads: num_attention_heads
 n_embd dim d_model embed_dim model_dim: hidden_size, with intermediate_size usually 4 times it
 ffn_hidden_size d_ff ffn_dim hidden_dim: intermediate_size
-padded_vocab_size n_vocab: vocab_size
-max_seq_position n_positions: max_position_embeddings
 dropout resid_pdrop embd_pdrop attn_pdrop residual_dropout: hidden_dropout and attention_dropout
 rotary_percent rotary_percentage partial_rotary_factor: rotary_pct
 rope_theta rope_base rotary_base: rotary_emb_base
@@ -48,7 +45,6 @@ eval_iters eval_batches max_iters_eval: eval_samples, a number of windows
 log_interval log_freq log_every log_every_n_steps logging_interval logging_strategy: logging_steps
 save_interval save_every checkpoint_interval checkpoint_every checkpoint_freq checkpointing_steps save_freq ckpt_interval
     save_strategy checkpoint_factor: save_steps
-always_save_checkpoint save_only_model: leave it out, each save is a whole checkpoint
 save_limit keep_latest_k keep_last_n_checkpoints checkpoint_total_limit checkpoints_total_limit: save_total_limit
 out_dir output save_dir checkpoint_dir checkpoint_path ckpt_dir save_folder dump_folder save: output_dir
 log_dir tensorboard_dir tensorboard_log_dir: logging_dir
@@ -80,9 +76,7 @@ gpus num_gpus n_gpus ngpus devices num_devices nproc_per_node nproc n_gpu world_
 device use_cpu no_cuda use_cuda local_rank: leave it out, the GPUs that are visible are taken (CUDA_VISIBLE_DEVICES)
 use_flash_attention flash_attn use_flash_attn attn_implementation flash: leave it out, torch's fastest attention is taken
 config config_file config_path config_name cfg preset: the file alone, as `train.py configs/production.py`
-profile_steps profiler use_profiler enable_profiling: profile=10-12, a range of steps
 bucket gcs_bucket gcs_bucket_name: bucket_name and checkpoint_bucket_path
-debug test_run: configs/test.py, or fewer max_steps
 """
 
 OTHERS: dict[str, str] = {}
