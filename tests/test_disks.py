@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from launch import TINY, Run, train
+from launch import TINY, Run
 from saves import save
 
 from configs import ConfigError
@@ -71,7 +71,8 @@ def test_everything_on_a_disk_that_lacks_everything(odd, shards, tmp_path):
     (tmp_path / "a.txt").write_text("text " * 500)
     text = run(["data.py", "tokenize", tmp_path / "a.txt", tmp_path / "set", "--tokenizer", "byte"], env)
     assert "cannot map files" in text and list((tmp_path / "set").rglob("*.npz"))
-    text = run([*start, f"data_dir={tmp_path}/set", f"output_dir={tmp_path}/other", "max_steps=4", "eval_files=0"], env)
+    set_keys = [*start, f"data_dir={tmp_path}/set", f"output_dir={tmp_path}/other"]
+    text = run([*set_keys, f"logging_dir={tmp_path}/other-logs", "max_steps=4", "eval_files=0"], env)
     assert "shards are read instead" in text and "done: 4 steps" in text
 
 
@@ -134,7 +135,8 @@ def test_another_systems_checkpoints(tmp_path):
 def test_what_cannot_be_read_for_a_moment_stays(odd, shards, tmp_path):
     """One EIO for state.json of the newest checkpoint, right behind its commit: it is there, and so is the one before."""
     env = odd("eio", tmp_path) | {"ODD_EIO": f"/{manifest.name(0, 6, 0)}/"}
-    train(tmp_path, f"data_dir={shards}", "save_steps=2", "save_total_limit=2", "max_steps=6", env=env)
+    keys = [*TINY, f"data_dir={shards}", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", "save_steps=2"]
+    run(["train.py", "configs/demo.py", *keys, "save_total_limit=2", "max_steps=6"], env)
     kept = {manifest.parse(n).step for n in manifest.names(tmp_path / "out")}
     assert {4, 6} <= kept, kept
 
