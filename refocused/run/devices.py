@@ -83,7 +83,7 @@ def check_compiler(cfg: Config, device: torch.device) -> None:
 
     Inductor compiles C++ for a CPU; for a GPU Triton compiles its launchers in C. Both include Python.h.
     """
-    if not cfg.compile_model:
+    if not cfg.compile_model or device.type == "mps":  # whose shaders need no compiler of this machine's
         return
     off = "compile_model=false trains without a compiler, slower"
     if device.type == "cpu":

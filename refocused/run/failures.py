@@ -63,8 +63,8 @@ def say(error: BaseException, speak: Callable[[], None]) -> None:
     Rank 0 can be the store's host, so it stays until the others know. A rank that merely lost its peers then waits, so
     that torchrun hears first of the one that knows why.
     """
-    rank, store = launch_or_alone().rank, processes.store
-    shared = getattr(error, "same_on_all_ranks", False) and launch_or_alone().world_size > 1
+    here, store = launch_or_alone(), processes.store
+    rank, shared = here.rank, getattr(error, "same_on_all_ranks", False) and here.world_size > 1
     if shared and rank and store is None:
         time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
     heard = shared and rank and store is not None and hear(store)
