@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from fakegcs import FakeGCS, gcloud
+from fakegcs import FakeGCS
 from launch import GUARD
 
 from configs import Config, ConfigError
@@ -320,14 +319,3 @@ def test_fake_agrees_with_fake_gcs_server(foreign_server, tmp_path, monkeypatch)
     with FakeGCS() as ours:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", ours.url)
         assert calls(tmp_path / "ours") == foreign
-
-
-@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
-def test_gcloud_reads_what_we_wrote(server, bucket, tmp_path):
-    """`gcloud storage ls` lists the names that we list, and `cp` brings the bytes that we wrote."""
-    put(bucket, tmp_path / "up", BIG, "dir/sub/big")
-    put(bucket, tmp_path / "up", SMALL, "dir/small")
-    listed = gcloud(server, tmp_path, "ls", "--recursive", "gs://bucket/dir/**").split()
-    assert listed == [bucket.url(o.name) for o in bucket.list("dir/")]
-    gcloud(server, tmp_path, "cp", "--recursive", "gs://bucket/dir", str(tmp_path))
-    assert (tmp_path / "dir/sub/big").read_bytes() == BIG

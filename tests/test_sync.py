@@ -32,9 +32,11 @@ class WatchedGCS(FakeGCS):
         super().__init__(host=host)
         self.violations: list[str] = []
         self.commits: list[str] = []
+        self.stored: list[str] = []  # names, one for each time
 
     def store(self, bucket, metadata, data, precondition):
         stored = super().store(bucket, metadata, data, precondition)
+        self.stored.append(stored.name)
         if stored.name.endswith(manifest.MANIFEST):
             self.commits.append(stored.name.split("/")[-2])
         self.look()
