@@ -156,10 +156,9 @@ def machine(world: int) -> speed.Machine:
     """This machine as the plan wants it. Raises CalibrationError."""
     found = measured(world)
     gpu, overlaps = gpus.find(found["name"]), found["name"] != "CPU"
-    moved = found["memory"] * 1e9 * (speed.OF_ADDITION if overlaps else 1.0)
     link = 1e9 * found.get("all-reduce", 1e3)
     return speed.Machine(
-        found["name"], 1e12 * found["product"] * speed.REACHED, moved, link, node=world, overlaps=overlaps,
+        found["name"], 1e12 * found["product"] * speed.REACHED, 1e9 * found["memory"], link, node=world, overlaps=overlaps,
         peak=gpu and gpu.peak,
     )  # fmt: skip
 

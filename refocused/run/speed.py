@@ -18,11 +18,10 @@ from configs import Config
 from refocused.run import gpus
 from refocused.run.gpus import GPU
 
-# One H200 (docs/gpu.md) reached 0.93 of the products' ceiling in the table, and 0.46 of that in attention by cuDNN; the
-# bytes that are counted here moved at 0.65 of the memory's bandwidth. Flash attention, which documents take, took 3.4
-# times as long there.
-REACHED, ATTENTION, STREAMED, DOCUMENTS = 0.93, 0.46, 0.65, 3.4
-OF_ADDITION = STREAMED / 0.9  # of what a plain addition reaches on a GPU, which is about 0.9 of the bandwidth
+# One H200 (docs/gpu.md) reached 0.93 of the products' ceiling in the table, and 0.46 of that in attention by cuDNN. Bytes
+# of parameters moved at 0.9 of the memory's bandwidth, those of a block at 0.6 of that. Flash attention, which documents
+# take, took 3.4 times as long.
+REACHED, ATTENTION, STREAMED, BLOCKS, DOCUMENTS = 0.93, 0.46, 0.9, 0.6, 3.4
 CEILING = 0.8  # of the peak, where nobody has published a measurement: A100's and H100's are 0.80 to 0.87
 LAUNCH, KERNELS = 4e-6, 30  # seconds between two kernels; how many a block has, forward and backward
 LATENCY = 3e-5  # seconds of a collective without bytes
@@ -154,7 +153,7 @@ def step(cfg: Config, world: int, machine: Machine) -> Step:
         return {
             "products": flops[way] / machine.products,
             "attention": attention[way] / (ATTENTION * machine.products),
-            "memory": moved[way] / machine.memory + launches,
+            "memory": moved[way] / (BLOCKS * machine.memory) + launches,
         }
 
     # the loss reads the logits three times and writes them once; embedding and last norm move a few tensors
