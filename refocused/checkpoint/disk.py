@@ -118,7 +118,7 @@ def delete(path: Path) -> bool:
 
 
 def withdraw(path: Path, save_id: str) -> None:
-    """Delete a checkpoint if it is that save, which another node could not complete."""
+    """Delete a save that another node could not complete."""
     with contextlib.suppress(CheckpointError, OSError):
         if read_manifest(path)["save_id"] == save_id:
             delete(path)
@@ -158,9 +158,8 @@ def prune(
         return
     ours, unknown = read_manifests(output_dir)
     for name in unknown:
-        files.name_once(
-            Path(output_dir, name), f"{Path(output_dir, name)} stays: it {not_ours(Path(output_dir, name))}"
-        )
+        path = Path(output_dir, name)
+        files.name_once(path, f"{path} stays: it {not_ours(path)}")
     complete = [m for m in ours if _is_complete(Path(output_dir, m["name"]))]
     keep = order.retained(complete, save_total_limit, keep_every) | {newest}
     last = max((order.key(m) for m in ours if m["name"] == newest), default=None)

@@ -30,10 +30,6 @@ class CheckpointError(ValueError):
     same_on_all_ranks = True  # so one of them says it
 
 
-class Unreadable(CheckpointError):
-    """The disk did not give what is there: it says nothing about the checkpoint."""
-
-
 class Name(NamedTuple):
     epoch: int
     step: int
@@ -118,7 +114,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         )
         raise CheckpointError(f"{path} {what}") from error
     except OSError as error:
-        raise Unreadable(f"cannot read {path / MANIFEST}: {why(error)}") from error
+        raise CheckpointError(f"cannot read {path / MANIFEST}: {why(error)}") from error
     return decode(content, path / MANIFEST)
 
 
@@ -200,7 +196,7 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
         if hashes:
             _verified[path] = {file: _identity(here[file]) for file in files}
     except OSError as error:
-        raise Unreadable(f"cannot read {error.filename or path}: {why(error)}") from error
+        raise CheckpointError(f"cannot read {error.filename or path}: {why(error)}") from error
     return manifest
 
 
