@@ -434,19 +434,6 @@ def test_bad_source(tmp_path, save, message):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "memory grew by 100 MB"
 
 
-def test_encrypted_and_duplicate_members(tmp_path):
-    """A directory with the encryption flag, and one that names input_ids twice, against their errors."""
-    shards.write_padded(tmp_path / "a.npz", ROWS, 8)
-    flagged = bytearray((tmp_path / "a.npz").read_bytes())
-    flagged[flagged.rfind(b"PK\1\2") + 8] |= 1
-    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive, pytest.warns(UserWarning):
-        archive.writestr("input_ids.npy", b"")
-    (tmp_path / "b.npz").write_bytes(flagged)
-    for name, message in (("a.npz", "names a member twice"), ("b.npz", "encrypted members: sequence_lengths.npy")):
-        with pytest.raises(DataError, match=message):
-            TokenFile(tmp_path / name, V, END)
-
-
 def test_honest_padding_over_the_ratio(tmp_path):
     """One long row among short ones: refused with the option named, converted with it."""
     rows = [np.arange(1, 3)] * 2000 + [np.arange(5000)]

@@ -301,18 +301,15 @@ def find(name: str) -> Tokenizer:
     return File(found[0])
 
 
-def end_of_text(name: str | None, use: str) -> int:
-    """The id. Raises ConfigError, naming what needs it, where no tokenizer is known."""
-    if name is None:
-        raise ConfigError(f"{use} needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer")
-    return find(name).end
-
-
 def separator(cfg: Config) -> int | None:
     """The id by which the model keeps documents apart, None where it does not. Raises ConfigError for one it never sees."""
     if not cfg.mask_documents:
         return None
-    end = end_of_text(cfg.tokenizer, "mask_documents")
+    if not cfg.tokenizer:
+        raise ConfigError(
+            "mask_documents needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer"
+        )
+    end = find(cfg.tokenizer).end
     if end >= cfg.vocab_size:
         raise ConfigError(
             f"mask_documents=true: end-of-text of tokenizer={cfg.tokenizer} is {end}, which a model with "
