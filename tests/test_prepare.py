@@ -1,7 +1,9 @@
 """Preparing, unpacking, tokenizing and verifying shards: real files and real processes, compared with plain numpy."""
 
 import dataclasses
+import errno
 import json
+import multiprocessing.synchronize
 import os
 import re
 import resource
@@ -314,11 +316,19 @@ def test_overlap_that_is_named_or_not_padded(tmp_path):
     assert "rows of 1 of 1 shards begin with the last 48 tokens of the row before" in note and "prepare" in note
 
 
-def test_without_shared_memory(tmp_path):
-    """Locks of a process pool that cannot be made (no file may be written), against verify's own work in one process."""
+def test_without_shared_memory(tmp_path, monkeypatch, capsys):
+    """A machine on which no lock of a process pool can be made, against verify's own work in one process."""
     shards.write_mapped(tmp_path, [100, 100])
-    out = run("verify", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
-    assert out.returncode == 0 and "working in one process: /dev/shm" in out.stderr and "0 wrong" in out.stdout, out
+
+    def refuse(*args, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
+    assert verify.verify(tmp_path, V) == 0
+    out = capsys.readouterr()
+    assert (
+        "working in one process: /dev/shm cannot be written (Read-only file system)" in out.err and "0 wrong" in out.out
+    )
 
 
 # ---- bad input
