@@ -6,7 +6,7 @@ OUTPUT_DIR/checkpoint-epoch{E}-step{S}-files{F}/
     MANIFEST.json         every file's size, CRC-32C and SHA-256; the checkpoint exists when this is valid
 
 checkpoints = Checkpoints(cfg, env)
-choice = checkpoints.choose()           # verified on every node; from the bucket if need be
+choice = checkpoints.choose(log)        # verified on every node; from the bucket if need be
 checkpoints.load(tree)                  # into any strategy and world size
 checkpoints.save(name, state, ...)      # behind training, and behind that to the bucket
 checkpoints.after_step(step, finite)    # a save counts once a step with its weights was finite
@@ -87,7 +87,7 @@ class Checkpoints:
                 "bucket_name and checkpoint_bucket_path"
             )
 
-    def choose(self) -> Choice:
+    def choose(self, log: Callable[[str], None]) -> Choice:
         """The checkpoint that cfg.resume means, the same on all ranks, every byte of it verified on every node.
 
         Where there is none yet, what init_from names is looked at: minutes later a run may have been compiled in vain.
@@ -95,9 +95,7 @@ class Checkpoints:
         """
         cfg, env = self.cfg, self.env
         if self.bucket and cfg.resume:
-            said = start.bring_together(cfg, functools.partial(processes.on_each_node, env))
-            if said and env.main:
-                print(said, file=sys.stderr, flush=True)
+            log(start.bring_together(cfg, functools.partial(processes.on_each_node, env)))
         if self.bucket and (found := processes.on_rank_0(start.find, cfg)):  # what is newer there comes down
             processes.on_each_node(env, start.pull, cfg, found)
         self.choice = processes.on_rank_0(choice.choose, cfg.output_dir, cfg.resume)
@@ -107,12 +105,9 @@ class Checkpoints:
                     "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
                 )
             processes.on_each_node(env, start.bring, cfg, self.choice.path, self.choice.save_id, but_rank_0=True)
-            if self.bucket and self.choice.path.parent == Path(
-                cfg.output_dir
-            ):  # else another run's, and so are its logs
-                said = processes.on_rank_0(start.restore_logs, cfg)
-                if said and env.main:
-                    print(said, file=sys.stderr, flush=True)
+            own = self.choice.path.parent == Path(cfg.output_dir)  # else it is another run's, and so are its logs
+            if self.bucket and own:
+                log(processes.on_rank_0(start.restore_logs, cfg))
         elif cfg.init_from:
             self.start = beginning(cfg.init_from, cfg)
         return self.choice

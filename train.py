@@ -142,7 +142,7 @@ def train(
     # one slow GPU makes all of them wait, so it is named before hours are paid for
     found = sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""
     logs.log(found)
-    choice = checkpoints.choose()
+    choice = checkpoints.choose(logs.log)
     state = LoopState.restored(choice.state)
     if choice.path:
         dataset.check_same(choice.state, cfg)

@@ -307,7 +307,7 @@ def test_trace(place, line):
     """Whatever stands in a trace, a run starts; what can be read is compared."""
     path = place / "trace.jsonl"
     path.write_bytes(json.dumps({**LINE, "step": 2}).encode() + b"\n" + line + b"\n")
-    trace = Trace(Logs(configs.Config(logging_dir=str(place))).file(path.name), 1)
+    trace = Trace(Logs(str(place), str(place)).file(path.name), 1)
     assert 2 in trace.expected
 
 
