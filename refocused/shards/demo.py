@@ -60,6 +60,11 @@ def make(folder: Path) -> None:
         if all(is_intact(folder, path) and f"{Shard.open(folder, path).crc32:08x}" == made[path] for path in made):
             print(f"{folder} is there and intact")
             return
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        if others := sorted(there - {*made, made_file.name}):
+            raise DataError(
+                f"{folder} is damaged and has {others[0]}, which is not the demo's; move that, or name another folder"
+            )
     begin = time.perf_counter()
     documents = sorted(demo_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     ends = np.cumsum([len(text) + 1 for _, text in documents])
