@@ -11,6 +11,7 @@ from conftest import ROOT
 from launch import GUARD, train
 from safetensors import safe_open
 
+import bench
 from refocused.measure import report
 from refocused.run import goodput
 
@@ -150,18 +151,18 @@ def test_what_a_user_can_get_wrong(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match="2"):
         report.main([])
-    assert report.main([str(tmp_path / "none")]) == 66
+    assert bench.main(["report", str(tmp_path / "none")]) == 66
     folder = write(tmp_path / "run", [step(1)])
-    assert report.main([str(tmp_path)]) == 66 and f"there is one in {folder}" in capsys.readouterr().err
-    assert report.main([str(folder), f"out={folder / 'trace.jsonl'}"]) == 2
-    assert report.main([str(write(tmp_path / "empty", [], '{"st'))]) == 66
+    assert bench.main(["report", str(tmp_path)]) == 66 and f"there is one in {folder}" in capsys.readouterr().err
+    assert bench.main(["report", str(folder), f"out={folder / 'trace.jsonl'}"]) == 2
+    assert bench.main(["report", str(write(tmp_path / "empty", [], '{"st'))]) == 66
 
 
 def test_without_matplotlib(tmp_path):
     """Where it is not installed: one line with the command that installs it, exit 2."""
     folder = write(tmp_path / "run", [step(1)])
-    program = "import sys; sys.modules['matplotlib'] = None; from refocused.measure import report as r; "
-    program += "sys.exit(r.main(sys.argv[1:]))"
+    program = "import sys; sys.modules['matplotlib'] = None; import bench; "
+    program += "sys.exit(bench.main(['report', *sys.argv[1:]]))"
     done = subprocess.run(
         [sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True, timeout=GUARD
     )

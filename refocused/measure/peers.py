@@ -3,7 +3,6 @@
 Each runs optimizer steps for ever, in a process of its own, and ticks its gate after every one.
 """
 
-import dataclasses
 import json
 import os
 import resource
@@ -23,7 +22,7 @@ import train
 from configs import Config
 from data import Dataset
 from refocused.checkpoint import huggingface
-from refocused.run import devices, processes, strategy
+from refocused.run import devices, processes
 from refocused.run.signals import StopSignal
 
 
@@ -65,19 +64,6 @@ class Gate:
 def ours(cfg: Config, gate: Gate) -> None:
     gate.wait()
     train.train(cfg, {}, processes.start(cfg), Dataset.open(cfg), StopSignal(), gate.tick)
-
-
-def whole(cfg: Config, gate: Gate) -> None:
-    """This trainer with the model compiled in one piece after wrapping, for what that does to time and memory."""
-    build = strategy.build
-
-    def in_one_piece(cfg: Config, env: processes.Env) -> nn.Module:
-        model = build(dataclasses.replace(cfg, compile_model=False), env)
-        model.compile(dynamic=False)
-        return model
-
-    strategy.build = in_one_piece
-    ours(cfg, gate)
 
 
 class Windows(torch.utils.data.Dataset):
@@ -227,7 +213,6 @@ def floor(cfg: Config, gate: Gate) -> None:
 
 CONTENDERS: dict[str, Callable[[Config, Gate], None]] = {
     "ours": ours,
-    "whole": whole,
     "seed": seed,
     "nanogpt": nanogpt,
     "floor": floor,

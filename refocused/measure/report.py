@@ -13,12 +13,12 @@ import html
 import io
 import math
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs import ConfigError
 from refocused.entry import here
 from refocused.run.goodput import goodput, sentence
 from refocused.run.logs import TRACE
@@ -39,7 +39,7 @@ MARKS = {  # kind: its name in the legend
     "bad": "not finite",
     "skip": "skipped",
 }
-
+SHAPES = {"checkpoint": "^", "resume": "--", "eval": "o", "spike": "*", "bad": "x", "skip": "v"}
 
 Node = tuple[dict[str, Any], Any]  # a line of a trace and the node before it, None at the beginning
 
@@ -80,11 +80,8 @@ def branch(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     standing: dict[int, list[dict[str, Any]]] = {}  # step: its lines as they were written last
     kept: dict[str, Node | None] = {}  # checkpoint: the way to it
     head: Node | None = None
-    at, begun, before = (
-        0,
-        0,
-        None,
-    )  # the step of head; where the last run began, and the way that the one before had come
+    at = begun = 0  # the step of head; where the last run began
+    before: Node | None = None  # the way that the run before the last had come
     for line in lines:
         step, kind = line["step"], line.get("event")
         if kind in ("start", "resume"):
@@ -189,15 +186,8 @@ def bins(series: dict[int, float], count: int = BINS) -> list[tuple[float, float
     points = sorted((step, value) for step, value in series.items() if math.isfinite(value))
     size = -(-len(points) // count) or 1
     stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part), *_range(v for _, v in part))
-        for part in stretches
-    ]
-
-
-def _range(values) -> tuple[float, float]:
-    values = list(values)
-    return min(values), max(values)
+    pairs = [tuple(zip(*part, strict=True)) for part in stretches]
+    return [(statistics.fmean(steps), statistics.fmean(v), min(v), max(v)) for steps, v in pairs]
 
 
 def draw(runs: list[Run]) -> bytes:
@@ -219,10 +209,9 @@ def draw(runs: list[Run]) -> bytes:
                 ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             # in units of the axis, above its lower edge: always to be seen, whatever the curve does
             place = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "color": colour, "clip_on": False}
-            ax.plot(run.marks["checkpoint"], [0.015] * len(run.marks["checkpoint"]), marker="^", markersize=5, **place)
-            ax.plot(run.marks["skip"], [0.97] * len(run.marks["skip"]), marker="v", markersize=6, **place)
-            ax.plot(run.marks["spike"], [0.97] * len(run.marks["spike"]), marker="*", markersize=7, **place)
-            ax.plot(run.marks["bad"], [0.97] * len(run.marks["bad"]), marker="x", markersize=6, **place)
+            for kind in ("checkpoint", "skip", "spike", "bad"):
+                height = [0.015 if kind == "checkpoint" else 0.97] * len(run.marks[kind])
+                ax.plot(run.marks[kind], height, marker=SHAPES[kind], markersize=6, **place)
             for step in run.marks["resume"]:
                 ax.axvline(step, color=colour, linestyle="--", linewidth=0.9, alpha=0.8)
         if not any(run.series[key] for run in runs):
@@ -241,8 +230,7 @@ def draw(runs: list[Run]) -> bytes:
     for ax in list(axes.values())[2:]:
         ax.set_xlabel("step")
     lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=True)]
-    shapes = {"checkpoint": "^", "resume": "--", "eval": "o", "spike": "*", "bad": "x", "skip": "v"}
-    for kind, shape in shapes.items():
+    for kind, shape in SHAPES.items():
         if any(run.marks[kind] for run in runs):
             style: dict[str, Any] = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
             lines.append(Line2D([], [], color="gray", label=MARKS[kind], **style))
@@ -328,19 +316,14 @@ def main(argv: list[str]) -> int:
         runs = [read(folder) for folder in folders]
         label(runs)
         png = draw(runs)
-    except ImportError:
-        print(f"error: pictures need matplotlib: `{here('pip install matplotlib')}`", file=sys.stderr)
-        return 2
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except ImportError as error:
+        raise ConfigError(f"pictures need matplotlib: `{here('pip install matplotlib')}`") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.png").write_bytes(png)
         (out / "report.html").write_text(page(runs, png, args.price), encoding="utf-8")
     except OSError as error:
-        print(f"error: out={out} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+        raise ConfigError(f"out={out} cannot be written: {error.strerror}") from error
     for run in runs:
         cut = f", {run.skipped} unreadable lines skipped" if run.skipped else ""
         print(f"{run.name}: {len(run.series['loss']):,} steps{cut}")
@@ -348,7 +331,3 @@ def main(argv: list[str]) -> int:
             print(f"  {sentence(run.seconds, args.price)}")
     print(f"{out / 'report.png'} and {out / 'report.html'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -40,7 +40,6 @@ NAMES = {
     "ours": "this trainer",
     "muon": "this trainer with Muon",
     "masked": "this trainer, documents apart",
-    "whole": "this trainer, compiled in one piece",
     "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
     "nanogpt": "nanoGPT-style GPT-2, torch.compile",
     "floor": "its matrix products alone",
@@ -210,16 +209,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="all: but large, which wants 80 GB")
     parser.add_argument(
-        "--contenders", default="ours,seed,nanogpt,floor", help="also muon, masked, whole, ours-ddp-N, muon-fsdp-N"
+        "--contenders", default="ours,seed,nanogpt,floor", help="also muon, masked, ours-ddp-N, muon-fsdp-N"
     )
     parser.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
     parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn")
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours|muon|masked|whole)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+        if not re.fullmatch(r"(ours|muon|masked)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
             raise ConfigError(
-                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, masked, whole, ours-ddp-N, muon-fsdp-N"
+                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, masked, ours-ddp-N, muon-fsdp-N"
             )
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())
