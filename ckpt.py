@@ -147,7 +147,7 @@ class Checkpoints:
         here = processes.on_each_node(self.env, manifest.generation, self.cfg.output_dir)
         return max(there, *(number or 0 for number in here))
 
-    @processes.patiently()
+    @processes.may_take_long()
     def save(self, name: str, state: dict[str, Any], last: bool, loss_is_finite: Callable[[], bool]) -> float | None:
         """Save the tree and the state (JSON, rank 0's) as they are now; the seconds for which training stood still.
 
@@ -184,7 +184,9 @@ class Checkpoints:
         Saves that take longer than that follow one another without a pause, and training waits for none.
         """
         late = self.env.main and 0 < self.cfg.save_seconds < time.monotonic() - self._saved_at
-        under_way = self._saver.busy or (self._syncer is not None and self._syncer.owes(self._saver.last_generation))
+        under_way = self._saver.busy or (
+            self._syncer is not None and self._syncer.has_pending(self._saver.last_generation)
+        )
         return late and not under_way, self._saver.poll() is not None
 
     def failure(self) -> str | None:
@@ -205,7 +207,7 @@ class Checkpoints:
         late = f"the upload was not finished after {deadline:g} s"
         reason = None if syncer is None or syncer.close(deadline) else syncer.failure or late
         reasons: list[str | None] = [None] * self.env.world_size
-        dist.all_gather_object(reasons, reason, group=processes.patient)
+        dist.all_gather_object(reasons, reason, group=processes.long_group)
         missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None
         if syncer and not missing and (notice := syncer.status):
             log(notice)

@@ -73,7 +73,7 @@ def due_after(
 ) -> Due:
     """Collective: what one rank alone sees (a signal, a clock, an error) becomes what all of them do."""
     flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.line_is_late())
-    late_save, save_failed, stopping, unreadable, late_line = map(bool, processes.agree(*flags))
+    late_save, save_failed, stopping, unreadable, late_line = map(bool, processes.max_over_ranks(*flags))
     at_end = step == cfg.max_steps
     last = at_end or stopping or unreadable
     return Due(
@@ -89,7 +89,7 @@ def due_after(
 
 def still_owed(state: LoopState, cfg: Config, dataset: data.Dataset, monitor: Monitor) -> bool:
     """Whether a checkpoint's evaluation is to be made now. Collective: that it was made since, rank 0's trace knows."""
-    known = any(processes.agree(monitor.has_evaluation()))
+    known = any(processes.max_over_ranks(monitor.has_evaluation()))
     return state.evaluation_owed and cfg.eval_steps > 0 and dataset.num_eval_samples > 0 and not known
 
 

@@ -126,14 +126,16 @@ FAULTS = {
     "elsewhere": lambda: setattr(socket, "gethostname", lambda: "other"),
     "absent": lambda: (
         setattr(processes, "FIRST_SECONDS", 3600),
-        setattr(processes, "agree", lambda *_: time.sleep(3600)),
+        setattr(processes, "max_over_ranks", lambda *_: time.sleep(3600)),
     ),
     "held": lambda: raise_at_held(5),
     "stuck": lambda: setattr(saver.Saver, "_commit", lambda *_: time.sleep(3600)),
     "slow": lambda: setattr(saver.Saver, "save", lambda *_: time.sleep(3600)),
     "absent-minded": lambda: setattr(strategy, "build", lambda *_: time.sleep(3600)),
     "impatient": lambda: setattr(processes, "FIRST_SECONDS", 2),
-    "unpacks": lambda: setattr(data, "unpack", lambda cfg: print("unpacks, waited for:", processes.progress.patient)),
+    "unpacks": lambda: setattr(
+        data, "unpack", lambda cfg: print("unpacks, waited for:", processes.progress.long_waits)
+    ),
     "no-data": lambda: at_call(data, "unpack", 1, lambda *_: fail(DataError("made up, on one node"))),
     "quick": lambda: setattr(watchdog, "LATER", 3),
     "late": lambda: setattr(failures, "say", lambda *args, say=failures.say: (time.sleep(2), say(*args))),

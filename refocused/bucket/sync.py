@@ -94,7 +94,7 @@ class Syncer:
             self._noticed.add(what)
             self._notices.append(f"{what}: {error}")
 
-    def owes(self, generation: int) -> bool:
+    def has_pending(self, generation: int) -> bool:
         """Whether that save is on its way to a bucket which takes what it is sent."""
         return self.reached < generation and not self.failure
 

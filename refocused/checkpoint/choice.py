@@ -26,7 +26,7 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
     """Which checkpoint a run starts from; what it returns is verified, hash by hash.
 
     resume is None, "latest" (what was saved last), a checkpoint's name in output_dir, or a path. Raises CheckpointError,
-    or ConfigError if resume is None although there are checkpoints. All ranks must start from the same one: agree(choose, ...).
+    or ConfigError if resume is None although there are checkpoints. Rank 0 chooses for all.
     """
     ours, others = manifest.read_manifests(output_dir)
     there = [*others, *(m["name"] for m in order.newest_first(ours))]  # so a search meets and names what cannot be read

@@ -71,7 +71,7 @@ def score(
         of_text = torch.zeros_like(y) if lengths is None else lengths[y.clamp(min=0)] * (y >= 0)
         loss += torch.stack((losses.sum(), losses[(of_text > 0).to(env.device)].sum()))
         tokens, size = tokens + int((y >= 0).sum()), size + int(of_text.sum())
-        if stop is not None and any(processes.agree(stop.since > 0)):
+        if stop is not None and any(processes.max_over_ranks(stop.since > 0)):
             return None
     counts = torch.tensor([tokens, size], device=env.device, dtype=loss.dtype)
     both, text, tokens, size = processes.total(torch.cat((loss, counts))).tolist()

@@ -67,7 +67,7 @@ def say(error: BaseException, speak: Callable[[], None]) -> None:
     rank, shared = here.rank, getattr(error, "same_on_all_ranks", False) and here.world_size > 1
     if shared and rank and store is None:
         time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
-    heard = shared and rank and store is not None and hear(store)
+    heard = shared and rank and store is not None and rank_0_has_spoken(store)
     if not heard:
         speak()
     if store is not None and not rank:
@@ -78,7 +78,7 @@ def say(error: BaseException, speak: Callable[[], None]) -> None:
         time.sleep(GRACE / 2)
 
 
-def hear(store: dist.Store) -> bool:
+def rank_0_has_spoken(store: dist.Store) -> bool:
     """Whether rank 0 says in time that it has spoken; once all others have asked, it is told so."""
     heard = False
     with contextlib.suppress(RuntimeError):  # it has not, or the store's host has gone, so nobody knows

@@ -84,7 +84,7 @@ def check_replicas(model: torch.nn.Module, cfg: Config, step: int) -> None:
         sums += [bits[:whole].view(torch.int32).sum(dtype=torch.int64), bits[whole:].sum(dtype=torch.int64)]
     digest = hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()
     everyone: list[str] = [""] * world
-    dist.all_gather_object(everyone, digest, group=processes.patient)
+    dist.all_gather_object(everyone, digest, group=processes.long_group)
     odd = []
     for part in range(size):
         ranks = range(part, world, size)

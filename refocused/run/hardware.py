@@ -110,7 +110,7 @@ def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
     """Lines for the plan: this run's GPUs, all-reduce and disks, and which of them is slow. Collective."""
     mine = gpu(env.device, n, nbytes)
     rows: list[dict[str, float]] = [{}] * env.world_size
-    dist.all_gather_object(rows, mine, group=processes.patient)
+    dist.all_gather_object(rows, mine, group=processes.long_group)
     names = [f"rank {rank}" for rank in range(env.world_size)]
     nodes = [node for node in processes.on_each_node(env, of_node, Path(cfg.output_dir), nbytes) if node]
     line, *complaints = words(rows, names, env.device_name)

@@ -40,16 +40,16 @@ class Progress:
     """Where this process is, for who watches over it."""
 
     step: int | None = None  # the last one that is finished, None before the loop
-    ticks: int = 0  # meetings of all ranks so far
+    collectives: int = 0  # calls of max_over_ranks so far
     at: float = 0.0  # time.monotonic() of the last one
-    patient: int = 0  # above 0 in what may rightly take long
+    long_waits: int = 0  # above 0 in what may rightly take long
 
 
 progress = Progress()
 store: Any = None  # of this launch, what one rank notes there the others read; Any: the stubs do not know clone()
 # the processes again, None until start(): for what is agreed on after a step, and with time for what may be long
-meetings: dist.ProcessGroup | None = None
-patient: dist.ProcessGroup | None = None
+host_group: dist.ProcessGroup | None = None
+long_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def start(cfg: Config) -> Env:
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
     timeout = datetime.timedelta(seconds=exchange_seconds(cfg))
     join(here, backend, group_timeout(cfg, device))
-    global meetings, patient
-    meetings = dist.new_group(backend="gloo", timeout=timeout)
+    global host_group, long_group
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
     # shards are unpacked, a checkpoint is hashed and pulled, and the last upload waited for
     longer = datetime.timedelta(hours=2, seconds=cfg.upload_deadline_seconds)
-    patient = dist.new_group(backend="gloo", timeout=timeout + longer)
+    long_group = dist.new_group(backend="gloo", timeout=timeout + longer)
     world_group = dist.group.WORLD
     assert world_group is not None
     atexit.register(outlive, world_group)
@@ -181,7 +181,7 @@ def first_collective(device: torch.device) -> float | None:
     watch.start()
     block = torch.ones((64 if device.type == "cuda" else 1) << 18, device=device)  # of 4 bytes
     try:
-        agree(0.0)
+        max_over_ranks(0.0)
         for _ in range(3):  # the first one makes the connections
             begin = time.perf_counter()
             dist.all_reduce(block)
@@ -228,13 +228,13 @@ def reduced(value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def patiently() -> Iterator[None]:
+def may_take_long() -> Iterator[None]:
     """What may rightly take long: nobody calls it a hang."""
-    progress.patient += 1
+    progress.long_waits += 1
     try:
         yield
     finally:
-        progress.patient -= 1
+        progress.long_waits -= 1
         progress.at = time.monotonic()
 
 
@@ -245,14 +245,14 @@ def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = Fa
     """
     result, error = None, None
     node, first = socket.gethostname(), env.local_rank == 0
-    with patiently():
+    with may_take_long():
         if first and not (env.main and but_rank_0):
             try:
                 result = function(*args)
             except Exception as caught:
                 error = caught
         outcomes: list[Any] = [None] * env.world_size
-        dist.all_gather_object(outcomes, (result, error, node, first), group=patient)
+        dist.all_gather_object(outcomes, (result, error, node, first), group=long_group)
     if without := {node for *_, node, _ in outcomes} - {node for *_, node, first in outcomes if first}:
         raise ConfigError(
             f"no process of {', '.join(sorted(without))} has LOCAL_RANK=0, the first of a node; torchrun sets it"
@@ -268,23 +268,23 @@ def on_rank_0(function: Callable, *args: Any) -> Any:
     if not dist.is_initialized():
         return function(*args)
     box: list[Any] = [None, None]
-    with patiently():
+    with may_take_long():
         if dist.get_rank() == 0:
             try:
                 box[0] = function(*args)
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=patient)
+        dist.broadcast_object_list(box, src=0, group=long_group)
     if box[1] is not None:
         raise box[1]
     return box[0]
 
 
-def agree(*flags: float) -> list[float]:
+def max_over_ranks(*flags: float) -> list[float]:
     """The largest of each flag over all ranks: a host-side collective that does not wait for the device."""
     values = torch.tensor(flags, dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=meetings)
-    progress.ticks, progress.at = progress.ticks + 1, time.monotonic()
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=host_group)
+    progress.collectives, progress.at = progress.collectives + 1, time.monotonic()
     return values.tolist()
 
 

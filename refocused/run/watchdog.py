@@ -32,7 +32,7 @@ LATER = 60.0  # seconds after the limit in which Python's threads have had their
 class Watchdog:
     """From the start to the last step, threads that see whether the ranks still meet.
 
-    What counts as life is a meeting of all ranks (processes.agree), of which every step and every batch of an
+    What counts as life is a meeting of all ranks (processes.max_over_ranks), of which every step and every batch of an
     evaluation has one. None for max(watchdog_seconds, 20 median steps): the stacks of all threads go to stderr, then a
     line with who is missing, by the beats that each rank leaves in the store; then the process leaves. In what may
     take long, as all does before begin(), that limit holds only where a rank has fallen silent; else it is `longest`.
@@ -48,17 +48,17 @@ class Watchdog:
         self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
         self.over = threading.Event()
         progress.at = self.last = time.monotonic()
-        progress.patient += 1
+        progress.long_waits += 1
         if cfg.watchdog_seconds:
             threading.Thread(target=self.watch, daemon=True, name="watchdog").start()
-        self.beats = processes.store.clone() if processes.store is not None else None  # a client per thread: one waits
-        threading.Thread(target=self.beat, daemon=True, name="heartbeat").start()
+        self.store = processes.store.clone() if processes.store is not None else None  # a client per thread: one waits
+        threading.Thread(target=self.heartbeat, daemon=True, name="heartbeat").start()
 
     def begin(self, step: int) -> None:
         """The loop begins behind this step."""
         progress.step, progress.at = step, time.monotonic()
         self.last = progress.at
-        progress.patient -= 1
+        progress.long_waits -= 1
 
     def step(self, step: int) -> None:
         """A step is finished."""
@@ -68,7 +68,7 @@ class Watchdog:
 
     def end(self) -> None:
         """The loop is over; the last save is waited for, at 10 MB/s at least, and its upload for the time that it has."""
-        progress.patient, progress.at = progress.patient + 1, time.monotonic()
+        progress.long_waits, progress.at = progress.long_waits + 1, time.monotonic()
         self.longest = self.limit + checkpoint_bytes(self.cfg) / 1e7 + self.cfg.upload_deadline_seconds
 
     def stop(self) -> None:
@@ -80,15 +80,15 @@ class Watchdog:
         """Seconds without a meeting that are a hang."""
         return max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         count = 0
         while True:
             if self.starts:
                 self.starts.note()
-            if self.beats is not None:
-                beat = [count := count + 1, progress.ticks, progress.step, socket.gethostname()]
+            if self.store is not None:
+                beat = [count := count + 1, progress.collectives, progress.step, socket.gethostname()]
                 with contextlib.suppress(RuntimeError):  # its host is gone; the meetings will tell
-                    self.beats.set(f"beat {self.env.rank}", json.dumps(beat))
+                    self.store.set(f"heartbeat {self.env.rank}", json.dumps(beat))
             if self.cfg.watchdog_seconds and self.env.world_size > 1:
                 with contextlib.suppress(Exception):  # a closed stderr
                     faulthandler.dump_traceback_later(self.limit + LATER, exit=True)
@@ -104,20 +104,20 @@ class Watchdog:
             if now - asleep > 2 * self.period + 1:  # the whole process was stopped, perhaps the machine
                 progress.at = now
             elif (idle := now - progress.at) > self.limit:
-                if not progress.patient or idle > self.longest or self.waits_in_vain():
-                    self.bark(time.monotonic() - progress.at)
+                if not progress.long_waits or idle > self.longest or self.peer_is_silent():
+                    self.abort(time.monotonic() - progress.at)
 
-    def waits_in_vain(self) -> bool:
+    def peer_is_silent(self) -> bool:
         """Of a patient rank: whether another one, or the store, gives no sign of life either, though several were due."""
-        if self.beats is None:
+        if self.store is None:
             return False
         began, begin, pause = progress.at, time.monotonic(), max(2.5 * self.period, min(60.0, self.limit))
         looks: list[dict[int, list | None]] = []
 
         def look() -> None:
-            looks.append(self.look())
+            looks.append(self.heartbeats())
             time.sleep(pause)
-            looks.append(self.look())
+            looks.append(self.heartbeats())
 
         looking = threading.Thread(target=look, daemon=True)
         looking.start()
@@ -130,11 +130,11 @@ class Watchdog:
         silent = [rank for rank, beat in after.items() if beat and beat == before[rank]]
         return bool(silent) and self.env.rank not in silent
 
-    def bark(self, idle: float) -> None:
+    def abort(self, idle: float) -> None:
         with contextlib.suppress(Exception):  # a closed stderr
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         found = ["the store does not answer, so who is missing is not known"]
-        look = threading.Thread(target=lambda: found.__setitem__(0, self.missing()), daemon=True)
+        look = threading.Thread(target=lambda: found.__setitem__(0, self.who_is_missing()), daemon=True)
         look.start()
         look.join(self.looking)
         where = f"rank {self.env.rank} on {socket.gethostname()}"
@@ -143,13 +143,13 @@ class Watchdog:
         log_error(words, self.cfg)
         leave(INTERNAL, words, at_once=True)
 
-    def missing(self) -> str:
+    def who_is_missing(self) -> str:
         """Who does not answer, or is behind, by two looks at the beats of all ranks."""
-        if self.beats is None:
+        if self.store is None:
             return "the stacks above say where"
-        before = self.look()
+        before = self.heartbeats()
         time.sleep(2.5 * self.period)
-        after = self.look()
+        after = self.heartbeats()
         silent = [rank for rank in after if before[rank] == after[rank]]
         if silent:
             return "; ".join(self.name(rank, after[rank]) + " does not answer" for rank in silent)
@@ -158,15 +158,15 @@ class Watchdog:
             return "; ".join(self.name(rank, after[rank]) + " is behind" for rank in behind)
         return "every rank answers and waits; the stacks above say for what"
 
-    def look(self) -> dict[int, list | None]:
+    def heartbeats(self) -> dict[int, list | None]:
         found: dict[int, list | None] = {}
         store = processes.store.clone()
         store.set_timeout(datetime.timedelta(seconds=2))
         for rank in range(self.env.world_size):
             found[rank] = None
             with contextlib.suppress(RuntimeError):
-                if store.check([f"beat {rank}"]):
-                    found[rank] = json.loads(store.get(f"beat {rank}"))
+                if store.check([f"heartbeat {rank}"]):
+                    found[rank] = json.loads(store.get(f"heartbeat {rank}"))
         return found
 
     @staticmethod
