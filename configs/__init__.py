@@ -5,6 +5,7 @@
 Precedence: dataclass default < config file < command line. Values are parsed by the declared type, never evaluated.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -205,50 +206,45 @@ CHOICES = {
     "activation_checkpointing": ("none", "activation", "selective", "full"),
     "mixed_precision": ("bf16", "fp16", "no"),
 }
-AT_LEAST_ONE = (
+POSITIVE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
     "sequence_length per_device_train_batch_size gradient_accumulation_steps max_bad_steps dataloader_num_workers "
-    "eval_samples"
+    "eval_samples rotary_emb_base"
 ).split()
-BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
+# numbers are 0 or more, but for these; epsilon: what fp32 holds, as 0 / 0 would be a weight
+AT_LEAST = {"max_files": -1, "adam_epsilon": 1e-37, **dict.fromkeys(POSITIVE, 1)}
 # far beyond what anybody uses, and still built or refused within seconds
 AT_MOST = {
     "cpu_threads": 1024, "dataloader_num_workers": 1024, "sample_tokens": 1_000_000,
     "upload_deadline_seconds": 1e6, "rotary_pct": 1,
 }  # fmt: skip
-MOST_TOKENS, MOST_SEQUENCES = 1 << 24, 1 << 24  # per micro-step, per step
+BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds")
+MOST_TOKENS, MOST_SEQUENCES = 1 << 24, 1 << 24  # per micro-step, per step
 PATHS = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir", "resume", "init_from")  # ~, $NAME: expanded
 
 
+def require(rule: object, message: str) -> None:
+    if not rule:
+        raise ConfigError(message)
+
+
 def _check(cfg: Config) -> None:
-    """Every rule that needs no data, no device and no process group."""
-
-    def require(rule: bool, message: str) -> None:
-        if not rule:
-            raise ConfigError(message)
-
+    """Every rule that needs no data, no device and no process group: first each key's own, then those of several."""
     for key, kind in types_of(Config).items():
         value = getattr(cfg, key)
         if isinstance(value, str):
             hidden = re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value)
             require(not hidden, f"{key}={value!r:.80} has a control character; leave it out")
         elif kind is not bool and value is not None:
-            finite = key in MAY_BE_INFINITE or math.isfinite(value)
-            require(finite, f"{key}={value} must be finite")
-            require(value >= 1 or key not in AT_LEAST_ONE, f"{key}={value} must be at least 1")
-            require(value >= 0 or key == "max_files", f"{key}={value} must not be negative")
+            least, most = AT_LEAST.get(key, 0), AT_MOST.get(key, math.inf)
+            require(key in MAY_BE_INFINITE or math.isfinite(value), f"{key}={value} must be finite")
+            require(value >= least, f"{key}={value} must {f'be at least {least:g}' if least else 'not be negative'}")
             require(value < 1 or key not in BELOW_ONE, f"{key}={value} must be below 1")
-            require(value <= AT_MOST.get(key, value), f"{key}={value} must be at most {AT_MOST.get(key, 0):g}")
+            require(value <= most, f"{key}={value} must be at most {most:g}")
     for key, choices in CHOICES.items():
         value = getattr(cfg, key)
         require(value in choices, f"{key}={value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
-    if cfg.bucket_name is not None:
-        require(not (wrong := bucket_problem(cfg.bucket_name)), f"bucket_name={cfg.bucket_name[:200]!r} {wrong}")
-    require(
-        not (wrong := prefix_problem(cfg.checkpoint_bucket_path)),
-        f"checkpoint_bucket_path={cfg.checkpoint_bucket_path[:200]!r} {wrong}; write it as runs/one",
-    )
     for key in PATHS:
         value, default = getattr(cfg, key), getattr(Config, key)
         require(value != "", f"{key}= names nothing; its default is {key}={default or 'none'}")
@@ -257,73 +253,56 @@ def _check(cfg: Config) -> None:
             f"{key}={value} is no path of this machine. A bucket is named by bucket_name=, where checkpoints go in it by "
             "checkpoint_bucket_path=; `data.py download` and `ckpt.py pull` fetch from one",
         )
-
-    tiny = f"adam_epsilon={cfg.adam_epsilon:g} must be at least 1e-37: in fp32 it is 0 otherwise, and 0 / 0 a weight"
-    require(cfg.adam_epsilon >= 1e-37, tiny)  # fp32's smallest normal number, about
-    require(
-        cfg.adam_moments == "fp32" or cfg.moments_fit_bf16,
-        f"adam_moments=bf16 with adam_beta1={cfg.adam_beta1} and adam_beta2={cfg.adam_beta2}: bf16 does not resolve the "
-        "change of a moment that decays more slowly than by 0.99; lower the beta or use adam_moments=fp32",
-    )
-
-    D, H, T = cfg.hidden_size, cfg.num_attention_heads, cfg.sequence_length
-    below = D // H * H
-    near = f"{below} and {below + H}" if below else f"{H}"
-    require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
-    rotary = int(cfg.head_dim * cfg.rotary_pct)
-    require(
-        rotary % 2 == 0,
-        f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {cfg.head_dim} dimensions per head; it must be an even number, "
-        f"as with rotary_pct={_share(min(rotary // 2 * 2 or 2, cfg.head_dim // 2 * 2), cfg.head_dim)}",
-    )
-    require(cfg.rotary_emb_base > 0, f"rotary_emb_base={cfg.rotary_emb_base} must be positive")
-    long = f"sequence_length={T} exceeds max_position_embeddings={cfg.max_position_embeddings}"
-    require(T <= cfg.max_position_embeddings, f"{long}; lower the first or raise the second")
-    require(
-        cfg.per_device_train_batch_size * T <= MOST_TOKENS,
-        f"per_device_train_batch_size={cfg.per_device_train_batch_size} * sequence_length={T} tokens at once are more than "
-        f"2**24 = {MOST_TOKENS:,}; larger batches come from gradient_accumulation_steps or global_batch_size",
-    )
-    none = f"max_files={cfg.max_files} leaves no shard to train on; use -1 for all or a positive number"
-    require(cfg.max_files == -1 or cfg.max_files >= 1, none)
-    floor = f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}"
-    require(cfg.min_learning_rate <= cfg.learning_rate, floor)
-    require(
-        cfg.tokenizer is not None or not cfg.mask_documents,
-        "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer",
-    )
-    offload, fsdp, fp16 = cfg.cpu_offload, cfg.parallel == "fsdp", cfg.mixed_precision == "fp16"
-    needs, untried = f"needs parallel=fsdp, not {cfg.parallel}", "has never been tried; leave one of them out"
-    for refused, message in (
-        (offload and not fsdp, f"cpu_offload=true {needs}: only sharded parameters can live in host memory"),
-        (cfg.shard_size and not fsdp, f"shard_size={cfg.shard_size} {needs}: ddp keeps a whole copy in each process"),
-        (
-            offload and fp16,
-            "cpu_offload=true keeps gradients where mixed_precision=fp16's scaler cannot follow; use bf16",
-        ),
-        (offload and cfg.optimizer == "muon", f"cpu_offload=true with optimizer=muon {untried}"),
-        (offload and cfg.shard_size, f"cpu_offload=true with shard_size={cfg.shard_size} {untried}"),
-        (
-            fp16 and cfg.optimizer == "muon",
-            "optimizer=muon knows no gradient scaler, as mixed_precision=fp16 needs; use bf16",
-        ),
-    ):
-        require(not refused, message)
+    wrong = cfg.bucket_name is not None and bucket_problem(cfg.bucket_name)
+    require(not wrong, f"bucket_name={cfg.bucket_name!r:.200} {wrong}")
+    wrong = prefix_problem(cfg.checkpoint_bucket_path)
+    require(not wrong, f"checkpoint_bucket_path={cfg.checkpoint_bucket_path!r:.200} {wrong}; write it as runs/one")
     step_ranges("skip_steps", cfg.skip_steps)
     one = len(step_ranges("profile", cfg.profile)) <= 1
     require(one, f"profile={cfg.profile} must be one range of steps, as 10-12")
-    decay = cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
-    require(
-        not cfg.max_steps or cfg.warmup_steps + decay <= cfg.max_steps,
-        f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''} exceeds "
-        f"max_steps={cfg.max_steps}: the peak learning rate would never be reached; lower warmup_steps",
-    )
 
-
-def _share(dims: int, head: int) -> str:
-    """A rotary_pct in few digits that rotates `dims` of a head's dimensions."""
-    texts = [f"{share / head:.{digits}g}" for share in (dims, dims + 0.5) for digits in range(1, 17)]
-    return next(text for text in texts if int(head * float(text)) == dims)
+    D, H, T, B = cfg.hidden_size, cfg.num_attention_heads, cfg.sequence_length, cfg.per_device_train_batch_size
+    near = f"{D // H * H} and {D // H * H + H}" if D >= H else f"{H}"
+    require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
+    head, rotary = cfg.head_dim, int(cfg.head_dim * cfg.rotary_pct)
+    even = min(rotary // 2 * 2 or 2, head // 2 * 2)
+    share = f"{min(1, (even + 0.5) / head):.4g}"  # half a dimension more, so that it survives the rounding
+    steps, decay = cfg.max_steps, cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
+    ramps = f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''}"
+    betas = f"adam_beta1={cfg.adam_beta1} adam_beta2={cfg.adam_beta2}"
+    offload, fsdp, fp16 = cfg.cpu_offload, cfg.parallel == "fsdp", cfg.mixed_precision == "fp16"
+    muon, longest = cfg.optimizer == "muon", cfg.max_position_embeddings
+    needs, untried = f"needs parallel=fsdp, not {cfg.parallel}", "has never been tried; leave one of them out"
+    for message, refused in {
+        f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {head} dimensions per head; it must be an even number, as with "
+        f"rotary_pct={share}": rotary % 2,
+        f"sequence_length={T} exceeds max_position_embeddings={longest}; lower the first or raise the second": (
+            T > longest
+        ),
+        f"per_device_train_batch_size={B} * sequence_length={T} tokens at once are more than 2**24 = {MOST_TOKENS:,}; "
+        "larger batches come from gradient_accumulation_steps or global_batch_size": B * T > MOST_TOKENS,
+        "max_files=0 leaves no shard to train on; use -1 for all or a positive number": cfg.max_files == 0,
+        f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}": (
+            cfg.min_learning_rate > cfg.learning_rate
+        ),
+        f"{ramps} exceeds max_steps={steps}: the peak learning rate would never be reached; lower warmup_steps": (
+            0 < steps < cfg.warmup_steps + decay
+        ),
+        f"adam_moments=bf16 with {betas}: bf16 does not resolve the change of a moment that decays more slowly than by "
+        "0.99; lower the beta or use adam_moments=fp32": cfg.adam_moments == "bf16" and not cfg.moments_fit_bf16,
+        "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer": (
+            cfg.mask_documents and cfg.tokenizer is None
+        ),
+        f"cpu_offload=true {needs}: only sharded parameters can live in host memory": offload and not fsdp,
+        f"shard_size={cfg.shard_size} {needs}: ddp keeps a whole copy in each process": cfg.shard_size and not fsdp,
+        "cpu_offload=true keeps gradients where mixed_precision=fp16's scaler cannot follow; use bf16": (
+            offload and fp16
+        ),
+        f"cpu_offload=true with optimizer=muon {untried}": offload and muon,
+        f"cpu_offload=true with shard_size={cfg.shard_size} {untried}": offload and cfg.shard_size,
+        "optimizer=muon knows no gradient scaler, as mixed_precision=fp16 needs; use bf16": fp16 and muon,
+    }.items():
+        require(not refused, message)
 
 
 def bucket_problem(name: str) -> str:
@@ -415,10 +394,10 @@ def _config_file(words: list[str]) -> tuple[Path, list[str]]:
     shipped = {file.stem: f"configs/{file.name}" for file in sorted(DEMO.parent.glob("[!_]*.py"))}
     what = f"no config file {files[0]} in {Path.cwd()} or {DEMO.parent.parent}"
     if path.exists():
-        what = f"{files[0]} is a folder and no config file" if path.is_dir() else f"{files[0]} is no Python file"
+        what = f"{files[0]} is {'a folder and no config file' if path.is_dir() else 'no Python file'}"
     meant = f"; did you mean {shipped[path.stem]}?" if path.stem in shipped else ""
     raise ConfigError(
-        f"{what}{meant}; a config file is Python that assigns keys, such as {', '.join(shipped.values())}, found from anywhere"
+        f"{what}{meant}; a config file is Python that assigns keys, such as {', '.join(shipped.values())}"
     )
 
 
@@ -430,15 +409,15 @@ def read_file(path: Path) -> tuple[dict[str, typing.Any], dict[str, str]]:
     space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
     before = sys.path[:]
     try:
-        names = source.Names(path, KEYS.keys())
-        for owner, line, key in names.in_classes:
-            raise ConfigError(
+        for owner, line, key in source.in_classes(path):
+            require(
+                key not in KEYS,
                 f"{path}:{line}: what class {owner} sets is not read; {key} is assigned at the top level of the file, as "
-                f"`{key} = {getattr(Config, key)!r}` (a class of another purpose is called _{owner})"
+                f"`{key} = {getattr(Config, key, 0)!r}` (a class of another purpose is called _{owner})",
             )
         sys.path.append(str(path.parent.absolute()))  # a module beside it is found
         exec(compile(path.read_bytes(), str(path), "exec"), space)  # bytes: UTF-8 whatever the locale
-        places, free = names.resolved()
+        places = source.assigned(path)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -449,28 +428,25 @@ def read_file(path: Path) -> tuple[dict[str, typing.Any], dict[str, str]]:
         ) from error
     finally:
         sys.path[:] = before
+    of_keys = {str(path), *(place.rpartition(":")[0] for name, place in places.items() if name in KEYS)}
     found, mistakes = {}, []
     for name, value in space.items():
+        place = places.get(name, f"{path}:?" if name in KEYS else "")
         kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-        if name.startswith("_") or isinstance(value, kinds) or (name in free and name not in KEYS):
+        if name.startswith("_") or isinstance(value, kinds) or place.rpartition(":")[0] not in of_keys:
             continue
-        place = places.setdefault(name, f"{path}:?")
         try:
-            if name not in KEYS and not isinstance(value, str | int | float | None):
-                raise ConfigError(
-                    f"{name} is a {type(value).__name__} and no key; keys are assigned at the top level of the file, and a "
-                    "helper's name begins with _"
-                )
+            require(
+                name in KEYS or isinstance(value, str | int | float | None),
+                f"{name} is a {type(value).__name__} and no key; keys are assigned at the top level of the file, and a "
+                "helper's name begins with _",
+            )
             found[name] = convert(_known(name, file=True), value)
         except ConfigError as error:
             mistakes.append(f"{place}: {error}")
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
-    if not found:
-        raise ConfigError(
-            f"{path} assigns no key at its top level, as max_steps = 25_000 does; nothing else of it is read"
-        )
-    return found, {key: places[key] for key in found}
+    require(not mistakes, "\n".join(mistakes))
+    require(found, f"{path} assigns no key at its top level, as max_steps = 25_000 does; nothing else of it is read")
+    return found, {key: places.get(key, f"{path}:?") for key in found}
 
 
 def _known(key: str, owner: type = Config, file: bool = False) -> str:
@@ -493,32 +469,37 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
 
 
 def type_name(key: str, owner: type = Config) -> str:
+    kind, optional = _kind(key, owner)
+    return kind.__name__ + " | none" * optional
+
+
+def _kind(key: str, owner: type) -> tuple[type, bool]:
+    """The type of a key, and whether it may be None as well."""
     kind = types_of(owner)[key]
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("None", "none")
+    inner = [k for k in typing.get_args(kind) or (kind,) if k is not type(None)]
+    return inner[0], inner != [kind]
 
 
 def convert(key: str, value: typing.Any, owner: type = Config) -> typing.Any:
     """A Python value as the key's declared type; integral floats are good ints, paths good texts. Raises ConfigError."""
-    kind = types_of(owner)[key]
-    if type(None) in typing.get_args(kind):
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    kind, optional = _kind(key, owner)
+    if optional and value is None:
+        return None
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is int and abs(value) > LARGEST and kind is int:
-        raise ConfigError(f"{key} is beyond 2**53 = {LARGEST}: no count or seed is so large")
-    if kind is float and type(value) is int:
+    if type(value) is int and abs(value) > LARGEST:
+        require(kind is float, f"{key} is beyond 2**53 = {LARGEST}: no count or seed is so large")
         return float(value) if abs(value) < 1e300 else math.inf
-    if type(value) is not kind:
-        shown = f"{key}={value!r:.80} is a" if type(value) is not int or abs(value) <= LARGEST else f"{key} is a huge"
-        raise ConfigError(f"{shown} {type(value).__name__}; {key} wants {type_name(key, owner)}")
-    if kind is float and value != value:
-        raise ConfigError(f"{key}={value} is not a number")
+    if kind is float and type(value) is int:
+        return float(value)
+    require(
+        type(value) is kind, f"{key}={value!r:.80} is a {type(value).__name__}; {key} wants {type_name(key, owner)}"
+    )
+    require(value == value, f"{key}={value} is not a number")
     return expand(key, value) if owner is Config and key in PATHS else value
 
 
@@ -532,23 +513,21 @@ def expand(key: str, path: str) -> str:
 
 def parse(key: str, text: str, owner: type = Config) -> typing.Any:
     """A command line's text as the type that the dataclass declares: 1e6, 25_000 are good ints; true/false; none."""
-    kind = types_of(owner)[_known(key, owner)]
-    inner = [k for k in (typing.get_args(kind) or (kind,)) if k is not type(None)][0]
-    word = text.strip().lower()
-    if word == "none" and type(None) in typing.get_args(kind):
+    kind, optional = _kind(_known(key, owner), owner)
+    word, value = text.strip().lower(), None
+    if word == "none" and optional:
         return None
-    if inner is bool and word in ("true", "false"):
+    if kind is bool and word in ("true", "false"):
         return word == "true"
-    if inner is str:
+    if kind is str:
         return convert(key, text, owner)
-    if inner in (int, float):
-        try:
-            value = int(word[:4000]) if inner is int and re.fullmatch(r"[+-]?[\d_]+", word) else float(word)
-        except ValueError:
-            value = None
+    if kind in (int, float):
+        whole = kind is int and re.fullmatch(r"[+-]?[\d_]+", word)
+        with contextlib.suppress(ValueError):
+            value = int(word[:4000]) if whole else float(word)
         if value is not None:
             return convert(key, value, owner)
-    hint = " (true or false)" if inner is bool else ""
+    hint = " (true or false)" if kind is bool else ""
     raise ConfigError(f"{key}={text:.80} is not a {type_name(key, owner)}{hint}; its default is {getattr(owner, key)}")
 
 
@@ -591,14 +570,13 @@ def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def print_help(argv: list[str]) -> int:
     """train.py --help; returns the exit code."""
-    lines = [
-        f"usage: {here('python train.py [CONFIG.py] [key=value ...] [--show]')}",
-        f"       {here('torchrun --standalone --nproc_per_node=N train.py [CONFIG.py] [key=value ...]')}",
-        "",
-        "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent",
+    print(
+        f"usage: {here('python train.py [CONFIG.py] [key=value ...] [--show]')}\n"
+        f"       {here('torchrun --standalone --nproc_per_node=N train.py [CONFIG.py] [key=value ...]')}\n\n"
+        "  CONFIG.py   Python that assigns the keys below; configs/demo.py if absent\n"
         "  --show      print the resolved config and the plan of the run, and exit",
-    ]
-    print(*lines, *key_table(), sep="\n")
+        *key_table(), sep="\n",
+    )  # fmt: skip
     return 0
 
 
@@ -610,10 +588,8 @@ def key_table(owner: type = Config) -> list[str]:
         for key, meaning in keys:
             default = getattr(owner, key)
             shown = str(default).lower() if default is None or isinstance(default, bool) else default
-            head = f"  {key} = {shown} ".ljust(column)
-            lines += textwrap.wrap(
-                f"{head}{meaning} ({type_name(key, owner)})", width - 1, subsequent_indent=" " * column
-            )
+            text = f"{f'  {key} = {shown} ':<{column}}{meaning} ({type_name(key, owner)})"
+            lines += textwrap.wrap(text, width - 1, subsequent_indent=" " * column)
     return lines
 
 

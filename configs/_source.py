@@ -4,76 +4,53 @@ import ast
 import os
 import sys
 import traceback
-from collections.abc import Set
+from collections.abc import Iterator
 from pathlib import Path
 
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+OWN_NAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, *COMPREHENSIONS)
 
-class Names(ast.NodeVisitor):
-    """The names that a Python file binds at its top level."""
 
-    def __init__(self, path: Path, keys: Set[str]):
-        """Raises OSError, SyntaxError, ValueError."""
-        self.path, self.keys = path, keys
-        self.bound: list[tuple[str, int] | ast.ImportFrom] = []  # in order, with the line
-        self.free: set[str] = set()  # bound by a loop, an import, a def: whatever is no assignment
-        self.in_classes: list[tuple[str, int, str]] = []  # (class, line, key)
-        self.visit(ast.parse(path.read_bytes(), str(path)))
+def top_level(node: ast.AST) -> Iterator[ast.AST]:
+    """What is below a node, without what has names of its own: functions, classes, comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, OWN_NAMES):
+            yield child
+            yield from top_level(child)
 
-    def visit_Assign(self, node):
-        for target in getattr(node, "targets", None) or [node.target]:
-            self.bound += [(name.id, node.lineno) for name in ast.walk(target) if isinstance(name, ast.Name)]
 
-    visit_AnnAssign = visit_AugAssign = visit_NamedExpr = visit_Assign
+def assigned(path: Path) -> dict[str, str]:
+    """{name: file:line that assigned it last}, through the files that it has imported from.
 
-    def visit_Name(self, node):
-        if isinstance(node.ctx, ast.Store):
-            self.bound.append((node.id, node.lineno))
-            self.free.add(node.id)
+    Names that only a loop, an import or a with statement binds are not among them. Raises OSError, SyntaxError, ValueError.
+    """
+    places: dict[str, str] = {}
+    for node in top_level(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.ImportFrom):
+            file = getattr(sys.modules.get(node.module or ""), "__file__", None) or ""
+            if file.endswith(".py"):
+                there = assigned(near(file))
+                names = {alias.name: alias.asname or alias.name for alias in node.names}
+                places |= there if "*" in names else {names[n]: place for n, place in there.items() if n in names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                names_in = [part.id for part in ast.walk(target) if isinstance(part, ast.Name)]
+                places |= dict.fromkeys(names_in, f"{path}:{node.lineno}")
+    return places
 
-    def visit_Import(self, node):
-        self.free |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
 
-    def visit_ImportFrom(self, node):
-        self.bound.append(node)
-        self.free |= {alias.asname or alias.name for alias in node.names}
-
-    def visit_FunctionDef(self, node):
-        self.free.add(node.name)
-
-    def visit_ClassDef(self, node):
-        self.free.add(node.name)
-        for statement in node.body if not node.name.startswith("_") else ():
-            for target in getattr(statement, "targets", [getattr(statement, "target", None)]):
-                if isinstance(target, ast.Name) and target.id in self.keys:
-                    self.in_classes.append((node.name, statement.lineno, target.id))
-
-    def visit_Lambda(self, node):
-        pass
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_Lambda
-
-    def resolved(self) -> tuple[dict[str, str], set[str]]:
-        """{name: file:line that bound it last}, through files it has imported from; the names that need not be keys."""
-        places, free = {}, set(self.free)
-        for item in self.bound:
-            if isinstance(item, tuple):
-                places[item[0]] = f"{self.path}:{item[1]}"
-                continue
-            module = sys.modules.get(item.module or "")
-            file = getattr(module, "__file__", None) or ""
-            there, others = (
-                Names(near(file), self.keys).resolved() if file.endswith(".py") else ({}, set(vars(module or ast)))
-            )
-            if not self.keys & there.keys():  # a module of helpers, not another config
-                others |= there.keys()
-            for alias in item.names:
-                if alias.name == "*":
-                    places |= there
-                    free |= others
-                elif alias.name in there:
-                    places[alias.asname or alias.name] = there[alias.name]
-        return places, free
+def in_classes(path: Path) -> list[tuple[str, int, str]]:
+    """(class, line, name) for what the classes of a file assign; one whose name begins with _ is of another purpose."""
+    classes = [
+        n for n in ast.parse(path.read_bytes(), str(path)).body if isinstance(n, ast.ClassDef) and n.name[0] != "_"
+    ]
+    bodies = [(owner.name, statement) for owner in classes for statement in owner.body]
+    return [
+        (owner, statement.lineno, target.id)
+        for owner, statement in bodies
+        for target in getattr(statement, "targets", [getattr(statement, "target", None)])
+        if isinstance(target, ast.Name)
+    ]
 
 
 def near(path: str | os.PathLike[str]) -> Path:
@@ -86,9 +63,8 @@ def line_of(error: BaseException, path: Path) -> str:
     """file:line of the config file, or of one beside it, that an error comes from."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    folders = (path.parent.absolute(), Path(__file__).parent)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename).absolute()
-        if file.parent in folders and not file.name.startswith("_"):
+        if file.parent in (path.parent.absolute(), Path(__file__).parent) and not file.name.startswith("_"):
             return f"{near(file)}:{frame.lineno}"
     return str(path)

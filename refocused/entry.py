@@ -32,8 +32,8 @@ def near(path: str | Path) -> str:
 def here(command: str) -> str:
     """The command as it runs from where its reader stands.
 
-    The first word is a program of this interpreter's environment: it gets its path where PATH has another one or none, as
-    it has until the environment is activated. The files at the root get theirs where that is not the current folder.
+    The first word is a program of this interpreter's environment: it gets its path unless PATH leads to it. The files at
+    the root get theirs unless that is the current folder.
     """
     program, *words = command.split(" ")
     if program == "pip":
@@ -59,16 +59,15 @@ def lacking() -> str:
     old = sys.version_info < (3, 11)
     absent = [name for name in NEEDED if not importlib.util.find_spec(name)]
     if not (old or absent):
-        return ""
+        return no_temporary_folder()
     what = f"is Python {sys.version_info[0]}.{sys.version_info[1]}, not 3.11 to 3.13" if old else f"has no {absent[0]}"
-    if (ROOT / ".venv/runtime").exists() and not sys.prefix == str(ROOT / ".venv"):
-        arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
-        way = f"`{near(ROOT / '.venv/bin/python')} {shlex.join(arguments)}`"
+    if (ROOT / ".venv/runtime").exists() and sys.prefix != str(ROOT / ".venv"):
+        way = f"{near(ROOT / '.venv/bin/python')} {shlex.join(sys.orig_argv[1:])}"
     elif sys.prefix != sys.base_prefix and not old:
-        way = f"`{here('pip install -r requirements.txt')}`"
+        way = here("pip install -r requirements.txt")
     else:
-        way = f"`{near(ROOT / 'setup.sh') if Path.cwd() != ROOT else './setup.sh'}`, which makes .venv with all of it"
-    return f"{sys.executable} {what}; run {way}"
+        way = f"{near(ROOT / 'setup.sh') if Path.cwd() != ROOT else './setup.sh'}`, which makes .venv with all of it"
+    return f"{sys.executable} {what}; run `{way}" + "`" * ("`" not in way)
 
 
 def no_temporary_folder() -> str:
@@ -80,7 +79,7 @@ def no_temporary_folder() -> str:
     return ""
 
 
-if why := lacking() or no_temporary_folder():
+if why := lacking():
     print(f"error: {why}", file=sys.stderr)
     sys.exit(2)
 
@@ -96,12 +95,9 @@ def run(command: Command, argv: list[str]) -> int:
     open_streams()
     try:
         try:
-            code = command(argv)
-        except SystemExit:  # argparse's, behind a --help
+            return command(argv)
+        finally:  # argparse leaves behind a --help; a closed pipe is found here and not by the interpreter on its way out
             sys.stdout.flush()
-            raise
-        sys.stdout.flush()  # a closed pipe is found here and not by the interpreter on its way out
-        return code
     except BrokenPipeError:  # `... | head`: who read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -109,12 +105,10 @@ def run(command: Command, argv: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, ValueError) and hasattr(error, "exit_code"):
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        if text := absent(error):
+        text = str(error) if isinstance(error, ValueError) and hasattr(error, "exit_code") else absent(error)
+        if text:
             print(f"error: {text}", file=sys.stderr)
-            return 2
+            return getattr(error, "exit_code", 2)
         traceback.print_exc()
         print("this is a bug, please report it with the lines above", file=sys.stderr)
         return 70
@@ -129,13 +123,10 @@ def absent(error: BaseException) -> str:
 
 def open_streams() -> None:
     """Streams that nothing fails on: a closed one (`>&-`) leads nowhere, an ASCII one gets escapes for other letters."""
-    while (nowhere := os.open(os.devnull, os.O_RDWR)) < 3:  # takes the lowest free number: no file of ours may get it
-        os.set_inheritable(nowhere, True)
-    os.close(nowhere)
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open takes the lowest free number
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif mode == "w" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
