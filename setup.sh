@@ -140,10 +140,10 @@ print(f"PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPU(s), bf1
 
 check_speed() {
     local found
-    if [ ! -x .venv/bin/python ] || [ ! -f refocused/run/hardware.py ]; then
+    if [ ! -x .venv/bin/python ] || [ ! -f refocused/measure/calibrate.py ]; then
         return
     fi
-    if found=$(.venv/bin/python -W ignore -m refocused.run.hardware 2>&1); then
+    if found=$(.venv/bin/python -W ignore -m refocused.measure.calibrate 2>&1); then
         ok "$(head -n 1 <<<"$found")"
         tail -n +2 <<<"$found" | while read -r line; do [ -z "$line" ] || note "$line"; done
     else

@@ -16,8 +16,8 @@ import bench
 import configs
 import model as neox
 from configs import ConfigError
-from refocused.measure import plan, search
-from refocused.run import gpus, hardware, memory, speed, words
+from refocused.measure import calibrate, plan, search
+from refocused.run import gpus, memory, speed, words
 from refocused.run.speed import Machine
 
 SMALL = (
@@ -179,7 +179,7 @@ def test_the_answer_comes_first(capsys):
 
 def test_a_calibrated_plan(capsys):
     """Rates of three real processes at work side by side, and a plan by them; no card is in the table of a CPU."""
-    machine = hardware.machine(3)
+    machine = calibrate.machine(3)
     assert min(machine.products, machine.memory, machine.link) > 0 and machine.node == 3 and not machine.overlaps
     assert bench.main(["plan", PRODUCTION, "--gpus", "1", "--calibrate", *KEYS]) == 0
     out = capsys.readouterr().out

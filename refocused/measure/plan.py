@@ -15,8 +15,8 @@ import data
 import model as neox
 from configs import Config, ConfigError
 from refocused.entry import here, parse_with_settings, positive, positive_number
-from refocused.measure import search
-from refocused.run import gpus, hardware, optim, room, speed, words
+from refocused.measure import calibrate, search
+from refocused.run import gpus, optim, room, speed, words
 from refocused.run.gpus import GPUS
 from refocused.run.memory import PROCESS, estimate
 from refocused.run.speed import Machine, Step
@@ -265,7 +265,7 @@ def main(argv: list[str]) -> int:
     if options.budget and not price:
         raise ConfigError("--budget needs --price, or --gpu with its own")
     links = (options.link, options.network, node)
-    machine = hardware.machine(world) if options.calibrate else Machine.of(options.gpu, gpu, *links) if gpu else None
+    machine = calibrate.machine(world) if options.calibrate else Machine.of(options.gpu, gpu, *links) if gpu else None
 
     needed = estimate(cfg, world).needed / GIB
     answer = f"{'fits' if needed <= usable else 'does not fit as configured'}: {needed:.1f} of {usable:.1f} GiB on "

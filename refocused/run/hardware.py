@@ -1,22 +1,17 @@
-"""A few seconds that find the slow one: GPU, link or disk. train.py on GPUs, `./setup.sh --check`, `plan --calibrate`."""
+"""A few seconds that find the slow one: GPU, link or disk. train.py on GPUs; see also measure/calibrate.py."""
 
 import contextlib
-import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from configs import Config
-from refocused import entry
-from refocused.run import gpus, processes, speed
+from refocused.run import gpus, processes
 from refocused.run.processes import Env
 
 SLACK = 0.9  # below this share of the others, or of the ceiling, it is slow
@@ -120,70 +115,3 @@ def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
         complaints += slow(list(disks.values()), list(disks), slack=NOISE)
     complaints += [f"{name} could not be measured" for name, rates in nodes if not rates]
     return "\n".join([f"measured  {line}", *(f"note      {text}" for text in complaints)])
-
-
-class CalibrationError(ValueError):
-    exit_code = 1
-
-
-def of_ranks(nbytes: int = 1 << 26) -> None:
-    """A rank of `measured`: rank 0 prints the slowest one's product, memory and all-reduce, while all are at work."""
-    env = processes.start(Config())
-    found = gpu(env.device, *(() if env.device.type != "cpu" else (2048, nbytes)))
-    if env.world_size > 1:
-        block = torch.ones(nbytes // 4, device=env.device)
-        dist.barrier()
-        passes = 2 * (env.world_size - 1) / env.world_size
-        found["all-reduce"] = passes * nbytes / seconds(env.device, lambda: dist.all_reduce(block), 5) / 1e9
-    rows: list[dict[str, float]] = [{}] * env.world_size
-    dist.all_gather_object(rows, found)
-    processes.stop()
-    if env.main:
-        print(json.dumps({key: min(row[key] for row in rows) for key in found} | {"name": env.device_name}))
-
-
-def measured(world: int) -> dict[str, Any]:
-    """The rates of `world` processes on this machine, by their names above. Raises CalibrationError."""
-    launch = ["-m", "refocused.run.launch", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-    command = [sys.executable, *launch, "-m", "refocused.run.hardware", "--rates"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(entry.ROOT)})
-    if done.returncode:
-        raise CalibrationError(f"a process of the calibration failed: {done.stderr.strip()[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def machine(world: int) -> speed.Machine:
-    """This machine as the plan wants it. Raises CalibrationError."""
-    found = measured(world)
-    gpu, overlaps = gpus.find(found["name"]), found["name"] != "CPU"
-    link = 1e9 * found.get("all-reduce", 1e3)
-    return speed.Machine(
-        found["name"], 1e12 * found["product"] * speed.REACHED, 1e9 * found["memory"], link, node=world, overlaps=overlaps,
-        peak=gpu and gpu.peak,
-    )  # fmt: skip
-
-
-def main(argv: list[str]) -> int:
-    """What setup.sh prints: a line of rates, then one for each GPU that is slow. --rates: see of_ranks."""
-    if argv == ["--rates"]:
-        of_ranks()
-        return 0
-    count = torch.cuda.device_count()
-    devices = [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
-    rows = [gpu(device) if count else gpu(device, n=1024) for device in devices]
-    name = torch.cuda.get_device_name(0) if count else "CPU"
-    write, read = disk(Path("."), 1 << (28 if count else 25))
-    first, *complaints = words(rows, [str(device) for device in devices], name)
-    if count > 1:
-        try:
-            first += f", all-reduce {measured(count)['all-reduce']:.3g} GB/s"
-        except CalibrationError as error:
-            complaints.append(f"the all-reduce between the GPUs could not be measured: {error}")
-    print(f"{first} ({name}); this disk {write:,.0f} MB/s written and {read:,.0f} read")
-    for text in complaints:
-        print(text)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(entry.run(main, sys.argv[1:]))
