@@ -54,11 +54,11 @@ from torch import Tensor
 from configs import MODEL, Config, ConfigError, check_same_model
 from refocused import files
 from refocused.bucket import commands, start, sync
-from refocused.checkpoint import choice, disk, folder, huggingface, manifest, tensors
-from refocused.checkpoint.choice import Choice
+from refocused.checkpoint import atomic, folder, huggingface, manifest, selection, tensors
 from refocused.checkpoint.folder import Source
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
+from refocused.checkpoint.selection import Choice
 from refocused.run import exits, processes
 from refocused.run.processes import Env
 from refocused.shards import tokenizers
@@ -76,8 +76,8 @@ class Checkpoints:
         self.choice = Choice(None, {}, [])
         self.start: Source | None = None  # the model that init_from names, where the run is a fresh one
         self._syncer: sync.Syncer | None = None
-        owner = processes.on_rank_0(disk.lock, cfg.output_dir)
-        owners = processes.on_each_node(env, disk.lock, cfg.output_dir, owner, but_rank_0=True)
+        owner = processes.on_rank_0(atomic.lock, cfg.output_dir)
+        owners = processes.on_each_node(env, atomic.lock, cfg.output_dir, owner, but_rank_0=True)
         # once: if output_dir is a link that is turned in mid-run, nothing is saved or deleted where it leads then
         self.cfg = dataclasses.replace(cfg, output_dir=os.path.realpath(cfg.output_dir))
         if not self.bucket and (others := {*owners} - {None, owner}):
@@ -98,7 +98,7 @@ class Checkpoints:
             log(start.bring_together(cfg, functools.partial(processes.on_each_node, env)))
         if self.bucket and (found := processes.on_rank_0(start.find, cfg)):  # what is newer there comes down
             processes.on_each_node(env, start.pull, cfg, found)
-        self.choice = processes.on_rank_0(choice.choose, cfg.output_dir, cfg.resume)
+        self.choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
         if self.choice.path:
             if "data" not in self.choice.state:
                 raise CheckpointError(
@@ -132,7 +132,7 @@ class Checkpoints:
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
         self._tree, self._saved_at, self._step = tree, time.monotonic(), self.choice.state.get("step", 0)
-        if self.bucket and disk.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
+        if self.bucket and atomic.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
             self._syncer = sync.Syncer(cfg, self.choice.name, leader=self.env.main)
         return said
 
@@ -159,7 +159,7 @@ class Checkpoints:
         validated = last or not self.cfg.saves_behind or not self._saver.confirmed
         if validated and not loss_is_finite():
             return None
-        processes.on_each_node(self.env, disk.check_lock, self.cfg.output_dir)
+        processes.on_each_node(self.env, atomic.check_lock, self.cfg.output_dir)
         if validated:
             self._saver.confirm(True)  # what the save before holds has led to weights that are good
         self._saver.save(name, self._tree, state, validated)
@@ -174,7 +174,7 @@ class Checkpoints:
     def news(self) -> str:
         """What to note in the log: the saves that have become checkpoints since this was asked last, and what went."""
         saved = [f"saved {self._saver.news.popleft()}" for _ in range(len(self._saver.news))]
-        gone = [disk.deleted.popleft() for _ in range(len(disk.deleted))]
+        gone = [atomic.deleted.popleft() for _ in range(len(atomic.deleted))]
         noted = [files.notes.popleft() for _ in range(len(files.notes))]
         return "\n".join([*saved, *([f"deleted {', '.join(gone)}"] if gone else []), *noted])
 
@@ -251,8 +251,8 @@ def find(place: str) -> Source:
         path = Path(os.path.abspath(place))
         if huggingface.is_hf(path):
             return folder.hf_source(path)
-        if manifest.names(path):
-            chosen = choice.choose(path, "latest")
+        if selection.names(path):
+            chosen = selection.choose(path, "latest")
             assert chosen.path is not None
             for name, why in chosen.passed_over:
                 print(f"passed over {name}: {why}", file=sys.stderr)

@@ -22,8 +22,7 @@ import configs
 from configs import Config, ConfigError
 from model import num_parameters
 from refocused.bucket import start
-from refocused.checkpoint import choice as checkpoint_choice
-from refocused.checkpoint import folder, huggingface, manifest
+from refocused.checkpoint import folder, huggingface, selection
 from refocused.checkpoint.folder import Source
 from refocused.run import devices, processes
 from refocused.run.generation import Options, generate
@@ -96,7 +95,7 @@ def read_prompts(prompt: str) -> list[str]:
 def locate(cfg: Config) -> Source:
     """What cfg.resume (latest if unset) names: a checkpoint in output_dir or the bucket, or any path or gs:// place."""
     resume = cfg.resume or "latest"
-    if resume.startswith("gs://") or huggingface.is_hf(Path(resume)) or manifest.names(resume):
+    if resume.startswith("gs://") or huggingface.is_hf(Path(resume)) or selection.names(resume):
         return ckpt.find(resume)
     if (
         cfg.bucket_name
@@ -104,7 +103,7 @@ def locate(cfg: Config) -> Source:
         and (found := start.find(dataclasses.replace(cfg, resume=resume)))
     ):
         start.pull(cfg, found)
-    choice = checkpoint_choice.choose(cfg.output_dir, resume)
+    choice = selection.choose(cfg.output_dir, resume)
     for name, why in choice.passed_over:
         print(f"passed over {name}: {why}", file=sys.stderr)
     if choice.path is None:

@@ -14,7 +14,7 @@ from test_resume import newest, tensors
 import ckpt
 from configs import ConfigError
 from refocused.checkpoint import folder as folders
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, selection
 from refocused.checkpoint import tensors as files
 from refocused.commands import average, export
 
@@ -41,7 +41,7 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
     In files of a few kB, so several; no optimizer state; it verifies, exports, starts a run, and is no run to resume.
     """
     monkeypatch.setattr(files, "FILE_BYTES", 20_000)
-    paths = [run / name for name in reversed(manifest.names(run))]
+    paths = [run / name for name in reversed(selection.names(run))]
     parts = [{key: t for key, t in tensors(path).items() if key.startswith("model.")} for path in paths]
     for weights in ([1, 1, 1], [1, 0, 3.5]):
         out = tmp_path / f"out-{weights[2]}"
@@ -65,7 +65,7 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
 def test_a_damaged_newest_is_named(run, tmp_path, capsys):
     """A folder whose newest checkpoint is damaged stands for the one before it, and that is said."""
     folder = shutil.copytree(run, tmp_path / "out")
-    newest, before = manifest.names(folder)[:2]
+    newest, before = selection.names(folder)[:2]
     (folder / newest / manifest.STATE).write_text("{}")
     assert ckpt.find(str(folder)).path == folder / before
     assert f"passed over {newest}: " in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_mean_of_equals(tmp_path):
 
 def test_refused(run, tmp_path):
     """One checkpoint, weights that do not fit, other models, a folder in use: each said in one sentence, nothing left."""
-    path = run / manifest.names(run)[0]
+    path = run / selection.names(run)[0]
     other = save(tmp_path / "other", dataclasses.replace(CFG, rotary_pct=0.5))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("mine")

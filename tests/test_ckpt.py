@@ -34,9 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 import ckpt
 from configs import ConfigError
 from refocused import locks
-from refocused.checkpoint import disk, manifest, tensors
-from refocused.checkpoint.choice import choose
+from refocused.checkpoint import atomic, manifest, selection, tensors
 from refocused.checkpoint.saver import Saver
+from refocused.checkpoint.selection import choose
 from refocused.run import processes
 
 REPO = Path(ckpt.__file__).parent
@@ -170,7 +170,7 @@ def _layouts(rank: int, folder: Path) -> None:
 
 
 def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
-    processes.on_rank_0(disk.lock, folder)
+    processes.on_rank_0(atomic.lock, folder)
     saver = Saver(folder)
     saver.reserve(tree)
     saver.save(manifest.name(0, 1, 1), tree, {})
@@ -200,7 +200,7 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
 def _one_node_fails(rank: int, fails: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
     """Two nodes without a shared disk; one cannot give its part the checkpoint's name: both say why, and neither keeps
     anything of it, or would wait for the rest."""
-    disk.lock(folder)
+    atomic.lock(folder)
     saver = Saver(folder)
     if rank == fails:
         (folder / manifest.name(0, 1, 1)).touch()  # no folder can take a file's place
@@ -356,7 +356,7 @@ def _save_alone(folder: Path, step: int, seed: int, die_at: int = 0, file_limit:
 
 def _recover_alone(folder: Path, die_at: int) -> None:
     _die_at(die_at)
-    disk.lock(folder)
+    atomic.lock(folder)
 
 
 def _crash_everywhere(rank: int, folder: Path) -> None:
@@ -386,7 +386,7 @@ def _crash_everywhere(rank: int, folder: Path) -> None:
         here.mkdir()
         assert _in_child(lambda h=here: _save_alone(h, 1, seed=1)) == 0
         assert _in_child(lambda h=here, b=limit: _save_alone(h, 2, 2, file_limit=b)) == -signal.SIGXFSZ
-        disk.recover(here)
+        atomic.recover(here)
         assert choose(here, "latest").state["seed"] == 1 and os.listdir(here) == [manifest.name(0, 1, 1)]
     (folder / "survived").write_text(json.dumps(survived))
 
@@ -575,7 +575,7 @@ def test_permission_denied(alone):
             try:
                 choice = choose(folder, "latest")
                 with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
-                    disk.lock(Path(folder, "new"))
+                    atomic.lock(Path(folder, "new"))
             finally:
                 os.seteuid(me)
                 os.chmod(closed, mode)
@@ -586,7 +586,7 @@ def test_permission_denied(alone):
 
 def test_lock(tmp_path):
     """A second run on an output_dir is refused with the first one's host and pid; a killed run's lock is gone."""
-    code = "import sys; from refocused.checkpoint import disk; disk.lock(sys.argv[1]); "
+    code = "import sys; from refocused.checkpoint import atomic; atomic.lock(sys.argv[1]); "
     code += "print('locked', flush=True); sys.stdin.read()"
     first = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -594,25 +594,25 @@ def test_lock(tmp_path):
     try:
         assert first.stdout.readline() == "locked\n"
         with pytest.raises(ConfigError, match=f"in use by host {os.uname().nodename}, pid {first.pid}; "):
-            disk.lock(tmp_path)
+            atomic.lock(tmp_path)
     finally:
         first.kill()
         first.wait()
-    me = disk.lock(tmp_path)
+    me = atomic.lock(tmp_path)
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
-        disk.lock(tmp_path)
+        atomic.lock(tmp_path)
     with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
-        disk.lock(tmp_path, "host elsewhere, pid 1")
-    assert disk.lock(tmp_path, me) == me  # another node of the same run, on the same disk
+        atomic.lock(tmp_path, "host elsewhere, pid 1")
+    assert atomic.lock(tmp_path, me) == me  # another node of the same run, on the same disk
 
 
 def test_a_shared_disk_whose_locks_each_node_sees_alone(tmp_path, monkeypatch):
     """Both nodes get the lock: by what the first has written in it the second knows that the disk is not its own."""
     monkeypatch.setattr(locks.fcntl, "flock", lambda *_: None)
     (tmp_path / ".lock").write_text("host first, pid 1\n")
-    assert disk.lock(tmp_path, "host first, pid 1") == "host first, pid 1" and not disk.holds(tmp_path)
+    assert atomic.lock(tmp_path, "host first, pid 1") == "host first, pid 1" and not atomic.holds(tmp_path)
     assert (tmp_path / ".lock").read_text() == "host first, pid 1\n"
-    assert disk.lock(tmp_path, "host other, pid 1") != "host other, pid 1" and disk.holds(tmp_path)
+    assert atomic.lock(tmp_path, "host other, pid 1") != "host other, pid 1" and atomic.holds(tmp_path)
 
 
 @pytest.fixture
@@ -638,7 +638,7 @@ def test_full_disk(alone, small_disk):
     saver.save(manifest.name(0, 2, 1), tree, {})
     assert "GB free" in saver.wait()
     with pytest.raises(ConfigError, match="lower save_total_limit"):
-        disk.check_space(small_disk, sum(t.nbytes for t in tree.values()))
+        atomic.check_space(small_disk, sum(t.nbytes for t in tree.values()))
     filler.unlink()
     saver.save(manifest.name(0, 2, 1), tree, {"history": list(range(1 << 20))})  # the tensors fit, the state does not
     error = saver.wait()
@@ -650,13 +650,13 @@ def test_full_disk(alone, small_disk):
         while file.write(bytes(4096)):
             pass
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        disk.lock(small_disk)
+        atomic.lock(small_disk)
 
 
 def test_retention(alone, tmp_path):
     """Which checkpoints remain after each save, with a limit of 2, every 4th step kept, damage and a step back."""
     settings = {"save_total_limit": 2, "keep_every": 4}
-    left = lambda: sorted(manifest.parse(n).step for n in manifest.names(tmp_path))  # noqa: E731
+    left = lambda: sorted(manifest.parse(n).step for n in selection.names(tmp_path))  # noqa: E731
     for step in range(1, 8):
         save(tmp_path, step, **settings)
     assert left() == [4, 6, 7]
@@ -681,10 +681,10 @@ def test_going_back_is_a_branch(alone, tmp_path, capsys):
         told = {**manifest.read_manifest(path), "generation": 0}  # of machines that saved at once
         (path / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
     saved = [manifest.name(0, step, 1) for step in (10, 20, 25, 30, 40)]
-    assert manifest.names(tmp_path) == [saved[4], saved[3], saved[1], saved[0]]
+    assert selection.names(tmp_path) == [saved[4], saved[3], saved[1], saved[0]]
     newest = save(tmp_path, 25, save_total_limit=4)
     assert choose(tmp_path, "latest").path == newest
-    assert manifest.names(tmp_path) == [saved[i] for i in (2, 1, 0, 4)], "30 went first, 10 is what it came from"
+    assert selection.names(tmp_path) == [saved[i] for i in (2, 1, 0, 4)], "30 went first, 10 is what it came from"
     assert ckpt.main(["list", str(tmp_path)]) == 0
     assert [("abandoned" in line) for line in capsys.readouterr().out.splitlines()] == [0, 0, 0, 0, 1]
     _cut(newest)
@@ -712,7 +712,7 @@ def test_links_are_unlinked_and_their_targets_untouched(alone, tmp_path):
     for entry in foreign:
         (out / entry).mkdir(exist_ok=True)
     before = {path: path.is_file() and path.read_bytes() for path in far.rglob("*")}
-    disk.lock(out)  # cleans up
+    atomic.lock(out)  # cleans up
     assert choose(out, manifest.name(0, 2, 1)).state["step"] == 2
     (out / manifest.name(0, 9, 1)).unlink()  # put back: a link is a checkpoint too
     save(out, 3)
@@ -723,7 +723,7 @@ def test_links_are_unlinked_and_their_targets_untouched(alone, tmp_path):
     other.mkdir()
     (other / ".lock").symlink_to(far / "note")
     with pytest.raises(ConfigError, match=r"cannot be written: its .*\.lock is a link"):
-        disk.lock(other)
+        atomic.lock(other)
     assert (far / "note").read_text() == "mine"
 
 
@@ -825,7 +825,7 @@ def test_forged_state_and_manifest(two, tmp_path):
         choice = choose(tmp_path, "latest")
         assert choice.path == two[0] and choice.passed_over or manifest.read_manifest(two[1])
         ckpt.main(["list", str(tmp_path)])
-        disk.recover(tmp_path)
+        atomic.recover(tmp_path)
         assert all(path in (two[0], two[1]) for path in tmp_path.iterdir())
 
 

@@ -15,8 +15,8 @@ from saves import save
 
 from configs import ConfigError
 from refocused import files, locks
-from refocused.checkpoint import disk, manifest
-from refocused.checkpoint.choice import choose
+from refocused.checkpoint import atomic, manifest, selection
+from refocused.checkpoint.selection import choose
 from refocused.run import room
 
 OLD = ("metadata.json", "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # Accelerate's
@@ -64,7 +64,7 @@ def test_everything_on_a_disk_that_lacks_everything(odd, shards, tmp_path):
         text = run([*start, *more], env)
         for what in ("no file locks", "no fsync of folders", "lets nobody change modes", "out/.* cannot be removed"):
             assert len(re.findall(f"^note: .*{what}", text, re.M)) == 1, (what, text)
-    assert manifest.names(tmp_path / "out") == [manifest.name(0, 6, 0)]
+    assert selection.names(tmp_path / "out") == [manifest.name(0, 6, 0)]
     run(["ckpt.py", "export", tmp_path / "out", tmp_path / "hf"], env)
     run(["ckpt.py", "import", tmp_path / "hf", tmp_path / "back"], env)
     run(["ckpt.py", "average", tmp_path / "out", tmp_path / "out", tmp_path / "mean"], env)
@@ -78,7 +78,9 @@ def test_everything_on_a_disk_that_lacks_everything(odd, shards, tmp_path):
 
 def test_a_lock_without_the_kernel(odd, tmp_path):
     """Where flock is refused a second process of this machine is kept out while the first lives, and not after it."""
-    code = "import sys; from refocused.checkpoint import disk; disk.lock(sys.argv[1]); print('has it', flush=True); "
+    code = (
+        "import sys; from refocused.checkpoint import atomic; atomic.lock(sys.argv[1]); print('has it', flush=True); "
+    )
     env = os.environ | odd("flock", tmp_path)
     command = [sys.executable, "-c", code + "sys.stdin.read()", str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -108,16 +110,16 @@ def test_another_systems_checkpoints(tmp_path):
         choose(tmp_path, None)
     with pytest.raises(manifest.CheckpointError, match=f"(?s)no checkpoint in .*{theirs[1].name} has no MANIFEST.json"):
         choose(tmp_path, "latest")
-    disk.lock(tmp_path)
+    atomic.lock(tmp_path)
     for step in range(2, 22):
         if step == 7:  # the name is taken: theirs moves aside
             made = save(tmp_path / "elsewhere", step, generation=manifest.generation(tmp_path) + 1)
-            disk.take_place(made, tmp_path / made.name, "ab" * 8)
+            atomic.take_place(made, tmp_path / made.name, "ab" * 8)
         newest = made.name if step == 7 else save(tmp_path, step).name
         if step == 11:
             (tmp_path / newest / "NOTES.txt").write_text("look at this one")
-        disk.prune(tmp_path, newest, 2, 10)
-        disk.recover(tmp_path)
+        atomic.prune(tmp_path, newest, 2, 10)
+        atomic.recover(tmp_path)
         assert choose(tmp_path, "latest").name == newest
     assert sorted(m["step"] for m in manifest.read_manifests(tmp_path)[0]) == [
         10,
@@ -137,7 +139,7 @@ def test_what_cannot_be_read_for_a_moment_stays(odd, shards, tmp_path):
     env = odd("eio", tmp_path) | {"ODD_EIO": f"/{manifest.name(0, 6, 0)}/"}
     keys = [*TINY, f"data_dir={shards}", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", "save_steps=2"]
     run(["train.py", "configs/demo.py", *keys, "save_total_limit=2", "max_steps=6"], env)
-    kept = {manifest.parse(n).step for n in manifest.names(tmp_path / "out")}
+    kept = {manifest.parse(n).step for n in selection.names(tmp_path / "out")}
     assert {4, 6} <= kept, kept
 
 
@@ -159,7 +161,7 @@ def test_a_link_that_is_turned(shards, tmp_path):
     running.signal(15)
     assert running.wait() == [75], running.text
     assert contents(tmp_path / "b") == before and len(other) == 3
-    assert manifest.step_of(manifest.names(tmp_path / "a")[0]) > step
+    assert manifest.step_of(selection.names(tmp_path / "a")[0]) > step
 
 
 def test_a_damaged_save_is_never_committed(tmp_path):
@@ -169,10 +171,10 @@ def test_a_damaged_save_is_never_committed(tmp_path):
     final = tmp_path / manifest.name(0, 1, 1)
     with pytest.raises(manifest.CheckpointError, match="has no config"):
         state = b'{"data": {}, "step": 1, "samples_seen": 1, "tokens": 1, "run": {}}'
-        disk.commit(folder, final, "ab" * 8, {}, {manifest.STATE: state}, 1)
+        atomic.commit(folder, final, "ab" * 8, {}, {manifest.STATE: state}, 1)
     told = {"format": 1, "name": final.name, "save_id": "../x", "step": 1, "generation": 1, "time": 1, "files": {}}
     with pytest.raises(manifest.CheckpointError, match="save_id"):
-        disk.put(folder, final, "ab" * 8, manifest.encode_manifest(told))
+        atomic.put(folder, final, "ab" * 8, manifest.encode_manifest(told))
     assert not final.exists()
 
 

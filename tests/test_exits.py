@@ -28,7 +28,7 @@ import configs
 import data
 from configs import Config, ConfigError
 from model import GPTNeoX
-from refocused.checkpoint import manifest, saver
+from refocused.checkpoint import manifest, saver, selection
 from refocused.run import (
     devices,
     exits,
@@ -284,7 +284,7 @@ def test_copies_of_the_model_that_differ_are_not_saved(faulty, tmp_path, nproc, 
     assert run.wait() == [70] * nproc
     who = r"rank 1 has .*\(or rank 0 has\)" if nproc == 2 else r"ranks? [13]"
     assert re.search(rf"error: at step 6 {who}", run.text), run.text
-    assert [manifest.parse(name).step for name in manifest.names(tmp_path / "out")] == [3]
+    assert [manifest.parse(name).step for name in selection.names(tmp_path / "out")] == [3]
 
 
 def test_a_norm_that_is_infinite_on_one_rank_is_refused_on_all(faulty):
@@ -427,7 +427,7 @@ def test_left_over_variables_start_one_process(faulty, tmp_path):
     """LOCAL_RANK and WORLD_SIZE of another launch, no RANK: said, and each save is there. With RANK alone: exit 2."""
     run = faulty("save_steps=3", "save_total_limit=0", nproc=1, LOCAL_RANK="1", WORLD_SIZE="2")
     assert run.wait() == [0] and "WORLD_SIZE=2, LOCAL_RANK=1 without RANK" in run.text, run.text
-    assert len(manifest.names(tmp_path / "out")) == 4
+    assert len(selection.names(tmp_path / "out")) == 4
     run = faulty(nproc=1, RANK="0")
     assert run.wait() == [2] and run.text.startswith("error: RANK=0 is set and WORLD_SIZE is not"), run.text
     command = [sys.executable, "ckpt.py", "eval", str(tmp_path / "out")]
@@ -472,7 +472,7 @@ def test_time_that_is_up_stops_a_run(faulty, tmp_path):
     run = faulty("stop_after_minutes=0.1", "max_steps=1000000", "logging_steps=0")
     assert run.wait() == [75, 75] and "stop_after_minutes=0.1 have passed" in run.text, run.text
     stopped = int(re.search(r"stopped at step ([\d,]+)", run.text)[1].replace(",", ""))
-    assert manifest.parse(manifest.names(tmp_path / "out")[0]).step == stopped
+    assert manifest.parse(selection.names(tmp_path / "out")[0]).step == stopped
 
 
 def test_a_notice_of_preemption_stops_a_run(faulty, tmp_path):
@@ -501,7 +501,7 @@ def test_a_notice_of_preemption_stops_a_run(faulty, tmp_path):
         gone.set()
         assert run.wait() == [75, 75], run.text
         server.shutdown()
-    assert "being taken away" in run.text and manifest.names(tmp_path / "out")
+    assert "being taken away" in run.text and selection.names(tmp_path / "out")
     assert {flavor for _, flavor in asked} == {"Google"} and "wait_for_change=true" in asked[0][0]
     assert asked[1][0].endswith("last_etag=e1")
 

@@ -11,7 +11,7 @@ from launch import CONTEXT, GUARD, TINY, Run, train
 from test_resume import newest, steps
 
 from configs import Config
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, selection
 from refocused.run import words as messages
 
 BLOWN = ["learning_rate=1e38", "max_grad_norm=0", "resume=latest"]
@@ -20,7 +20,7 @@ BLOWN = ["learning_rate=1e38", "max_grad_norm=0", "resume=latest"]
 def saved(folder) -> list[int]:
     """The steps of the complete checkpoints, ascending."""
     out = folder / "out"
-    return sorted(manifest.verify(out / name)["step"] for name in manifest.names(out))
+    return sorted(manifest.verify(out / name)["step"] for name in selection.names(out))
 
 
 @pytest.fixture
@@ -146,9 +146,9 @@ def _slow_disk(args: list[str], log: str, steps: int) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import train
-    from refocused.checkpoint import disk
+    from refocused.checkpoint import atomic
 
-    progress, commit = train.processes.progress, disk.commit
+    progress, commit = train.processes.progress, atomic.commit
 
     def slow(*arguments) -> None:
         goal, end = min(progress.step + steps, 200), time.monotonic() + 20
@@ -157,7 +157,7 @@ def _slow_disk(args: list[str], log: str, steps: int) -> None:
         print("TRAINED ON" if progress.step >= goal else "TRAINING WAITED", flush=True)
         commit(*arguments)
 
-    disk.commit = slow
+    atomic.commit = slow
     raise SystemExit(train.main(args))
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 import configs
 from refocused.bucket import gcs, remote
-from refocused.checkpoint import choice, folder, manifest, tensors
+from refocused.checkpoint import folder, manifest, selection, tensors
 from refocused.run.logs import Logs
 from refocused.run.trace import Trace
 from refocused.shards import tokenizers
@@ -226,7 +226,7 @@ def test_safetensors(place, part, data):
 @given(st.one_of(mutated_json(STATE).map(lambda s: json.dumps(s).encode()), mutated_bytes(json.dumps(STATE).encode())))
 def test_state(place, part, state):
     write_checkpoint(place, state, part)
-    in_own_words(lambda: choice.choose(place, "latest"))
+    in_own_words(lambda: selection.choose(place, "latest"))
 
 
 def signed(content: Any) -> bytes:
@@ -241,7 +241,7 @@ def test_manifest(place, part, data):
     good = (final / manifest.MANIFEST).read_bytes()
     content = data.draw(st.one_of(mutated_bytes(good), mutated_json(json.loads(good)["manifest"]).map(signed)))
     (final / manifest.MANIFEST).write_bytes(content)
-    in_own_words(lambda: choice.choose(place, "latest"))
+    in_own_words(lambda: selection.choose(place, "latest"))
     in_own_words(lambda: remote.decode(content, final.name, "gs://bucket/it"))
 
 
@@ -321,7 +321,7 @@ def test_pickles_are_never_opened(place, part, file):
     in_own_words(lambda: list(TokenFile(place / file, 1 << 16, 0).chunks({})))
     final = write_checkpoint(place, hostile, hostile)
     in_own_words(lambda: tensors.load(final, {"model.a": torch.zeros(2, 3)}))
-    in_own_words(lambda: choice.choose(place, "latest"))
+    in_own_words(lambda: selection.choose(place, "latest"))
     (place / "config.json").write_bytes(hostile)
     in_own_words(lambda: folder.hf_source(place))
 

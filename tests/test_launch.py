@@ -16,7 +16,7 @@ from launch import GUARD, TINY, Launch, train, until
 
 from configs import ConfigError
 from refocused import entry
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, selection
 from refocused.run import environment, exits, processes, signals
 from refocused.run import launch as launcher
 
@@ -159,7 +159,7 @@ def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):
     assert re.search(r"launch: rank \d of this node ended with 75: stopped at step", last), run.text
     assert "death signal" not in run.text  # torch's words about it
     step = int(re.search(r"stopped at step ([\d,]+)", last)[1].replace(",", ""))
-    assert manifest.parse(manifest.names(tmp_path / "out")[0]).step == step
+    assert manifest.parse(selection.names(tmp_path / "out")[0]).step == step
 
 
 @pytest.mark.parametrize("ends", ["torchrun", "all"])

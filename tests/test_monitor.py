@@ -18,7 +18,7 @@ from test_resume import assert_same_run, newest, steps, take, tensors
 import configs
 import data
 from configs import ConfigError, step_ranges
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, selection
 from refocused.run import gpus
 from refocused.run.words import fitted, plan
 
@@ -38,7 +38,7 @@ def logged_text(folder: Path) -> str:
 
 def forget(folder: Path, after: int) -> None:
     """Delete the checkpoints beyond a step, as if a kill had come before them."""
-    for name in manifest.names(folder / "out"):
+    for name in selection.names(folder / "out"):
         if manifest.parse(name).step > after:
             subprocess.run(["rm", "-r", str(folder / "out" / name)], check=True)
 
@@ -221,7 +221,7 @@ def test_every_falsified_line_is_found(shards, tmp_path):
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         text = train(tmp_path, *args, f"max_steps={last}", "resume=latest", code=code).text
         assert said in text and text.count("error: deterministic=true, but replayed") == (code == 70), (step, text)
-        assert "Traceback" not in text and manifest.names(tmp_path / "out")[-1].startswith("checkpoint-epoch0-step2-")
+        assert "Traceback" not in text and selection.names(tmp_path / "out")[-1].startswith("checkpoint-epoch0-step2-")
 
 
 def test_profile(shards, tmp_path):

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, write_shards
 from launch import TINY, Run, train, until
 
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, selection
 from refocused.checkpoint.tensors import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled") 
 
 def newest(folder: Path) -> Path:
     """The last checkpoint of a run's folder."""
-    return folder / "out" / manifest.names(folder / "out")[0]
+    return folder / "out" / selection.names(folder / "out")[0]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -141,9 +141,9 @@ def storm(shards: Path, folder: Path, layout: str, kills: int, seed: int) -> dic
     duration = time.monotonic() - begin
     hit = {"before the first step": 0, "in a save": 0, "between saves": 0, "after the end": 0}
     for _ in range(kills):
-        if any(parse.step == 30 for n in manifest.names(folder / "storm" / "out") if (parse := manifest.parse(n))):
+        if any(parse.step == 30 for n in selection.names(folder / "storm" / "out") if (parse := manifest.parse(n))):
             # the run is through: begin it anew, from the oldest checkpoint that is left
-            for name in manifest.names(folder / "storm" / "out")[:-1]:
+            for name in selection.names(folder / "storm" / "out")[:-1]:
                 subprocess.run(["rm", "-r", str(folder / "storm" / "out" / name)], check=True)
         run = Run(args, nproc, folder / "storm")
         time.sleep(rng.uniform(0.2, 1.1) * duration)  # a random moment is the point
@@ -177,7 +177,7 @@ def test_replay_is_proven(shards, tmp_path):
     args = [f"data_dir={shards}", "max_steps=4000", "save_steps=50", "resume=latest"]
     run = Run(args, 1, tmp_path)
     run.wait_for(r"Step 63: ")
-    until(lambda: manifest.names(tmp_path / "out"))
+    until(lambda: selection.names(tmp_path / "out"))
     run.kill()
     again = len(steps(tmp_path)) - manifest.parse(newest(tmp_path).name).step
     assert again > 0

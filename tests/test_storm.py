@@ -32,7 +32,7 @@ from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
 from refocused.bucket import gcs, remote
-from refocused.checkpoint import manifest
+from refocused.checkpoint import manifest, selection
 from refocused.run import goodput
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -164,7 +164,7 @@ class Storm:
         """
         place = remote.Place(gcs.Bucket("bucket"), "run")
         found = [manifest.step_of(r.name) for r in place.checkpoints(place.objects()) if not r.problem]
-        for name in manifest.names(self.out):
+        for name in selection.names(self.out):
             try:
                 found.append(manifest.verify(self.out / name)["step"])
             except manifest.CheckpointError:
@@ -173,7 +173,7 @@ class Storm:
 
     def ours(self) -> list[str]:
         """Names of checkpoints in output_dir, the last save first, but those that are damaged or somebody's."""
-        return [name for name in manifest.names(self.out) if name not in self.damaged]
+        return [name for name in selection.names(self.out) if name not in self.damaged]
 
     # --- what happens
 
@@ -314,7 +314,7 @@ class Storm:
         (self.out / old).mkdir()
         mine = {note: self.out / note, f"{old}/model.safetensors": self.out / old / "model.safetensors"}
         self.damaged.add(old)
-        both = [name for name in good[1:] if name in manifest.names(self.out) and name not in self.damaged]
+        both = [name for name in good[1:] if name in selection.names(self.out) and name not in self.damaged]
         if both:  # not the newest, so that one goes that a prune would take
             self.damaged.add(both[-1])
             mine[f"inside-{number}.txt"] = self.out / both[-1] / f"inside-{number}.txt"
@@ -403,7 +403,7 @@ def compare(storm: Storm, calm: Path) -> None:
             assert bits[3] == expected[line["step"]][3], line
             assert found.setdefault(line["step"], bits) == bits or len(storm.layouts) > 1, line
     assert set(range(1, storm.steps + 1)) - set(found) <= storm.blind
-    last = storm.out / next(name for name in manifest.names(storm.out) if manifest.step_of(name) == storm.steps)
+    last = storm.out / next(name for name in selection.names(storm.out) if manifest.step_of(name) == storm.steps)
     state = manifest.read_state(last)
     assert (state["step"], state["samples_seen"]) == (storm.steps, 8 * storm.steps)
     if len(storm.layouts) == 1:

@@ -22,7 +22,7 @@ import ckpt
 from configs import Config, ConfigError
 from refocused import locks
 from refocused.bucket import gcs, remote, start, sync
-from refocused.checkpoint import disk, manifest
+from refocused.checkpoint import atomic, manifest, selection
 
 
 class WatchedGCS(FakeGCS):
@@ -78,7 +78,7 @@ def steps(place) -> list[int]:
 
 
 def local_steps(folder: Path) -> list[int]:
-    return [manifest.parse(name).step for name in manifest.names(folder)]
+    return [manifest.parse(name).step for name in selection.names(folder)]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -445,7 +445,7 @@ def test_what_all_nodes_have_arrives(server, place, tmp_path):
 def test_a_part_that_came_during_an_upload_stays(tmp_path):
     """Of the parts on a disk, none of which is a checkpoint by itself, those go that are older than what arrived."""
     names = [save_in_parts(tmp_path, step, "a") for step in (10, 20, 30)]
-    disk.prune(tmp_path / "a", names[1], 1, 0)
+    atomic.prune(tmp_path / "a", names[1], 1, 0)
     assert local_steps(tmp_path / "a") == [30, 20]
 
 
@@ -551,7 +551,7 @@ def test_killed_while_pulling(server, place, tmp_path):
         )
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert manifest.names(tmp_path / "b") == []
+        assert selection.names(tmp_path / "b") == []
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert content(tmp_path / "b" / here.name) == content(here)
 
@@ -566,7 +566,7 @@ def test_no_room_for_a_pull(server, place, tmp_path):
     command = [sys.executable, "-c", code + limit + "start.pull(c, start.find(c))", str(tmp_path / "b")]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "BucketError" in failed.stderr and ".part: File too large" in failed.stderr
-    assert manifest.names(tmp_path / "b") == []
+    assert selection.names(tmp_path / "b") == []
     cfg = config(tmp_path / "b", resume="latest")
     assert content(start.pull(cfg, start.find(cfg))) == content(here)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from refocused.bucket import gcs
 from refocused.bucket.remote import STRANGE, Place, compare_bytes, fetch, prune, publish
 from refocused.checkpoint import manifest as local
-from refocused.checkpoint import order
+from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
 
 
@@ -125,7 +125,7 @@ def rows(where: str, hashes: bool) -> Iterable[Row]:
         place, only = open_place(where)
         objects = place.objects()
         remotes = place.checkpoints(objects)
-        gone = order.abandoned(remote.manifest for remote in remotes if remote.manifest)
+        gone = selection.abandoned(remote.manifest for remote in remotes if remote.manifest)
         for remote in remotes:
             if only not in ("", remote.name):
                 continue
@@ -147,8 +147,8 @@ def rows(where: str, hashes: bool) -> Iterable[Row]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a directory")
     alone = [folder] if hashes or (folder / MANIFEST).exists() else []
-    gone = order.abandoned(local.read_manifests(folder)[0])
-    for path in [folder / name for name in local.names(folder)] or alone:
+    gone = selection.abandoned(local.read_manifests(folder)[0])
+    for path in [folder / name for name in selection.names(folder)] or alone:
         try:
             state = local.read_state(path, hashes)
             yield Row(path.name, local.read_manifest(path), state, _note(hashes, path.name in gone))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from refocused import files, locks
 from refocused.bucket import gcs
 from refocused.bucket.transfer import Bar, check_space, in_parallel, part_size
-from refocused.checkpoint import disk, order
+from refocused.checkpoint import atomic, selection
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint.manifest import MANIFEST, CheckpointError
 
@@ -63,14 +63,16 @@ class Place:
         return {obj.name.removeprefix(base): obj for obj in self.bucket.list(base + below)}
 
     def checkpoints(self, objects: dict[str, gcs.Object]) -> list[Remote]:
-        """Every checkpoint whose manifest is listed, complete or with the problem, in the order of manifest.names."""
+        """Every checkpoint whose manifest is listed, complete or with the problem, in the order of selection.names."""
         found = {}
         for path, obj in objects.items():
             name, _, file = path.partition("/")
             if file == MANIFEST and local.parse(name):
                 found[name] = self._remote(name, obj, objects)
         broken = sorted((r for r in found.values() if not r.manifest), key=lambda r: (r.step, r.name), reverse=True)
-        return broken + [found[m["name"]] for m in order.newest_first(r.manifest for r in found.values() if r.manifest)]
+        return broken + [
+            found[m["name"]] for m in selection.newest_first(r.manifest for r in found.values() if r.manifest)
+        ]
 
     def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> list[str]:
         """What lies where checkpoints would and no save of ours wrote, as `checkpoint: object`, one for each name."""
@@ -219,7 +221,7 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
         (coming / MANIFEST).unlink(missing_ok=True)
         files.create(coming / MANIFEST, there[name].content)
         files.sync_folder(coming)
-        disk.take_place(coming, final, manifest["save_id"])
+        atomic.take_place(coming, final, manifest["save_id"])
     return final
 
 
@@ -248,8 +250,8 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
     objects = place.objects()
     remotes = place.checkpoints(objects)
     good = [remote.manifest for remote in remotes if not remote.problem]
-    kept = order.retained(good, keep, keep_every)
-    newest = max(map(order.key, good), default=None)
+    kept = selection.retained(good, keep, keep_every)
+    newest = max(map(selection.key, good), default=None)
 
     def goes(remote: Remote) -> bool:
         if not remote.problem:
@@ -257,7 +259,7 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
         if not remote.manifest or newest is None:
             return False
         surplus = not (keep_every and remote.step % keep_every == 0)
-        return damaged or order.key(remote.manifest) < newest and surplus
+        return damaged or selection.key(remote.manifest) < newest and surplus
 
     done = []
     for remote in remotes:

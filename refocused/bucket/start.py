@@ -12,7 +12,7 @@ from refocused.bucket import gcs, history
 from refocused.bucket.remote import fetch, publish
 from refocused.bucket.sync import open_place, present
 from refocused.checkpoint import manifest as local
-from refocused.checkpoint import order
+from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import STATE, CheckpointError
 
 
@@ -36,9 +36,9 @@ def find(cfg: Config) -> Found | None:
     readable, broken = local.read_manifests(cfg.output_dir)
     here = {*broken, *(m["name"] for m in readable)}
     known = [remote.manifest for remote in there.values() if remote.manifest] + readable
-    latest = {m["name"]: m for m in sorted(known, key=order.key)}  # of two saves of a name the later one
+    latest = {m["name"]: m for m in sorted(known, key=selection.key)}  # of two saves of a name the later one
     unreadable = [name for name in dict.fromkeys([*broken, *there]) if name not in latest]
-    both = unreadable + [m["name"] for m in order.newest_first(latest.values())]
+    both = unreadable + [m["name"] for m in selection.newest_first(latest.values())]
     if cfg.resume is None:
         if there and not here:
             raise ConfigError(
@@ -72,7 +72,7 @@ def find(cfg: Config) -> Found | None:
                 problems.append(str(error))
         if remote and remote.problem:
             problems.append(remote.problem)
-        elif remote and (mine is None or order.key(mine) < order.key(remote.manifest)):
+        elif remote and (mine is None or selection.key(mine) < selection.key(remote.manifest)):
             if passed:
                 print("passed over:", *passed, sep="\n  ", file=sys.stderr)
             return Found(name, remote.manifest["save_id"])
@@ -96,7 +96,7 @@ def bring_together(cfg: Config, on_each_node: Callable[..., list[Any]]) -> str:
     """
     saves = {save["save_id"]: save for found in on_each_node(in_parts, cfg) for save in found or ()}
     said = ""
-    for save in sorted(saves.values(), key=order.key, reverse=True):
+    for save in sorted(saves.values(), key=selection.key, reverse=True):
         parts = on_each_node(part, cfg, save)
         if {file for files in parts for file in files or ()} != save["files"].keys():
             continue
@@ -114,9 +114,9 @@ def in_parts(cfg: Config) -> list[dict[str, Any]]:
     A run of several nodes that was killed before the upload leaves such. Raises BucketError.
     """
     place = open_place(cfg)
-    there = [order.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
+    there = [selection.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
     mine = [m for m in local.read_manifests(cfg.output_dir)[0] if cfg.resume in ("latest", m["name"])]
-    return [m for m in mine if order.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
+    return [m for m in mine if selection.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
 
 
 def part(cfg: Config, manifest: dict[str, Any]) -> set[str]:

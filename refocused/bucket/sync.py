@@ -21,7 +21,7 @@ from typing import Any
 from configs import Config
 from refocused.bucket import gcs, history
 from refocused.bucket.remote import Place, delete, publish
-from refocused.checkpoint import disk, order
+from refocused.checkpoint import atomic, selection
 from refocused.checkpoint import manifest as local
 
 OWNER = "OWNER.json"
@@ -176,19 +176,19 @@ class Syncer:
             return False
         objects = self._place.objects()
         there = {r.name: r.manifest for r in self._place.checkpoints(objects) if not r.problem}
-        newest = max(here, key=order.key)
-        both = {m["name"]: m for m in sorted([*there.values(), *here], key=order.key)}  # of two of a name the later
+        newest = max(here, key=selection.key)
+        both = {m["name"]: m for m in sorted([*there.values(), *here], key=selection.key)}  # of two of a name the later
         keep = self._retained(both.values(), newest["name"])
         todo, before = [], self._arrived
         for manifest in waiting:
             other = there.get(manifest["name"])
             # A save of this run beats one of the same name by another; one left on this disk does only if it is later.
             ours = manifest.get("generation", 0) > self._before
-            outdated = other is not None and not ours and order.key(other) >= order.key(manifest)
+            outdated = other is not None and not ours and selection.key(other) >= selection.key(manifest)
             outdated |= self._overtaken(manifest, ours, there.values())
             arrived = other is not None and other["save_id"] == manifest["save_id"]
             if arrived:
-                self._arrived = max(self._arrived, manifest, key=order.key)
+                self._arrived = max(self._arrived, manifest, key=selection.key)
             if arrived or outdated or manifest["name"] not in keep:
                 self._settled.add(manifest["save_id"])
             else:
@@ -200,7 +200,7 @@ class Syncer:
             return False
         self._check_owner()
         # What another node has begun comes first, or each would send parts that the others do not: then the newest.
-        for manifest in sorted(todo, key=lambda m: (self._begun(m, objects), order.key(m)), reverse=True):
+        for manifest in sorted(todo, key=lambda m: (self._begun(m, objects), selection.key(m)), reverse=True):
             mine = present(manifest, self.output_dir)
             sends = mine - sent(manifest, objects)
             try:
@@ -228,7 +228,7 @@ class Syncer:
         if ours and self.cfg.keep_every and manifest["step"] % self.cfg.keep_every == 0:
             return False
         mine = self._settled | self._waiting
-        newer = (t for t in there if order.key(t) > order.key(manifest))
+        newer = (t for t in there if selection.key(t) > selection.key(manifest))
         return any(not ours or t["save_id"] in mine for t in newer)
 
     def _settle(self, manifest: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ class Syncer:
         self.reached = max(self.reached, manifest.get("generation", 0))
         self._waiting.discard(manifest["save_id"])
         self.backlog = len(self._waiting)
-        self._arrived, self._logs_due = max(self._arrived, manifest, key=order.key), self.leader
+        self._arrived, self._logs_due = max(self._arrived, manifest, key=selection.key), self.leader
         self._prune()
 
     def _begun(self, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> int:
@@ -253,7 +253,7 @@ class Syncer:
         return [m for m in local.read_manifests(self.output_dir)[0] if local.is_whole(self.output_dir / m["name"], m)]
 
     def _retained(self, manifests: Iterable[dict[str, Any]], newest: str) -> set[str]:
-        keep = order.retained(manifests, self.cfg.bucket_total_limit, self.cfg.keep_every)
+        keep = selection.retained(manifests, self.cfg.bucket_total_limit, self.cfg.keep_every)
         return keep | {newest, self.resumed_from or newest}
 
     def _prune(self) -> None:
@@ -261,7 +261,7 @@ class Syncer:
         newest = self._arrived["name"]
         if self.leader:
             self._prune_there(newest)
-        disk.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every, self._waiting)
+        atomic.prune(self.output_dir, newest, self.cfg.save_total_limit, self.cfg.keep_every, self._waiting)
 
     def _prune_there(self, newest: str) -> None:
         assert self._place is not None
@@ -274,7 +274,7 @@ class Syncer:
                 self._check_owner()
                 try:
                     delete(self._place, remote, objects)
-                    disk.deleted.append(f"{self.where}/{remote.name}")
+                    atomic.deleted.append(f"{self.where}/{remote.name}")
                 except gcs.BucketError as error:  # no permission, a retention policy: what was to be saved is saved
                     self._note("old checkpoints stay in the bucket", error)
                     break

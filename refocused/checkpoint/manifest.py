@@ -1,7 +1,7 @@
 """What a checkpoint is on disk: its name, its files, and the manifest that makes it exist. Nothing about tensors.
 
 A directory without a valid MANIFEST.json does not exist as far as anyone is concerned. How one comes and goes is in
-disk.py.
+atomic.py.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refocused.checkpoint import order
 from refocused.files import digest, why
 
 FORMAT = 1  # of the directory; raise it when an older version could not read what this one writes
@@ -55,15 +54,6 @@ def step_of(text: str) -> int:
     found = parse(text)
     assert found is not None, text
     return found.step
-
-
-def names(output_dir: str | os.PathLike) -> list[str]:
-    """Names of the checkpoint directories: what was saved last first, what was abandoned last.
-
-    Before them those without a readable manifest, so that a search for the newest one meets and names them.
-    """
-    readable, broken = read_manifests(output_dir)
-    return [*broken, *(m["name"] for m in order.newest_first(readable))]
 
 
 def read_manifests(output_dir: str | os.PathLike) -> tuple[list[dict[str, Any]], list[str]]:

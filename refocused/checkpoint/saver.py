@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from refocused import files
-from refocused.checkpoint import disk, manifest
+from refocused.checkpoint import atomic, manifest
 from refocused.checkpoint.tensors import CopyPlanner, Writer, cause, local_part, own_part
 
 FILES_AT_A_TIME = 4  # that a rank writes: with one, a core that hashes is slower than most disks
@@ -51,7 +51,7 @@ class Saver:
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
         self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.owner = self.rank == 0 or disk.holds(output_dir)  # of its disk: the one process that names what is on it
+        self.owner = self.rank == 0 or atomic.holds(output_dir)  # of its disk: the one process that names what is on it
         self.stall_seconds = self.write_seconds = 0.0
         self.last: str | None = None  # name of the last complete save
         self.last_generation = 0  # and its number; 0 while this run has none
@@ -161,12 +161,12 @@ class Saver:
             self.news.append(name)
             self.write_seconds = time.perf_counter() - start
             if self.rank == 0:
-                disk.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
+                atomic.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
         except BaseException as error:  # CheckpointException is no Exception
             self._error = f"saving {name}: {cause(error)}"
             if self.owner:
                 with contextlib.suppress(OSError):  # then the next start does it
-                    disk.recover(self.output_dir)
+                    atomic.recover(self.output_dir)
 
     def _commit(self, writer: Writer) -> None:
         """Commit on rank 0, and give the files of a node that does not share its disk the same name and manifest."""
@@ -183,14 +183,14 @@ class Saver:
         problem = None
         if self.rank and self.owner:
             try:
-                disk.put(writer.folder, writer.final, writer.id, box[0])
+                atomic.put(writer.folder, writer.final, writer.id, box[0])
             except OSError as error:
                 problem = f"{cause(error)} (rank {self.rank})"
         problems: list[str | None] = [None] * self.world
         dist.all_gather_object(problems, problem, group=self.group)
         if any(problems):
             if self.owner:
-                disk.withdraw(writer.final, writer.id)
+                atomic.withdraw(writer.final, writer.id)
             raise OSError("; ".join(filter(None, problems)))
 
 

@@ -36,7 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from refocused.checkpoint import disk, manifest
+from refocused.checkpoint import atomic, manifest
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.files import digest, sync, why, widen
 
@@ -131,7 +131,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
     def __init__(
         self, final: Path, save_id: str, more: Mapping[str, bytes], need: int, generation: int, at_a_time: int = 1
     ):
-        self.folder = final.with_name(f"{disk.TEMPORARY}{save_id}-{final.name}")
+        self.folder = final.with_name(f"{atomic.TEMPORARY}{save_id}-{final.name}")
         super().__init__(str(self.folder), save_distributed=True)
         self.final, self.id, self.more, self.need, self.generation = final, save_id, more, need, generation
         self.at_a_time = at_a_time  # files that a rank writes, each with its tensors in memory
@@ -140,7 +140,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         with contextlib.suppress(FileExistsError):  # of another rank
             os.mkdir(self.folder)  # not its parent, should that be gone: it held the lock
         if self.rank == 0:
-            disk.check_space(self.folder, self.need)
+            atomic.check_space(self.folder, self.need)
         return plan
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -185,7 +185,7 @@ class Writer(dcp.HuggingFaceStorageWriter):
         self.files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
 
     def commit(self) -> None:
-        disk.commit(self.folder, self.final, self.id, self.files, self.more, self.generation)
+        atomic.commit(self.folder, self.final, self.id, self.files, self.more, self.generation)
 
 
 def check_finite(key: str, t: Tensor) -> None:

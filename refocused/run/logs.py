@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from configs import Config, ConfigError
 from refocused import files, locks
-from refocused.checkpoint import manifest
+from refocused.checkpoint import selection
 from refocused.run.words import fitted
 
 LOG, TRACE, OWNER = "train.log", "trace.jsonl", ".output_dir"
@@ -67,7 +67,7 @@ def release() -> None:
 
 def has_checkpoints(output_dir: str) -> bool:
     try:
-        return bool(manifest.names(output_dir))
+        return bool(selection.names(output_dir))
     except ValueError:  # what a power cut left of the note, or what nobody can read
         return False
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import configs
 import model as neox
 from configs import Config
-from refocused.checkpoint.choice import Choice
+from refocused.checkpoint.selection import Choice
 from refocused.run import devices, goodput, gpus, processes, strategy
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import configs
 import model as neox
 from configs import Config
-from refocused.checkpoint import manifest
-from refocused.checkpoint.choice import Choice
+from refocused.checkpoint import manifest, selection
+from refocused.checkpoint.selection import Choice
 from refocused.entry import here
 from refocused.run import exits
 from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
@@ -119,7 +119,7 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     reason = "what was saved last and is complete" if cfg.resume == "latest" else "as asked"
     lines = [f"resume    {choice.path.name} ({reason}), step {state['step']:,} of {cfg.max_steps:,}"]
     lines += [f"          passed over {name}: {why}" for name, why in choice.passed_over]
-    there = ((n, manifest.parse(n)) for n in manifest.names(cfg.output_dir))
+    there = ((n, manifest.parse(n)) for n in selection.names(cfg.output_dir))
     ahead = [n for n, parsed in there if parsed and parsed.step > state["step"]]
     if ahead and cfg.resume != "latest":
         lines.append(

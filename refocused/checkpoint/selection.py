@@ -1,14 +1,57 @@
-"""Which checkpoint a run starts from."""
+"""Which save is the newest, which one a run starts from, which ones stay.
+
+A save's generation is the highest that its run knew of, on disk and in the bucket, plus one. No clock has a say: one
+machine's may be a day ahead of the next one's, and a run that went back to an earlier step still has the newest saves.
+Of two saves with one generation, made by two machines at once, the higher step is the later one.
+"""
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs import ConfigError
-from refocused.checkpoint import manifest, order
-from refocused.checkpoint.manifest import CheckpointError, names, read_state
+from refocused.checkpoint.manifest import CheckpointError, read_manifest, read_manifests, read_state
 from refocused.entry import here
+
+Manifest = dict[str, Any]
+
+
+def key(manifest: Manifest) -> tuple[int, int, str]:
+    """Grows from save to save."""
+    return manifest["generation"], manifest["step"], manifest["name"]
+
+
+def abandoned(manifests: Iterable[Manifest]) -> set[str]:
+    """Names of those than which a later save has no higher step: the run went back to an earlier one."""
+    gone, lowest = set(), math.inf
+    for manifest in sorted(manifests, key=key, reverse=True):
+        if manifest["step"] >= lowest:
+            gone.add(manifest["name"])
+        lowest = min(lowest, manifest["step"])
+    return gone
+
+
+def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
+    """What was saved last, then what it came from; what was abandoned after all others."""
+    manifests = list(manifests)
+    gone = abandoned(manifests)
+    return sorted(manifests, key=lambda m: (m["name"] not in gone, key(m)), reverse=True)
+
+
+def retained(manifests: Iterable[Manifest], limit: int, keep_every: int) -> set[str]:
+    """Names of those to keep: the first `limit` (0: all), and multiples of keep_every, which do not count."""
+    ordered = newest_first(manifests)
+    counted = [m["name"] for m in ordered if m is ordered[0] or not (keep_every and m["step"] % keep_every == 0)]
+    surplus = set(counted[limit:]) if limit else set()
+    return {m["name"] for m in ordered} - surplus
+
+
+def names(output_dir: str | os.PathLike) -> list[str]:
+    """Names of the checkpoint directories: those without a readable manifest, then the others as newest_first has them."""
+    readable, broken = read_manifests(output_dir)
+    return [*broken, *(m["name"] for m in newest_first(readable))]
 
 
 class Choice(NamedTuple):
@@ -28,8 +71,8 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
     resume is None, "latest" (what was saved last), a checkpoint's name in output_dir, or a path. Raises CheckpointError,
     or ConfigError if resume is None although there are checkpoints. Rank 0 chooses for all.
     """
-    ours, others = manifest.read_manifests(output_dir)
-    there = [*others, *(m["name"] for m in order.newest_first(ours))]  # so a search meets and names what cannot be read
+    ours, others = read_manifests(output_dir)
+    there = [*others, *(m["name"] for m in newest_first(ours))]  # so a search meets and names what cannot be read
     listing = f"{output_dir} has {', '.join(there)}" if there else f"{output_dir} has no checkpoints"
     if resume is None:
         if ours:
@@ -73,4 +116,4 @@ def _chosen(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
     state = read_state(path)
     if isinstance(loss := state.get("loss"), float) and not math.isfinite(loss):
         raise CheckpointError(f"{path} was saved while the loss was not finite: nothing good can start from it")
-    return Choice(path, state, passed_over, manifest.read_manifest(path)["save_id"])
+    return Choice(path, state, passed_over, read_manifest(path)["save_id"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from configs import ConfigError
 from refocused import files, locks
-from refocused.checkpoint import order
+from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -161,11 +161,11 @@ def prune(
         path = Path(output_dir, name)
         files.name_once(path, f"{path} stays: it {not_ours(path)}")
     complete = [m for m in ours if _is_complete(Path(output_dir, m["name"]))]
-    keep = order.retained(complete, save_total_limit, keep_every) | {newest}
-    last = max((order.key(m) for m in ours if m["name"] == newest), default=None)
+    keep = selection.retained(complete, save_total_limit, keep_every) | {newest}
+    last = max((selection.key(m) for m in ours if m["name"] == newest), default=None)
     for old in ours:
         kept = old["name"] in keep or old["save_id"] in waiting or (keep_every and old["step"] % keep_every == 0)
-        if last and not kept and order.key(old) <= last and delete(Path(output_dir, old["name"])):
+        if last and not kept and selection.key(old) <= last and delete(Path(output_dir, old["name"])):
             deleted.append(old["name"])
 
 
