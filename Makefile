@@ -33,11 +33,11 @@ lint: .venv/dev
 
 .venv/runtime: .venv/bin/python requirements.txt
 	@echo "installing requirements.txt into .venv; PyTorch is large, this takes minutes"
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/dev: .venv/runtime requirements-dev.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 clean:

@@ -194,7 +194,7 @@ if ! $only_check; then
     echo "making .venv; PyTorch is large, this takes minutes"
     [ -x .venv/bin/python ] || "$python" -m venv .venv || exit 1
     # no cache: pip's would lie outside this folder
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements.txt || exit 1
+    .venv/bin/python -m pip install --disable-pip-version-check --no-cache-dir -r requirements.txt || exit 1
     touch .venv/runtime # what the Makefile looks at
 fi
 check_environment
