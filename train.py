@@ -36,11 +36,9 @@ from refocused.run import (
     generation,
     guard,
     optim,
-    origin,
-    preemption,
+    preflight,
     processes,
     profiler,
-    room,
     strategy,
     words,
 )
@@ -50,9 +48,8 @@ from refocused.run.exits import DONE, STOPPED
 from refocused.run.hardware import sniff
 from refocused.run.logs import Logs, check_folder, log_error
 from refocused.run.monitor import LoopState, Monitor
-from refocused.run.signals import EARLY, StopSignal
+from refocused.run.signals import EARLY, StopSignal, watch_preemption
 from refocused.run.speed import expected
-from refocused.run.starts import Starts
 from refocused.run.watchdog import Watchdog
 
 
@@ -126,11 +123,11 @@ def train(
 ) -> int:  # fmt: skip
     """The run, on every rank alike; returns the exit code. each_step is called after every step, for a benchmark."""
     # --- setup: first what can be refused, then what takes minutes
-    guard.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
+    preflight.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     checkpoints = ckpt.Checkpoints(cfg, env)  # takes output_dir: a second run must not get as far as compiling
-    watch = Watchdog(cfg, env, processes.on_rank_0(Starts, cfg))
+    watch = Watchdog(cfg, env, processes.on_rank_0(preflight.Starts, cfg))
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     plan = words.plan(
@@ -146,8 +143,8 @@ def train(
     state = LoopState.restored(choice.state)
     if choice.path:
         dataset.check_same(choice.state, cfg)
-        guard.check_same_run(choice.state, cfg, global_batch)
-    room.check(cfg, env, state.step)
+        preflight.check_same_run(choice.state, cfg, global_batch)
+    preflight.check_room(cfg, env, state.step)
     logs.log(words.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)
@@ -172,7 +169,7 @@ def train(
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
     profile = profiler.Profiler(cfg, env)
     readback = Readback(env.device)
-    made = origin.of_run(env)
+    made = preflight.made_by(env)
     monitor = Monitor(
         cfg, env, logs, state, choice, tokens_per_step, compile_seconds, settings, found,
         expected(cfg, env.world_size, env.local_world_size, env.device_name),
@@ -303,7 +300,7 @@ def main(argv: list[str]) -> int:
             return show(cfg, origins) if not launch().rank else DONE  # under torchrun one of them prints it
         cfg.batch(launch().world_size)
         stop = StopSignal(cfg.stop_after_minutes)
-        preemption.watch(stop.ask)
+        watch_preemption(stop.ask)
         env = processes.start(cfg)
         processes.on_each_node(env, check_compiler, cfg, env.device)
         processes.on_each_node(env, data.unpack, cfg)
@@ -317,10 +314,8 @@ def main(argv: list[str]) -> int:
         code, text = failures.explain(error)
         if stop and stop.since and not stop.begun:  # a signal to the process group ends compilers and unpackers too
             code, text = STOPPED, EARLY
-        elif cfg and (lack := profiler.out_of_memory(error)):
-            text = f"error: out of memory: {lack}"
-            if failures.first("explain"):  # it takes seconds and a process
-                text += "\n" + profiler.explain_out_of_memory(cfg, launch().world_size)
+        elif cfg:
+            text = failures.explain_out_of_memory(error, cfg) or text
         failures.say(error, lambda: log_error(text, cfg))
         return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
 

@@ -17,7 +17,7 @@ from configs import ConfigError
 from refocused import files, locks
 from refocused.checkpoint import atomic, manifest, selection
 from refocused.checkpoint.selection import choose
-from refocused.run import room
+from refocused.run import preflight
 
 OLD = ("metadata.json", "model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # Accelerate's
 
@@ -185,7 +185,7 @@ def test_long_names_and_silent_disks(tmp_path, monkeypatch):
         assert (tmp_path / name).read_bytes() == b"1" and len(os.fsencode(files.beside(tmp_path / name).name)) < 143
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
-    assert files.too_small(tmp_path, 1 << 60) == "" and room.files.free(tmp_path) == np.inf
+    assert files.too_small(tmp_path, 1 << 60) == "" and preflight.files.free(tmp_path) == np.inf
     (tmp_path / "taken").mkdir()
     with locks.filling(tmp_path / "taken", wait=False), pytest.raises(locks.Taken, match=f"pid {os.getpid()}"):
         with locks.filling(tmp_path / "taken", wait=False):

@@ -33,15 +33,14 @@ from refocused.run import (
     devices,
     exits,
     failures,
-    guard,
     hardware,
     optim,
+    preflight,
     processes,
-    profiler,
     strategy,
     watchdog,
 )
-from refocused.run.starts import CrashLoop, Starts
+from refocused.run.preflight import CrashLoop, Starts
 from refocused.shards.shard import DataError
 
 
@@ -121,7 +120,7 @@ FAULTS = {
     "killed-at-bad-step": lambda: killed_at("all windows in"),
     "killed-at-skip": lambda: killed_at("Step 5: skipped"),
     "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda found, *_: (found[0] * torch.inf, found[1])),
-    "torch": lambda: setattr(guard, "sources", lambda: "other sources"),
+    "torch": lambda: setattr(preflight, "sources", lambda: "other sources"),
     "brief": lambda: setattr(processes, "EXCHANGE_SECONDS", 15),
     "elsewhere": lambda: setattr(socket, "gethostname", lambda: "other"),
     "absent": lambda: (
@@ -392,7 +391,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(monkeypatch, tmp_p
 )
 def test_memory_that_is_out_is_called_so(error, line):
     """In the words of each library that takes memory: the line of its error that says so, and nothing else's."""
-    found = profiler.out_of_memory(error)
+    found = failures.out_of_memory(error)
     assert found == line or found.startswith(line)
 
 

@@ -38,6 +38,8 @@ LATE = {
     "torch.utils.tensorboard": "the same",
     "tiktoken": "data of the byte tokenizer needs none",
     "tokenizers": "only a Hugging Face folder needs it; not in requirements.txt",
+    "refocused.run.adamw": "only adam_moments=bf16 uses it",
+    "refocused.run.muon": "only optimizer=muon uses it",
     "refocused.shards.spelling": "only an export writes it",
     "refocused.shards.prepare": "only a set that cannot be mapped needs it, and with it all other formats",
     "pydoc_data": "0.7 MB of text that is read as text, for the demo",

@@ -16,7 +16,7 @@ import model as neox
 from configs import Config, ConfigError
 from refocused.entry import here, parse_with_settings, positive, positive_number
 from refocused.measure import calibrate, search
-from refocused.run import gpus, optim, room, speed, words
+from refocused.run import gpus, optim, preflight, speed, words
 from refocused.run.gpus import GPUS
 from refocused.run.memory import PROCESS, estimate
 from refocused.run.speed import Machine, Step
@@ -106,7 +106,7 @@ def checkpoints(cfg: Config) -> str:
     """Bytes of one checkpoint and of all that are kept or written."""
     size = optim.checkpoint_bytes(cfg)
     saves = math.ceil(cfg.max_steps / cfg.save_steps) if cfg.save_steps else 1
-    kept = min(saves, cfg.save_total_limit + room.kept_forever(cfg, 0)) if cfg.save_total_limit else saves
+    kept = min(saves, cfg.save_total_limit + preflight.kept_forever(cfg, 0)) if cfg.save_total_limit else saves
     timed = f", besides those of every {cfg.save_seconds:g} s" * bool(cfg.save_seconds)
     return (
         f"{size / 1e9:.2f} GB each; {kept} kept on disk = {kept * size / 1e9:.1f} GB; "
@@ -230,7 +230,7 @@ def card(options: argparse.Namespace, cfg: Config, world: int) -> tuple[gpus.GPU
         name = torch.cuda.get_device_name()
         gpu, usable = gpus.find(name), torch.cuda.get_device_properties(0).total_memory / GIB
     elif options.calibrate:
-        name, usable = "CPU process", room.memory() / world / GIB
+        name, usable = "CPU process", preflight.memory() / world / GIB
     elif not gpu and not options.memory:
         sold = gpus.smallest(estimate(cfg, world).needed)
         return None, gpus.usable(sold), f"GPU of {sold:g} GB, the smallest known kind that it fits"

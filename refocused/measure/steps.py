@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ import model as neox
 from configs import Config, ConfigError
 from refocused.entry import parse_with_settings, positive
 from refocused.run import environment, gpus
-from refocused.run.origin import hardware
+from refocused.run.preflight import git
 from refocused.shards import tokenizers
 
 SIZES = {
@@ -203,6 +205,21 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
     if widest > TRUSTED:
         lines += ["", f"Not to be trusted: a spread of {widest:.0%} is above {TRUSTED:.0%}. Again on an idle machine."]
     return "\n".join(lines)
+
+
+def hardware() -> str:
+    """Processor or GPU, versions, date and commit: what a figure means nothing without."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        match = re.search(r"model name\s*: (.+)", info)
+        extras = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512f", "avx2") if f" {flag}" in info]
+        name = f"{match[1] if match else platform.processor() or platform.machine()}, "
+        name += f"{torch.get_num_threads()} cores" + (f" ({extras[0]})" if extras else "")
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"{name}; torch {torch.__version__}; {datetime.date.today()}; commit {commit}{changed}"
 
 
 def main(argv: list[str]) -> int:

@@ -1,16 +1,23 @@
 """What an exception means to who watches the terminal: the exit code, the words, and which rank says them."""
 
 import contextlib
+import dataclasses
 import datetime
+import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
-from refocused.entry import absent
+from configs import Config
+from refocused.entry import ROOT, absent, here
 from refocused.run import processes
 from refocused.run.environment import launch_or_alone
 from refocused.run.exits import INTERNAL, MISTAKE
@@ -19,6 +26,8 @@ GRACE = 5.0  # seconds that another rank is given to speak first
 # gloo's errors have no class of their own; NCCL's and the store's do
 GLOO = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "connectFullMesh",
         "Socket Timeout", "Connection refused", "gloo/transport")  # fmt: skip
+# cuBLAS's words, the driver's and NCCL's, the CPU allocator's; only the caching allocator's error has a class of its own
+NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory")
 
 
 def lost_peers(error: BaseException) -> bool:
@@ -49,12 +58,41 @@ def explain(error: BaseException) -> tuple[int, str]:
     return INTERNAL, f"{lines}this is a bug, please report it with the lines above"
 
 
-def first(what: str) -> bool:
-    """Whether this rank is the first of the launch that asks for `what`, so that one does what takes long."""
-    try:
-        return processes.store is None or processes.store.add(what, 1) == 1
-    except RuntimeError:  # its host has gone
-        return True
+def explain_out_of_memory(error: BaseException, cfg: Config) -> str | None:
+    """Of an error for want of memory: what it says and, once per launch, what the plan says that each process needs."""
+    if not (lack := out_of_memory(error)):
+        return None
+    text = f"error: out of memory: {lack}"
+    with contextlib.suppress(RuntimeError):  # the store's host has gone
+        if processes.store is not None and processes.store.add("explain", 1) > 1:
+            return text
+    return f"{text}\n{memory_needs(cfg, launch_or_alone().world_size)}"
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The line of the error that says so, if it is of that kind."""
+    lines = [line for line in str(error).splitlines() if any(words in line for words in NO_MEMORY)]
+    if isinstance(error, torch.OutOfMemoryError):
+        return (lines or str(error).splitlines() or [type(error).__name__])[0]
+    return lines[0] if lines and isinstance(error, RuntimeError) else None
+
+
+def memory_needs(cfg: Config, world_size: int) -> str:
+    """What the plan says that each process needs, by kind, and the keys that help."""
+    # in a process of its own: this one has a process group, and no memory
+    command = [sys.executable, "-m", "refocused.run.memory", json.dumps(dataclasses.asdict(cfg)), str(world_size)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    needs = done.stdout.strip() or f"no plan: {done.stderr.strip()[-300:]}"
+    B, accumulation = cfg.per_device_train_batch_size, cfg.batch(world_size)[0]
+    return (
+        f"{needs}\n"
+        f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
+        f"{accumulation * (2 if B > 1 else 1)} (now {B} and {accumulation}), "
+        f"activation_checkpointing=full (now {cfg.activation_checkpointing}), parallel=fsdp (now {cfg.parallel}), and with "
+        f"it cpu_offload=true{' mixed_precision=bf16' * (cfg.mixed_precision == 'fp16')}; "
+        f"`{here('python bench.py plan CONFIG.py')} --search` compares them"
+    )
 
 
 def say(error: BaseException, speak: Callable[[], None]) -> None:

@@ -1,22 +1,17 @@
-"""What a run refuses: ranks that disagree, and steps whose figures cannot be right."""
+"""What is not trained on: copies of the model that differ, and steps whose figures cannot be right."""
 
-import dataclasses
-import functools
 import hashlib
 import math
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from configs import KEYS, MODEL, OPTIMIZER, Config, ConfigError, check_same_model
+from configs import Config
 from refocused.checkpoint.tensors import local_part
-from refocused.entry import ROOT
 from refocused.run import processes
 from refocused.run.exits import INTERNAL
 
-PLACES = ("data_dir", "cache_dir", "tokenizer", "output_dir", "logging_dir")  # each node has its own
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 SIGMA = 6.0  # deviations above them that make a spike
 
@@ -26,44 +21,6 @@ class ReplicasDiffer(ValueError):
 
     exit_code = INTERNAL
     same_on_all_ranks = True
-
-
-@functools.cache
-def sources() -> str:
-    """A hash of the code that trains."""
-    files = [*(ROOT / name for name in ("train.py", "model.py", "data.py", "ckpt.py")), *ROOT.glob("refocused/**/*.py")]
-    digest = hashlib.sha256()
-    for path in sorted(file for file in files if file.exists()):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def check_ranks(cfg: Config, fingerprint: str, tokenizer: str | None) -> None:
-    """Raise ConfigError, on every rank alike, unless all have the same config, shards and tokenizer, torch and code."""
-    mine = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in PLACES}
-    mine |= {"the shards in data_dir": fingerprint, "the tokenizer": tokenizer}
-    mine["the version of torch"] = torch.__version__
-    mine["the code (a hash of train.py, model.py and the like)"] = sources()
-    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, theirs in enumerate(everyone):
-        if differing := [key for key in mine if theirs[key] != everyone[0][key]]:
-            shown = ", ".join(f"{key} ({theirs[key]} and {everyone[0][key]})" for key in differing[:3])
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise ConfigError(f"ranks {rank} and 0 differ in {shown}{more}; start all with the same command and data")
-
-
-def check_same_run(state: dict[str, Any], cfg: Config, global_batch: int) -> None:
-    """Raise ConfigError unless model, optimizer and, if it is not allowed to change, sequences per step are a checkpoint's."""
-    way = "go on with {needed}, or begin a new run: name another output_dir and logging_dir"
-    check_same_model("the checkpoint", state["config"], cfg, MODEL + OPTIMIZER, way)
-    was = Config(**{key: value for key, value in state["config"].items() if key in KEYS})
-    before = state.get("global_batch") or was.batch(state["run"]["world_size"])[1]
-    if before != global_batch and not cfg.allow_change:
-        raise ConfigError(
-            f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
-            f"global_batch_size={before}, or set allow_change=true to go on with {global_batch}"
-        )
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ class LoopState:
         return state
 
     def saved(self, cfg: Config, dataset, made: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint's state.json, with the data.Dataset's position; made: origin.of_run's."""
+        """A checkpoint's state.json, with the data.Dataset's position; made: preflight.made_by's."""
         data = {key: getattr(dataset, key) for key in ("fingerprint", "manifest", "tokenizer")}
         return dataclasses.asdict(self) | {
             "global_batch": cfg.batch(made["world_size"])[1],

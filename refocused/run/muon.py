@@ -14,8 +14,6 @@ from refocused.checkpoint.tensors import local_part
 
 T = TypeVar("T")
 
-MOMENTUM = 0.95  # Nesterov's
-STEPS = 5  # of Newton and Schulz per update
 BUCKET_BYTES = 1 << 29  # of bf16 updates that travel at once: few collectives, whatever the number of matrices
 
 

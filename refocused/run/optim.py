@@ -7,8 +7,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs import Config
 from model import num_parameters
-from refocused.run.adamw import HalfAdamW
-from refocused.run.muon import MOMENTUM, STEPS, Muon
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -46,20 +44,16 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    kind = {"bf16": HalfAdamW, "fp32": torch.optim.AdamW}[cfg.adam_moments]
+    kind = {"bf16": half_adamw, "fp32": torch.optim.AdamW}[cfg.adam_moments]
     optimizers: list[torch.optim.Optimizer] = [
         kind(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     ]
     if muons:
-        muon = Muon(
-            muons,
-            lr=cfg.learning_rate,
-            weight_decay=cfg.weight_decay,
-            momentum=MOMENTUM,
-            ns_steps=STEPS,
-            adjust_lr_fn="match_rms_adamw",
+        from refocused.run.muon import Muon
+
+        optimizers.append(
+            Muon(muons, cfg.learning_rate, cfg.weight_decay, momentum=0.95, ns_steps=5, adjust_lr_fn="match_rms_adamw")
         )
-        optimizers.append(muon)
     if isinstance(model, FSDPModule) and not cfg.cpu_offload:
         streams = torch.get_device_module(next(model.parameters()).device)
 
@@ -69,6 +63,12 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
         for optimizer in optimizers:
             optimizer.register_step_post_hook(note)
     return optimizers
+
+
+def half_adamw(*args, **keys) -> torch.optim.AdamW:
+    from refocused.run.adamw import HalfAdamW
+
+    return HalfAdamW(*args, **keys)
 
 
 def checkpoint_bytes(cfg: Config) -> int:
@@ -106,8 +106,8 @@ def update(
     divisor: of the gradients, an fp32 scalar on the device; None where they are clipped already.
     """
     for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
-            optimizer.apply = apply
+        if isinstance(optimizer, torch.optim.Muon):
+            vars(optimizer)["apply"] = apply
             optimizer.step()
             continue
         # the fused kernel skips the update by itself: nobody waits for the verdict, except where parameters are in host

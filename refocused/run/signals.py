@@ -7,10 +7,15 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 
 from refocused.run.environment import launch
 from refocused.run.exits import STOPPED, leave
 
+PRODUCT = Path("/sys/class/dmi/id/product_name")
 EARLY = "stopped by a signal before the first step: what was saved before stands"
 
 
@@ -76,3 +81,32 @@ class StopSignal:
         with contextlib.suppress(OSError):  # a closed one
             if select.select([], [2], [], 0)[1]:
                 os.write(2, text.encode())
+
+
+def watch_preemption(ask: Callable[[str], None]) -> None:
+    """On a machine of Google's, a thread of the node's first process calls ask(why) once the machine is to go."""
+    host = os.environ.get("GCE_METADATA_HOST", "")
+    with contextlib.suppress(OSError):
+        if not host and PRODUCT.read_text().startswith("Google"):  # as Google's own libraries find it
+            host = "metadata.google.internal"
+    if host and not launch().local_rank and os.environ.get("NO_GCE_CHECK", "").lower() != "true":
+        threading.Thread(target=wait_for_preemption, args=(host, ask), daemon=True, name="preemption").start()
+
+
+def wait_for_preemption(host: str, ask: Callable[[str], None], pause: float = 10.0) -> None:
+    """Ask the metadata server, which answers when the value changes, until it says that the machine was preempted."""
+    url = f"http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300&last_etag="
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for its own machine
+    etag = "0"  # none is this, so the first answer comes at once
+    while True:
+        try:
+            request = urllib.request.Request(url + etag, headers={"Metadata-Flavor": "Google"})
+            with opener.open(request, timeout=330) as answer:
+                if answer.read(16).strip() == b"TRUE":
+                    return ask("this machine is being taken away (preempted)")
+                etag = answer.headers.get("ETag") or "0"
+            time.sleep(0.1)  # a server that does not wait must not be asked without end
+        except OSError as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 404:
+                return None  # this server knows no preemption
+            time.sleep(pause)

@@ -16,8 +16,8 @@ from refocused.run import processes
 from refocused.run.exits import INTERNAL, leave
 from refocused.run.logs import log_error
 from refocused.run.optim import checkpoint_bytes
+from refocused.run.preflight import Starts
 from refocused.run.processes import Env, progress
-from refocused.run.starts import Starts
 
 
 def times(limit: float) -> tuple[float, float]:

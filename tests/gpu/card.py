@@ -16,7 +16,7 @@ import pytest
 import torch
 from launch import TINY, Run
 
-from refocused.run.origin import hardware
+from refocused.measure.steps import hardware
 
 SMALL = (
     "vocab_size=50257 hidden_size=512 num_hidden_layers=4 num_attention_heads=8 intermediate_size=2048 "

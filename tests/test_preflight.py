@@ -10,7 +10,7 @@ from launch import TINY, train
 
 import configs
 import model as neox
-from refocused.run import devices, optim, processes, room
+from refocused.run import devices, optim, preflight, processes
 
 DEVICE = {kind: processes.torch.device(kind) for kind in ("cpu", "cuda")}
 
@@ -28,7 +28,7 @@ def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
     N = neox.num_parameters(config())[0]
 
     def per_parameter(e: processes.Env, *keys: str) -> tuple[float, ...]:
-        return tuple(size / N for size in room.host_bytes(config(*keys), e))
+        return tuple(size / N for size in [*preflight.host_bytes(config(*keys), e).values()][:2])
 
     assert per_parameter(env()) == (16, 12) and per_parameter(env(), "async_save=false") == (16, 0)
     assert per_parameter(env(world=2)) == (32, 12) and per_parameter(env(world=2), "parallel=fsdp") == (16, 12)
@@ -37,10 +37,10 @@ def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
     assert per_parameter(env("cuda"), "parallel=fsdp", "cpu_offload=true") == (16, 0)
     (tmp_path / "limit").write_text("1000000\n")
     (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(room, "LIMITS", (tmp_path / "absent", tmp_path / "none"))
-    assert room.memory() > 1 << 28
-    monkeypatch.setattr(room, "LIMITS", (tmp_path / "none", tmp_path / "limit"))
-    assert room.memory() == 1e6
+    monkeypatch.setattr(preflight, "LIMITS", (tmp_path / "absent", tmp_path / "none"))
+    assert preflight.memory() > 1 << 28
+    monkeypatch.setattr(preflight, "LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    assert preflight.memory() == 1e6
     quotas = (("max 100000", "", 64), ("50000 100000", "", 1), ("-1", "100000", 64), ("850000", "100000", 8))
     for words, period, cores in quotas:
         (tmp_path / "quota").write_text(words)
@@ -52,7 +52,7 @@ def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
         configs.ConfigError,
         match=r"needs at least 38.4 GiB .* has 0.0: 21.1 GiB .*and 15.8 GiB .*async_save.* and 1.5 GiB",
     ):
-        room.check_memory(configs.load([str(ROOT / "configs/production.py")])[0], env())
+        preflight.check_memory(configs.load([str(ROOT / "configs/production.py")])[0], env())
 
 
 def test_refused_before_anything_is_built(shards, tmp_path):
@@ -112,10 +112,10 @@ def test_checkpoints_that_will_come(monkeypatch, tmp_path):
     ):
         cfg = config(*keys, f"output_dir={tmp_path}")
         if fits:
-            room.check_disk(cfg, 0)
+            preflight.check_disk(cfg, 0)
         else:
             with pytest.raises(configs.ConfigError, match="4 checkpoints of .* will come"):
-                room.check_disk(cfg, 0)
+                preflight.check_disk(cfg, 0)
 
 
 def test_a_busy_machine_is_pointed_out(monkeypatch):
