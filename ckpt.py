@@ -209,8 +209,6 @@ class Checkpoints:
         reasons: list[str | None] = [None] * self.env.world_size
         dist.all_gather_object(reasons, reason, group=processes.long_group)
         missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None
-        if syncer and not missing and (notice := syncer.status):
-            log(notice)
         return failure, missing
 
 

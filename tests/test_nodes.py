@@ -171,9 +171,9 @@ def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
         run = Launch(tmp_path, *keys, "upload_deadline_seconds=10", before=before)
         assert run.process.wait(GUARD) == 74, run.text
         why = "cannot write .*shard-00001.*: 403, the account may not do this"
-        assert re.search(f"^on .*: {why}", run.text, re.M) and re.search(f"not in the bucket: .*{why}", run.text), (
-            run.text
-        )
+        assert re.search(f"^note: on .*: {why}", run.text, re.M) and re.search(
+            f"not in the bucket: .*{why}", run.text
+        ), run.text
         assert server.commits == []
         door.faults.clear()
         run = Launch(tmp_path, *keys, "max_steps=12", f"upload_deadline_seconds={GUARD}", before=before)

@@ -109,16 +109,22 @@ def test_publishes_newest_first_and_prunes(server, place, tmp_path):
 
 
 def test_prunes_as_it_goes_but_not_the_resumed_one(server, place, tmp_path):
-    """bucket_total_limit=2 holds after each save; the checkpoint that the run was resumed from stays there."""
-    save(tmp_path, 10)
-    remote.publish(place, tmp_path / manifest.name(0, 10, 1))
-    syncer = sync.Syncer(config(tmp_path, bucket_total_limit=2, save_total_limit=1), manifest.name(0, 10, 1))
+    """bucket_total_limit=2 holds after each save; the checkpoint that the run was resumed from stays there. output_dir is a
+    link that is turned to another run's folder after the first save: nothing there is sent or deleted."""
+    here, link = tmp_path / "here", tmp_path / "link"
+    link.symlink_to(here)
+    remote.publish(place, save(here, 10))
+    syncer = sync.Syncer(config(link, bucket_total_limit=2, save_total_limit=1), manifest.name(0, 10, 1))
     for step in range(20, 60, 10):
-        save(tmp_path, step)
+        save(here, step)
         assert syncer.flush(GUARD), syncer.failure
         assert steps(place) == sorted({step, max(step - 10, 10), 10}, reverse=True)
-        assert local_steps(tmp_path) == [step]
-    assert syncer.close(GUARD)
+        assert local_steps(here) == [step]
+        if step == 20:
+            theirs = [save(tmp_path / "theirs", other) for other in (5, 90)]
+            link.unlink()
+            link.symlink_to(tmp_path / "theirs")
+    assert syncer.close(GUARD) and all(map(manifest.verify, theirs))
 
 
 def test_nothing_leaves_the_disk_before_it_is_in_the_bucket(server, place, tmp_path):
@@ -195,22 +201,19 @@ def test_what_waits_for_the_bucket_stays_on_the_disk(server, place, tmp_path):
     assert syncer.close(60) and steps(place) == [30, 20] and local_steps(tmp_path) == [30]
 
 
-def test_delete_forbidden(server, place, tmp_path):
-    """403 on every DELETE: each save counts as uploaded, the disk is pruned, and the status says why, once."""
+def test_delete_forbidden(server, place, tmp_path, capsys):
+    """403 on every DELETE: each save counts as uploaded, the disk is pruned, and why is said once."""
     server.fault("DELETE", "", status=403, times=10**6)
     syncer = sync.Syncer(config(tmp_path, save_total_limit=1, bucket_total_limit=1))
-    said = []
     for step in (10, 20, 30):
         save(tmp_path, step)
         assert syncer.flush(30), syncer.failure
-        assert local_steps(tmp_path) == [step]
-        said.append(syncer.status)
+        assert local_steps(tmp_path) == [step] and syncer.status == ""
     replaced = save(tmp_path, 30)
     assert syncer.close(30) and steps(place) == [30, 20, 10] and not syncer.status
     assert content(remote.fetch(place, replaced.name, tmp_path / "c")) == content(replaced)
-    assert (
-        said[0] == said[2] == "" and "old checkpoints stay in the bucket: cannot delete" in said[1] and "403" in said[1]
-    )
+    said = capsys.readouterr().err
+    assert said.count("old checkpoints stay in the bucket: cannot delete") == said.count("403") == 1
 
 
 def test_verify_reads_the_bucket(server, place, tmp_path, capsys):
@@ -277,7 +280,7 @@ def test_what_others_put_there_stays(server, place, tmp_path, capsys):
         old[into.removeprefix("run/")] = server.put(into, b"put in").data
         assert syncer.flush(GUARD), syncer.failure
     assert syncer.close(GUARD) and steps(place) == [40]
-    assert "logs/trace.jsonl is not how" in syncer.status
+    assert "logs/trace.jsonl is not how" in capsys.readouterr().err
     assert start.pull(config(tmp_path / "b", resume="latest"), start.find(config(tmp_path / "b", resume="latest")))
     capsys.readouterr()
     assert ckpt.main(["prune", "gs://bucket/run", "--keep", "1", "--damaged"]) == 0
@@ -625,7 +628,7 @@ def test_find(server, place, tmp_path, capsys):
     ):
         start.find(cfg("checkpoint-x"))
     assert start.find(cfg(str(tmp_path / "a" / "checkpoint-x"))) is None  # its own, wherever it may be
-    with pytest.raises(ConfigError, match="begins a run of its own .* has 2 checkpoints already"):
+    with pytest.raises(ConfigError, match="has 2 checkpoints, .* begin another run there"):
         start.find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
     elsewhere = dataclasses.replace(cfg(str(ten)), checkpoint_bucket_path="branch")
     assert start.find(elsewhere) is None
@@ -699,6 +702,23 @@ def test_command_line(server, place, tmp_path, capsys):
     server.violations.clear()
     assert ckpt.main(["list", url]) == 66
     assert "state.json is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["MANIFEST", "state.json", "shard"])
+def test_pruned_between_listing_and_reading(server, place, tmp_path, capsys, file):
+    """A checkpoint that a run deletes while `list` or `verify` reads it is in no row, and no error."""
+    gone, stays = (save(tmp_path / "a", step) for step in (10, 20))
+    for folder in (gone, stays):
+        remote.publish(place, folder)
+    fault = server.fault("GET", f"{gone.name}.*{file}.*alt=media|alt=media.*{gone.name}.*{file}", stall=1)
+    with ThreadPoolExecutor() as pool:
+        listed = pool.submit(ckpt.main, ["verify" if file == "shard" else "list", "gs://bucket/run"])
+        server.wait_until(lambda: fault.hits)
+        [old] = [r for r in place.checkpoints(place.objects()) if r.name == gone.name]
+        remote.delete(place, old, place.objects())
+        assert listed.result(GUARD) == 0
+    out = capsys.readouterr().out
+    assert stays.name in out and gone.name not in out
 
 
 def test_listing_with_a_folder_that_is_not_there_yet(place, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refocused.bucket import gcs
-from refocused.bucket.remote import STRANGE, Place, compare_bytes, fetch, prune, publish
+from refocused.bucket.remote import STRANGE, Place, compare_bytes, fetch, listed, prune, publish
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
@@ -63,9 +63,7 @@ def prune_command(argv: list[str]) -> int:
     parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
     parser.add_argument("--keep", type=int, default=0, help="newest complete ones to keep; 0, the default, for all")
     parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
-    parser.add_argument(
-        "--damaged", action="store_true", help="damaged ones too that may be newer or are kept for ever"
-    )
+    parser.add_argument("--damaged", action="store_true", help="also damaged ones that are newer or kept for ever")
     args = parser.parse_args(argv)
     for line in prune(open_place(args.url)[0], args.keep, args.keep_every, args.damaged):
         print(line)
@@ -81,67 +79,46 @@ def open_place(url: str) -> tuple[Place, str]:
 
 
 class Row(NamedTuple):
-    """A checkpoint in a listing; manifest and state are {} where there is a problem with it."""
+    """A checkpoint in a listing."""
 
     name: str
-    manifest: dict[str, Any]
-    state: dict[str, Any]
     note: str
-    damaged: bool = False
+    manifest: dict[str, Any] | None = None  # None where there is a problem with it
+    state: dict[str, Any] = {}
+
+    def cells(self) -> list[str]:
+        """name, step, tokens, loss, size, age"""
+        cells = [self.name, f"{local.step_of(self.name):,}" if local.parse(self.name) else "-"]
+        for key, form in (("tokens", ",d"), ("loss", ".4f")):
+            cells.append("-" if self.state.get(key) is None else format(self.state[key], form))
+        if not self.manifest:
+            return [*cells, "-", "-"]
+        size = sum(entry["size"] for entry in self.manifest["files"].values())
+        return [*cells, f"{size / 1e6:,.1f} MB", _age(time.time() - self.manifest["time"])]
 
 
 def show(places: list[str], hashes: bool) -> int:
     """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
     there = [where for where in places if len(places) == 1 or where.startswith("gs://") or Path(where).is_dir()]
-    found = [(where, row) for where in there for row in rows(where, hashes)]
+    found = [(where, row, damaged) for where in there for row, damaged in rows(where, hashes)]
     if not found:
         print(f"no checkpoints in {' or '.join(places)}")
         return 0
-    table = [("name", "step", "tokens", "loss", "size", "age", "where", "")]
-    for where, (name, manifest, state, note, _) in found:
-        table.append(
-            (
-                name,
-                f"{local.step_of(name):,}" if local.parse(name) else "-",
-                f"{state['tokens']:,}" if state.get("tokens") is not None else "-",
-                f"{state['loss']:.4f}" if state.get("loss") is not None else "-",
-                f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:,.1f} MB" if manifest else "-",
-                _age(time.time() - manifest["time"]) if manifest else "-",
-                where,
-                note,
-            )
-        )
+    table = [["name", "step", "tokens", "loss", "size", "age", "where", ""]]
+    table += [[*row.cells(), where, row.note] for where, row, _ in found]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *numbers, where, note in table:
         cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:-2], strict=True))]
         cells += [where.ljust(widths[-2])] if len(places) > 1 else []
         print("  ".join([*cells, note]).rstrip())
-    return CheckpointError.exit_code if any(row.damaged for _, row in found) else 0
+    return CheckpointError.exit_code if any(damaged for *_, damaged in found) else 0
 
 
-def rows(where: str, hashes: bool) -> Iterable[Row]:
-    """The checkpoints of a folder or bucket, what was saved last first, or the one that `where` names."""
+def rows(where: str, hashes: bool) -> Iterable[tuple[Row, bool]]:
+    """(row, whether it is damaged) for the checkpoints of a folder or bucket, what was saved last first, or for the one
+    that `where` names."""
     if where.startswith("gs://"):
-        place, only = open_place(where)
-        objects = place.objects()
-        remotes = place.checkpoints(objects)
-        gone = selection.abandoned(remote.manifest for remote in remotes if remote.manifest)
-        for remote in remotes:
-            if only not in ("", remote.name):
-                continue
-            try:
-                if problem := remote.problem or (hashes and compare_bytes(place, remote, objects)):
-                    raise CheckpointError(problem)
-                name = place.name(remote.name, remote.manifest["save_id"], STATE)
-                content, _ = place.bucket.read(name) or (b"{}", 0)
-                state = local.decode_state(content, place.bucket.url(name))
-                yield Row(remote.name, remote.manifest, state, _note(hashes, remote.name in gone))
-            except CheckpointError as error:
-                yield Row(remote.name, {}, {}, str(error), damaged=True)
-        for stranger in place.strangers(objects, remotes):
-            name = stranger.removeprefix(f"{place}/").partition("/")[0]
-            if only in ("", name):
-                yield Row(name, {}, {}, f"{stranger}: {STRANGE}", damaged=name not in {r.name for r in remotes})
+        yield from rows_there(*open_place(where), hashes)
         return
     folder = Path(where)
     if not folder.is_dir():
@@ -151,9 +128,32 @@ def rows(where: str, hashes: bool) -> Iterable[Row]:
     for path in [folder / name for name in selection.names(folder)] or alone:
         try:
             state = local.read_state(path, hashes)
-            yield Row(path.name, local.read_manifest(path), state, _note(hashes, path.name in gone))
+            yield Row(path.name, _note(hashes, path.name in gone), local.read_manifest(path), state), False
         except CheckpointError as error:
-            yield Row(path.name, {}, {}, str(error), damaged=True)
+            yield Row(path.name, str(error)), True
+
+
+def rows_there(place: Place, only: str, hashes: bool) -> Iterable[tuple[Row, bool]]:
+    objects = place.objects()
+    remotes = place.checkpoints(objects)
+    gone = selection.abandoned(remote.manifest for remote in remotes if remote.manifest)
+    for remote in remotes:
+        if only not in ("", remote.name):
+            continue
+        try:
+            if problem := remote.problem or (hashes and compare_bytes(place, remote, objects)):
+                raise CheckpointError(problem)
+            state = listed(remote.manifest, objects)[STATE]
+            decoded = local.decode_state(place.bucket.content(state), place.bucket.url(state.name))
+            yield Row(remote.name, _note(hashes, remote.name in gone), remote.manifest, decoded), False
+        except gcs.Gone:  # a run has pruned it since it was listed
+            continue
+        except CheckpointError as error:
+            yield Row(remote.name, str(error)), True
+    for stranger in place.strangers(objects, remotes):
+        name = stranger.removeprefix(f"{place}/").partition("/")[0]
+        if only in ("", name):
+            yield Row(name, f"{stranger}: {STRANGE}"), name not in {r.name for r in remotes}
 
 
 def _note(hashes: bool, gone: bool) -> str:

@@ -22,7 +22,6 @@ from typing import Any
 import configs
 from refocused import files, locks
 from refocused.bucket import gcs
-from refocused.bucket.transfer import Bar, check_space, has_size, in_parallel, part_size
 from refocused.entry import here
 from refocused.shards import prepare, shard
 from refocused.shards.tokenizers import find
@@ -30,6 +29,8 @@ from refocused.shards.tokenizers import find
 STREAMS = 8  # files at once; the client's connection pool holds 10
 COMING = ".download"  # a folder below DEST, for what is not ready yet
 INDEX = ".download.jsonl"  # a line per file that is ready, the last one of a file counts
+
+Shards = dict[str, gcs.Object]  # {path below the folder: object}
 
 
 def main(argv: list[str]) -> int:
@@ -39,17 +40,15 @@ def main(argv: list[str]) -> int:
         return 0
     settings = [a for a in argv if "=" in a or a.endswith(".py")]
     places = [a for a in argv if a.startswith("gs://")]
-    folders = [a for a in argv if a not in settings + places and not a.startswith("--")]
-    unknown = [a for a in argv if a.startswith("--") and "=" not in a and a != "--list"]
-    if len(places) > 1 or len(folders) > 1 or unknown:
+    folders = [a for a in argv if a not in [*settings, *places, "--list"]]
+    if len(places) > 1 or len(folders) > 1 or any(folder.startswith("--") for folder in folders):
         raise configs.ConfigError(f"cannot make sense of {' '.join(argv)!r}\n{__doc__}")
     cfg, origins = configs.load(settings)
     if not places and not cfg.bucket_name:
         raise configs.ConfigError("no bucket: name one, gs://BUCKET/PREFIX, or set bucket_name")
     name, prefix = gcs.split(places[0] if places else f"gs://{cfg.bucket_name}")
-    bucket = gcs.Bucket(name)
+    bucket, pattern = gcs.Bucket(name), cfg.tokenized_file_pattern
     parent, _, last = prefix.rpartition("/")
-    pattern = cfg.tokenized_file_pattern
     if set(last) & set("*?[") or last.endswith(".npz"):
         prefix, pattern = parent, last
     shards, refused = choose(bucket, prefix, pattern, cfg.max_files)
@@ -69,9 +68,6 @@ def main(argv: list[str]) -> int:
     return gcs.BucketError.exit_code if refused else 0
 
 
-Shards = dict[str, gcs.Object]  # {path below the folder: object}
-
-
 def choose(bucket: gcs.Bucket, prefix: str, pattern: str, max_files: int = -1) -> tuple[Shards, list[str]]:
     """The first max_files (-1: all) objects below prefix whose file name matches, and why others were refused.
 
@@ -83,12 +79,14 @@ def choose(bucket: gcs.Bucket, prefix: str, pattern: str, max_files: int = -1) -
         path = obj.name.removeprefix(base)
         if fnmatch.fnmatchcase(path.rpartition("/")[2], pattern):
             try:
-                shards[gcs.safe_name(path)] = obj
-                if obj.encoded:
-                    raise gcs.BucketError(f"{bucket.url(obj.name)} is stored gzip-encoded; store the file itself")
+                gcs.safe_name(path)
             except gcs.BucketError as error:
-                shards.pop(path, None)
                 refused.append(str(error))
+                continue
+            if obj.encoded:
+                refused.append(f"{bucket.url(obj.name)} is stored gzip-encoded; store the file itself")
+            else:
+                shards[path] = obj
     chosen = sorted(shards)[: max_files if max_files >= 0 else None]
     return {path: shards[path] for path in chosen}, refused
 
@@ -99,22 +97,20 @@ def show(bucket: gcs.Bucket, shards: Shards) -> None:
         print(f"{obj.size:>16,}  {path}")
     size = sum(obj.size for obj in shards.values())
     largest = max(shards.values(), key=lambda obj: obj.size)
-    tokens, padded = count_tokens(bucket, largest)
-    estimate = f"about {tokens / max(1, largest.size) * size:,.0f} tokens" if tokens else "unknown number of tokens"
-    print(f"{len(shards):,} files, {size:,} bytes, {estimate}{' with padding' if tokens and padded else ''}")
+    tokens = count_tokens(bucket.tail(largest, 64 << 10)) / max(1, largest.size) * size
+    estimate = f"about {tokens:,.0f} tokens, padding included" if tokens else "unknown number of tokens"
+    print(f"{len(shards):,} files, {size:,} bytes, {estimate}")
 
 
-def count_tokens(bucket: gcs.Bucket, obj: gcs.Object) -> tuple[int, bool]:
-    """(tokens, whether padding is among them) of an .npz by its zip directory, the last bytes; (0, False) if unclear."""
-    tail = bucket.read_from(obj, max(0, obj.size - (64 << 10)))
+def count_tokens(tail: bytes) -> int:
+    """How many token ids an .npz holds, by its zip directory, the last bytes; 0 if unclear."""
     try:
         # Offsets in the directory count from the file's start, which zipfile corrects by itself.
-        members = {entry.filename: entry for entry in zipfile.ZipFile(io.BytesIO(tail)).infolist()}
+        sizes = {entry.filename: entry.file_size - 128 for entry in zipfile.ZipFile(io.BytesIO(tail)).infolist()}
     except zipfile.BadZipFile:
-        return 0, False
-    padded = any(name.startswith(("attention_mask", "sequence_lengths")) for name in members)
-    found = next((members[name] for name in ("input_ids.npy", "tokens.npy") if name in members), None)
-    return (found.file_size - 128) // (4 if padded else 2) if found else 0, padded
+        return 0
+    packed = any(name.startswith(("attention_mask", "sequence_lengths")) for name in sizes)  # then ids are int32
+    return sizes.get("input_ids.npy", sizes.get("tokens.npy", 0)) // (4 if packed else 2)
 
 
 def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Config) -> None:
@@ -133,17 +129,16 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
                 "command wrote them; they stay. Choose another folder, or remove them to have them fetched; "
                 f"`{here('python data.py prepare SRC DST')}` makes packed shards of padded ones"
             )
-        missing = {path: shards[path] for path in todo if not has_size(coming[path], shards[path].size)}
-        check_space(folder, sum(obj.size - part_size(coming[path], obj) for path, obj in missing.items()))
-
+        missing = [path for path in todo if not has_size(coming[path], shards[path].size)]
+        gcs.check_space(folder, {coming[path]: shards[path] for path in missing})
         reports: list[dict[str, Any]] = []
 
-        def bring(path: str, bar: Bar) -> None:
+        def bring(path: str, progress: gcs.Progress) -> None:
             obj, file = shards[path], coming[path]
-            if has_size(file, obj.size) and gcs.checksum_of(file) == obj.crc32c:
-                bar.add(obj.size)
+            if is_object(file, obj):
+                progress(obj.size)
             else:
-                bucket.download(obj, file, bar.add)
+                bucket.download(obj, file, progress)
             reports.append(prepare_in_place(folder / COMING, path, cfg))
             index.add(path, file, obj)
             paths[path].parent.mkdir(parents=True, exist_ok=True)
@@ -151,10 +146,8 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
                 raise gcs.BucketError(f"{paths[path]} was put there while it was fetched, and stays")
             files.replace(file, paths[path])
             files.sync_folder(paths[path].parent)
-            bar.count()
 
-        with Bar(sum(shards[path].size for path in todo), len(todo)) as bar:
-            in_parallel(lambda path: bring(path, bar), todo, STREAMS)
+        gcs.in_parallel(bring, todo, STREAMS, sum(shards[path].size for path in todo))
         for parent, _, _ in os.walk(folder / COMING, topdown=False):
             with contextlib.suppress(OSError):  # what another call has left there may still be of use
                 os.rmdir(parent)
@@ -176,6 +169,15 @@ def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> dict[str, 
     return {}
 
 
+def has_size(file: Path, size: int | None) -> bool:
+    return file.is_file() and file.stat().st_size == size
+
+
+def is_object(file: Path, obj: gcs.Object) -> bool:
+    """Whether the file has the object's bytes."""
+    return has_size(file, obj.size) and files.digest(file)["crc32c"] == obj.crc32c
+
+
 class Index:
     """Which files are ready: the object they were made from, and what they look like."""
 
@@ -184,9 +186,7 @@ class Index:
         self.entries: dict[str, list[dict[str, Any]]] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / INDEX).read_text(errors="replace").splitlines():
-                with contextlib.suppress(
-                    ValueError, TypeError, KeyError, RecursionError
-                ):  # a killed run's last is torn
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a killed run's is torn
                     entry = json.loads(line)
                     self.entries.setdefault(entry["path"], []).append(entry)
 
@@ -194,37 +194,30 @@ class Index:
         """The line that describes the file as it is; {} if none does. Before a file is replaced both have one."""
         for entry in reversed(self.entries.get(path, [])):
             if has_size(file, entry.get("size")) and not file.is_symlink():
-                if file.stat().st_mtime_ns == entry.get("mtime_ns") or gcs.checksum_of(file) == entry.get("crc32c"):
+                if file.stat().st_mtime_ns == entry.get("mtime_ns") or files.digest(file)["crc32c"] == entry.get(
+                    "crc32c"
+                ):
                     return entry
         return {}
 
     def blocked(self, path: str, file: Path) -> bool:
         """Whether something is in the file's place that this command did not write."""
-        entry = self.entry(path, file)
-        return os.path.lexists(file) and (not entry or bool(entry.get("found")))
+        return os.path.lexists(file) and not self.entry(path, file)
 
     def knows(self, path: str, file: Path, obj: gcs.Object) -> bool:
         """Whether the file is what the object becomes; one that somebody else brought, and that needs no packing, is."""
         if entry := self.entry(path, file):
             return entry.get("object") == obj.crc32c
-        if not has_size(file, obj.size) or gcs.checksum_of(file) != obj.crc32c:
+        if not is_object(file, obj):
             return False
         try:
             shard.Shard.open(self.folder, path)
         except shard.DataError:
             return False
-        self.add(path, file, obj, found=True)
         return True
 
-    def add(self, path: str, file: Path, obj: gcs.Object, **more: bool) -> None:
-        status = file.stat()
-        entry = {
-            "path": path,
-            "object": obj.crc32c,
-            "size": status.st_size,
-            "crc32c": gcs.checksum_of(file),
-            "mtime_ns": status.st_mtime_ns,
-            **more,
-        }
+    def add(self, path: str, file: Path, obj: gcs.Object) -> None:
+        size, crc32c, mtime = file.stat().st_size, files.digest(file)["crc32c"], file.stat().st_mtime_ns
+        entry = {"path": path, "object": obj.crc32c, "size": size, "crc32c": crc32c, "mtime_ns": mtime}
         with self.lock, open(self.folder / INDEX, "a") as out:
             out.write(f"\n{json.dumps(entry)}")  # a newline first, so that a torn line spoils nothing but itself

@@ -1,4 +1,4 @@
-"""A bucket as six calls: list, read, create, upload, download, delete. The only file that imports google.cloud.
+"""A bucket as a few calls: list, find, read, create, upload, download, delete. The only file that imports google.cloud.
 
     bucket = gcs.Bucket("my-bucket")
     for obj in bucket.list("tokens/"):
@@ -10,7 +10,7 @@ BucketError: one line that names the object, the reason and the fix, and holds n
 """
 
 import base64
-import errno
+import contextlib
 import glob
 import hashlib
 import io
@@ -18,18 +18,21 @@ import itertools
 import logging
 import os
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from google_crc32c import Checksum
+from tqdm import tqdm
 
 from configs import bucket_problem, prefix_problem
 from refocused import files
 
 log = logging.getLogger("gcs")
+Progress = Callable[[int], Any]  # takes the number of bytes that came; negative where bytes are fetched again
 
 CHUNK = 16 << 20  # bytes per request of a resumable upload; each stream holds two of them
 SMALLEST_CHUNK = 256 << 10  # what the protocol allows
@@ -37,6 +40,7 @@ ONE_REQUEST = 8 << 20  # the client sends a file up to this size in one request
 READ_SIZE = 1 << 20
 FEW = 4  # tries for what is final unless the wire or the session was to blame
 MANY = 10**9  # tries until patience ends
+LOGIN = "run `gcloud auth application-default login`, or give the machine a service account"
 
 
 class BucketError(ValueError):
@@ -54,6 +58,10 @@ class Conflict(BucketError):
     """An object of that name exists with other bytes, or was changed in between."""
 
 
+class Gone(BucketError):
+    """An object was deleted or replaced after it was listed."""
+
+
 @dataclass(frozen=True)
 class Object:
     """One object as the server lists it."""
@@ -64,6 +72,12 @@ class Object:
     generation: int
     updated: float  # seconds since the epoch
     encoded: bool  # stored with Content-Encoding: its bytes are not the file's
+
+    @classmethod
+    def of(cls, blob: Any) -> "Object":
+        updated = blob.updated.timestamp() if blob.updated else 0.0
+        generation, encoded = int(blob.generation or 0), bool(blob.content_encoding)
+        return cls(blob.name, blob.size or 0, blob.crc32c or "", generation, updated, encoded)
 
 
 class Bucket:
@@ -87,62 +101,55 @@ class Bucket:
             client = storage.Client(project=None)
         except (GoogleAuthError, OSError) as error:
             raise Refused(_explain(error, f"gs://{name}")[0]) from None
-        self.name, self.patience, self.timeout = name, patience, (timeout, timeout)
+        self.name, self.patience = name, patience
         self.bucket = client.bucket(name)
         # The client's own retry keeps a download's position and an upload's session; ours starts where it gives up.
-        self.retry = DEFAULT_RETRY.with_timeout(min(2 * timeout, patience))
+        self.limits = {
+            "timeout": (timeout, timeout),
+            "retry": DEFAULT_RETRY.with_timeout(min(2 * timeout, patience)),
+        }
 
     def url(self, name: str = "") -> str:
         return f"gs://{self.name}/{name}"
 
     def list(self, prefix: str = "") -> list[Object]:
         """Every object whose name starts with prefix, sorted by name."""
-        from google.api_core.exceptions import NotFound
-
         fields = "items(name,size,crc32c,generation,updated,contentEncoding),nextPageToken"
 
         def call(attempt: int) -> list[Object]:
-            blobs = self.bucket.client.list_blobs(
-                self.bucket, prefix=prefix, fields=fields, timeout=self.timeout, retry=self.retry
-            )
-            try:
-                return sorted((_object(blob) for blob in blobs), key=lambda o: o.name)
-            except NotFound:
-                raise Refused(f"there is no bucket gs://{self.name}: create it, or mend the name") from None
+            blobs = self.bucket.client.list_blobs(self.bucket, prefix=prefix, fields=fields, **self.limits)
+            return sorted(map(Object.of, blobs), key=lambda o: o.name)
 
-        return self._persist(f"list {self.url(prefix)}", call)
+        def no_bucket() -> None:
+            raise Refused(f"there is no bucket gs://{self.name}: create it, or mend the name")
+
+        return self._persist(f"list {self.url(prefix)}", call, {404: no_bucket})
 
     def find(self, name: str) -> Object | None:
         """The object of exactly this name, by its metadata alone; None if there is none."""
-        call = lambda attempt: self.bucket.get_blob(name, timeout=self.timeout, retry=self.retry)  # noqa: E731
-        blob = self._persist(f"look at {self.url(name)}", call)
-        return _object(blob) if blob else None
+        blob = self._persist(f"look at {self.url(name)}", lambda attempt: self.bucket.get_blob(name, **self.limits))
+        return Object.of(blob) if blob else None
 
-    def read(self, name: str, limit: int = 64 << 20) -> tuple[bytes, int] | None:
-        """A small object's bytes, checked, and its generation; None if there is none. At most limit bytes."""
-        obj = self.find(name)
-        if obj is None:
-            return None
+    def read(self, name: str) -> tuple[bytes, int] | None:
+        """A small object's bytes, checked, and its generation; None if there is none."""
+        while obj := self.find(name):
+            with contextlib.suppress(Gone):  # replaced in between
+                return self.content(obj), obj.generation
+        return None
+
+    def content(self, obj: Object, limit: int = 64 << 20) -> bytes:
+        """A listed object's bytes, checked. Raises Gone."""
         if obj.size > limit:
-            raise BucketError(
-                f"{self.url(name)} has {obj.size:,} bytes; at most {limit:,} are read from such an object"
-            )
+            raise BucketError(f"{self.url(obj.name)} has {obj.size:,} bytes; at most {limit:,} are read of such a file")
         sink = io.BytesIO()
         self._receive(obj, sink)
-        return sink.getvalue(), obj.generation
+        return sink.getvalue()
 
-    def read_from(self, obj: Object, start: int) -> bytes:
-        """An object's bytes from start on, unchecked: for a look at a file's directory."""
+    def tail(self, obj: Object, count: int) -> bytes:
+        """An object's last bytes, unchecked: for a look at a file's directory."""
         blob = self.bucket.blob(obj.name, generation=obj.generation)
-
-        def call(attempt: int) -> bytes:
-            sink = io.BytesIO()
-            blob.download_to_file(
-                sink, start=start, raw_download=True, checksum=None, timeout=self.timeout, retry=self.retry
-            )
-            return sink.getvalue()
-
-        return self._persist(f"read {self.url(obj.name)}", call)
+        what = {"start": max(0, obj.size - count), "raw_download": True, "checksum": None, **self.limits}
+        return self._persist(f"read {self.url(obj.name)}", lambda attempt: blob.download_as_bytes(**what))
 
     def create(self, name: str, data: bytes, generation: int = 0) -> int:
         """Write a small object whose present generation is as given (0: there is none); returns the new generation.
@@ -150,7 +157,7 @@ class Bucket:
         Raises Conflict when it is not, unless the object holds exactly these bytes: then it was us, and the answer
         was lost on its way.
         """
-        return self._send(name, io.BytesIO(data), len(data), checksum_of_bytes(data), generation)
+        return self._send(name, io.BytesIO(data), len(data), checksum(data), generation)
 
     def upload(self, name: str, path: Path, size: int, crc32c: str) -> None:
         """Create an object from a file; the server refuses bytes whose CRC-32C is not the one given (base64).
@@ -160,44 +167,39 @@ class Bucket:
         with open(path, "rb") as file:
             actual = os.fstat(file.fileno()).st_size
             # The client lets the server check one-request uploads against what it read, not against what we know.
-            if actual != size or size <= ONE_REQUEST and checksum_of(file) != crc32c:
+            if actual != size or size <= ONE_REQUEST and checksum(file.read()) != crc32c:
                 raise BucketError(f"{path} is not the file that its manifest describes; it stays out of the bucket")
             self._send(name, file, size, crc32c, 0)
 
     def _send(self, name: str, stream: BinaryIO, size: int, crc32c: str, generation: int) -> int:
-        from google.api_core.exceptions import PreconditionFailed
-
         def call(attempt: int) -> int:
             # The socket's timeout covers the sending of a whole chunk: on a slow link only a smaller one gets through.
-            chunk = max(CHUNK >> 2 * attempt, SMALLEST_CHUNK)
-            blob = self.bucket.blob(name, chunk_size=chunk)
-            try:
-                blob.upload_from_file(
-                    stream,
-                    rewind=True,
-                    size=size,
-                    content_type="application/octet-stream",
-                    if_generation_match=generation,
-                    # Where the client itself compares, it deletes on a mismatch, without a generation.
-                    checksum="crc32c" if size <= ONE_REQUEST else None,
-                    crc32c_checksum_value=crc32c,
-                    timeout=self.timeout,
-                    retry=self.retry,
-                )
-                return blob.generation
-            except PreconditionFailed:
-                there = self.find(name)
-                if there is None or (there.size, there.crc32c) != (size, crc32c):
-                    raise Conflict(f"{self.url(name)} exists with other bytes; it was left as it is") from None
-                return there.generation
+            blob = self.bucket.blob(name, chunk_size=max(CHUNK >> 2 * attempt, SMALLEST_CHUNK))
+            blob.upload_from_file(
+                stream,
+                rewind=True,
+                size=size,
+                content_type="application/octet-stream",
+                if_generation_match=generation,
+                # Where the client itself compares, it deletes on a mismatch, without a generation.
+                checksum="crc32c" if size <= ONE_REQUEST else None,
+                crc32c_checksum_value=crc32c,
+                **self.limits,
+            )
+            return blob.generation
 
-        return self._persist(f"write {self.url(name)}", call)
+        def exists() -> int:
+            there = self.find(name)
+            if there is None or (there.size, there.crc32c) != (size, crc32c):
+                raise Conflict(f"{self.url(name)} exists with other bytes; it was left as it is")
+            return there.generation
 
-    def download(self, obj: Object, path: Path, progress: Callable[[int], Any] | None = None) -> None:
+        return self._persist(f"write {self.url(name)}", call, {412: exists})
+
+    def download(self, obj: Object, path: Path, progress: Progress | None = None) -> None:
         """One object to a file that appears complete and verified or not at all.
 
-        Bytes go to `<name>.<generation>.part`, which a later call continues; progress gets the bytes as they come
-        (negative where bytes turn out wrong and are fetched again).
+        Bytes go to `<name>.<generation>.part`, which a later call continues.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(path, obj)
@@ -210,68 +212,64 @@ class Bucket:
             files.sync(part)
             files.replace(part, path)
         except OSError as error:
-            hint = (
-                "; free some space, then it goes on from there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            )
-            raise BucketError(f"{part}: {error.strerror or error}{hint}") from None
+            raise BucketError(f"{part}: {files.why(error)}; once that is mended it goes on from there") from None
         files.sync_folder(path.parent)
 
-    def sha256(self, obj: Object, progress: Callable[[int], Any] | None = None) -> str:
+    def sha256(self, obj: Object, progress: Progress | None = None) -> str:
         """The SHA-256 of an object's bytes, which are all read and not kept."""
         return self._receive(obj, None, progress).sha.hexdigest()
 
-    def _receive(self, obj: Object, file: BinaryIO | None, progress: Callable[[int], Any] | None = None) -> "_Sink":
+    def _receive(self, obj: Object, file: BinaryIO | None, progress: Progress | None = None) -> "_Sink":
         """The object's bytes behind those that file already holds; on return size and CRC-32C are the listed ones."""
         blob = self.bucket.blob(obj.name, generation=obj.generation)
         sink = _Sink(file, obj, progress)
 
         def call(attempt: int) -> None:
             if sink.size < obj.size:
-                blob.download_to_file(
-                    sink, start=sink.size, raw_download=True, checksum=None, timeout=self.timeout, retry=self.retry
-                )
+                # Of a download that was cut and continued the client compares no checksum.
+                blob.download_to_file(sink, start=sink.size, raw_download=True, checksum=None, **self.limits)
             if sink.size != obj.size or _base64(sink.crc) != obj.crc32c:
                 sink.restart()
                 raise _WrongBytes("the bytes do not have the checksum that the server lists")
 
-        self._persist(f"read {self.url(obj.name)}", call)
+        def gone() -> None:
+            raise Gone(f"{self.url(obj.name)} was deleted or replaced in the meantime; start again")
+
+        self._persist(f"read {self.url(obj.name)}", call, {404: gone})
         return sink
 
     def delete(self, name: str, generation: int) -> None:
         """Delete exactly that generation; good if it is already gone. Raises Conflict if it is another one now."""
-        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        def replaced() -> None:
+            if self.find(name) is not None:
+                raise Conflict(f"{self.url(name)} was replaced in the meantime; it was left as it is")
 
         def call(attempt: int) -> None:
-            try:
-                self.bucket.blob(name).delete(if_generation_match=generation, timeout=self.timeout, retry=self.retry)
-            except NotFound:
-                pass
-            except PreconditionFailed:
-                if self.find(name) is not None:
-                    raise Conflict(f"{self.url(name)} was replaced in the meantime; it was left as it is") from None
+            self.bucket.blob(name).delete(if_generation_match=generation, **self.limits)
 
-        self._persist(f"delete {self.url(name)}", call)
+        self._persist(f"delete {self.url(name)}", call, {404: lambda: None, 412: replaced})
 
-    def _persist(self, doing: str, call: Callable[[int], Any]) -> Any:
-        """call(attempt) until it succeeds, cannot succeed, or patience ends."""
+    def _persist(self, doing: str, call: Callable[[int], Any], answers: Mapping[int, Callable[[], Any]] = {}) -> Any:
+        """call(attempt) until it succeeds, cannot succeed, or patience ends; answers: what a status means here."""
         end = time.monotonic() + self.patience
         for attempt in itertools.count():
             try:
                 return call(attempt)
-            except BucketError:
-                raise
             except Exception as error:
                 # A full disk does not pass; errors of requests are OSErrors too, but have no errno.
                 wire = isinstance(error, ConnectionError | TimeoutError)
                 if isinstance(error, OSError) and error.errno and not wire:
                     raise
                 problem = error
+            if answer := answers.get(_status(problem)):
+                return answer()
             reason, tries = _explain(problem, self.url().rstrip("/"))
             pause = random.uniform(0.5, 1.0) * min(0.5 * 2**attempt, 30.0)
             if attempt + 1 >= tries:
-                raise Refused(f"cannot {doing}: {reason}") from None
+                raise Refused(f"cannot {doing}: {reason}")
             if time.monotonic() + pause > end:
-                raise BucketError(f"cannot {doing}: {reason}") from None
+                raise BucketError(f"cannot {doing}: {reason}")
             log.warning("cannot %s yet: %s; again in %.0f s", doing, reason, pause)
             time.sleep(pause)
 
@@ -286,7 +284,7 @@ class _Sink:
     Without a file it keeps no bytes, but their SHA-256.
     """
 
-    def __init__(self, file: BinaryIO | None, obj: Object, progress: Callable[[int], Any] | None):
+    def __init__(self, file: BinaryIO | None, obj: Object, progress: Progress | None):
         self.file, self.obj, self.progress = file, obj, progress or (lambda count: None)
         self.size, self.crc, self.sha = 0, Checksum(), hashlib.sha256()
         if file:
@@ -319,6 +317,53 @@ def part_of(path: Path, obj: Object) -> Path:
     return path.with_name(f"{path.name}.{obj.generation}.part")
 
 
+def check_space(folder: Path, coming: Mapping[Path, Object]) -> None:
+    """Raise BucketError unless the folder's disk has room for what is still to come of these files."""
+    parts = [part for path, obj in coming.items() if (part := part_of(path, obj)).exists()]
+    need = sum(obj.size for obj in coming.values()) - sum(part.stat().st_size for part in parts)
+    if lack := files.too_small(folder, need):
+        raise BucketError(
+            f"{need / 1e9:,.2f} GB are still to come and {lack}; free some space, or choose another folder"
+        )
+
+
+def in_parallel(
+    function: Callable[[Any, Progress], Any], items: Iterable[Any], streams: int, size: int | None = None
+) -> None:
+    """function(item, progress) for every item, in daemon threads; the first exception stops the rest and is raised.
+
+    size: all bytes, for a bar; None for none. Not a ThreadPoolExecutor, because the interpreter waits for its threads at
+    exit, however long a transfer takes.
+    """
+    queue, lock = iter(list(items)), threading.Lock()
+    problems: list[BaseException] = []
+    bar = tqdm(total=size, unit="B", unit_scale=True, smoothing=0.1, disable=None if size else True)
+
+    def progress(count: int) -> None:
+        with lock:
+            bar.update(count)
+
+    def work() -> None:
+        while not problems:
+            with lock:
+                item = next(queue, queue)
+            if item is queue:
+                return
+            try:
+                function(item, progress)
+            except BaseException as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(streams)]
+    with bar:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if problems:
+        raise problems[0]
+
+
 def split(url: str) -> tuple[str, str]:
     """("bucket", "prefix") of gs://bucket/prefix; the prefix has no slash at either end."""
     name, _, prefix = url.removeprefix("gs://").partition("/")
@@ -330,17 +375,14 @@ def split(url: str) -> tuple[str, str]:
 
 def safe_name(name: str) -> str:
     """The name, if it can be a relative path below any folder; names in a bucket are whatever someone wrote."""
-    parts = name.split("/")
-    bad = (
-        "is absolute or has an empty part" if "" in parts
-        else "has a part . or .." if {".", ".."} & set(parts)
+    wrong = prefix_problem(name) or (
+        "has an empty part" if not name or name.endswith("/")
         else "has a backslash" if "\\" in name
-        else "has a control character" if not name.isprintable()
-        else "has a part of more than 200 bytes" if max(len(part.encode()) for part in parts) > 200
+        else "has a part of more than 200 bytes" if max(len(part.encode()) for part in name.split("/")) > 200
         else ""
     )  # fmt: skip
-    if bad:
-        raise BucketError(f"the object name {name[:100]!r} {bad}; it is refused as a file name")
+    if wrong:
+        raise BucketError(f"the object name {name[:100]!r} {wrong}; it is refused as a file name")
     return name
 
 
@@ -352,19 +394,8 @@ def local_path(folder: Path, name: str) -> Path:
     return path
 
 
-def checksum_of(file: BinaryIO | Path) -> str:
-    """CRC-32C of a whole file, in base64 as servers write it."""
-    if isinstance(file, Path):
-        with open(file, "rb") as opened:
-            return checksum_of(opened)
-    crc = Checksum()
-    file.seek(0)
-    while data := file.read(READ_SIZE):
-        crc.update(data)
-    return _base64(crc)
-
-
-def checksum_of_bytes(data: bytes) -> str:
+def checksum(data: bytes) -> str:
+    """CRC-32C in base64, as servers write it."""
     return _base64(Checksum(data))
 
 
@@ -372,57 +403,42 @@ def _base64(crc: Any) -> str:
     return base64.b64encode(crc.digest()).decode()
 
 
-def _object(blob: Any) -> Object:
-    updated = blob.updated.timestamp() if blob.updated else 0.0
-    encoded = blob.content_encoding not in (None, "")
-    return Object(blob.name, blob.size or 0, blob.crc32c or "", int(blob.generation or 0), updated, encoded)
-
-
-LOGIN = "run `gcloud auth application-default login`, or give the machine a service account"
+def _status(error: BaseException) -> int:
+    """The HTTP status that an error of the client stands for; 0 if it stands for none."""
+    response = getattr(error, "response", None)
+    return int(getattr(error, "code", None) or getattr(response, "status_code", None) or 0)
 
 
 def _explain(error: BaseException, place: str) -> tuple[str, int]:
     """(the reason in one line without secrets, how many tries it is worth)."""
-    from google.api_core.exceptions import GoogleAPICallError, RetryError
-    from google.auth import exceptions as auth
-    from google.cloud.storage.exceptions import InvalidResponse
+    from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
-    if isinstance(error, RetryError) and error.cause is not None:
-        return _explain(error.cause, place)
-    if isinstance(error, auth.DefaultCredentialsError):
+    error = getattr(error, "cause", None) or error  # of a retry of the client that gave up
+    if isinstance(error, DefaultCredentialsError):
         return f"no credentials for {place}; {LOGIN}", 1
-    if isinstance(error, auth.RefreshError):
+    if isinstance(error, RefreshError):
         return f"the credentials could not be refreshed; {LOGIN}", MANY if error.retryable else 1
-    status = int(error.code or 0) if isinstance(error, GoogleAPICallError) else 0
-    if isinstance(error, InvalidResponse):
-        status = error.response.status_code
+    if isinstance(error, _WrongBytes):
+        return str(error), FEW
+    role = f"grant it roles/storage.objectUser on {place} (objectViewer to read)"
     reasons = {
         400: ("400, the server refused the request or the bytes' checksum", FEW),
         401: (f"401, the credentials were not accepted; {LOGIN}", 1),
-        403: (
-            f"403, the account may not do this; grant it roles/storage.objectUser on {place} (objectViewer to read)",
-            1,
-        ),
+        403: (f"403, the account may not do this; {role}", 1),
         404: (f"404, no such bucket or object in {place}, or the upload's session was lost", FEW),
         410: ("410, the upload's session was lost", FEW),
     }
-    if status:
+    if status := _status(error):
         return reasons.get(status, (f"the server answers {status}", MANY))
-    if isinstance(error, _WrongBytes):
-        return str(error), FEW
     return _root_cause(error), MANY
 
 
-def _root_cause(error: BaseException | None) -> str:
+def _root_cause(error: BaseException) -> str:
     """The innermost reason of a transport error; the outer ones quote whole URLs."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        inner = getattr(error, "reason", None) or next(
-            (a for a in error.args[::-1] if isinstance(a, BaseException)), None
-        )
-        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
-    for deepest in reversed(seen):
-        if isinstance(deepest, OSError) and deepest.strerror:
-            return f"{type(deepest).__name__}: {deepest.strerror}"
-    return type(seen[-1]).__name__
+    reason = ""
+    for _ in range(20):  # no chain is that long, and one may be a ring
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"{type(error).__name__}: {error.strerror}"
+        within = [getattr(error, "reason", None), *error.args[::-1], error.__cause__, error.__context__]
+        error = next((inner for inner in within if isinstance(inner, BaseException)), error)
+    return reason or type(error).__name__

@@ -2,8 +2,8 @@
 
     gs://BUCKET/PREFIX/logs/trace.jsonl, logs/events.out.tfevents.*    of rank 0's logging_dir
 
-These files only grow. An object there is replaced only by a file that begins with its bytes, and nothing here is
-replaced at all: so what another run or a person has put in either place stays. Nothing waits for them.
+These files only grow. An object is replaced only by a file that begins with its bytes, a file here never: what another
+run or a person has put in either place stays. Training does not wait for them.
 """
 
 import re
@@ -17,7 +17,7 @@ PATIENCE = 15.0  # seconds
 NAMES = re.compile(rf"{re.escape(TRACE)}|events\.out\.tfevents\.\d{{10}}\.[^/]+(?<!\.part)")
 
 
-def files(folder: Path) -> dict[str, int]:
+def sizes(folder: Path) -> dict[str, int]:
     """{name: bytes} of what is in a logging_dir; a start has made an empty trace there, which is nothing yet."""
     found = {path.name: path.lstat().st_size for path in folder.glob("*") if NAMES.fullmatch(path.name)}
     return {name: size for name, size in sorted(found.items()) if size}
@@ -26,14 +26,14 @@ def files(folder: Path) -> dict[str, int]:
 def send(place: Place, folder: Path) -> None:
     """What has grown since. Raises BucketError, OSError."""
     there, differ = place.objects(LOGS), []
-    for name, size in files(folder).items():
+    for name, size in sizes(folder).items():
         obj = there.get(f"{LOGS}/{name}")
         if obj and obj.size == size:
             continue
         content = (folder / name).read_bytes()
         if name == TRACE:
-            content = content[: content.rfind(b"\n") + 1]  # of a line that is being written nothing
-        if obj and gcs.checksum_of_bytes(content[: obj.size]) != obj.crc32c:
+            content = content[: content.rfind(b"\n") + 1]  # not the line that is being written
+        if obj and gcs.checksum(content[: obj.size]) != obj.crc32c:
             differ.append(name)
         elif content:
             place.bucket.create(place.name(LOGS, name), content, obj.generation if obj else 0)
@@ -47,7 +47,7 @@ def fetch(place: Place, folder: Path) -> str:
     Raises BucketError, OSError.
     """
     there = {name: obj for path, obj in place.objects(LOGS).items() if NAMES.fullmatch(name := path.rpartition("/")[2])}
-    here = files(folder)
+    here = sizes(folder)
     if any(name not in there or there[name].size != size for name, size in here.items()):
         return ""
     missing = [name for name in there if name not in here]

@@ -8,14 +8,15 @@ goes the other way round. So whatever is killed when, a checkpoint whose manifes
 """
 
 import contextlib
+import os
 import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configs import Config
 from refocused import files, locks
 from refocused.bucket import gcs
-from refocused.bucket.transfer import Bar, check_space, in_parallel, part_size
 from refocused.checkpoint import atomic, selection
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint.manifest import MANIFEST, CheckpointError
@@ -24,8 +25,6 @@ STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not distur
 ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's
 # what a save puts below its random id: without a manifest that names it, only this is known to be ours
 PART = re.compile(r"([0-9a-f]{16})/(shard-\d+-\d+\.safetensors|state\.json|tokenizer(_config)?\.json)")
-
-
 STRANGE = "no save of this trainer wrote it"
 
 
@@ -50,6 +49,11 @@ class Place:
         self.bucket, self.prefix = bucket, prefix.strip("/")
         self.seen: dict[int, bytes] = {}  # manifests by their generation, which never change
 
+    @classmethod
+    def of(cls, cfg: Config, patience: float = 300.0) -> "Place":
+        assert cfg.bucket_name and cfg.checkpoint_bucket_path
+        return cls(gcs.Bucket(cfg.bucket_name, patience), cfg.checkpoint_bucket_path)
+
     def __str__(self) -> str:
         return self.bucket.url(self.prefix).rstrip("/")
 
@@ -63,65 +67,71 @@ class Place:
         return {obj.name.removeprefix(base): obj for obj in self.bucket.list(base + below)}
 
     def checkpoints(self, objects: dict[str, gcs.Object]) -> list[Remote]:
-        """Every checkpoint whose manifest is listed, complete or with the problem, in the order of selection.names."""
+        """Every checkpoint whose manifest is listed, complete or with the problem, in the order of selection.names.
+
+        One that was deleted or replaced since it was listed is left out.
+        """
         found = {}
         for path, obj in objects.items():
             name, _, file = path.partition("/")
             if file == MANIFEST and local.parse(name):
-                found[name] = self._remote(name, obj, objects)
+                with contextlib.suppress(gcs.Gone):
+                    found[name] = self._remote(name, obj, objects)
         broken = sorted((r for r in found.values() if not r.manifest), key=lambda r: (r.step, r.name), reverse=True)
         return broken + [
             found[m["name"]] for m in selection.newest_first(r.manifest for r in found.values() if r.manifest)
         ]
 
-    def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> list[str]:
-        """What lies where checkpoints would and no save of ours wrote, as `checkpoint: object`, one for each name."""
-        files = {
-            r.name: {f"{r.manifest['save_id']}/{file}" for file in r.manifest["files"]} for r in remotes if r.manifest
-        }
-        found: dict[str, str] = {}
-        for path in objects:
-            name, _, rest = path.partition("/")
-            ours = rest in (MANIFEST, "") or PART.fullmatch(rest) or rest in files.get(name, ())
-            if local.parse(name) and not ours:
-                found.setdefault(name, path)
-        return [f"{self}/{path}" for path in found.values()]
-
     def _remote(self, name: str, obj: gcs.Object, objects: dict[str, gcs.Object]) -> Remote:
         if obj.generation not in self.seen:
-            content, generation = self.bucket.read(obj.name) or (b"", 0)
-            self.seen[generation] = content
-        content = self.seen.get(obj.generation, b"")
+            self.seen[obj.generation] = self.bucket.content(obj)
+        content = self.seen[obj.generation]
         try:
             manifest = decode(content, name, f"{self}/{name}/{MANIFEST}")
         except CheckpointError as error:
             return Remote(name, {}, content, obj.generation, str(error))
         problem = difference(manifest, objects)
-        return Remote(name, manifest, content, obj.generation, f"{self}/{name}: {problem}" if problem else "")
+        return Remote(name, manifest, content, obj.generation, problem and f"{self}/{name}: {problem}")
+
+    def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> list[str]:
+        """What lies where checkpoints would and no save of ours wrote, as `checkpoint: object`, one for each name."""
+        named = {f"{r.name}/{r.manifest['save_id']}/{file}" for r in remotes for file in r.manifest.get("files", ())}
+        found: dict[str, str] = {}
+        for path in objects:
+            name, _, rest = path.partition("/")
+            ours = rest in (MANIFEST, "") or PART.fullmatch(rest) or path in named
+            if local.parse(name) and not ours:
+                found.setdefault(name, f"{self}/{path}")
+        return list(found.values())
 
 
 def decode(content: bytes, name: str, where: str) -> dict[str, Any]:
     """A manifest from a bucket, checked down to its file names; those become local paths."""
     manifest = local.decode(content, where)
-    try:
-        good = manifest["name"] == name and all(gcs.safe_name(file) != MANIFEST for file in manifest["files"])
-    except gcs.BucketError as error:
-        raise CheckpointError(f"{where} cannot be used: {error}") from None
-    if not good:
+    if manifest["name"] != name or MANIFEST in manifest["files"]:
         raise CheckpointError(f"{where} is no manifest of {name}")
     return manifest
 
 
+def listed(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> dict[str, gcs.Object]:
+    """{file: object} of what is in the bucket of that save."""
+    paths = {file: f"{manifest['name']}/{manifest['save_id']}/{file}" for file in manifest["files"]}
+    return {file: objects[path] for file, path in paths.items() if path in objects}
+
+
+def present(manifest: dict[str, Any], output_dir: str | os.PathLike) -> set[str]:
+    """The files of that save that are on this disk."""
+    return {file for file in manifest["files"] if Path(output_dir, manifest["name"], file).exists()}
+
+
 def difference(manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> str:
     """What keeps the listed objects from being the manifest's files; "" if nothing does."""
+    there = listed(manifest, objects)
     for file, entry in sorted(manifest["files"].items()):
-        obj = objects.get(f"{manifest['name']}/{manifest['save_id']}/{file}")
-        if obj is None:
+        if file not in there:
             return f"{file} is missing"
-        if obj.size != entry["size"]:
-            return f"{file} has {obj.size:,} bytes instead of {entry['size']:,}"
-        if not same(obj, entry):
-            return f"{file} has another checksum than the manifest's"
+        if not same(there[file], entry):
+            return f"{file} has {there[file].size:,} bytes of CRC-32C {there[file].crc32c}, not as in its manifest"
     return ""
 
 
@@ -140,9 +150,8 @@ def delete(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> None
 
 
 def delete_data(place: Place, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> None:
-    for file in manifest["files"]:
-        if obj := objects.get(f"{manifest['name']}/{manifest['save_id']}/{file}"):
-            place.bucket.delete(obj.name, obj.generation)
+    for obj in listed(manifest, objects).values():
+        place.bucket.delete(obj.name, obj.generation)
 
 
 def publish(place: Place, folder: Path, commit: bool = True, replace: bool = False) -> bool:
@@ -154,22 +163,21 @@ def publish(place: Place, folder: Path, commit: bool = True, replace: bool = Fal
     """
     content = (folder / MANIFEST).read_bytes()
     manifest = decode(content, folder.name, str(folder / MANIFEST))
-    files, data = manifest["files"], f"{folder.name}/{manifest['save_id']}"
-    objects = place.objects(folder.name)
+    entries, objects = manifest["files"], place.objects(folder.name)
     old = next(iter(place.checkpoints(objects)), None)
     if old and old.content == content and not old.problem:
         return True
-    if old and not old.manifest:
-        raise gcs.Conflict(f"{old.problem}; it was left as it is, and {folder.name} stays out of the bucket")
-    if old and not old.problem and not replace:
-        raise gcs.Conflict(f"{place}/{folder.name} is there already, from another save; it was left as it is")
+    if old and (not old.manifest or not old.problem and not replace):
+        why = old.problem or f"{place}/{folder.name} is there already, from another save"
+        raise gcs.Conflict(f"{why}; it was left as it is, and {folder} stays out of the bucket")
 
-    def send(file: str) -> None:
-        entry = files[file]
-        place.bucket.upload(place.name(data, file), folder / file, entry["size"], entry["crc32c"])
+    def send(file: str, progress: gcs.Progress) -> None:
+        name = place.name(folder.name, manifest["save_id"], file)
+        place.bucket.upload(name, folder / file, entries[file]["size"], entries[file]["crc32c"])
 
-    todo = [file for file in files if not same(objects.get(f"{data}/{file}"), files[file]) and (folder / file).exists()]
-    in_parallel(send, sorted(todo, key=lambda file: -files[file]["size"]), STREAMS)
+    there = listed(manifest, objects)
+    todo = [file for file in present(manifest, folder.parent) if not same(there.get(file), entries[file])]
+    gcs.in_parallel(send, sorted(todo, key=lambda file: -entries[file]["size"]), STREAMS)
     objects = place.objects(folder.name)
     if difference(manifest, objects):
         return False
@@ -199,25 +207,20 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
     if save_id not in (None, manifest["save_id"]):
         raise CheckpointError(f"{place}/{name} was replaced by another save in the meantime; start again")
     with locks.filling(folder, wait):
-        try:
+        with contextlib.suppress(CheckpointError):  # not here, or damaged
             if local.verify(final)["save_id"] == manifest["save_id"]:
                 return final
-        except CheckpointError:
-            pass  # not here, or damaged
         coming = folder / f".pull-{manifest['save_id']}-{name}"
         for stale in folder.glob(".pull-*"):
             if stale != coming and re.fullmatch(r"\.pull-[0-9a-f]{8,64}-(.+)", stale.name):
                 files.remove(stale)
         coming.mkdir(exist_ok=True)
-        todo = {f: objects[f"{name}/{manifest['save_id']}/{f}"] for f in manifest["files"] if not (coming / f).exists()}
-        check_space(folder, sum(obj.size - part_size(coming / f, obj) for f, obj in todo.items()))
-        with Bar(sum(obj.size for obj in todo.values()), len(todo)) as bar:
-
-            def bring(file: str) -> None:
-                place.bucket.download(todo[file], coming / file, bar.add)
-                bar.count()
-
-            in_parallel(bring, sorted(todo, key=lambda f: -todo[f].size), 2 * STREAMS)
+        todo = {coming / f: obj for f, obj in listed(manifest, objects).items() if not (coming / f).exists()}
+        gcs.check_space(folder, todo)
+        gcs.in_parallel(
+            lambda path, progress: place.bucket.download(todo[path], path, progress),
+            sorted(todo, key=lambda path: -todo[path].size), 2 * STREAMS, sum(obj.size for obj in todo.values()),
+        )  # fmt: skip
         (coming / MANIFEST).unlink(missing_ok=True)
         files.create(coming / MANIFEST, there[name].content)
         files.sync_folder(coming)
@@ -227,17 +230,13 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
 
 def compare_bytes(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> str:
     """Read every byte of a complete checkpoint and compare it with the manifest; what differs, or ""."""
-    files, data = remote.manifest["files"], f"{remote.name}/{remote.manifest['save_id']}"
-    problems = []
-    with Bar(sum(entry["size"] for entry in files.values()), len(files)) as bar:
+    there, problems = listed(remote.manifest, objects), []
 
-        def read(file: str) -> None:
-            sha256 = place.bucket.sha256(objects[f"{data}/{file}"], bar.add)
-            bar.count()
-            if sha256 != files[file]["sha256"]:
-                problems.append(f"{place}/{data}/{file} is damaged: its SHA-256 differs")
+    def read(file: str, progress: gcs.Progress) -> None:
+        if place.bucket.sha256(there[file], progress) != remote.manifest["files"][file]["sha256"]:
+            problems.append(f"{place.bucket.url(there[file].name)} is damaged: its SHA-256 differs")
 
-        in_parallel(read, sorted(files), STREAMS)
+    gcs.in_parallel(read, sorted(there), STREAMS, sum(obj.size for obj in there.values()))
     return min(problems, default="")
 
 
@@ -269,12 +268,13 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
         elif remote.problem:
             done.append(f"left {place}/{remote.name}: {remote.problem}")
     # Data that no manifest speaks for: of an upload that was cut off, or left by a delete that was.
-    spoken_for = {(remote.name, remote.manifest.get("save_id")) for remote in remotes}
-    unreadable = {remote.name for remote in remotes if not remote.manifest}
+    spoken_for = {(remote.name, remote.manifest["save_id"]) for remote in remotes if remote.manifest}
+    known = {name for name, _ in spoken_for}
     for path, obj in objects.items():
         name, _, rest = path.partition("/")
         part = local.parse(name) and PART.fullmatch(rest)
-        orphan = part and name not in unreadable and (name, part[1]) not in spoken_for
+        unread = name not in known and f"{name}/{MANIFEST}" in objects
+        orphan = part and not unread and (name, part[1]) not in spoken_for
         if orphan and time.time() - obj.updated > ORPHAN_SECONDS:
             place.bucket.delete(obj.name, obj.generation)
             done.append(f"deleted {place}/{path}, part of an upload that was never finished")

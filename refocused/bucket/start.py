@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from configs import Config, ConfigError
 from refocused.bucket import gcs, history
-from refocused.bucket.remote import fetch, publish
-from refocused.bucket.sync import open_place, present
+from refocused.bucket.remote import Place, fetch, present, publish
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import STATE, CheckpointError
@@ -26,11 +25,10 @@ class Found(NamedTuple):
 def find(cfg: Config) -> Found | None:
     """What cfg.resume needs from the bucket; None if what is on disk is as good, or there is nothing anywhere.
 
-    To be called on rank 0, before ckpt.choose. Raises ConfigError if resume is unset, or names a checkpoint elsewhere,
-    although the bucket has checkpoints, CheckpointError if the one named is nowhere, and BucketError if the bucket cannot
-    be read.
+    To be called on rank 0, before selection.choose. Raises ConfigError if a run of its own would begin among the bucket's
+    checkpoints, CheckpointError if the one named is nowhere, and BucketError if the bucket cannot be read.
     """
-    place = open_place(cfg)
+    place = Place.of(cfg)
     objects = place.objects()
     there = {remote.name: remote for remote in place.checkpoints(objects)}
     readable, broken = local.read_manifests(cfg.output_dir)
@@ -39,23 +37,16 @@ def find(cfg: Config) -> Found | None:
     latest = {m["name"]: m for m in sorted(known, key=selection.key)}  # of two saves of a name the later one
     unreadable = [name for name in dict.fromkeys([*broken, *there]) if name not in latest]
     both = unreadable + [m["name"] for m in selection.newest_first(latest.values())]
-    if cfg.resume is None:
-        if there and not here:
+    elsewhere = os.sep in (cfg.resume or "")
+    if cfg.resume is None or elsewhere:
+        own = elsewhere and Path(str(cfg.resume)).absolute().parent.resolve() == Path(cfg.output_dir).resolve()
+        if there and not here and not own:  # what it saves would stand for the run that is there
             raise ConfigError(
-                f"{place} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one {both[0]}; "
-                "continue with resume=latest or choose another checkpoint_bucket_path"
+                f"{place} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one {both[0]}, and this "
+                "would begin another run there; continue with resume=latest or choose another checkpoint_bucket_path"
             )
         return None
     if cfg.resume != "latest":
-        if os.sep in cfg.resume:
-            branch = Path(cfg.resume).absolute().parent.resolve() != Path(cfg.output_dir).resolve()
-            if branch and there and not here:  # a first start: what it saves would stand for the run that it leaves
-                raise ConfigError(
-                    f"resume={cfg.resume} begins a run of its own in {cfg.output_dir}, and {place} has {len(there)} "
-                    f"checkpoint{'s' * (len(there) > 1)} already: if these are this run's, go on with resume=latest, "
-                    "else choose another checkpoint_bucket_path"
-                )
-            return None
         if cfg.resume not in both:
             raise CheckpointError(
                 f"resume={cfg.resume} is neither in {cfg.output_dir} nor in {place}; there are "
@@ -77,7 +68,7 @@ def find(cfg: Config) -> Found | None:
                 print("passed over:", *passed, sep="\n  ", file=sys.stderr)
             return Found(name, remote.manifest["save_id"])
         if mine:
-            return None  # ckpt.choose names what it passes over
+            return None  # selection.choose names what it passes over
     if problems:
         raise CheckpointError("\n  ".join([f"resume={cfg.resume}: no checkpoint can be loaded:", *problems]))
     if strangers := place.strangers(objects, []):
@@ -113,7 +104,7 @@ def in_parts(cfg: Config) -> list[dict[str, Any]]:
 
     A run of several nodes that was killed before the upload leaves such. Raises BucketError.
     """
-    place = open_place(cfg)
+    place = Place.of(cfg)
     there = [selection.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
     mine = [m for m in local.read_manifests(cfg.output_dir)[0] if cfg.resume in ("latest", m["name"])]
     return [m for m in mine if selection.key(m) > max(there, default=(-1,)) and len(part(cfg, m)) < len(m["files"])]
@@ -129,11 +120,8 @@ def part(cfg: Config, manifest: dict[str, Any]) -> set[str]:
         state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}
     except (CheckpointError, OSError):
         return set()
-    place = state.get("config", {})
-    same = all(
-        place.get(key, getattr(cfg, key)) == getattr(cfg, key) for key in ("bucket_name", "checkpoint_bucket_path")
-    )
-    return here if same else set()
+    mine, saved = vars(cfg), state.get("config", {})
+    return here if all(saved.get(k, mine[k]) == mine[k] for k in ("bucket_name", "checkpoint_bucket_path")) else set()
 
 
 def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
@@ -141,7 +129,7 @@ def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
     if not part(cfg, manifest):
         return ""
     try:
-        done = publish(open_place(cfg), Path(cfg.output_dir, manifest["name"]), commit=commit, replace=True)
+        done = publish(Place.of(cfg), Path(cfg.output_dir, manifest["name"]), commit=commit, replace=True)
     except (gcs.BucketError, OSError) as error:
         return str(error)
     return "" if done or not commit else "the bucket does not show what was sent"
@@ -149,15 +137,14 @@ def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
 
 def generation(cfg: Config) -> int:
     """The highest generation of any save in the bucket, complete or not; 0 if there is none. Raises BucketError."""
-    place = open_place(cfg)
-    return max((r.manifest.get("generation", 0) for r in place.checkpoints(place.objects())), default=0)
+    place = Place.of(cfg)
+    return max((r.manifest["generation"] for r in place.checkpoints(place.objects()) if r.manifest), default=0)
 
 
 def pull(cfg: Config, found: Found) -> Path:
     """Bring that checkpoint into output_dir; to be called on one process of each node. Returns its folder."""
-    place = open_place(cfg)
     # nodes can share the folder: one fetches, the others find it there
-    return fetch(place, found.name, Path(cfg.output_dir), found.save_id, wait=True)
+    return fetch(Place.of(cfg), found.name, Path(cfg.output_dir), found.save_id, wait=True)
 
 
 def bring(cfg: Config, path: Path, save_id: str) -> None:
@@ -184,6 +171,6 @@ def bring(cfg: Config, path: Path, save_id: str) -> None:
 def restore_logs(cfg: Config) -> str:
     """Bring trace and curves of earlier starts to a machine that has none; a line to print. Never raises for them."""
     try:
-        return history.fetch(open_place(cfg, history.PATIENCE), Path(cfg.logging_dir))
+        return history.fetch(Place.of(cfg, history.PATIENCE), Path(cfg.logging_dir))
     except (gcs.BucketError, OSError) as error:
         return f"logs      of earlier starts stay in the bucket: {error}"
