@@ -61,13 +61,13 @@ def read(env: Mapping[str, str]) -> Launch:
         )
     return Launch(
         rank, world, local_rank, local_world,
-        int(env.get("GROUP_WORLD_SIZE", 1)),
-        (text("MASTER_ADDR"), number("MASTER_PORT", int(world > 1), 65535)),
-        "TORCHELASTIC_RUN_ID" in env,
-        env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)),
-        int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        env.get("TORCHELASTIC_ERROR_FILE", ""),
+        nodes=int(env.get("GROUP_WORLD_SIZE", 1)),
+        address=(text("MASTER_ADDR"), number("MASTER_PORT", int(world > 1), 65535)),
+        torchrun="TORCHELASTIC_RUN_ID" in env,
+        torchruns_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        max_restarts=int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)),
+        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        error_file=env.get("TORCHELASTIC_ERROR_FILE", ""),
     )  # fmt: skip
 
 

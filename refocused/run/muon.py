@@ -86,25 +86,20 @@ def owners(shapes: list[torch.Size], world: int) -> list[list[int]]:
 
 def shared(bucket: list[Tensor], parts: list[Tensor], orthogonal: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """orthogonal() of the matrices whose `parts` the ranks hold, again in parts; each matrix is done by one rank."""
-    first = bucket[0]
-    ranks: dist.ProcessGroup | None
+    first, shapes = bucket[0], [p.shape for p in bucket]
+    ranks = dist.group.WORLD if dist.is_initialized() else None
     if isinstance(first, DTensor):
-        [dim] = [i for i, placement in enumerate(first.placements) if placement == Shard(0)]
-        ranks = first.device_mesh.get_group(dim)
-    else:
-        ranks = dist.group.WORLD if dist.is_initialized() else None
+        ranks = first.device_mesh.get_group(first.placements.index(Shard(0)))
     if ranks is None or (world := dist.get_world_size(ranks)) == 1:
         return [orthogonal(part) for part in parts]
-    shapes = [p.shape for p in bucket]
-    share = owners(shapes, world)
-    if isinstance(first, DTensor):
-        return exchanged(parts, shapes, share, orthogonal, ranks)
-    return gathered(parts, shapes, share, orthogonal, ranks)
+    work = exchanged if isinstance(first, DTensor) else gathered
+    return work(parts, shapes, owners(shapes, world), orthogonal, ranks)
 
 
 def gathered(parts, shapes, share, orthogonal, ranks: dist.ProcessGroup) -> list[Tensor]:
     """Every rank has all matrices: each does its own, and one gather gives all to all."""
-    most = max(sum(shapes[i].numel() for i in mine) for mine in share)
+    sizes = [[shapes[i].numel() for i in mine] for mine in share]
+    most = max(map(sum, sizes))
     send = parts[0].new_zeros(most)
     done = [orthogonal(parts[i]).flatten() for i in share[dist.get_rank(ranks)]]
     if done:
@@ -113,8 +108,7 @@ def gathered(parts, shapes, share, orthogonal, ranks: dist.ProcessGroup) -> list
     dist.all_gather_into_tensor(received, send, group=ranks)
     found = list(parts)
     for rank, mine in enumerate(share):
-        sizes = [shapes[i].numel() for i in mine]
-        for i, flat in zip(mine, received[rank * most :][: sum(sizes)].split(sizes), strict=True):
+        for i, flat in zip(mine, received[rank * most :][: sum(sizes[rank])].split(sizes[rank]), strict=True):
             found[i] = flat.view(shapes[i])
     return found
 
@@ -127,9 +121,9 @@ def exchanged(parts, shapes, share, orthogonal, ranks: dist.ProcessGroup) -> lis
     sizes = [  # [sender][receiver][matrix of the receiver]: elements
         [[(ends[i][s + 1] - ends[i][s]) * shapes[i][1] for i in mine] for mine in share] for s in range(world)
     ]
-    mine = share[me]
+    mine, order = share[me], list(itertools.chain(*share))
     outgoing, incoming = [sum(n) for n in sizes[me]], [sum(sizes[s][me]) for s in range(world)]
-    send = torch.cat([parts[i].flatten() for i in itertools.chain(*share)])
+    send = torch.cat([parts[i].flatten() for i in order])
     received = send.new_empty(sum(incoming))
     dist.all_to_all_single(received, send, incoming, outgoing, group=ranks)
     rows = [chunk.split(sizes[s][me]) for s, chunk in enumerate(received.split(incoming))]  # [sender][matrix]
@@ -138,7 +132,6 @@ def exchanged(parts, shapes, share, orthogonal, ranks: dist.ProcessGroup) -> lis
     results = torch.empty_like(send)
     dist.all_to_all_single(results, torch.cat(back) if back else received, outgoing, incoming, group=ranks)
     found = list(parts)
-    flat = results.split(list(itertools.chain(*sizes[me])))
-    for i, t in zip(itertools.chain(*share), flat, strict=True):
+    for i, t in zip(order, results.split(list(itertools.chain(*sizes[me]))), strict=True):
         found[i] = t.view(parts[i].shape)
     return found

@@ -59,31 +59,16 @@ def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> s
     tokens = global_batch * cfg.sequence_length
     product = f"{cfg.per_device_train_batch_size} x {accumulation} x {world_size} x {cfg.sequence_length}"
     steps = f"{cfg.max_steps:,} steps = {count(cfg.max_steps * tokens)} tokens"
-    if isinstance(dataset, str):
-        shards = dataset
-    else:
+    shards, notes = dataset, [note]
+    if not isinstance(dataset, str):
         epochs = cfg.max_steps * global_batch / dataset.num_samples
         steps += f" = {epochs:.3g} epochs" + (f" ({epochs:.2%} of the data)" if epochs < 1 else "")
-        held = f", {dataset.num_eval_samples:,} windows held out" if dataset.num_eval_samples else ", none held out"
-        shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {count(dataset.num_tokens)} tokens per epoch{held}"
-    schedule = {
-        "cosine": f"cosine to {cfg.min_learning_rate:g}",
-        "linear": f"linear to {cfg.min_learning_rate:g}",
-        "constant": "constant",
-        "warmup_stable_decay": f"stable, then linear to {cfg.min_learning_rate:g}",
-    }[cfg.lr_scheduler_type]
-    lines = {
-        "model": f"GPT-NeoX, {cfg.num_hidden_layers} layers, {cfg.hidden_size} wide, {cfg.num_attention_heads} heads, "
-        f"vocabulary {cfg.vocab_size:,}: {count(parameters)} parameters ({count(body)} without embeddings), "
-        f"{count(neox.flops_per_token(cfg))}FLOP per token",
-        "batch": f"{tokens:,} tokens per step = {product} (sequences x accumulation x processes x length)",
-        "steps": steps,
-        "schedule": f"learning rate {cfg.learning_rate:g}, {cfg.warmup_steps:,} steps of warm-up, {schedule}",
-        "data": shards,
-        "hardware": where,
-        "output": f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}",
-    }
-    notes = [note] if note else []
+        held = f"{dataset.num_eval_samples:,} windows" if dataset.num_eval_samples else "none"
+        per_epoch = f"{count(dataset.num_tokens)} tokens per epoch"
+        shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {per_epoch}, {held} held out"
+    floor = f"to {cfg.min_learning_rate:g}"
+    schedules = {"cosine": f"cosine {floor}", "linear": f"linear {floor}", "constant": "constant"}
+    schedules["warmup_stable_decay"] = f"stable, then linear {floor}"
     if cfg.num_processes and cfg.num_processes != world_size and not cfg.global_batch_size:
         notes.append(
             f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
@@ -91,24 +76,25 @@ def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> s
         )
     if not isinstance(dataset, str):
         notes += dataset.notes
-    ids = find(cfg.tokenizer).size if cfg.tokenizer else cfg.vocab_size
-    if ids > cfg.vocab_size:
+    if cfg.tokenizer and (ids := find(cfg.tokenizer).size) > cfg.vocab_size:
         notes.append(
             f"tokenizer={cfg.tokenizer} has {ids:,} ids, vocab_size={cfg.vocab_size:,}: not the one of these shards; no text "
             "samples, no bits per byte, no tokenizer in an export (tokenizer=none says so)"
         )
-    elif 2 * ids < cfg.vocab_size:
-        notes.append(
-            f"tokenizer={cfg.tokenizer} has {ids:,} ids: of vocab_size={cfg.vocab_size:,} the others are never used"
-        )
-    if cfg.intermediate_size > 8 * cfg.hidden_size:
-        notes.append(
-            f"intermediate_size={cfg.intermediate_size} is {cfg.intermediate_size / cfg.hidden_size:g} times "
-            "hidden_size; 4 times is usual"
-        )
-    return "\n".join(
-        f"{name:<{COLUMN - 1}} {text}" for name, text in [*lines.items(), *(("note", note) for note in notes)]
-    )
+    lines = [
+        ("model", f"GPT-NeoX, {cfg.num_hidden_layers} layers, {cfg.hidden_size} wide, {cfg.num_attention_heads} heads, "
+         f"vocabulary {cfg.vocab_size:,}: {count(parameters)} parameters ({count(body)} without embeddings), "
+         f"{count(neox.flops_per_token(cfg))}FLOP per token"),
+        ("batch", f"{tokens:,} tokens per step = {product} (sequences x accumulation x processes x length)"),
+        ("steps", steps),
+        ("schedule", f"learning rate {cfg.learning_rate:g}, {cfg.warmup_steps:,} steps of warm-up, "
+         f"{schedules[cfg.lr_scheduler_type]}"),
+        ("data", shards),
+        ("hardware", where),
+        ("output", f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}"),
+        *(("note", text) for text in notes if text),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<{COLUMN - 1}} {text}" for name, text in lines)
 
 
 def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
@@ -156,15 +142,14 @@ def suspect(lost: float, seen: dict[str, float], sniffed: str, world_size: int) 
     notes = [line.removeprefix("note").strip() for line in sniffed.splitlines() if " is slow: " in line]
     if slow := [note for note in notes if not note.startswith("the disk of ")]:  # which saves alone wait for
         return slow[0]
-    if seen["retries"]:
-        return (
-            f"the allocator ran out of memory {seen['retries']:.0f} times and gave back what it had: a smaller layout"
-        )
+    if n := seen["retries"]:
+        return f"the allocator ran out of memory {n:.0f} times and gave back what it had: a smaller layout"
     if seen["save"] > lost / 3:
         return f"saves held training up for {seen['save']:.0%} of the time: larger save_steps, async_save"
-    if world_size > 1:
-        return "look at the link between the GPUs first: `nvidia-smi topo -m`, NCCL_DEBUG=INFO, `bench.py plan --calibrate`"
-    return "look at the GPU's clock first: `nvidia-smi -q -d PERFORMANCE`, `bench.py plan --calibrate`"
+    first = "link between the GPUs first: `nvidia-smi topo -m`, NCCL_DEBUG=INFO"
+    if world_size == 1:
+        first = "GPU's clock first: `nvidia-smi -q -d PERFORMANCE`"
+    return f"look at the {first}, `bench.py plan --calibrate`"
 
 
 class End(NamedTuple):
@@ -196,21 +181,16 @@ def ending(end: End, cfg: Config) -> tuple[int, str]:
 def _last_words(code: int, end: End, cfg: Config) -> str:
     step, newest = end.step, end.newest
     goes_on = f"resume=latest continues from {newest}" if newest else "there is no checkpoint"
-    if code == NOT_FINITE:
-        stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"
-        return (
-            f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
-            f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above"
-        )
-    if code == NO_DATA:
-        return f"error: {end.unreadable}; stopped at step {step:,}, {goes_on}"
-    if code == INTERNAL:
-        return f"ended at step {step:,}, but {end.failure}"
-    if code == NOT_IN_BUCKET:
-        return f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {end.missing}"
-    if code == STOPPED:
-        return f"stopped at step {step:,} {end.stopped:.1f} s after the signal; {goes_on}"
-    assert code == DONE, code
+    stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"
+    if code != DONE:
+        return {
+            NOT_FINITE: f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
+            f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above",
+            NO_DATA: f"error: {end.unreadable}; stopped at step {step:,}, {goes_on}",
+            INTERNAL: f"ended at step {step:,}, but {end.failure}",
+            NOT_IN_BUCKET: f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {end.missing}",
+            STOPPED: f"stopped at step {step:,} {end.stopped or 0:.1f} s after the signal; {goes_on}",
+        }[code]
     if not newest:
         return f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
     if end.idle:
@@ -219,12 +199,10 @@ def _last_words(code: int, end: End, cfg: Config) -> str:
             "or name another output_dir and logging_dir for another run"
         )
     logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
-    out, logs = shlex.quote(cfg.output_dir), logs.parent if logs.parent.name == "logs" else logs
-    return "\n  ".join(
-        (
-            f"done: {step:,} steps. Next:",
-            here(f"python sample.py resume={out}"),
-            here(f"tensorboard --logdir {shlex.quote(str(logs))}"),
-            f"or more training: the same command with max_steps={2 * max(1, step)} resume=latest",
-        )
+    logs = logs.parent if logs.parent.name == "logs" else logs
+    return (
+        f"done: {step:,} steps. Next:\n"
+        f"  {here(f'python sample.py resume={shlex.quote(cfg.output_dir)}')}\n"
+        f"  {here(f'tensorboard --logdir {shlex.quote(str(logs))}')}\n"
+        f"  or more training: the same command with max_steps={2 * max(1, step)} resume=latest"
     )
