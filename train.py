@@ -38,7 +38,6 @@ from refocused.run import (
     optim,
     preflight,
     processes,
-    profiler,
     strategy,
     words,
 )
@@ -167,7 +166,11 @@ def train(
     # decides on the device whether a step is applied, and says a step later how it was
     health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
-    profile = profiler.Profiler(cfg, env)
+    profile = None
+    if cfg.profile and env.main:
+        from refocused.run.profiler import Profiler
+
+        profile = Profiler(cfg, env.device)
     readback = Readback(env.device)
     made = preflight.made_by(env)
     monitor = Monitor(
@@ -207,7 +210,8 @@ def train(
     model.train()
     for batch in loader if not due.stop else ():  # else a stop came again, and a step would leave what is owed behind
         lr = optim.set_rate(optimizers, state.step, cfg)
-        logs.log(profile.at(state.step + 1))
+        if profile:
+            logs.log(profile.at(state.step + 1))
         figures = torch.empty(0)  # of a step that is skipped
         if not any(state.step + 1 in steps for steps in skips):  # known to be bad: all moves on but the weights
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
@@ -259,7 +263,7 @@ def train(
     if error and not env.main:
         log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
     loader.close()
-    logs.log(profile.close())
+    logs.log(profile.close() if profile else None)
     failure, missing = checkpoints.close(logs.log)
     watch.stop()
     logs.log(checkpoints.news(), screen=False)

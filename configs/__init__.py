@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import _source as source
-from configs._others import OTHERS
 from refocused.entry import here
 
 DEMO = Path(__file__).parent / "demo.py"
@@ -376,7 +375,7 @@ def _config_file(words: list[str]) -> tuple[Path, list[str]]:
     while words:
         word, *words = words
         key = word.lstrip("-").replace("-", "_")
-        if not (word.startswith("-") or key in KEYS or key in OTHERS):
+        if not (word.startswith("-") or key in KEYS or _theirs(key)):
             files.append(word)
             continue
         value = words.pop(0) if words and not words[0].startswith("-") and not words[0].endswith(".py") else ""
@@ -417,7 +416,7 @@ def read_file(path: Path) -> tuple[dict[str, typing.Any], dict[str, str]]:
             )
         sys.path.append(str(path.parent.absolute()))  # a module beside it is found
         exec(compile(path.read_bytes(), str(path), "exec"), space)  # bytes: UTF-8 whatever the locale
-        places = source.assigned(path)
+        places = source.assigned(path, KEYS.keys())
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -455,10 +454,17 @@ def _known(key: str, owner: type = Config, file: bool = False) -> str:
         return key
     if owner is Config and key in REMOVED:
         raise ConfigError(f"{key} is no longer a key: {REMOVED[key][1]}")
-    if owner is Config and (ours := OTHERS.get(key.lower().replace("-", "_"))):
+    if owner is Config and (ours := _theirs(key)):
         raise ConfigError(f"unknown key {key!r}; {f'did you mean {ours}?' if ours in KEYS else f'here: {ours}'}")
     way = "a helper's name begins with _" if file else f"`{here('python train.py --help')}` lists them"
     raise ConfigError(f"unknown key {key!r:.80}{nearest(key, types_of(owner))}; {way}")
+
+
+def _theirs(word: str) -> str | None:
+    """What to write here for a word of another trainer, if it is one."""
+    from configs._others import OTHERS
+
+    return OTHERS.get(word.lower().replace("-", "_"))
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:

@@ -1,11 +1,12 @@
 """Where a config file assigns each name, and where it fails: running it does not say."""
 
 import ast
-import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
+
+from refocused.entry import from_here
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 OWN_NAMES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, *COMPREHENSIONS)
@@ -19,7 +20,7 @@ def top_level(node: ast.AST) -> Iterator[ast.AST]:
             yield from top_level(child)
 
 
-def assigned(path: Path) -> dict[str, str]:
+def assigned(path: Path, keys: Set[str], seen: tuple[str, ...] = ()) -> dict[str, str]:
     """{name: file:line that assigned it last}, through the files that it has imported from.
 
     Names that only a loop, an import or a with statement binds are not among them. Raises OSError, SyntaxError, ValueError.
@@ -28,9 +29,9 @@ def assigned(path: Path) -> dict[str, str]:
     for node in top_level(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.ImportFrom):
             file = getattr(sys.modules.get(node.module or ""), "__file__", None) or ""
-            if file.endswith(".py"):
-                there = assigned(near(file))
-                names = {alias.name: alias.asname or alias.name for alias in node.names}
+            names = {alias.name: alias.asname or alias.name for alias in node.names}
+            if file.endswith(".py") and file not in seen and names.keys() & {"*", *keys}:
+                there = assigned(Path(from_here(file)), keys, (*seen, file))
                 places |= there if "*" in names else {names[n]: place for n, place in there.items() if n in names}
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -41,22 +42,13 @@ def assigned(path: Path) -> dict[str, str]:
 
 def in_classes(path: Path) -> list[tuple[str, int, str]]:
     """(class, line, name) for what the classes of a file assign; one whose name begins with _ is of another purpose."""
-    classes = [
-        n for n in ast.parse(path.read_bytes(), str(path)).body if isinstance(n, ast.ClassDef) and n.name[0] != "_"
-    ]
-    bodies = [(owner.name, statement) for owner in classes for statement in owner.body]
-    return [
-        (owner, statement.lineno, target.id)
-        for owner, statement in bodies
-        for target in getattr(statement, "targets", [getattr(statement, "target", None)])
-        if isinstance(target, ast.Name)
-    ]
-
-
-def near(path: str | os.PathLike[str]) -> Path:
-    """The path from the current folder, where it lies below that."""
-    relative = os.path.relpath(path)
-    return Path(os.path.abspath(path) if relative.startswith(os.pardir) else relative)
+    found = []
+    for owner in ast.parse(path.read_bytes(), str(path)).body:
+        if isinstance(owner, ast.ClassDef) and not owner.name.startswith("_"):
+            for statement in owner.body:
+                targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+                found += [(owner.name, statement.lineno, t.id) for t in targets if isinstance(t, ast.Name)]
+    return found
 
 
 def line_of(error: BaseException, path: Path) -> str:
@@ -66,5 +58,5 @@ def line_of(error: BaseException, path: Path) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename).absolute()
         if file.parent in (path.parent.absolute(), Path(__file__).parent) and not file.name.startswith("_"):
-            return f"{near(file)}:{frame.lineno}"
+            return f"{from_here(file)}:{frame.lineno}"
     return str(path)

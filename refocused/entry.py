@@ -23,10 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "numpy", "safetensors", "tqdm", "google_crc32c")  # what importing the commands takes
 
 
-def near(path: str | Path) -> str:
-    """The path of a file as a shell takes it, from the current folder where it lies below that."""
+def from_here(path: str | Path) -> str:
+    """The path of a file, from the current folder where it lies below that."""
     relative = os.path.relpath(path)
-    return shlex.quote(os.path.abspath(path) if relative.startswith(os.pardir) else relative)
+    return os.path.abspath(path) if relative.startswith(os.pardir) else relative
+
+
+def near(path: str | Path) -> str:
+    """The same as a shell takes it."""
+    return shlex.quote(from_here(path))
 
 
 def here(command: str) -> str:

@@ -52,29 +52,37 @@ def test_a_blown_up_model_costs_no_checkpoint(shards, tmp_path, keys, refusing):
     assert "done: 24 steps" in mended.text and saved(tmp_path)[-1] == 24
 
 
-def _infinite_at(calls: set[int], args: list[str], log: str) -> None:
-    """A run whose all-reduced loss is infinite at these steps, as after a fault of one GPU."""
+def _faulty(fault, args: list[str], log: str) -> None:
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import train
 
-    real, count = train.processes.total, iter(range(1, 1000))
-    train.processes.total = lambda value: real(value) + (float("inf") if next(count) in calls else 0.0)
+    fault(train)
     raise SystemExit(train.main(args))
+
+
+def faulty(folder, shards, fault, *keys: str) -> tuple[int | None, str]:
+    """Exit code and output of a run in a process of its own, in which fault(train) comes first."""
+    (folder / "config.py").write_text("seed = 42")
+    places = [f"data_dir={shards}", f"output_dir={folder}/out", f"logging_dir={folder}/logs"]
+    args = [str(folder / "config.py"), *TINY, *places, *keys]
+    run = CONTEXT.Process(target=_faulty, args=(fault, args, str(folder / "log")))
+    run.start()
+    run.join()
+    return run.exitcode, (folder / "log").read_text()
+
+
+def _infinite_at_6_to_8(train) -> None:
+    """The all-reduced loss is infinite at these steps, as after a fault of one GPU."""
+    real, count = train.processes.total, iter(range(1, 1000))
+    train.processes.total = lambda value: real(value) + (float("inf") if next(count) in (6, 7, 8) else 0.0)
 
 
 def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     """Steps 6 to 8 are not finite, then all is well: the save that was due at 6 is made at 9, the next ones in time."""
-    config = tmp_path / "config.py"
-    config.write_text("seed = 42")
-    keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", f"output_dir={tmp_path}/out"]
-    args = [str(config), *TINY, *keys, f"logging_dir={tmp_path}/logs", "max_steps=15"]
-    run = CONTEXT.Process(target=_infinite_at, args=({6, 7, 8}, args, str(tmp_path / "log")))
-    run.start()
-    run.join()
-    log = (tmp_path / "log").read_text()
-    assert run.exitcode == 0 and log.count("not applied") == 3, log
+    code, log = faulty(tmp_path, shards, _infinite_at_6_to_8, "save_steps=3", "save_total_limit=0", "max_steps=15")
+    assert code == 0 and log.count("not applied") == 3, log
     assert saved(tmp_path) == [3, 9, 12, 15]
 
 
@@ -140,39 +148,26 @@ def test_the_batch_is_kept(shards, tmp_path):
     assert manifest.read_state(newest(tmp_path))["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
 
 
-def _slow_disk(args: list[str], log: str, steps: int) -> None:
-    """A run on a disk where a save takes as long as `steps` steps, or longer where those do not come."""
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    import train
+def _slow_disk(train) -> None:
+    """A save takes as long as 20 steps, or longer where those do not come."""
     from refocused.checkpoint import atomic
 
     progress, commit = train.processes.progress, atomic.commit
 
     def slow(*arguments) -> None:
-        goal, end = min(progress.step + steps, 200), time.monotonic() + 20
+        goal, end = min(progress.step + 20, 200), time.monotonic() + 20
         while progress.step < goal and time.monotonic() < end:
             time.sleep(0.001)
         print("TRAINED ON" if progress.step >= goal else "TRAINING WAITED", flush=True)
         commit(*arguments)
 
     atomic.commit = slow
-    raise SystemExit(train.main(args))
 
 
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path):
     """Saves that are always overdue, each as long as 20 steps: one after the other, and training waits for none."""
-    config = tmp_path / "config.py"
-    config.write_text("seed = 42")
-    keys = [f"data_dir={shards}", "save_seconds=1e-9", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs"]
-    run = CONTEXT.Process(
-        target=_slow_disk, args=([str(config), *TINY, *keys, "max_steps=200"], str(tmp_path / "log"), 20)
-    )
-    run.start()
-    run.join()
-    log = (tmp_path / "log").read_text()
-    assert run.exitcode == 0 and "TRAINING WAITED" not in log and 3 <= log.count("TRAINED ON") <= 11, log
+    code, log = faulty(tmp_path, shards, _slow_disk, "save_seconds=1e-9", "max_steps=200")
+    assert code == 0 and "TRAINING WAITED" not in log and 3 <= log.count("TRAINED ON") <= 11, log
 
 
 def test_git_is_asked_once(shards, tmp_path):

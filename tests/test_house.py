@@ -40,6 +40,8 @@ LATE = {
     "tokenizers": "only a Hugging Face folder needs it; not in requirements.txt",
     "refocused.run.adamw": "only adam_moments=bf16 uses it",
     "refocused.run.muon": "only optimizer=muon uses it",
+    "refocused.run.profiler": "only profile=10-12 uses it",
+    "configs._others": "only a word that is no key is looked up there",
     "refocused.shards.spelling": "only an export writes it",
     "refocused.shards.prepare": "only a set that cannot be mapped needs it, and with it all other formats",
     "pydoc_data": "0.7 MB of text that is read as text, for the demo",

@@ -96,8 +96,3 @@ def test_runs_with_bf16_moments(shards, tmp_path, parallel):
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
     refused = train(tmp_path / "again", *common, "resume=latest", nproc=2, code=2)
     assert "adam_moments bf16 -> fp32; go on with adam_moments=bf16" in refused.text
-
-
-def test_betas_that_bf16_does_not_resolve():
-    with pytest.raises(configs.ConfigError, match=r"adam_beta2=0.999: bf16 does not resolve"):
-        configs.Config(adam_moments="bf16", adam_beta2=0.999)

@@ -6,18 +6,17 @@ import torch
 
 import configs
 from configs import Config
-from refocused.run.processes import Env
 
 
 class Profiler:
-    """Records the steps named by cfg.profile on rank 0, into LOGGING_DIR/profile.
+    """Records the steps named by cfg.profile into LOGGING_DIR/profile.
 
     *.pt.trace.json opens in https://ui.perfetto.dev and TensorBoard, memory.pickle in https://pytorch.org/memory_viz.
     """
 
-    def __init__(self, cfg: Config, env: Env):
-        self.steps = next(iter(configs.step_ranges("profile", cfg.profile)), range(0)) if env.main else range(0)
-        self.folder, self.cuda = Path(cfg.logging_dir, "profile"), env.device.type == "cuda"
+    def __init__(self, cfg: Config, device: torch.device):
+        [self.steps] = configs.step_ranges("profile", cfg.profile)
+        self.folder, self.cuda = Path(cfg.logging_dir, "profile"), device.type == "cuda"
         self.profile: torch.profiler.profile | None = None
 
     def at(self, step: int) -> str | None:
