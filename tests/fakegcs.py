@@ -10,13 +10,12 @@ official client and `gcloud storage` use: list, get, media with ranges, delete, 
 """
 
 import base64
+import contextlib
 import itertools
 import json
-import os
 import re
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import google_crc32c
@@ -44,23 +42,13 @@ class Stored:
     size: int | None = None  # what listings say where that is not len(data): an object too large to hold
 
     def metadata(self, server: str, bucket: str) -> dict:
-        found = {
-            "kind": "storage#object",
-            "id": f"{bucket}/{self.name}/{self.generation}",
-            "bucket": bucket,
-            "name": self.name,
-            "size": str(len(self.data) if self.size is None else self.size),
-            "crc32c": self.crc32c,
-            "generation": str(self.generation),
-            "metageneration": "1",
-            "etag": base64.b64encode(str(self.generation).encode()).decode(),
+        return {
+            "bucket": bucket, "name": self.name, "size": str(len(self.data) if self.size is None else self.size),
+            "crc32c": self.crc32c, "generation": str(self.generation), "metageneration": "1",
             "mediaLink": f"{server}/download/storage/v1/b/{bucket}/o/{quote(self.name, safe='')}?alt=media",
-            "contentType": "application/octet-stream",
-            "storageClass": "STANDARD",
-            "timeCreated": self.updated,
-            "updated": self.updated,
-        }
-        return found | ({"contentEncoding": self.encoding} if self.encoding else {})
+            "storageClass": "STANDARD", "timeCreated": self.updated, "updated": self.updated,
+            **({"contentEncoding": self.encoding} if self.encoding else {}),
+        }  # fmt: skip
 
 
 @dataclass
@@ -94,10 +82,7 @@ class Fault:
 
 
 class Refused(Exception):
-    """An HTTP error answer."""
-
-    def __init__(self, status: int, message: str):
-        self.status, self.message = status, message
+    """An HTTP error answer: its status and message."""
 
 
 class Reset(Exception):
@@ -232,7 +217,11 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(self.fault.status, "injected")
             self.route(url.path.replace("/resumable/upload/", "/upload/", 1))  # gcloud's spelling
         except Refused as refusal:
-            self.refuse(refusal)
+            self.fault.lost = False
+            with contextlib.suppress(OSError):
+                status, message = refusal.args
+                return self.answer({"error": {"code": status, "message": message}}, status)
+            self.close_connection = True
         except (Reset, OSError):
             self.break_connection()
 
@@ -248,11 +237,14 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "/upload":
             self.upload(bucket)
         elif layout or not re.search(r"/o(/|$)", path):
-            self.answer({"kind": "storage#bucket", "name": bucket, "location": "US", "locationType": "region"})
+            self.answer({"name": bucket, "location": "US", "locationType": "region"})
         elif name is None:
             self.list(bucket)
         elif self.command == "DELETE":
-            self.delete(bucket, name)
+            with self.gcs.lock:
+                self.find(bucket, name)
+                self.gcs.remove(bucket, name)
+            self.answer(None, 204)
         elif kind == "/download" or self.query.get("alt") == "media":
             self.media(self.find(bucket, name))
         else:
@@ -265,53 +257,36 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(404, f"No such object: {bucket}/{name}")
             return present
 
-    def delete(self, bucket: str, name: str) -> None:
-        with self.gcs.lock:
-            self.find(bucket, name)
-            self.gcs.remove(bucket, name)
-        self.answer(None, 204)
-
     def list(self, bucket: str) -> None:
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
-        after = self.query.get("pageToken", "")
         limit = min(int(self.query.get("maxResults", 1000)), self.gcs.page_size)
-        items, prefixes, last, more = [], [], "", False
+        entries: dict[str, list[dict]] = {}  # [] for a prefix: with a delimiter, names that share one are one entry
         with self.gcs.lock:
-            objects = [self.gcs.buckets[bucket][name] for name in self.gcs.names(prefix, bucket)]
-        for stored in objects:
-            # With a delimiter, names that share the part up to it are one entry.
-            head, found, _ = stored.name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
-            entry = prefix + head + found if found else stored.name
-            if entry <= after or entry == last:
-                continue
-            if len(items) + len(prefixes) == limit:
-                more = True
-                break
-            last = entry
-            (prefixes if found else items).append(entry if found else stored.metadata(self.gcs.url, bucket))
-        page = {"kind": "storage#objects", "items": items, "prefixes": prefixes}
-        self.answer(page | ({"nextPageToken": last} if more else {}))
+            for name in self.gcs.names(prefix, bucket):
+                head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
+                metadata = self.gcs.buckets[bucket][name].metadata(self.gcs.url, bucket)
+                entries[prefix + head + found if found else name] = [] if found else [metadata]
+        names = [name for name in entries if name > self.query.get("pageToken", "")]
+        items = [item for name in names[:limit] for item in entries[name]]
+        page = {"items": items, "prefixes": [name for name in names[:limit] if not entries[name]]}
+        self.answer(page | ({"nextPageToken": names[limit - 1]} if len(names) > limit else {}))
 
     def media(self, stored: Stored) -> None:
         """The object's bytes from Range's start on, with what GCS says about them in the headers."""
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        size = len(stored.data)
         start = int(match[1]) if match else 0
-        end = min(int(match[2]) + 1 if match and match[2] else len(stored.data), len(stored.data))
-        if match and start >= len(stored.data):
+        end = min(int(match[2]) + 1 if match and match[2] else size, size)
+        if match and start >= size:
             raise Refused(416, "The requested range cannot be satisfied.")
         body = memoryview(stored.data)[start:end]
-        self.send_response(206 if match else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("X-Goog-Hash", f"crc32c={stored.crc32c}")
-        self.send_header("X-Goog-Generation", str(stored.generation))
-        self.send_header("X-Goog-Stored-Content-Length", str(len(stored.data)))
+        headers = {"X-Goog-Hash": f"crc32c={stored.crc32c}", "X-Goog-Generation": stored.generation}
+        headers |= {"X-Goog-Stored-Content-Length": size, "Content-Length": len(body)}
         if stored.encoding:
-            self.send_header("Content-Encoding", stored.encoding)
-            self.send_header("X-Goog-Stored-Content-Encoding", stored.encoding)
+            headers |= {"Content-Encoding": stored.encoding, "X-Goog-Stored-Content-Encoding": stored.encoding}
         if match:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(stored.data)}")
-        self.end_headers()
+            headers |= {"Content-Range": f"bytes {start}-{end - 1}/{size}"}
+        self.begin(206 if match else 200, headers)
         if self.fault.corrupt:
             body = flip(body)
         if self.fault.rate:
@@ -399,50 +374,26 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault.lost:
             raise Reset
         body = b"" if content is None else json.dumps(content).encode()
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        self.begin(status, {**(headers or {}), "Content-Type": "application/json", "Content-Length": len(body)})
         self.wfile.write(body)
 
-    def refuse(self, refusal: Refused) -> None:
-        try:
-            self.fault.lost = False
-            self.answer({"error": {"code": refusal.status, "message": refusal.message}}, refusal.status)
-        except OSError:
-            self.close_connection = True
+    def begin(self, status: int, headers: dict) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
 
     def break_connection(self) -> None:
         """Send RST rather than FIN: what a dying network looks like."""
         self.close_connection = True
-        try:
+        with contextlib.suppress(OSError):
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
-        except OSError:
-            pass
 
 
 def flip(data: bytes | memoryview) -> bytes:
     return bytes([data[0] ^ 1]) + bytes(data[1:]) if len(data) else b""
-
-
-def gcloud(server: FakeGCS, folder: Path, *args: str) -> str:
-    """Run `gcloud storage ...` against the fake, offline."""
-    offline = {
-        "CLOUDSDK_CONFIG": str(folder / "gcloud"),
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{server.url}/storage/v1/",
-        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
-        "CLOUDSDK_CORE_PROJECT": "test",
-        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
-    }
-    done = subprocess.run(
-        ["gcloud", "storage", *args], env=os.environ | offline, capture_output=True, text=True, timeout=GUARD
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 if __name__ == "__main__":

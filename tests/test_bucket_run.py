@@ -55,37 +55,28 @@ def test_an_empty_disk_continues_the_run(shards, tmp_path, server):
     assert any("step200" in name for name in server.commits)
 
 
-def storm(shards, folder, server, kills: int, seed: int) -> None:
-    """SIGKILLs at random moments with random faults armed, the disk deleted each time, against an undisturbed run."""
-    rng = random.Random(seed)
+@pytest.mark.parametrize("kills, seed", [(5, 3), pytest.param(20, None, marks=pytest.mark.slow)])
+def test_killed_while_uploading(shards, tmp_path, server, kills, seed):
+    """SIGKILLs at random moments with random faults armed, the disk deleted each time: no checkpoint ever counts as complete
+    in the bucket that is not, and the run ends with the bits of an undisturbed one."""
+    rng = random.Random(seed or time.time_ns())
     args = [f"data_dir={shards}", "max_steps=40", "save_steps=4"]
     begin = time.monotonic()
-    train(folder / "calm", *args)
+    train(tmp_path / "calm", *args)
     duration = 2 * (time.monotonic() - begin)
     for _ in range(kills):
         for _ in range(3):
             kind = rng.choice([{"status": 503}, {"reset": True}, {"status": 429}, {"lost": True}])
             server.fault(rng.choice(["POST", "PUT", "GET"]), "", **kind)
-        run = Run([*args, *BUCKET], 1, folder / "storm", environment(server))
+        run = Run([*args, *BUCKET], 1, tmp_path / "storm", environment(server))
         time.sleep(rng.uniform(0.3, 1) * duration)  # a random moment is the point
         run.kill()
-        shutil.rmtree(folder / "storm" / "out", ignore_errors=True)
-    train(folder / "storm", *args, *BUCKET, env=environment(server))
-    found, wanted = steps(folder / "storm"), steps(folder / "calm")
+        shutil.rmtree(tmp_path / "storm" / "out", ignore_errors=True)
+    train(tmp_path / "storm", *args, *BUCKET, env=environment(server))
+    found, wanted = steps(tmp_path / "storm"), steps(tmp_path / "calm")
     assert all(found[s] == wanted[s] for s in found) and 40 in found
-    x, y = tensors(newest(folder / "calm")), tensors(newest(folder / "storm"))
+    x, y = tensors(newest(tmp_path / "calm")), tensors(newest(tmp_path / "storm"))
     assert [name for name in x if not (x[name] == y[name]).all()] == []
-
-
-def test_killed_while_uploading(shards, tmp_path, server):
-    """A few kills; no checkpoint ever counts as complete in the bucket that is not, and the run ends with the same bits."""
-    storm(shards, tmp_path, server, kills=5, seed=3)
-
-
-@pytest.mark.slow
-def test_killed_while_uploading_often(shards, tmp_path, server):
-    """The same with 20 kills."""
-    storm(shards, tmp_path, server, kills=20, seed=time.time_ns())
 
 
 def test_a_bucket_that_refuses_writes(shards, tmp_path, server):

@@ -53,67 +53,56 @@ def test_round_trip_and_paged_list(server, bucket, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["up", "down"] or not list(tmp_path.glob("*.part"))
 
 
-UPLOAD_FAULTS = [
+UPLOADS = [
     dict(status=408), dict(status=429), dict(status=500), dict(status=503), dict(status=504), dict(reset=True),
     dict(cut=300_000), dict(lost=True), dict(keep=256 << 10), dict(corrupt=True), dict(status=410), dict(status=404),
     dict(stall=4), dict(lost=True, skip=1), dict(status=503, skip=1, times=2), dict(status=404, skip=1),
 ]  # fmt: skip
-
-
-def each_with_its_server(monkeypatch, faults: list[dict], check) -> None:
-    """check(server, bucket, what) for every fault, side by side, because each of them waits for a retry."""
-    with ExitStack() as stack:
-        jobs = []
-        for what in faults:
-            server = stack.enter_context(FakeGCS())
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-            jobs.append((server, gcs.Bucket("bucket", patience=GUARD, timeout=2.5), what))
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            problems = [
-                (what, future.exception()) for what, future in [(job[2], pool.submit(check, *job)) for job in jobs]
-            ]
-    assert not [(what, problem) for what, problem in problems if problem]
-
-
-def test_uploads_survive(monkeypatch, tmp_path):
-    """Each fault in a resumable upload ends in the same bytes as no fault, and in exactly one object."""
-
-    def check(server, bucket, what):
-        fault = server.fault("PUT", "upload_id", **what)
-        put(bucket, tmp_path / str(what), BIG)
-        assert fault.hits and server.names() == ["a/b"] and server.data("a/b") == BIG
-
-    each_with_its_server(monkeypatch, UPLOAD_FAULTS, check)
-
-
-def test_small_uploads_survive(monkeypatch):
-    """The same for objects that are sent in one request; a lost answer does not read as a conflict."""
-
-    def check(server, bucket, what):
-        fault = server.fault("POST", "uploadType=multipart", **what)
-        generation = bucket.create("m", SMALL)
-        assert fault.hits and server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
-
-    each_with_its_server(monkeypatch, [dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True)], check)
-
-
-DOWNLOAD_FAULTS = [
+SMALL_UPLOADS = [dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True)]
+DOWNLOADS = [
     dict(status=503), dict(status=429, times=2), dict(reset=True), dict(cut=1_000_000), dict(cut=5_000_000, times=3),
     dict(corrupt=True), dict(stall=4), dict(status=408),
 ]  # fmt: skip
 
 
-def test_downloads_survive(monkeypatch, tmp_path):
-    """Each fault in a download ends in the same bytes as no fault; nothing else is left behind."""
+def survives_upload(server, bucket, folder, what):
+    """In a resumable upload: exactly one object."""
+    fault = server.fault("PUT", "upload_id", **what)
+    put(bucket, folder / "up", BIG)
+    assert fault.hits and server.names() == ["a/b"] and server.data("a/b") == BIG
 
-    def check(server, bucket, what):
-        server.put("a/b", BIG)
-        fault = server.fault("GET", "alt=media", **what)
-        folder = tmp_path / str(what)
-        assert get(bucket, folder / "down") == BIG
-        assert fault.hits and [p.name for p in folder.iterdir()] == ["down"]
 
-    each_with_its_server(monkeypatch, DOWNLOAD_FAULTS, check)
+def survives_small_upload(server, bucket, folder, what):
+    """In what is sent in one request: a lost answer does not read as a conflict."""
+    fault = server.fault("POST", "uploadType=multipart", **what)
+    generation = bucket.create("m", SMALL)
+    assert fault.hits and server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
+
+
+def survives_download(server, bucket, folder, what):
+    """Nothing else is left behind."""
+    server.put("a/b", BIG)
+    fault = server.fault("GET", "alt=media", **what)
+    assert get(bucket, folder / "down") == BIG
+    assert fault.hits and [p.name for p in folder.iterdir()] == ["down"]
+
+
+@pytest.mark.parametrize(
+    "check, faults",
+    [(survives_upload, UPLOADS), (survives_small_upload, SMALL_UPLOADS), (survives_download, DOWNLOADS)],
+)
+def test_survives(monkeypatch, tmp_path, check, faults):
+    """Each fault ends in the same bytes as no fault; side by side, because each of them waits for a retry."""
+    with ExitStack() as stack:
+        jobs = []
+        for what in faults:
+            server = stack.enter_context(FakeGCS())
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+            (tmp_path / str(what)).mkdir()
+            jobs.append((server, gcs.Bucket("bucket", patience=GUARD, timeout=2.5), tmp_path / str(what), what))
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            problems = {str(job[-1]): pool.submit(check, *job) for job in jobs}
+        assert not {what: future.exception() for what, future in problems.items() if future.exception()}
 
 
 def test_download_continues_a_part(server, bucket, tmp_path):
@@ -183,15 +172,7 @@ def test_hostile_names(name, tmp_path):
     assert gcs.local_path(tmp_path, "a/b..c/ü d.npz") == tmp_path / "a/b..c/ü d.npz"
 
 
-BAD_PLACES = [
-    ("demo/", "x"),
-    ("/demo", "x"),
-    ("demo_", "x"),
-    ("gs://demo", "x"),
-    ("demo/runs", "x"),
-    ("../b", "x"),
-    ("a..b", "x"),
-]
+BAD_PLACES = [(name, "x") for name in ("demo/", "/demo", "demo_", "gs://demo", "demo/runs", "../b", "a..b")]
 BAD_PLACES += [
     ("demo", path) for path in ("gs://demo/run", "a\nb", "/", "/a", "../a", "a/./b", "a//b", "a\0b", "x" * 800)
 ]

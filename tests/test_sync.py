@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from fakegcs import FakeGCS, checksum, gcloud
+from fakegcs import FakeGCS, checksum
 from launch import GUARD, until
 from saves import config, save
 
@@ -49,13 +50,12 @@ class WatchedGCS(FakeGCS):
 
     def look(self):
         with self.lock:
-            for name, stored in self.buckets["bucket"].items():
+            objects = self.buckets["bucket"]
+            for name, stored in objects.items():
                 if name.endswith(manifest.MANIFEST):
-                    content = json.loads(stored.data)["manifest"]
-                    for file, entry in content["files"].items():
-                        there = self.buckets["bucket"].get(
-                            f"{name.removesuffix(manifest.MANIFEST)}{content['save_id']}/{file}"
-                        )
+                    told = json.loads(stored.data)["manifest"]
+                    for file, entry in told["files"].items():
+                        there = objects.get(f"{name.removesuffix(manifest.MANIFEST)}{told['save_id']}/{file}")
                         if there is None or (len(there.data), checksum(there.data)) != (entry["size"], entry["crc32c"]):
                             self.violations.append(f"{name}: {file}")
 
@@ -329,22 +329,20 @@ def test_trace_and_curves_follow_a_checkpoint(server, place, tmp_path):
     assert "stay in the bucket: " in start.restore_logs(config(tmp_path / "c"))
 
 
-def test_write_forbidden(server, tmp_path):
-    """403 on writes only: no exception, the reason in the status, close() returns False before its deadline."""
-    server.fault("POST|PUT", "upload", status=403, times=10**6)
-    save(tmp_path, 10)
-    syncer = sync.Syncer(config(tmp_path))
-    assert not syncer.close(GUARD) and "was not finished after" not in syncer.status
-    assert "403" in syncer.status and "storage.objectUser" in syncer.status
-    assert local_steps(tmp_path) == [10]
-
-
-def test_deadline(server, tmp_path):
-    """A bucket that is too slow: close() gives up at the deadline and says so; nothing half-done is listed."""
-    server.fault("POST|PUT", "upload.*(multipart|upload_id)", rate=100_000, times=10**6, skip=1)
+@pytest.mark.parametrize(
+    "fault, seconds, why",
+    [
+        (dict(status=403), GUARD, "403.*storage.objectUser"),
+        (dict(rate=100_000, skip=1), 1.5, "was not finished after 1.5 s"),
+    ],
+)
+def test_writes_that_fail(server, tmp_path, fault, seconds, why):
+    """403 on writes only, or a bucket that is too slow: no exception, the reason in the status, close() returns False, in
+    the first case before its deadline; nothing half-done is listed, and the disk keeps what it has."""
+    server.fault("POST|PUT", "upload.*(multipart|upload_id)", times=10**6, **fault)
     save(tmp_path, 10, size=3_000_000)
     syncer = sync.Syncer(config(tmp_path))
-    assert not syncer.close(1.5) and "was not finished after 1.5 s" in syncer.status
+    assert not syncer.close(seconds) and re.search(why, syncer.status) and local_steps(tmp_path) == [10]
     assert not [n for n in server.names() if n.endswith(manifest.MANIFEST)]
 
 
@@ -388,21 +386,6 @@ def test_stale_disk_does_not_replace_newer(server, place, tmp_path):
     assert content(remote.fetch(place, newer.name, tmp_path / "c")) == content(newer)
 
 
-def test_several_nodes(server, place, tmp_path):
-    """Each of two nodes sends its half of the files; the manifest appears when the leader sees both halves there."""
-    whole = save(tmp_path / "whole", 10, files=4)
-    for node in "ab":
-        shutil.copytree(whole, tmp_path / node / whole.name)
-    for i in range(4):
-        (tmp_path / "ab"[i % 2] / whole.name / f"shard-00000-{i:05d}.safetensors").unlink()
-    leader = sync.Syncer(config(tmp_path / "a"))
-    until(lambda: "waits for files" in leader.status)
-    assert not leader.flush(0.1) and steps(place) == []
-    other = sync.Syncer(config(tmp_path / "b"), leader=False)
-    assert leader.close(GUARD) and other.close(GUARD) and steps(place) == [10]
-    assert content(remote.fetch(place, whole.name, tmp_path / "c")) == content(whole)
-
-
 def save_in_parts(folder: Path, step: int, nodes: str = "ab", **settings) -> str:
     """A checkpoint of which each of two nodes has one of two data files; `nodes` says on whose disk its part is left."""
     whole = save(folder / "whole", step, files=2, **settings)
@@ -417,6 +400,17 @@ def save_in_parts(folder: Path, step: int, nodes: str = "ab", **settings) -> str
 
 def two_syncers(folder: Path, **settings) -> tuple[sync.Syncer, sync.Syncer]:
     return sync.Syncer(config(folder / "a", **settings)), sync.Syncer(config(folder / "b", **settings), leader=False)
+
+
+def test_several_nodes(server, place, tmp_path):
+    """Each of two nodes sends its part of the files; the manifest appears when the leader sees both parts there."""
+    name = save_in_parts(tmp_path, 10)
+    leader = sync.Syncer(config(tmp_path / "a"))
+    until(lambda: "waits for files" in leader.status)
+    assert not leader.flush(0.1) and steps(place) == []
+    other = sync.Syncer(config(tmp_path / "b"), leader=False)
+    assert leader.close(GUARD) and other.close(GUARD) and steps(place) == [10]
+    assert content(remote.fetch(place, name, tmp_path / "c")) == content(tmp_path / "whole" / name)
 
 
 @pytest.mark.parametrize("left", "ab")
@@ -501,9 +495,11 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def storm(server, place, folder: Path, kills: int, size: int) -> None:
-    """Kill a run at random moments while random requests fail; look at the bucket each time."""
-    rng = random.Random(11)
+@pytest.mark.parametrize("kills, size", [(4, 400_000), pytest.param(20, 20_000_000, marks=pytest.mark.slow)])
+def test_killed_while_publishing(server, place, tmp_path, kills, size):
+    """SIGKILLs at random moments under random faults: no manifest ever speaks for what is not there, and the next run
+    catches up. The large files go up in several chunks."""
+    rng, folder = random.Random(11), tmp_path / "a"
     for _ in range(kills):
         for what in rng.sample(FAULTS, 2):
             server.fault("PUT|POST", "upload_id|multipart", skip=rng.randrange(8), **what)
@@ -514,28 +510,20 @@ def storm(server, place, folder: Path, kills: int, size: int) -> None:
         process.communicate()
         for name in server.names():
             if name.endswith(manifest.MANIFEST):  # every one that is listed can be had
-                assert manifest.verify(remote.fetch(place, name.split("/")[-2], folder.with_name("fetched")))
-        shutil.rmtree(folder.with_name("fetched"), ignore_errors=True)
+                assert manifest.verify(remote.fetch(place, name.split("/")[-2], tmp_path / "fetched"))
+        shutil.rmtree(tmp_path / "fetched", ignore_errors=True)
     server.faults.clear()
     process = run_saves(folder, 2, size)
     out, err = process.communicate(timeout=GUARD)
     assert process.returncode == 0, out + err
     last = local_steps(folder)
     assert steps(place) == last and len(last) == 2
-    assert content(remote.fetch(place, manifest.name(0, last[0], 1), folder.with_name("c"))) == content(
-        folder / manifest.name(0, last[0], 1)
-    )
+    newest = manifest.name(0, last[0], 1)
+    assert content(remote.fetch(place, newest, tmp_path / "c")) == content(folder / newest)
 
 
-def test_killed_while_publishing(server, place, tmp_path):
-    """4 SIGKILLs under random faults: no manifest ever speaks for what is not there, and the next run catches up."""
-    storm(server, place, tmp_path / "a", kills=4, size=400_000)
-
-
-@pytest.mark.slow
-def test_killed_while_publishing_often(server, place, tmp_path):
-    """20 SIGKILLs under random faults, with files that go up in several chunks."""
-    storm(server, place, tmp_path / "a", kills=20, size=20_000_000)
+PULL = "import resource, sys; from refocused.bucket import start; from tests.saves import config; "
+PULL += "c = config(sys.argv[1], resume='latest'); {}start.pull(c, start.find(c))"
 
 
 def test_killed_while_pulling(server, place, tmp_path):
@@ -543,15 +531,12 @@ def test_killed_while_pulling(server, place, tmp_path):
     here = save(tmp_path / "a", 10, size=3_000_000)
     remote.publish(place, here)
     server.fault("GET", "alt=media.*shard|shard.*alt=media", rate=2_000_000, times=1000)
-    code = "import sys; from refocused.bucket import start; from tests.saves import config; "
-    code += "c = config(sys.argv[1], resume='latest'); "
-    command = [sys.executable, "-c", code + "start.pull(c, start.find(c))", str(tmp_path / "b")]
+    command = [sys.executable, "-c", PULL.format(""), str(tmp_path / "b")]
+    started = lambda: server.count("GET", "shard.*alt=media")  # noqa: E731
     for kill in (2, 2, 1):
-        goal = server.count("GET", "shard.*alt=media") + kill
+        goal = started() + kill
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-        server.wait_until(
-            lambda g=goal, p=process: server.count("GET", "shard.*alt=media") >= g or p.poll() is not None
-        )
+        server.wait_until(lambda g=goal, p=process: started() >= g or p.poll() is not None)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert selection.names(tmp_path / "b") == []
@@ -563,10 +548,8 @@ def test_no_room_for_a_pull(server, place, tmp_path):
     """A disk that takes no more in the middle of a pull: one line, no checkpoint, and the next pull goes on from there."""
     here = save(tmp_path / "a", 10, size=3_000_000)
     remote.publish(place, here)
-    code = "import resource, sys; from refocused.bucket import start; from tests.saves import config; "
-    code += "c = config(sys.argv[1], resume='latest'); "
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000,) * 2); "
-    command = [sys.executable, "-c", code + limit + "start.pull(c, start.find(c))", str(tmp_path / "b")]
+    command = [sys.executable, "-c", PULL.format(limit), str(tmp_path / "b")]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "BucketError" in failed.stderr and ".part: File too large" in failed.stderr
     assert selection.names(tmp_path / "b") == []
@@ -659,16 +642,11 @@ def test_find(server, place, tmp_path, capsys):
 def test_hostile_manifests(server, place, tmp_path):
     """A manifest that is no JSON, is of another name, or names files outside is listed as damaged and never fetched."""
     good = manifest.read_manifest(save(tmp_path, 10))
-    for at, change in enumerate(
-        [None, {"files": {"../../x": {}}}, {"files": {"/etc/x": {}}}, {"save_id": "../.."}, {}]
-    ):
-        name = manifest.name(0, 10 * (at + 1), 1)
-        changed = {**good, "name": name, **(change or {})} if at < 4 else good
-        if change and "files" in change:
-            changed["files"] = {file: good["files"][manifest.STATE] for file in change["files"]}
-        if at == 4:
-            name = manifest.name(0, 50, 1)
-        server.put(f"run/{name}/{manifest.MANIFEST}", b"{" if change is None else manifest.encode_manifest(changed))
+    outside = [{"files": {file: good["files"][manifest.STATE]}} for file in ("../../x", "/etc/x")]
+    for at, change in enumerate([*outside, {"save_id": "../.."}, {"name": good["name"]}, None]):
+        name = manifest.name(0, 10 * (at + 2), 1)
+        told = manifest.encode_manifest({**good, "name": name, "step": 10 * (at + 2), **(change or {})})
+        server.put(f"run/{name}/{manifest.MANIFEST}", told if change else b"{")
     remotes = place.checkpoints(place.objects())
     assert len(remotes) == 5 and all(r.problem and not r.manifest for r in remotes)
     for damaged in remotes:
@@ -679,7 +657,8 @@ def test_hostile_manifests(server, place, tmp_path):
 
 
 def test_command_line(server, place, tmp_path, capsys):
-    """push, list, pull, verify and prune do what they say; list names the damaged one and why, with exit code 66."""
+    """push, list, pull, verify and prune do what they say; list names the damaged one and why, with exit code 66. A folder
+    that is not there has no rows beside a bucket; alone it is an error."""
     url = "gs://bucket/run"
     folders = [save(tmp_path / "a", step) for step in (10, 20, 30)]
     for folder in folders:
@@ -688,6 +667,8 @@ def test_command_line(server, place, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()[3:]
     assert len(lines) == 7 and sum(url in line for line in lines) == 3
     assert lines[1].split()[1:4] == ["30", "15,360", "1.5000"] and lines[1].endswith("complete")
+    assert ckpt.main(["list", str(tmp_path / "b"), url]) == 0 and "step10" in capsys.readouterr().out
+    assert ckpt.main(["list", str(tmp_path / "b")]) == 66 and "is not a directory" in capsys.readouterr().err
     assert ckpt.main(["pull", url, str(tmp_path / "b")]) == 0 and local_steps(tmp_path / "b") == [30]
     assert ckpt.main(["pull", f"{url}/{folders[0].name}", str(tmp_path / "b")]) == 0
     assert ckpt.main(["verify", str(tmp_path / "b")]) == 0
@@ -721,24 +702,27 @@ def test_pruned_between_listing_and_reading(server, place, tmp_path, capsys, fil
     assert stays.name in out and gone.name not in out
 
 
-def test_listing_with_a_folder_that_is_not_there_yet(place, tmp_path, capsys):
-    """Beside a bucket it has no rows; alone it is an error."""
-    remote.publish(place, save(tmp_path / "a", 10))
-    assert ckpt.main(["list", str(tmp_path / "b"), "gs://bucket/run"]) == 0
-    assert "step10" in capsys.readouterr().out
-    assert ckpt.main(["list", str(tmp_path / "b")]) == 66
-    assert "is not a directory" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 def test_gcloud_sees_the_same(server, place, tmp_path):
     """`gcloud storage ls` shows the checkpoints that list shows, and `cp` copies one's files with the same bytes."""
+    offline = {
+        "CLOUDSDK_CONFIG": str(tmp_path / "gcloud"),
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{server.url}/storage/v1/",
+        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
+        "CLOUDSDK_CORE_PROJECT": "test",
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+
+    def gcloud(*args: str) -> str:
+        command = ["gcloud", "storage", *args]
+        return subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=True).stdout
+
     here = [save(tmp_path / "a", step) for step in (10, 20)]
     for folder in here:
         remote.publish(place, folder)
-    listed = gcloud(server, tmp_path, "ls", "gs://bucket/run/").split()
+    listed = gcloud("ls", "gs://bucket/run/").split()
     assert sorted(listed) == sorted(f"{place}/{r.name}/" for r in place.checkpoints(place.objects()))
     save_id = manifest.read_manifest(here[0])["save_id"]
-    gcloud(server, tmp_path, "cp", "--recursive", f"{place}/{here[0].name}/{save_id}", str(tmp_path))
-    gcloud(server, tmp_path, "cp", f"{place}/{here[0].name}/{manifest.MANIFEST}", str(tmp_path / save_id))
+    gcloud("cp", "--recursive", f"{place}/{here[0].name}/{save_id}", str(tmp_path))
+    gcloud("cp", f"{place}/{here[0].name}/{manifest.MANIFEST}", str(tmp_path / save_id))
     assert content(tmp_path / save_id) == content(here[0])

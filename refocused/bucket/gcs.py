@@ -104,10 +104,7 @@ class Bucket:
         self.name, self.patience = name, patience
         self.bucket = client.bucket(name)
         # The client's own retry keeps a download's position and an upload's session; ours starts where it gives up.
-        self.limits = {
-            "timeout": (timeout, timeout),
-            "retry": DEFAULT_RETRY.with_timeout(min(2 * timeout, patience)),
-        }
+        self.limits = {"timeout": (timeout, timeout), "retry": DEFAULT_RETRY.with_timeout(min(2 * timeout, patience))}
 
     def url(self, name: str = "") -> str:
         return f"gs://{self.name}/{name}"
@@ -154,16 +151,12 @@ class Bucket:
     def create(self, name: str, data: bytes, generation: int = 0) -> int:
         """Write a small object whose present generation is as given (0: there is none); returns the new generation.
 
-        Raises Conflict when it is not, unless the object holds exactly these bytes: then it was us, and the answer
-        was lost on its way.
+        Raises Conflict when it is another, unless the object holds these bytes: then only our answer was lost.
         """
         return self._send(name, io.BytesIO(data), len(data), checksum(data), generation)
 
     def upload(self, name: str, path: Path, size: int, crc32c: str) -> None:
-        """Create an object from a file; the server refuses bytes whose CRC-32C is not the one given (base64).
-
-        An object that is there with the same size and checksum is accepted; with others it raises Conflict.
-        """
+        """Create an object from a file of this size and CRC-32C. One that is there with both is accepted, else Conflict."""
         with open(path, "rb") as file:
             actual = os.fstat(file.fileno()).st_size
             # The client lets the server check one-request uploads against what it read, not against what we know.
@@ -175,17 +168,13 @@ class Bucket:
         def call(attempt: int) -> int:
             # The socket's timeout covers the sending of a whole chunk: on a slow link only a smaller one gets through.
             blob = self.bucket.blob(name, chunk_size=max(CHUNK >> 2 * attempt, SMALLEST_CHUNK))
-            blob.upload_from_file(
-                stream,
-                rewind=True,
-                size=size,
-                content_type="application/octet-stream",
-                if_generation_match=generation,
-                # Where the client itself compares, it deletes on a mismatch, without a generation.
-                checksum="crc32c" if size <= ONE_REQUEST else None,
-                crc32c_checksum_value=crc32c,
-                **self.limits,
-            )
+            # Where the client itself compares, it deletes on a mismatch, without a generation.
+            checks: dict[str, Any] = {
+                "checksum": "crc32c" if size <= ONE_REQUEST else None,
+                "crc32c_checksum_value": crc32c,
+            }
+            checks |= {"if_generation_match": generation, "content_type": "application/octet-stream"}
+            blob.upload_from_file(stream, rewind=True, size=size, **checks, **self.limits)
             return blob.generation
 
         def exists() -> int:
@@ -335,7 +324,7 @@ def in_parallel(
     size: all bytes, for a bar; None for none. Not a ThreadPoolExecutor, because the interpreter waits for its threads at
     exit, however long a transfer takes.
     """
-    queue, lock = iter(list(items)), threading.Lock()
+    queue, lock = iter([*items]), threading.Lock()  # all threads take from one iterator: a list's is safe
     problems: list[BaseException] = []
     bar = tqdm(total=size, unit="B", unit_scale=True, smoothing=0.1, disable=None if size else True)
 
@@ -344,15 +333,13 @@ def in_parallel(
             bar.update(count)
 
     def work() -> None:
-        while not problems:
-            with lock:
-                item = next(queue, queue)
-            if item is queue:
-                return
-            try:
+        try:
+            for item in queue:
+                if problems:
+                    return
                 function(item, progress)
-            except BaseException as error:
-                problems.append(error)
+        except BaseException as error:
+            problems.append(error)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(streams)]
     with bar:
