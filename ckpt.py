@@ -105,12 +105,17 @@ class Checkpoints:
                     "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
                 )
             processes.on_each_node(env, start.bring, cfg, self.choice.path, self.choice.save_id, but_rank_0=True)
-            own = self.choice.path.parent == Path(cfg.output_dir)  # else it is another run's, and so are its logs
-            if self.bucket and own:
-                log(processes.on_rank_0(start.restore_logs, cfg))
+            if self.bucket:
+                log(processes.on_rank_0(self._restore_logs))
         elif cfg.init_from:
             self.start = beginning(cfg.init_from, cfg)
         return self.choice
+
+    def _restore_logs(self) -> str:
+        """On rank 0: a checkpoint elsewhere than in output_dir is another run's, and so are its logs."""
+        assert self.choice.path
+        own = self.choice.path.parent == Path(self.cfg.output_dir)
+        return start.restore_logs(self.cfg) if own else ""
 
     def load(self, tree: dict[str, Tensor]) -> str:
         """Fill the tree with the chosen checkpoint, or a fresh run's weights with init_from's; be ready to save it.
