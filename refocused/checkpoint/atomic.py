@@ -1,8 +1,8 @@
-"""How checkpoints come to be on a disk and go from it, and whose the folder is that they are in.
+"""How checkpoints come to be on a disk and go from it, and who owns the folder that they are in.
 
-One comes into being by one rename once everything in it is durable, and it goes by one rename too. Only what is known to
-be this program's own goes: a checkpoint whose manifest can be read, with no file in it that the manifest does not name,
-and what has the name of a save that was not completed, in a folder that this process has locked.
+A save appears by one rename once everything in it is durable, and goes by one rename. Only what this program is known
+to have made is deleted: a checkpoint with a readable manifest that names every file in it, and what bears the name of
+an unfinished save in a folder that this process has locked.
 """
 
 import contextlib
@@ -18,40 +18,29 @@ from typing import Any
 
 from configs import ConfigError
 from refocused import files, locks
+from refocused.checkpoint import manifest as manifests
 from refocused.checkpoint import selection
-from refocused.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    STATE,
-    CheckpointError,
-    decode,
-    decode_state,
-    encode_manifest,
-    parse,
-    read_manifest,
-    read_manifests,
-    step_of,
-    verify,
-)
-from refocused.files import create, digest, sync_folder, too_small, why
+from refocused.checkpoint.manifest import FORMAT, MANIFEST, STATE, CheckpointError, read_manifest, step_of
+from refocused.files import why
 
 TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is writing, or will put back if it dies
 UNFINISHED = re.compile(r"\.(?:tmp|old)-[0-9a-f]{8,64}-(.+)")
 
+Files = Mapping[str, bytes]  # by name
+
 deleted: deque[str] = deque()  # names, until somebody takes them for a log
 
 
-def commit(
-    temporary: Path,
-    final: Path,
-    save_id: str,
-    listed: dict[str, dict[str, Any]],
-    more: Mapping[str, bytes],
-    generation: int,
-) -> None:
-    """Complete the temporary directory, whose `listed` files are durable, by `more`: that is the checkpoint `final`."""
+def unfinished(final: Path, save_id: str) -> Path:
+    """Where a save is written until it is complete."""
+    return final.with_name(f"{TEMPORARY}{save_id}-{final.name}")
+
+
+def commit(folder: Path, final: Path, save_id: str, listed: dict[str, Any], more: Files, generation: int) -> None:
+    """Make the folder, whose `listed` files are durable, the checkpoint `final`; `more` are its other files."""
+    manifests.decode_state(more[STATE], final / STATE)  # nothing is committed that could not be read again
     for name, content in more.items():
-        create(temporary / name, content)
+        files.create(folder / name, content)
     manifest = {
         "format": FORMAT,
         "name": final.name,
@@ -59,23 +48,22 @@ def commit(
         "step": step_of(final.name),
         "generation": generation,
         "time": int(time.time()),
-        "files": {**listed, **{name: digest(temporary / name) for name in more}},
+        "files": {**listed, **{name: files.digest(folder / name) for name in more}},
     }
-    decode_state(more[STATE], final / STATE)  # nothing is committed that could not be read again
-    put(temporary, final, save_id, encode_manifest(manifest))
+    put(folder, final, save_id, manifests.encode_manifest(manifest))
 
 
-def put(temporary: Path, final: Path, save_id: str, manifest: bytes) -> None:
-    """The manifest, last, then one rename. On a node without rank 0's disk: rank 0's manifest beside its own files."""
-    decode(manifest, final / MANIFEST)
-    create(temporary / MANIFEST, manifest)
-    sync_folder(temporary)
-    take_place(temporary, final, save_id)
+def put(folder: Path, final: Path, save_id: str, manifest: bytes) -> None:
+    """The manifest, last, then one rename. A node without rank 0's disk puts rank 0's manifest beside its own files."""
+    manifests.decode(manifest, final / MANIFEST)
+    files.create(folder / MANIFEST, manifest)
+    files.sync_folder(folder)
+    take_place(folder, final, save_id)
 
 
 def take_place(folder: Path, final: Path, save_id: str) -> None:
-    """Give a complete folder its final name. An older save of that name goes once it is replaced; what is not known to be
-    one gets another name and stays."""
+    """Give a complete folder its final name. An older save of that name is deleted once it is replaced; what is not
+    known to be one is renamed and stays."""
     aside = None
     if final.is_dir() or final.is_symlink():  # a directory that is not empty cannot be replaced by a rename
         aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
@@ -84,32 +72,31 @@ def take_place(folder: Path, final: Path, save_id: str) -> None:
             files.name_once(aside, f"{final} was there already and {reason}: it is {aside.name} now")
         os.rename(final, aside)
     os.rename(folder, final)
-    sync_folder(final.parent)
+    files.sync_folder(final.parent)
     if aside and aside.name.startswith(ASIDE):
         delete(aside)
 
 
 def not_ours(path: Path) -> str:
-    """Why a checkpoint's folder is not known to be one that this program made, whole and alone; "" if it is."""
+    """Why a folder is not known to be a checkpoint of this program and nothing else; "" if it is."""
     try:
-        listed = read_manifest(path)["files"]
-        others = sorted({entry for entry in os.listdir(path) if entry != MANIFEST} - listed.keys())
+        others = {entry for entry in os.listdir(path) if entry != MANIFEST} - read_manifest(path)["files"].keys()
     except CheckpointError as error:
         return f"is not known to be this program's ({error})"
     except OSError as error:
         return f"cannot be read ({why(error)})"
-    return f"has {others[0]} in it, which no save wrote" if others else ""
+    return f"has {min(others)} in it, which no save wrote" if others else ""
 
 
 def delete(path: Path) -> bool:
-    """Remove a checkpoint: out of sight by one rename, then manifest first, so that no half of it is ever mistaken.
+    """Remove a checkpoint, or the link to one. What is not known to be ours is named and stays.
 
-    Of one that is linked to, only the link. What is not known to be ours is named and stays.
+    It is renamed first, and its manifest goes first: no half of it is ever taken for a checkpoint.
     """
     if reason := not_ours(path):
         files.name_once(path, f"{path} stays: it {reason}")
         return False
-    trash = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{path.name}")
+    trash = unfinished(path, secrets.token_hex(8))
     os.rename(path, trash)
     if not trash.is_symlink():
         (trash / MANIFEST).unlink(missing_ok=True)
@@ -127,41 +114,33 @@ def withdraw(path: Path, save_id: str) -> None:
 def recover(output_dir: str | os.PathLike) -> None:
     """Undo what a killed save left: put back what it had moved aside, remove what it had not completed."""
     for entry in sorted(os.listdir(output_dir)):
-        path, unfinished = Path(output_dir, entry), UNFINISHED.fullmatch(entry)
-        if entry.startswith(ASIDE) and unfinished and parse(unfinished[1]):
-            final = path.with_name(unfinished[1])
-            if not os.path.lexists(final):
-                os.rename(path, final)
-            else:
-                delete(path)
-        elif unfinished and entry.startswith(TEMPORARY):
+        path, match = Path(output_dir, entry), UNFINISHED.fullmatch(entry)
+        if match and entry.startswith(TEMPORARY):
             files.remove(path)
-    sync_folder(output_dir)
+        elif match and manifests.parse(match[1]):
+            final = path.with_name(match[1])
+            delete(path) if os.path.lexists(final) else os.rename(path, final)
+    files.sync_folder(output_dir)
 
 
 def prune(
-    output_dir: str | os.PathLike,
-    newest: str,
-    save_total_limit: int,
-    keep_every: int,
-    waiting: Collection[str] = (),
+    output_dir: str | os.PathLike, newest: str, limit: int, keep_every: int, waiting: Collection[str] = ()
 ) -> None:
-    """Keep `newest`, which is complete here or in the bucket, and the save_total_limit - 1 complete ones before it; 0
-    keeps all.
+    """Keep `newest`, which is complete here or in the bucket, and the limit - 1 complete ones before it.
 
-    Those at multiples of keep_every stay and do not count. Those that were abandoned when a run went back to an earlier
-    step are the first to go. What was saved after `newest`, save ids that are `waiting` for the bucket, and what cannot
-    be read stay. Raises ConfigError where output_dir is no longer this run's.
+    A limit of 0 keeps all. Multiples of keep_every stay and do not count. Abandoned saves go first. What was saved
+    after `newest`, save ids that are `waiting` for the bucket, and what cannot be read stay. Raises ConfigError where
+    output_dir is no longer this run's.
     """
     check_lock(output_dir)
-    if not save_total_limit:
+    if not limit:
         return
-    ours, unknown = read_manifests(output_dir)
+    ours, unknown = manifests.read_manifests(output_dir)
     for name in unknown:
         path = Path(output_dir, name)
         files.name_once(path, f"{path} stays: it {not_ours(path)}")
-    complete = [m for m in ours if _is_complete(Path(output_dir, m["name"]))]
-    keep = selection.retained(complete, save_total_limit, keep_every) | {newest}
+    complete = [m for m in ours if _may_be_complete(Path(output_dir, m["name"]))]
+    keep = selection.retained(complete, limit, keep_every) | {newest}
     last = max((selection.key(m) for m in ours if m["name"] == newest), default=None)
     for old in ours:
         kept = old["name"] in keep or old["save_id"] in waiting or (keep_every and old["step"] % keep_every == 0)
@@ -169,22 +148,21 @@ def prune(
             deleted.append(old["name"])
 
 
-def _is_complete(path: Path) -> bool:
-    """Whether it is, as far as it can be read at the moment."""
+def _may_be_complete(path: Path) -> bool:
     try:
-        return bool(verify(path, hashes=False))
+        return bool(manifests.verify(path, hashes=False))
     except CheckpointError as error:
-        return isinstance(error.__cause__, OSError)
+        return isinstance(error.__cause__, OSError)  # it cannot be read at the moment
 
 
-_held: dict[str, locks.Lock] = {}  # by the output_dir that they are of, its links resolved
+_held: dict[str, locks.Lock] = {}  # by output_dir, its links resolved
 
 
 def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
     """Make output_dir this process's own until it ends, prove that it can be written, clean up after killed saves.
 
-    One process per node does this, rank 0 first; what it returns is the others' `leader`, so that they know a disk
-    that they share with it. Raises ConfigError: with the owner's host and pid, or why writing fails.
+    One process per node does this, rank 0 first. It returns the owner, which is the `leader` for the others: so they
+    know a disk that they share with rank 0. Raises ConfigError.
     """
     path = Path(output_dir, ".lock")
     try:
@@ -206,7 +184,7 @@ def lock(output_dir: str | os.PathLike, leader: str | None = None) -> str:
 
 
 def holds(output_dir: str | os.PathLike) -> bool:
-    """Whether this process has locked output_dir: the first of a node, unless the disk is shared with one before it."""
+    """Whether this process has locked output_dir: the first one of each disk."""
     return os.path.realpath(output_dir) in _held
 
 
@@ -222,7 +200,7 @@ def check_lock(output_dir: str | os.PathLike) -> None:
 
 def check_space(output_dir: str | os.PathLike, need: int) -> None:
     """Raise ConfigError unless `need` bytes and a little more are free in output_dir."""
-    if lack := too_small(output_dir, need):
+    if lack := files.too_small(output_dir, need):
         raise ConfigError(
             f"a checkpoint takes {need / 1e9:.3g} GB and {lack}; "
             "free some space, lower save_total_limit or choose another output_dir"

@@ -13,25 +13,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from refocused import files
 from refocused.checkpoint import atomic, manifest
-from refocused.checkpoint.tensors import CopyPlanner, Writer, cause, local_part, own_part
+from refocused.checkpoint.manifest import CheckpointError
+from refocused.checkpoint.tensors import local_part, on_all_ranks, own_part, write
 
+Tree = dict[str, Tensor]
 FILES_AT_A_TIME = 4  # that a rank writes: with one, a core that hashes is slower than most disks
 
 
 class Saver:
     """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
 
-    A save that fails leaves nothing under a final name and does not raise: poll() tells why, on every rank. One of
-    tensors that are not all finite fails so too. `generation` is the highest of any save that the run knows of;
-    `files`, by name, what else every checkpoint holds.
-    A save may wait, written but not committed, for confirm(): weights that an update has just ruined look like any others
-    until a loss is computed with them, and would take the place of the good ones.
-    Of the last save: stall_seconds, for which save() held training up; write_seconds, until it was complete.
+    A save that fails, as one with values that are not finite does, leaves nothing under a final name: poll() tells why,
+    on every rank. A save may wait, written but not committed, for confirm(): weights that an update has just ruined look
+    like any others until a loss is computed with them.
+
+    generation: the highest of any save that the run knows of. files: what else every checkpoint holds, by name.
+    stall_seconds: for which the last save() held training up; write_seconds: until it was complete.
     """
 
     def __init__(
@@ -59,29 +60,23 @@ class Saver:
         self._host = _Host()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
-        self._proof: concurrent.futures.Future[bool] = concurrent.futures.Future()  # whether the last save counts
-        self._proof.set_result(True)  # there is none yet
+        self._good: concurrent.futures.Future[bool] = concurrent.futures.Future()  # whether the last save counts
+        self._good.set_result(True)  # there is none yet
         self._error: str | None = None
 
-    def reserve(self, tree: dict[str, Tensor]) -> str:
-        """Before training: memory for the copies, so that the first save is as quick as the others.
-
-        Returns what there is to say about that memory, or "".
-        """
+    def reserve(self, tree: Tree) -> str:
+        """Allocate memory for the copies before training, so that the first save is quick. A line to print, or ""."""
         if self.async_save:
             self._host.copy(own_part(tree, self.rank, self.world))
         return self._host.note
 
-    def save(self, name: str, tree: dict[str, Tensor], state: dict[str, Any], validated: bool = True) -> None:
-        """Save the tree and the state (JSON, rank 0's) as they are now; the caller may change them at once.
-
-        Not validated, it is committed once confirm(True) says so, on every rank.
-        """
+    def save(self, name: str, tree: Tree, state: dict[str, Any], validated: bool = True) -> None:
+        """Save the tree and the state (JSON, rank 0's) as they are now. If not validated, confirm(True) commits it."""
         start = time.perf_counter()
         self.join()
-        self._proof = concurrent.futures.Future()
+        self._good = concurrent.futures.Future()
         if validated:
-            self._proof.set_result(True)
+            self._good.set_result(True)
         part = own_part(tree, self.rank, self.world)
         source = self._host.copy(part) if self.async_save else {key: local_part(t) for key, t in part.items()}
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
@@ -94,22 +89,22 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether the last save is still under way here; another one would have to wait for it."""
+        """Whether the last save is still under way here."""
         return self._saving is not None and not self._saving.done()
 
     @property
     def confirmed(self) -> bool:
-        """Whether the last save was validated, or its fate told since; the same on every rank."""
-        return self._proof.done()
+        """Whether the last save was validated, or confirmed or dropped since."""
+        return self._good.done()
 
     def confirm(self, good: bool) -> None:
-        """Say whether the save in flight counts: what it holds has, or has not, gone through a step since."""
-        if not self._proof.done():
-            self._proof.set_result(good)
+        """Commit the save in flight, or drop it: a step with its weights was finite, or was not."""
+        if not self._good.done():
+            self._good.set_result(good)
 
     def poll(self) -> str | None:
         """Why the last save failed, if it has; costs nothing."""
-        return None if self._saving and not self._saving.done() else self._error
+        return None if self.busy else self._error
 
     def wait(self) -> str | None:
         """Wait for the save in flight; return why it failed, and forget it."""
@@ -119,7 +114,7 @@ class Saver:
 
     def give_time(self, seconds: float) -> None:
         """Before this process ends after an error: a save in flight that counts may still become complete."""
-        if self._saving and self._proof.done():
+        if self._saving and self._good.done():
             concurrent.futures.wait([self._saving], seconds)
 
     def close(self) -> str | None:
@@ -131,78 +126,69 @@ class Saver:
         return error
 
     def join(self) -> None:
-        """Wait for the save in flight; one that was not confirmed by now does not count."""
+        """Wait for the save in flight, which is dropped if it was not confirmed by now."""
         self.confirm(False)
         if self._saving:
             self._saving.result()
             self._saving = None
 
-    def _write(
-        self,
-        start: float,
-        name: str,
-        part: dict[str, Tensor],
-        source: dict[str, Tensor],
-        more: dict[str, bytes],
-        need: int,
-    ) -> None:
+    def _write(self, start: float, name: str, part: Tree, source: Tree, more: dict[str, bytes], need: int) -> None:
+        final = self.output_dir / name
         try:
-            box = [secrets.token_hex(8)]
-            dist.broadcast_object_list(box, group=self.group, group_src=0)
+            save_id = on_all_ranks(self.group, self._begin, need)[0]
             self.generation += 1
-            writer = Writer(self.output_dir / name, box[0], more, need, self.generation, at_a_time=FILES_AT_A_TIME)
-            dcp.save(part, storage_writer=writer, planner=CopyPlanner(source), process_group=self.group)
-            if not self._proof.result():  # no failure: it counts no more than what it would have replaced
+            folder = atomic.unfinished(final, save_id)
+            written = on_all_ranks(self.group, write, folder, self.rank, part, source, FILES_AT_A_TIME)
+            if not self._good.result():  # no failure: it counts no more than what it would have replaced
                 if self.owner:
-                    files.remove(writer.folder)
+                    files.remove(folder)
                 return
-            self._commit(writer)
+            listed = {file: entry for of_rank in written for file, entry in of_rank.items()}
+            made = on_all_ranks(self.group, self._commit, folder, final, save_id, listed, more)[0]
+            try:
+                on_all_ranks(self.group, self._follow, folder, final, save_id, made)
+            except CheckpointError:
+                if self.owner:
+                    atomic.withdraw(final, save_id)
+                raise
             self.last, self.last_generation = name, self.generation
             self.news.append(name)
             self.write_seconds = time.perf_counter() - start
             if self.rank == 0:
                 atomic.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
-        except BaseException as error:  # CheckpointException is no Exception
-            self._error = f"saving {name}: {cause(error)}"
+        except Exception as error:
+            self._error = f"saving {name}: {error}"
             if self.owner:
                 with contextlib.suppress(OSError):  # then the next start does it
                     atomic.recover(self.output_dir)
 
-    def _commit(self, writer: Writer) -> None:
-        """Commit on rank 0, and give the files of a node that does not share its disk the same name and manifest."""
-        box: list[Any] = [None]
+    def _begin(self, need: int) -> str:
         if self.rank == 0:
-            try:
-                writer.commit()
-                box[0] = (writer.final / manifest.MANIFEST).read_bytes()
-            except OSError as error:
-                box[0] = error
-        dist.broadcast_object_list(box, group=self.group, group_src=0)
-        if isinstance(box[0], OSError):
-            raise box[0]
-        problem = None
+            atomic.check_space(self.output_dir, need)
+        return secrets.token_hex(8)
+
+    def _commit(self, folder: Path, final: Path, save_id: str, listed: dict, more: dict[str, bytes]) -> bytes:
+        """On rank 0: commit, and return the manifest."""
+        if self.rank:
+            return b""
+        atomic.commit(folder, final, save_id, listed, more, self.generation)
+        return (final / manifest.MANIFEST).read_bytes()
+
+    def _follow(self, folder: Path, final: Path, save_id: str, made: bytes) -> None:
+        """On a node without rank 0's disk: give its files the same name and manifest."""
         if self.rank and self.owner:
-            try:
-                atomic.put(writer.folder, writer.final, writer.id, box[0])
-            except OSError as error:
-                problem = f"{cause(error)} (rank {self.rank})"
-        problems: list[str | None] = [None] * self.world
-        dist.all_gather_object(problems, problem, group=self.group)
-        if any(problems):
-            if self.owner:
-                atomic.withdraw(writer.final, writer.id)
-            raise OSError("; ".join(filter(None, problems)))
+            atomic.put(folder, final, save_id, made)
 
 
 class _Host:
-    """Host memory for the copies of a save, one block that is allocated once, and pinned if there is a GPU."""
+    """Host memory for the copies of a save: one block, allocated once, pinned if there is a GPU."""
 
     def __init__(self):
         self.block, self.pinned, self.note = torch.empty(0, dtype=torch.uint8), False, ""
-        self.views: dict[str, Tensor] = {}
+        self.views: Tree = {}
 
-    def copy(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The local parts of the tensors, copied: all that an asynchronous save costs the training loop."""
+    def copy(self, part: Tree) -> Tree:
+        """The local parts of the tensors, copied. Training waits for this alone."""
         local = {key: local_part(t) for key, t in part.items()}
         layout = {key: (t.shape, t.dtype) for key, t in local.items()}
         if layout != {key: (view.shape, view.dtype) for key, view in self.views.items()}:
@@ -214,7 +200,7 @@ class _Host:
             torch.accelerator.synchronize()
         return self.views
 
-    def allocate(self, local: dict[str, Tensor]) -> None:
+    def allocate(self, local: Tree) -> None:
         spans = {key: -(-t.nbytes // 64) * 64 for key, t in local.items()}
         self.block = torch.empty(max(64, sum(spans.values())), dtype=torch.uint8)
         if torch.cuda.is_available():  # registered, as pin_memory=True would round up to a power of two

@@ -1,7 +1,8 @@
 """Tensors to files and back: the live state -> a directory, and back into any strategy and world size.
 
-torch.distributed.checkpoint plans who writes which part of which tensor, and reads the parts back into another layout.
-Its storage is safetensors, not its own .distcp: no byte of a checkpoint is ever unpickled.
+A rank writes the shards that it holds, and its share of what other ranks hold, too. The files are safetensors: no byte
+of them is unpickled. A file's DCP_SHARDING_INFO says where in its tensor each part lies, so that
+torch.distributed.checkpoint's HuggingFaceStorageReader reads them, too.
 """
 
 import contextlib
@@ -10,47 +11,31 @@ import json
 import math
 import os
 import secrets
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+import torch.distributed as dist
+from safetensors.torch import _TYPES, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
 from refocused.checkpoint import atomic, manifest
 from refocused.checkpoint.manifest import CheckpointError
-from refocused.files import digest, sync, why, widen
+from refocused.files import digest, remove, sync, why, widen
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds this much, so that uploads can run side by side
-TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+Tree = dict[str, Tensor]
+NOTE = "DCP_SHARDING_INFO"  # in a file's metadata: {name: {"saved_offsets": [...]}}
 ADAM = ("exp_avg", "exp_avg_sq")
 SLOTS = {"AdamW": ADAM, "HalfAdamW": ADAM, "Muon": ("momentum_buffer",)}  # an optimizer's tensors per parameter
 
 
-def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Tree:
     """Every tensor that cannot be computed, by a flat name; the tensors alias the live ones.
 
     `model.<parameter>` and `optim.<slot>.<parameter>`, the names without the prefixes of DDP and torch.compile; a tied
@@ -88,19 +73,39 @@ def local_part(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def own_part(tree: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
-    """What this rank writes: its shards, and its share of the tensors that every rank holds whole."""
-    part: dict[str, Tensor] = {}
-    load = [0] * world
+def place(t: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of what this rank holds of a tensor."""
+    if not isinstance(t, DTensor):
+        return (0,) * t.ndim, tuple(t.shape)
+    [chunk] = t.__create_chunk_list__()
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def copies(t: Tensor, rank: int, world: int) -> tuple[int, int]:
+    """(how many ranks hold the values that this rank holds, which of them it is)."""
+    if not isinstance(t, DTensor):
+        return world, rank
+    count, number = 1, 0
+    for dim, placement in enumerate(t.placements):
+        if placement.is_replicate():
+            count, number = (
+                count * t.device_mesh.size(dim),
+                number * t.device_mesh.size(dim) + t.device_mesh.get_local_rank(dim),
+            )
+    return count, number
+
+
+def own_part(tree: Tree, rank: int, world: int) -> Tree:
+    """What this rank writes: each value of the tree is in one rank's part, and the parts are about equal."""
+    part: Tree = {}
+    loads: dict[int, list[int]] = {}  # by the number of copies: the bytes that each of these ranks writes
     for key, t in sorted(tree.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        if isinstance(t, DTensor):
-            if t.to_local().numel():  # a short tensor leaves the last ranks without rows
-                part[key] = t
-        else:
-            owner = load.index(min(load))
-            load[owner] += t.nbytes
-            if owner == rank:
-                part[key] = t
+        count, number = copies(t, rank, world)
+        load = loads.setdefault(count, [0] * count)
+        owner = load.index(min(load))
+        load[owner] += t.nbytes
+        if owner == number and local_part(t).numel():  # a short tensor leaves the last ranks without rows
+            part[key] = t
     return part
 
 
@@ -110,82 +115,39 @@ class Source(Protocol):
     def __getitem__(self, key: str, /) -> Tensor: ...
 
 
-class CopyPlanner(DefaultSavePlanner):
-    """Plans with the live tensors' layout, hands out the bytes of their copies."""
+def write(folder: Path, rank: int, part: Tree, values: Source, at_a_time: int = 1) -> dict[str, Any]:
+    """Write a rank's part of a save, durable when this returns; {file name: {size, crc32c, sha256}}.
 
-    def __init__(self, source: Source):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.source = source
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.source[index.fqn]
-
-
-class Writer(dcp.HuggingFaceStorageWriter):
-    """DCP's sharded safetensors layout, with hashes and one commit.
-
-    The base class first builds each file as one bytes object, which doubles the memory and holds the GIL, and with it
-    the training loop, for 1.5 s per 512 MB; safetensors' save_file does neither.
+    values: where the tensors' values are, each asked for once. at_a_time: files, each with its tensors in memory.
+    Raises OSError, and CheckpointError at a tensor that no run could go on from.
     """
+    with contextlib.suppress(FileExistsError):  # of another rank
+        os.mkdir(folder)  # not its parent, should that be gone: it held the lock
+    batches: list[Tree] = []
+    size = FILE_BYTES
+    for key, t in part.items():
+        if size >= FILE_BYTES:
+            batches.append({})
+            size = 0
+        batches[-1][key] = t
+        size += local_part(t).nbytes
+    paths = [folder / f"shard-{rank:05d}-{i:05d}{manifest.SHARD}" for i in range(len(batches))]
+    with ThreadPoolExecutor(at_a_time) as pool:
+        found = list(pool.map(_write_file, paths, batches, itertools.repeat(values)))
+    return {path.name: entry for path, entry in zip(paths, found, strict=True)}
 
-    def __init__(
-        self, final: Path, save_id: str, more: Mapping[str, bytes], need: int, generation: int, at_a_time: int = 1
-    ):
-        self.folder = final.with_name(f"{atomic.TEMPORARY}{save_id}-{final.name}")
-        super().__init__(str(self.folder), save_distributed=True)
-        self.final, self.id, self.more, self.need, self.generation = final, save_id, more, need, generation
-        self.at_a_time = at_a_time  # files that a rank writes, each with its tensors in memory
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        with contextlib.suppress(FileExistsError):  # of another rank
-            os.mkdir(self.folder)  # not its parent, should that be gone: it held the lock
-        if self.rank == 0:
-            atomic.check_space(self.folder, self.need)
-        return plan
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files; the results carry {size, crc32c, sha256} of each to rank 0.
-
-        Raises CheckpointError, and so fails the save on all ranks, at a tensor that no run could go on from.
-        """
-        files: list[list[WriteItem]] = []
-        size = FILE_BYTES
-        for item in plan.items:
-            if size >= FILE_BYTES:
-                files.append([])
-                size = 0
-            files[-1].append(item)
-            assert item.tensor_data is not None
-            size += item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
-        with ThreadPoolExecutor(self.at_a_time) as pool:
-            results = list(pool.map(self.write_file, range(len(files)), files, itertools.repeat(planner)))
-        future: Future = Future()
-        future.set_result(results)
-        return future
-
-    def write_file(self, number: int, items: list[WriteItem], planner: SavePlanner) -> WriteResult:
-        """One of this rank's files, on the disk when it returns. Raises CheckpointError at a value that is not finite."""
-        batch: dict[str, Tensor] = {}
-        offsets: dict[str, Any] = {}
-        for item in items:
-            t = planner.resolve_data(item)
-            assert isinstance(t, Tensor) and item.tensor_data is not None
-            check_finite(item.index.fqn, t)
-            batch[item.index.fqn] = t.cpu().contiguous()
-            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
-        path = self.folder / f"shard-{self.rank:05d}-{number:05d}.safetensors"
-        save_file(batch, path, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
-        widen(path)  # save_file makes it readable by its owner alone
-        sync(path)
-        found = digest(path)
-        return WriteResult(MetadataIndex(path.name), found["size"], found)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, once every rank has written; commit() makes it a checkpoint."""
-        self.files = {result.index.fqn: result.storage_data for of_rank in results for result in of_rank}
-
-    def commit(self) -> None:
-        atomic.commit(self.folder, self.final, self.id, self.files, self.more, self.generation)
+def _write_file(path: Path, part: Tree, values: Source) -> dict[str, Any]:
+    batch: Tree = {}
+    for key in part:
+        t = local_part(values[key])
+        check_finite(key, t)
+        batch[key] = t.cpu().contiguous()
+    offsets = {key: {"saved_offsets": place(t)[0]} for key, t in part.items()}
+    save_file(batch, path, {NOTE: json.dumps(offsets), "format": "pt"})
+    widen(path)  # save_file makes it readable by its owner alone
+    sync(path)
+    return digest(path)
 
 
 def check_finite(key: str, t: Tensor) -> None:
@@ -196,164 +158,161 @@ def check_finite(key: str, t: Tensor) -> None:
             raise CheckpointError(f"{key} has values that are not finite")
 
 
-class File:
-    """The tensors in a safetensors file, read and not mapped: some disks map no file. Raises CheckpointError."""
+class Part(NamedTuple):
+    """What a safetensors file has of a tensor: `sizes` of it from `offsets` on, in the bytes from `begin` on."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}  # dtype, shape, place in the file
-        try:
-            with open(path, "rb") as file:
-                size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-                if length > min(size, 100 << 20):  # what safetensors itself allows
-                    raise ValueError("no safetensors header")
-                header = json.loads(file.read(length))
-            self.note: dict[str, str] = header.pop("__metadata__", None) or {}
-            for key, entry in header.items():
-                dtype, shape, (begin, end) = TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-                counts = all(type(n) is int and n >= 0 for n in (*shape, begin))
-                if not counts or math.prod(shape) * dtype.itemsize != end - begin or 8 + length + end > size:
-                    raise ValueError(f"{key[:80]} does not fit in it")
-                self.tensors[key] = (dtype, shape, 8 + length + begin)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {why(error)}") from error
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+    path: Path
+    key: str
+    begin: int
+    dtype: torch.dtype
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
-    def read(self, key: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or some rows of it."""
-        dtype, shape, begin = self.tensors[key]
-        if rows:
-            row = math.prod(shape[1:]) * dtype.itemsize
-            begin, shape = begin + rows.start * row, (rows.stop - rows.start, *shape[1:])
-        content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The tensor, or its rows from `first` to before `last`. Not mapped, as some disks map no file."""
+        sizes, begin = self.sizes, self.begin
+        if sizes and last is not None:
+            begin += first * math.prod(sizes[1:]) * self.dtype.itemsize
+            sizes = (last - first, *sizes[1:])
+        size = math.prod(sizes) * self.dtype.itemsize
         try:
-            with open(self.path, "rb") as file:
-                file.seek(begin)
-                if file.readinto(content.numpy().data) != len(content):
-                    raise CheckpointError(f"{self.path} ends early")
+            content = np.fromfile(self.path, np.uint8, size, offset=begin)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {why(error)}") from error
-        return content.view(dtype).view(shape)
+        if len(content) != size:
+            raise CheckpointError(f"{self.path} ends early")
+        return torch.from_numpy(content).view(self.dtype).view(sizes)
+
+    def copy_to(self, target: Tensor, at: Sequence[int]) -> None:
+        """Copy what it has of the values that belong into `target`, which lies at `at` in the whole tensor."""
+        low = [max(pair) for pair in zip(at, self.offsets, strict=True)]
+        high = [min(a + n, b + m) for a, n, b, m in zip(at, target.shape, self.offsets, self.sizes, strict=True)]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            t = self.read(low[0] - self.offsets[0], high[0] - self.offsets[0]) if low else self.read()
+            for dim in range(1, len(low)):
+                t = t.narrow(dim, low[dim] - self.offsets[dim], high[dim] - low[dim])
+            target[tuple(slice(a - c, b - c) for a, b, c in zip(low, high, at, strict=True))].copy_(t)
 
 
-class Reader(dcp.HuggingFaceStorageReader):
-    """Of a checkpoint's files, what a rank needs, through File."""
+def parts_in(path: Path) -> dict[str, Part]:
+    """What a safetensors file holds. Raises CheckpointError."""
+    try:
+        with open(path, "rb") as file:
+            size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+            if length > min(size, 100 << 20):  # what safetensors itself allows
+                raise ValueError("no safetensors header")
+            header = json.loads(file.read(length))
+        note = json.loads((header.pop("__metadata__", None) or {}).get(NOTE, "{}"))
+        parts = {}
+        for key, entry in header.items():
+            dtype: Any = _TYPES[entry["dtype"]]
+            sizes, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            at = tuple(note[key]["saved_offsets"]) if note else (0,) * len(sizes)
+            counts = all(type(n) is int and n >= 0 for n in (*at, *sizes, begin)) and len(at) == len(sizes)
+            if not counts or math.prod(sizes) * dtype.itemsize != end - begin or 8 + length + end > size:
+                raise ValueError(f"{key[:80]} does not fit in it")
+            parts[key] = Part(path, key, 8 + length + begin, dtype, at, sizes)
+        return parts
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {why(error)}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
-    def read_metadata(self) -> Metadata:
-        self.parts: dict[MetadataIndex, tuple[File, str]] = {}
-        chunks: dict[str, list[ChunkStorageMetadata]] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        for path in sorted(Path(self.path).glob(f"*{manifest.SHARD}")):
-            file = File(path)
-            try:
-                offsets = json.loads(file.note["DCP_SHARDING_INFO"])
-                for key, (dtype, shape, _) in file.tensors.items():
-                    at = torch.Size(offsets[key]["saved_offsets"])
-                    if len(at) != len(shape) or min(at, default=0) < 0:
-                        raise ValueError(f"{key[:80]} of shape {list(shape)} lies at {list(at)}")
-                    chunks.setdefault(key, []).append(ChunkStorageMetadata(at, torch.Size(shape)))
-                    dtypes[key] = dtype
-                    self.parts[MetadataIndex(key, at)] = file, key
-            except (ValueError, LookupError, TypeError, RecursionError, RuntimeError) as error:
-                raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {str(error)[:200]}") from error
-        if uneven := [key for key, parts in chunks.items() if len({len(part.sizes) for part in parts}) > 1]:
-            raise CheckpointError(f"{self.path}: parts of {uneven[0]} have different numbers of dimensions")
-        ends = {key: [map(sum, zip(p.offsets, p.sizes, strict=True)) for p in parts] for key, parts in chunks.items()}
-        found: dict[str, Any] = {
-            key: TensorStorageMetadata(
-                TensorProperties(dtypes[key]), torch.Size(map(max, zip(*ends[key], strict=True))), parts
-            )
-            for key, parts in chunks.items()
-        }
-        return Metadata(found, storage_data=self.parts, storage_meta=StorageMeta(load_id=self.load_id))
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            file, key = self.storage_data[item.storage_index]
-            at, size = item.storage_offsets, item.lengths
-            t = file.read(key, slice(at[0], at[0] + size[0]) if size else None)
-            for dim in range(1, len(size)):
-                t = t.narrow(dim, at[dim], size[dim])
-            target = planner.resolve_tensor(item)
-            target.detach().copy_(t)
-            planner.commit_tensor(item, target)
-        future: Future = Future()
-        future.set_result(None)
-        return future
+def whole_size(parts: Sequence[Part]) -> tuple[int, ...]:
+    """The size of a tensor by its parts. Raises CheckpointError where they are of different tensors."""
+    if len({(part.dtype, len(part.sizes)) for part in parts}) > 1:
+        raise CheckpointError(
+            f"{parts[0].path.parent}: parts of {parts[0].key} differ in dtype or number of dimensions"
+        )
+    ends = [[at + n for at, n in zip(part.offsets, part.sizes, strict=True)] for part in parts]
+    return tuple(map(max, zip(*ends, strict=True)))
+
+
+def on_all_ranks(group: dist.ProcessGroup | None, function: Callable, *args: Any) -> list[Any]:
+    """What the function returns on each rank. Collective. Raises CheckpointError on all with the reasons of each that fails."""
+    result, problem = None, None
+    try:
+        result = function(*args)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error} (rank {dist.get_rank(group) if dist.is_initialized() else 0})"
+    told: list[Any] = [(result, problem)]
+    if dist.is_initialized():
+        told *= dist.get_world_size(group)
+        dist.all_gather_object(told, (result, problem), group=group)
+    if problems := [problem for _, problem in told if problem]:
+        raise CheckpointError("; ".join(problems))
+    return [result for result, _ in told]
 
 
 def save_alone(
-    final: Path,
-    tree: dict[str, Tensor],
-    state: dict[str, Any],
-    source: Source | None = None,
-    files: Mapping[str, bytes] | None = None,
+    final: Path, tree: Tree, state: dict[str, Any], source: Source | None = None, files: atomic.Files | None = None
 ) -> None:
     """One blocking save by one process, which needs no process group. Raises CheckpointError.
 
-    source: where the values are, if the tree is only their shapes; each is asked for once, when it is written.
-    files: what else belongs to the checkpoint, by name.
+    source: where the values are, if the tree is only their shapes. files: what else belongs to the checkpoint, by name.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    need, generation = sum(t.nbytes for t in tree.values()), manifest.generation(final.parent) + 1
     more = {manifest.STATE: json.dumps(state).encode(), **(files or {})}
-    writer = Writer(final, secrets.token_hex(8), more, need, generation)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        try:
-            dcp.save(tree, storage_writer=writer, planner=CopyPlanner(source or tree), no_dist=True)
-            writer.commit()
-        except (CheckpointException, OSError) as error:
-            raise CheckpointError(f"{final} was not saved: {cause(error)}") from error
+    save_id, generation = secrets.token_hex(8), manifest.generation(final.parent) + 1
+    folder = atomic.unfinished(final, save_id)
+    try:
+        atomic.check_space(final.parent, sum(t.nbytes for t in tree.values()))
+        listed = write(folder, 0, tree, source or tree)
+        atomic.commit(folder, final, save_id, listed, more, generation)
+    except (OSError, ValueError) as error:
+        remove(folder)
+        raise CheckpointError(f"{final} was not saved: {error}") from error
 
 
-def load(path: str | os.PathLike, tree: dict[str, Tensor]) -> None:
+def load(path: str | os.PathLike, tree: Tree) -> None:
     """Fill the tensors of the tree, of any layout, with those of a verified checkpoint. Collective.
 
     In place: besides the tree there is never more than one tensor in memory. A tree of `model.` names alone leaves the
     optimizer's state unread. Raises CheckpointError, before any value changes, if names, shapes or dtypes differ, or if
     a tensor's parts do not cover it.
     """
-    saved = read_metadata(path)
+    saved: dict[str, list[Part]] = {}
     groups = {key.split(".")[0] for key in tree}
-    there = {
-        key: (tuple(meta.size), meta.properties.dtype) for key, meta in saved.items() if key.split(".")[0] in groups
-    }
+    for file in sorted(Path(path).glob(f"*{manifest.SHARD}")):
+        for key, part in parts_in(file).items():
+            if key.split(".")[0] in groups:
+                saved.setdefault(key, []).append(part)
+    there = {key: (whole_size(parts), parts[0].dtype) for key, parts in saved.items()}
     here = {key: (tuple(t.shape), t.dtype) for key, t in tree.items()}
     if there != here:
         raise CheckpointError(f"{path} is of another model or optimizer: {differences(there, here)}")
-    for key in here:
-        check_cover(path, key, saved[key].size, [(part.offsets, part.sizes) for part in saved[key].chunks])
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    for key, parts in saved.items():
+        check_cover(parts, here[key][0])
+
+    @torch.no_grad()
+    def fill() -> None:
+        for key, t in tree.items():
+            for part in saved[key]:
+                part.copy_to(local_part(t.detach()), place(t)[0])
+
     try:
-        with torch.no_grad():
-            dcp.load(dict(tree), storage_reader=Reader(str(path)), planner=planner)
-    except CheckpointException as error:
-        raise CheckpointError(f"{path} could not be loaded: {cause(error)}") from error
+        on_all_ranks(None, fill)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} could not be loaded: {error}") from error
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, TensorStorageMetadata]:
-    """Shape, dtype and parts of every tensor. Raises CheckpointError."""
-    found = Reader(str(path)).read_metadata().state_dict_metadata
-    return {key: meta for key, meta in found.items() if isinstance(meta, TensorStorageMetadata)}
+def check_cover(parts: Sequence[Part], size: Sequence[int]) -> None:
+    """Raise CheckpointError unless the parts of a tensor cover each of its elements once.
 
-
-def check_cover(path: str | os.PathLike, key: str, size: Sequence[int], parts: Iterable[tuple[Any, Any]]) -> None:
-    """Raise CheckpointError unless the parts of a tensor, (offsets, sizes) each, cover each of its elements once.
-
-    A gap would leave what was there before the load, of an overlap it would depend on the order which part counts.
+    A gap would leave what was there before the load. Of an overlap the last part that is read would count.
     """
-    boxes = sorted((tuple(at), tuple(n)) for at, n in parts if math.prod(n))
+    where = f"{parts[0].path.parent}: parts of {parts[0].key}"
+    boxes = sorted((part.offsets, part.sizes) for part in parts if math.prod(part.sizes))
     for i, (at, n) in enumerate(boxes):
         for other, other_size in boxes[i + 1 :]:
             if at and other[0] >= at[0] + n[0]:
                 break  # they are sorted: no later one begins before this one's rows end
             if all(a < c + m and c < a + k for a, k, c, m in zip(at, n, other, other_size, strict=True)):
-                raise CheckpointError(f"{path}: parts of {key} overlap at {list(other)}")
+                raise CheckpointError(f"{where} overlap at {list(other)}")
     found, whole = sum(math.prod(n) for _, n in boxes), math.prod(size)
     if found != whole:
-        raise CheckpointError(f"{path}: parts of {key} are {found:,} of its {whole:,} values")
+        raise CheckpointError(f"{where} are {found:,} of its {whole:,} values")
 
 
 def differences(there: dict[str, tuple], here: dict[str, tuple], show: int = 4) -> str:
@@ -363,9 +322,3 @@ def differences(there: dict[str, tuple], here: dict[str, tuple], show: int = 4) 
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     parts = [f"{key} is {what(there, key)} there, {what(here, key)} here" for key in keys[:show]]
     return "; ".join(parts) + (f"; and {len(keys) - show} more" if len(keys) > show else "")
-
-
-def cause(error: BaseException) -> str:
-    failures = error.failures if isinstance(error, CheckpointException) else {}
-    causes = [f"{type(e).__name__}: {e} (rank {rank})" for rank, (e, _) in failures.items()]
-    return "; ".join(causes) or f"{type(error).__name__}: {error}"

@@ -1,9 +1,7 @@
 """Whole tensors from safetensors files, one at a time: a checkpoint's, whichever layout wrote it, or any other folder's."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +13,19 @@ from refocused.checkpoint.manifest import CheckpointError
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
-class Part(NamedTuple):
-    """What one file has of a tensor."""
-
-    file: tensors.File
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        return self.file.read(self.key)
-
-
 class Weights:
     """{name: tensor}, read when it is asked for; name() says what a key of the files stands for, None for nothing."""
 
     def __init__(self, path: Path, files: list[Path], name: Callable[[str], str | None]):
         self.path = path
-        self.parts: dict[str, list[Part]] = {}
+        self.parts: dict[str, list[tensors.Part]] = {}
         for file in files:
-            try:
-                opened = tensors.File(file)
-                offsets = json.loads(opened.note.get("DCP_SHARDING_INFO", "{}"))
-                for key, (_, sizes, _) in opened.tensors.items():
-                    if (ours := name(key)) is not None:
-                        at = offsets[key]["saved_offsets"] if offsets else [0] * len(sizes)
-                        self.parts.setdefault(ours, []).append(Part(opened, key, tuple(at), sizes))
-            except CheckpointError:
-                raise
-            except MALFORMED as error:
-                raise CheckpointError(f"{file} is damaged: {error}") from error
+            for key, part in tensors.parts_in(file).items():
+                if (ours := name(key)) is not None:
+                    self.parts.setdefault(ours, []).append(part)
 
     def size(self, name: str) -> tuple[int, ...]:
-        parts = [[a + n for a, n in zip(part.offsets, part.sizes, strict=True)] for part in self.parts[name]]
-        return tuple(map(max, *parts)) if len(parts) > 1 else tuple(parts[0])
+        return tensors.whole_size(self.parts[name])
 
     def check(self, model: nn.Module) -> None:
         """Raise CheckpointError unless the parameters are the model's, each of its shape, whole and a number."""
@@ -59,7 +36,7 @@ class Weights:
                 raise CheckpointError(f"{self.path} has {key} {list(size)}, which this model does not")
             if size != wanted[name]:
                 raise CheckpointError(f"{self.path}: {key} is {list(size)}, {list(wanted[name])} by the config")
-            tensors.check_cover(self.path, key, size, [(part.offsets, part.sizes) for part in parts])
+            tensors.check_cover(parts, size)
         if missing := sorted(wanted.keys() - self.parts.keys()):
             raise CheckpointError(f"{self.path} lacks {', '.join(missing[:4])}{' ...' * (len(missing) > 4)}")
 
@@ -70,10 +47,9 @@ class Weights:
         first, *others = self.parts[name]
         if not others:
             return first.read()
-        t = first.read()
-        whole = torch.empty(self.size(name), dtype=t.dtype)
+        whole = torch.empty(self.size(name), dtype=first.dtype)
         for part in (first, *others):
-            whole[tuple(slice(at, at + n) for at, n in zip(part.offsets, part.sizes, strict=True))] = part.read()
+            part.copy_to(whole, [0] * whole.ndim)
         return whole
 
     @torch.no_grad()
