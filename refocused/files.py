@@ -1,7 +1,7 @@
-"""How this program writes to a disk: durable, whole or not at all; and what it does where a disk lacks something.
+"""How this program writes to a disk: durable, whole or not at all.
 
-Mode bits, the fsync of a folder and the removal of rubbish are niceties: where a disk refuses one it is named once, and
-the work goes on. All else raises OSError.
+Where a disk has no mode bits, no fsync of folders, or does not remove a file, that is named once and the work goes on.
+All else raises OSError.
 """
 
 import base64
@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Make the names in a folder durable, where the disk can; fsync of a file does not do that."""
+    """Make the names in a folder durable, where the disk can."""
     try:
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -85,9 +85,8 @@ def sync_folder(folder: str | os.PathLike) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        lack(
-            folder, f"has no fsync of folders ({why(error)}): a power cut may lose the newest file, never an older one"
-        )
+        lost = "a power cut may lose the newest file, never an older one"
+        lack(folder, f"has no fsync of folders ({why(error)}): {lost}")
 
 
 def widen(path: Path) -> None:
@@ -96,14 +95,6 @@ def widen(path: Path) -> None:
         os.chmod(path, path.parent.stat().st_mode & 0o666)
     except OSError as error:
         lack(path.parent, f"lets nobody change modes ({why(error)}): files keep the ones that it gives them")
-
-
-def replace(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)
-    except FileExistsError:  # some network disks rename only to a free name
-        os.unlink(target)
-        os.rename(source, target)
 
 
 def create(path: Path, content: bytes) -> None:
@@ -123,7 +114,7 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
         with open(temporary, "xb") as file:
             content(file) if callable(content) else file.write(content)
         sync(temporary)
-        replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         remove(temporary)
         raise
@@ -131,18 +122,14 @@ def write(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file, a link and not its target, or a folder with all that is in it. What resists is named and stays.
-
-    Only for what is known to be ours.
-    """
+    """Remove a file, a folder, or a link and not its target; only for what is known to be ours. What resists stays."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path, ignore_errors=True)  # as much as goes
+        shutil.rmtree(path, ignore_errors=True)  # as much as goes
         if os.path.lexists(path):
             name_once(("rubbish", path.parent), f"{path} cannot be removed ({why(error)}); nothing needs it")
             return False
@@ -164,7 +151,7 @@ def free(folder: str | os.PathLike) -> float:
 
 
 def too_small(folder: str | os.PathLike, need: float) -> str:
-    """Whether a folder's disk lacks room for so many bytes and a little more: what it has, in words, or ""."""
+    """What a folder's disk has free, in words, where it lacks room for `need` bytes and a little more; else ""."""
     have = free(folder)
     return f"{folder} has {have / 1e9:.3g} GB free" if need * 1.01 + (1 << 20) > have else ""
 
@@ -181,10 +168,7 @@ def digest(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def probe(folder: str | os.PathLike, maps: bool = False) -> None:
-    """Do with a small file what is done in a folder later, and name what its disk lacks. Raises OSError if that is all.
-
-    maps: whether files there will be mapped.
-    """
+    """Try in a folder what a run does there, with a small file; maps: also to map it. Raises OSError."""
     trial = beside(Path(folder, "probe"))
     try:
         trial.mkdir()

@@ -1,7 +1,7 @@
 """One lock for a folder: a file in it that names its owner by host and pid.
 
-The kernel drops the lock when its process ends, however it ends. On a disk without locks the file alone protects: it
-keeps out other processes of this machine, and of other machines it names the last one.
+The kernel drops the lock when its process ends. On a disk without locks only the file protects: it keeps out other
+processes of this machine. Of another machine's process it only names the last one.
 """
 
 import contextlib
@@ -16,9 +16,8 @@ from pathlib import Path
 
 from refocused import files
 
-# not through a link: whoever can put one here must not have another file overwritten
 FILLING = ".filling"
-FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link could have another file overwritten
 
 
 class Taken(ValueError):
@@ -33,9 +32,9 @@ class Taken(ValueError):
 
 
 class Lock:
-    """Held from its making until release() or the end of the process. Raises Taken, OSError.
+    """Held until release() or the end of the process. Raises Taken, OSError.
 
-    leader: an owner of the same run, from whom it is never taken, also where each node sees its own locks alone.
+    leader: an owner of the same run, from whom it is never taken, even on a disk where a node sees its own locks alone.
     """
 
     def __init__(self, path: Path, leader: str | None = None):
@@ -77,13 +76,12 @@ class Lock:
         host, _, pid = owner.removeprefix("host ").rpartition(", pid ")
         began = rest.partition(" ")[0]
         if host and host != socket.gethostname():
-            files.name_once(
-                self.path, f"{self.path.parent} was last used by {owner}; nothing here can tell whether it runs"
-            )
+            text = f"{self.path.parent} was last used by {owner}; nothing here can tell whether it runs"
+            files.name_once(self.path, text)
         return host == socket.gethostname() and pid != str(os.getpid()) and began != "" and _began(pid) == began
 
     def intact(self) -> bool:
-        """Whether the file is still there and says what this lock wrote. Where it cannot be read, nobody has changed it."""
+        """Whether the file still says what this lock wrote; one that cannot be read at the moment does."""
         try:
             return self.path.read_bytes() == self.content
         except (FileNotFoundError, NotADirectoryError):
@@ -107,10 +105,7 @@ def _began(pid: int | str) -> str:
 
 @contextlib.contextmanager
 def filling(folder: Path, wait: bool = True) -> Iterator[None]:
-    """One process at a time brings files into a folder, which is made and tried.
-
-    Raises DiskError where it cannot be written and, unless it waits, Taken.
-    """
+    """One process at a time writes to a folder, which is made and tried. Raises DiskError and, unless it waits, Taken."""
     lock = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

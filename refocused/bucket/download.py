@@ -144,7 +144,7 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
             paths[path].parent.mkdir(parents=True, exist_ok=True)
             if index.blocked(path, paths[path]):
                 raise gcs.BucketError(f"{paths[path]} was put there while it was fetched, and stays")
-            files.replace(file, paths[path])
+            os.replace(file, paths[path])
             files.sync_folder(paths[path].parent)
 
         gcs.in_parallel(bring, todo, STREAMS, sum(shards[path].size for path in todo))

@@ -199,7 +199,7 @@ class Bucket:
             with open(part, "a+b", buffering=READ_SIZE) as file:
                 self._receive(obj, file, progress)
             files.sync(part)
-            files.replace(part, path)
+            os.replace(part, path)
         except OSError as error:
             raise BucketError(f"{part}: {files.why(error)}; once that is mended it goes on from there") from None
         files.sync_folder(path.parent)

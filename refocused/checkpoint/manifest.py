@@ -1,9 +1,9 @@
 """What a checkpoint is on disk: its name, its files, and the manifest that makes it exist. Nothing about tensors.
 
-A directory without a valid MANIFEST.json does not exist as far as anyone is concerned. How one comes and goes is in
-atomic.py.
+A directory without a valid MANIFEST.json is no checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ FORMAT = 1  # of the directory; raise it when an older version could not read wh
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 SHARD = ".safetensors"
-PART = re.compile(r"\.(safetensors|json|distcp|metadata|bin|pt|pth)$")
+PART = re.compile(r"\.(safetensors|json|distcp|metadata|bin|pt|pth)$")  # a reader might load it; else it is a note
 
 
 class CheckpointError(ValueError):
@@ -34,13 +34,10 @@ class Name(NamedTuple):
     step: int
     files: int
 
-    def __str__(self) -> str:
-        return f"checkpoint-epoch{self.epoch}-step{self.step}-files{self.files}"
-
 
 def name(epoch: int, step: int, files: int) -> str:
-    """checkpoint-epoch{E}-step{S}-files{F}; F counts the files' worth of data consumed in this epoch."""
-    return str(Name(epoch, step, files))
+    """F counts the files' worth of data consumed in this epoch."""
+    return f"checkpoint-epoch{epoch}-step{step}-files{files}"
 
 
 def parse(text: str) -> Name | None:
@@ -50,7 +47,6 @@ def parse(text: str) -> Name | None:
 
 
 def step_of(text: str) -> int:
-    """The step in a checkpoint's name."""
     found = parse(text)
     assert found is not None, text
     return found.step
@@ -69,10 +65,9 @@ def read_manifests(output_dir: str | os.PathLike) -> tuple[list[dict[str, Any]],
     for entry in there:
         try:
             manifest = read_manifest(Path(output_dir, entry))
+            readable.append(manifest) if manifest["name"] == entry else broken.append(entry)  # a renamed one
         except CheckpointError:
             broken.append(entry)
-        else:  # of a renamed one verify says so
-            readable.append(manifest) if manifest["name"] == entry else broken.append(entry)
     return readable, sorted(broken, key=lambda n: (step_of(n), n), reverse=True)
 
 
@@ -94,15 +89,10 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with open(path / MANIFEST, "rb") as file:
-            content = file.read()
+        content = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = (
-            f"has no {MANIFEST}: not a complete checkpoint, or another program's"
-            if path.is_dir()
-            else "is no directory"
-        )
-        raise CheckpointError(f"{path} {what}") from error
+        what = f"has no {MANIFEST}: not a complete checkpoint, or another program's"
+        raise CheckpointError(f"{path} {what if path.is_dir() else 'is no directory'}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path / MANIFEST}: {why(error)}") from error
     return decode(content, path / MANIFEST)
@@ -153,8 +143,8 @@ def whole(value: Any) -> bool:
 def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
     """Compare a checkpoint's files with its manifest, and return the manifest.
 
-    Raises CheckpointError that names the first file that differs and how. Without `hashes`, only names, sizes and
-    state.json are compared, which reads no tensors.
+    Raises CheckpointError with the first difference. Without `hashes` no tensors are read: only names, sizes and
+    state.json are compared.
     """
     path = Path(os.path.realpath(path))
     manifest = read_manifest(path)
@@ -166,18 +156,13 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
         for file in sorted(files.keys() | here.keys()):
             if file not in here:
                 raise CheckpointError(f"{path / file} is missing")
-            if (
-                file not in files
-            ):  # a note of somebody's is not read; a file that a reader might take for a part is refused
+            if file not in files:
                 if PART.search(file):
                     raise CheckpointError(f"{path / file} is an extra file that {MANIFEST} does not know")
-                continue
-            if not stat.S_ISREG(here[file].st_mode):
+            elif not stat.S_ISREG(here[file].st_mode):
                 raise CheckpointError(f"{path / file} is not a plain file")
-            if here[file].st_size != files[file]["size"]:
-                raise CheckpointError(
-                    f"{path / file} has {here[file].st_size:,} bytes instead of {files[file]['size']:,}"
-                )
+            elif here[file].st_size != (size := files[file]["size"]):
+                raise CheckpointError(f"{path / file} has {here[file].st_size:,} bytes instead of {size:,}")
         chosen = sorted(files) if hashes else [STATE]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for file, found in zip(chosen, pool.map(lambda f: digest(path / f), chosen), strict=True):
@@ -190,19 +175,15 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
     return manifest
 
 
-_verified: dict[Path, dict[str, tuple]] = {}  # of every checkpoint whose bytes were compared: which files these were
+_verified: dict[Path, dict[str, tuple]] = {}  # of each checkpoint whose bytes were compared: its files' identities
 
 
 def _identity(status: os.stat_result) -> tuple:
-    """Changes with the content, whoever sets times back: nobody can set a ctime."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns  # nobody can set a ctime back
 
 
 def check_unchanged(path: str | os.PathLike) -> None:
-    """Raise CheckpointError unless the files are those that this process verified; for after a load.
-
-    A load reads by name what verify has read by name: between the two another file can have taken a name.
-    """
+    """Raise CheckpointError unless the files that a load has read are those that this process verified before."""
     path = Path(os.path.realpath(path))
     for file, identity in _verified.get(path, {}).items():
         try:
@@ -216,11 +197,9 @@ def check_unchanged(path: str | os.PathLike) -> None:
 def is_whole(path: Path, manifest: dict[str, Any]) -> bool:
     """Whether each file of the manifest that is here has its size; a node without a shared disk has only its own."""
     for file, entry in manifest["files"].items():
-        try:
+        with contextlib.suppress(OSError):
             if os.lstat(path / file).st_size != entry["size"]:
                 return False
-        except OSError:
-            continue
     return True
 
 

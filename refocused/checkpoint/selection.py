@@ -82,7 +82,7 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
             )
         if others:
             raise ConfigError(
-                f"{listing}, which this program cannot read: damaged, or another program's. It leaves them as they are; choose "
+                f"{listing}, which this program cannot read: damaged, or another program's. They stay as they are; choose "
                 f"another output_dir. `{here('python ckpt.py import FOLDER OUT')}` takes over a model's weights"
             )
         return Choice(None, {}, [])
