@@ -76,25 +76,30 @@ def test_everything_on_a_disk_that_lacks_everything(odd, shards, tmp_path):
     assert "shards are read instead" in text and "done: 4 steps" in text
 
 
-def test_a_lock_without_the_kernel(odd, tmp_path):
-    """Where flock is refused a second process of this machine is kept out while the first lives, and not after it."""
+@pytest.mark.parametrize("lacks", ["", "flock"])
+def test_a_second_run(odd, tmp_path, lacks):
+    """Another process of this machine is kept out while the first lives, and not after it was killed; so it is where
+    flock is refused. There another machine's owner is only named."""
     code = (
         "import sys; from refocused.checkpoint import atomic; atomic.lock(sys.argv[1]); print('has it', flush=True); "
     )
-    env = os.environ | odd("flock", tmp_path)
     command = [sys.executable, "-c", code + "sys.stdin.read()", str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
-    assert first.stdout.readline() == "has it\n"
-    second = subprocess.run(command, cwd=ROOT, env=env, input="", capture_output=True, text=True)
-    assert f"is in use by host {os.uname().nodename}, pid {first.pid}" in second.stderr
-    first.kill()
-    assert "Lustre: -o flock" in first.communicate()[1]
-    after = subprocess.run(command, cwd=ROOT, env=env, input="", capture_output=True, text=True)
-    assert after.stdout == "has it\n"
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | odd(lacks, tmp_path), **pipes)
+
+    first = start()
+    try:
+        assert first.stdout.readline() == "has it\n"
+        assert f"is in use by host {os.uname().nodename}, pid {first.pid}; " in start().communicate()[1]
+    finally:
+        first.kill()
+    assert ("Lustre: -o flock" in first.communicate()[1]) == bool(lacks)
+    assert start().communicate()[0] == "has it\n"
     (tmp_path / ".lock").write_text("host elsewhere, pid 1\n1 00\n")
-    other = subprocess.run(command, cwd=ROOT, env=env, input="", capture_output=True, text=True)
-    assert other.stdout == "has it\n" and "was last used by host elsewhere, pid 1" in other.stderr
+    out, said = start().communicate()
+    assert out == "has it\n" and ("was last used by host elsewhere, pid 1" in said) == bool(lacks)
 
 
 def test_another_systems_checkpoints(tmp_path):
@@ -121,13 +126,8 @@ def test_another_systems_checkpoints(tmp_path):
         atomic.prune(tmp_path, newest, 2, 10)
         atomic.recover(tmp_path)
         assert choose(tmp_path, "latest").name == newest
-    assert sorted(m["step"] for m in manifest.read_manifests(tmp_path)[0]) == [
-        10,
-        11,
-        19,
-        20,
-        21,
-    ]  # 11 has a note in it
+    steps = sorted(m["step"] for m in manifest.read_manifests(tmp_path)[0])
+    assert steps == [10, 11, 19, 20, 21]  # 11 has a note in it
     assert (tmp_path / manifest.name(0, 11, 1) / "NOTES.txt").read_text() == "look at this one"
     moved = {re.sub(r"^(checkpoint-[^/]+)\.before-[0-9a-f]+", r"\1", name): b for name, b in contents(tmp_path).items()}
     assert before.items() <= moved.items() and len(list(tmp_path.glob("*.before-*"))) == 1

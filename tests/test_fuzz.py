@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import configs
-from refocused.bucket import gcs, remote
+from refocused.bucket import commands, gcs, remote
 from refocused.checkpoint import folder, manifest, selection, tensors
 from refocused.run.logs import Logs
 from refocused.run.trace import Trace
@@ -242,6 +242,7 @@ def test_manifest(place, part, data):
     content = data.draw(st.one_of(mutated_bytes(good), mutated_json(json.loads(good)["manifest"]).map(signed)))
     (final / manifest.MANIFEST).write_bytes(content)
     in_own_words(lambda: selection.choose(place, "latest"))
+    in_own_words(lambda: commands.list_command([str(place)]))
     in_own_words(lambda: remote.decode(content, final.name, "gs://bucket/it"))
 
 
