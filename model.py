@@ -166,6 +166,10 @@ class MLP(nn.Module):
         return self.narrow(self.dense_h_to_4h(x))
 
 
+# what of a block is computed a second time in backward instead of kept, by activation_checkpointing
+RECOMPUTED = {"none": "", "activation": "activation", "selective": "mlp", "full": "block"}
+
+
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -174,7 +178,7 @@ class Block(nn.Module):
         self.attention = Attention(cfg)
         self.mlp = MLP(cfg)
         self.parallel, self.p = cfg.use_parallel_residual, cfg.hidden_dropout
-        self.checkpointing = cfg.activation_checkpointing
+        self.recomputed = RECOMPUTED[cfg.activation_checkpointing]
         self.random = bool(cfg.hidden_dropout or cfg.attention_dropout)
 
     def recompute(self, function, *args):
@@ -182,7 +186,7 @@ class Block(nn.Module):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.random)
 
     def forward(self, x, cos, sin, cache=None, documents=None):
-        if self.training and self.checkpointing == "full":
+        if self.training and self.recomputed == "block":
             return self.recompute(self.body, x, cos, sin, None, documents)
         return self.body(x, cos, sin, cache, documents)
 
@@ -195,11 +199,11 @@ class Block(nn.Module):
 
     def mlp_branch(self, x):
         h = self.post_attention_layernorm(x)
-        level = self.checkpointing if self.training else "none"
-        if level == "activation":  # the MLP's two wide tensors are a third of what a block keeps; this drops the second
+        part = self.recomputed if self.training else ""
+        if part == "activation":  # the MLP's two wide tensors are a third of what a block keeps; this drops the second
             h = self.recompute(self.mlp.narrow, self.mlp.dense_h_to_4h(h))
         else:  # one product brings both back: what the second would is not asked for
-            h = self.recompute(self.mlp, h) if level == "selective" else self.mlp(h)
+            h = self.recompute(self.mlp, h) if part == "mlp" else self.mlp(h)
         return F.dropout(h, self.p, self.training)
 
 

@@ -13,7 +13,7 @@ import configs
 import model
 from configs import Config, ConfigError, load
 from configs._others import OTHERS
-from refocused.run import devices, guard, optim, words
+from refocused.run import devices, guard, optim, strategy, words
 
 
 def test_precedence_and_origins(tmp_path):
@@ -246,12 +246,13 @@ def consumers(cfg: Config) -> None:
     net = model.GPTNeoX(cfg)
     optim.make_optimizers(net, cfg)
     assert optim.learning_rate(3, cfg) > 0 and devices.DTYPES[cfg.mixed_precision]
+    assert strategy.SHARDED[cfg.parallel] == (cfg.parallel == "fsdp")
     assert words.plan(cfg, 1, "no data", "a machine")
     if cfg.spikes != "off":
         guard.Spikes(cfg, torch.device("cpu"), None)
 
 
-@pytest.mark.parametrize("key", sorted(set(configs.CHOICES) - {"parallel", "activation_checkpointing"}))
+@pytest.mark.parametrize("key", sorted(configs.CHOICES))
 def test_choices_have_one_owner(key):
     """Each choice of a key works where it is used, and one that only the list of choices had would fail there."""
     cfg = load(["configs/demo.py"])[0]

@@ -115,7 +115,7 @@ def test_compiled_equals_eager():
     torch._dynamo.reset()
     counters.clear()
     for block in compiled.layers:
-        block.checkpointing = "full"
+        block.recomputed = "block"
         block.compile(dynamic=False)
     for lengths in ([9, 1, 20, 13], [30, 13]):
         x, y = packed(lengths)[0][None], torch.randint(0, END, (1, 48))

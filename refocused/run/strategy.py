@@ -21,19 +21,22 @@ from refocused.run.logs import log_error
 from refocused.run.processes import Env
 from refocused.shards.tokenizers import separator
 
+SHARDED = {"ddp": False, "fsdp": True}  # whether `parallel` shards the model
+
 
 def build(cfg: Config, env: Env) -> torch.nn.Module:
     """The model, wrapped, initialised from (seed, parameter name) and compiled; its parameters are on the device."""
     with torch.device("meta"):
         model = GPTNeoX(cfg, separator(cfg))
     whole: torch.nn.Module = model
-    if cfg.parallel == "fsdp":
+    sharded = SHARDED[cfg.parallel]
+    if sharded:
         shard(model, cfg, env)
     model.to_empty(device="cpu" if cfg.cpu_offload else env.device)
     model.tie_weights()  # to_empty makes a tensor per module, which unties them
     materialise(model, cores(env.local_world_size))
     tune_head(model.embed_out, env.device.type)
-    if cfg.parallel == "ddp" and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
+    if not sharded and env.world_size > 1:  # DDP reads real parameters, so it comes after they exist
         ids = None if env.device.type == "cpu" else [env.local_rank]
         # init_sync: every rank has made the same weights already
         whole = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, init_sync=False)
@@ -47,16 +50,15 @@ def build(cfg: Config, env: Env) -> torch.nn.Module:
 
 
 def in_pieces(cfg: Config, device_type: str) -> bool:
-    """Whether attention is plain products: compiled for a CPU; shorter windows gain less than compiling them costs."""
+    """Whether attention is plain products: compiled for a CPU, where windows are long enough to pay for that."""
     return cfg.compile_model and device_type == "cpu" and cfg.sequence_length >= 512
 
 
 def tune_head(head: Head, device_type: str) -> None:
     """What suits the head's products on this kind of device; the numbers stay the same.
 
-    CUDA's fast kernels want rows of a multiple of 16 bytes and tiles of 128. Few chunks, because each has its sum of
-    the weight's gradient in fp32: up to 2**29 logits (1 GiB in bf16), 10 windows of 1,024 tokens of GPT-2's vocabulary,
-    are one, and that takes less memory than four chunks and their sum.
+    CUDA's fast kernels want rows of a multiple of 16 bytes and tiles of 128. One chunk of 2**29 logits (1 GiB in bf16)
+    takes less memory than four chunks and the fp32 sum of their gradients.
     """
     if device_type == "cuda":
         head.multiple, head.max_logits = 128, 1 << 29
@@ -102,8 +104,8 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
 
 
 def can_pin(model: GPTNeoX, parts: int) -> bool:
-    """Whether this system pins a part of every parameter, as FSDP2 does before the first step: tried, as no limit says
-    it. What was pinned is kept by torch's allocator and given to who asks next."""
+    """Whether this system pins a part of every parameter, as FSDP2 will: tried, as no limit says it. torch's allocator
+    keeps what was pinned for the next who asks."""
     try:
         _ = [torch.empty(-(-len(p) // parts), *p.shape[1:], dtype=p.dtype).pin_memory() for p in model.parameters()]
         return True
@@ -122,24 +124,18 @@ def materialise(model: GPTNeoX, cores: int) -> None:
 
     A tensor's random numbers are one core's work: as many are made at a time as there are cores for this process.
     """
-    making: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()  # no more, as they are large
-
-    def fill() -> None:
-        p, made = making.popleft()
-        full = made.result().to(p.device)
-        if isinstance(p, DTensor):  # src_data_rank=None: no communication
-            full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local()
-            p.to_local().copy_(full)
-        else:
-            p.copy_(full)
-
+    parameters = list(model.named_parameters())
+    making: deque[Future[torch.Tensor]] = deque()  # no more than cores, as they are large
     with torch.no_grad(), ThreadPoolExecutor(cores) as pool:
-        for name, p in model.named_parameters():
-            making.append((p, pool.submit(initial_value, name, p.shape, model.cfg)))
-            if len(making) > cores:
-                fill()
-        while making:
-            fill()
+        for i, (_, p) in enumerate(parameters):
+            for name, ahead in parameters[i + len(making) : i + cores]:
+                making.append(pool.submit(initial_value, name, ahead.shape, model.cfg))
+            full = making.popleft().result().to(p.device)
+            if isinstance(p, DTensor):  # src_data_rank=None: no communication
+                full = distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None).to_local()
+                p.to_local().copy_(full)
+            else:
+                p.copy_(full)
 
 
 def raw(model: torch.nn.Module) -> GPTNeoX:
@@ -149,18 +145,13 @@ def raw(model: torch.nn.Module) -> GPTNeoX:
     return inner
 
 
-def reduces(cfg: Config, last: bool) -> bool:
-    """Whether a backward communicates gradients: only an optimizer step's last needs to, others do to save memory."""
-    return last or cfg.cpu_offload
-
-
 def sync_gradients(model: torch.nn.Module, cfg: Config, last: bool) -> None:
-    """Before a forward: whether the backward behind it is its optimizer step's last.
+    """Before a forward: whether the backward behind it is its optimizer step's last, which communicates gradients.
 
-    FSDP2's first gathers of a forward wait for all that was asked of the device before, with an event only for that:
-    the last update, so that a micro-step's can run beside the backward before it.
+    FSDP2's first gathers of a forward wait for all that was asked of the device before. With an event they wait for the
+    last update alone, so that a micro-step's gathers run beside the backward before it.
     """
-    on = reduces(cfg, last)
+    on = last or cfg.cpu_offload  # else the gradients of every micro-step would stay on the device
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
     elif isinstance(model, FSDPModule):
@@ -177,7 +168,7 @@ def autocast(cfg: Config, env: Env) -> contextlib.AbstractContextManager:
 
 
 def eager(cfg: Config) -> contextlib.AbstractContextManager:
-    """Compiled parts run as they are written; where there are none, the compiler is not even imported (half a second)."""
+    """Compiled parts run as they are written; without any the compiler is not even imported, which takes half a second."""
     return torch.compiler.set_stance("force_eager") if cfg.compile_model else contextlib.nullcontext()
 
 
@@ -199,7 +190,7 @@ def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
 
 
 def alloc_retries() -> int:
-    """How often torch's allocator has found no memory, given back what it had cached and tried again; it should not."""
+    """How often torch's allocator was out of memory and tried again without its cache."""
     return torch.cuda.memory_stats().get("num_alloc_retries", 0) if torch.cuda.is_available() else 0
 
 
@@ -210,7 +201,7 @@ def clip_gradients(
 
     later: they are left as they are, and what the optimizer has to divide them by is returned beside the norm.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = list(model.parameters())
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = total.full_tensor() if isinstance(total, DTensor) else total
     if max_norm > 0 and later:
@@ -221,11 +212,7 @@ def clip_gradients(
 
 
 def clear_gradients(model: torch.nn.Module) -> None:
-    """Nothing is left of the last step's gradients.
-
-    DDP's are views of its buckets, which stay: zeroed in place, the next micro-steps add to them. Set to None, a
-    micro-step that does not communicate would make a second copy of all of them.
-    """
+    """DDP's gradients are views of its buckets and are zeroed in place: None would make a second copy of them all."""
     model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
 
 
