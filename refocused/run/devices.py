@@ -1,4 +1,4 @@
-"""Devices: which one this process has, what a CPU and a compiler need, and figures that come back from it."""
+"""Devices: which one this process has, how it is set up, and figures that come back from it."""
 
 import contextlib
 import ctypes
@@ -6,9 +6,7 @@ import glob
 import os
 import resource
 import shutil
-import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -33,10 +31,20 @@ QUOTAS = (
 
 def any_device() -> torch.device:
     """An accelerator if there is one, or the CPU. Raises ConfigError for a GPU that torch cannot use."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        refuse_idle_gpu()
-    return accelerator or torch.device("cpu")
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        return accelerator
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
+    found = sorted(glob.glob(DEVICES))
+    if not torch.version.cuda or not found or hidden:
+        return torch.device("cpu")
+    driver = "unknown"
+    with contextlib.suppress(OSError):  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat ..."
+        driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), driver)
+    raise ConfigError(
+        f"{found[0]} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
+        f"(driver {driver}; CUDA 13 needs 580, CUDA 12 needs 525): update the driver, or install torch for the CUDA "
+        "that nvidia-smi shows; CUDA_VISIBLE_DEVICES= trains on the CPU"
+    )
 
 
 def pick_device(local_rank: int, local_world_size: int) -> torch.device:
@@ -54,22 +62,6 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
     return torch.device(accelerator.type, local_rank)
 
 
-def refuse_idle_gpu() -> None:
-    """Raise ConfigError where there is a GPU that torch was built for and cannot use, rather than train without it."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
-    found = sorted(glob.glob(DEVICES))
-    if not torch.version.cuda or not found or hidden:
-        return
-    driver = "unknown"
-    with contextlib.suppress(OSError):  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat ..."
-        driver = next((word for word in DRIVER.read_text().split() if word[:1].isdigit() and "." in word), driver)
-    raise ConfigError(
-        f"{found[0]} is here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no usable GPU "
-        f"(driver {driver}; CUDA 13 needs 580, CUDA 12 needs 525): update the driver, or install torch for the CUDA "
-        "that nvidia-smi shows; CUDA_VISIBLE_DEVICES= trains on the CPU"
-    )
-
-
 def check_precision(cfg: Config, device: torch.device) -> None:
     """Raise ConfigError for what this kind of device does not have."""
     if device.type == "cpu" and cfg.mixed_precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -79,60 +71,45 @@ def check_precision(cfg: Config, device: torch.device) -> None:
 
 
 def check_compiler(cfg: Config, device: torch.device) -> None:
-    """Of a run that compiles: compile, keep and load a library of one line, as torch.compile will. Raises ConfigError.
-
-    Inductor compiles C++ for a CPU; for a GPU Triton compiles its launchers in C. Both include Python.h.
-    """
+    """Raise ConfigError where a run is to compile without a compiler (C++ for a CPU, C for Triton on a GPU) or a folder."""
     if not cfg.compile_model or device.type == "mps":  # whose shaders need no compiler of this machine's
         return
-    off = "compile_model=false trains without a compiler, slower"
+    off = "compile_model=false trains without, slower"
+    names = [os.environ.get("CC"), "gcc", "clang"]
     if device.type == "cpu":
-        compiler, kind = (
-            shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")),
-            "C++",
-        )
-    else:
-        compiler, kind = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))), None), "C"
-    if not compiler:
+        names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if not any(shutil.which(name) for name in names if name):
         raise ConfigError(
-            f"compile_model=true needs a {kind} compiler, and none is found; install one (Debian, Ubuntu: apt-get install "
-            f"g++ python3-dev); {off}"
+            f"compile_model=true needs a compiler, and none is found ({', '.join(filter(None, names))}); Debian, Ubuntu: "
+            f"apt-get install g++ python3-dev; {off}"
         )
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
     try:
         os.makedirs(cache, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            source, library = Path(folder, f"probe.{'cpp' if kind == 'C++' else 'c'}"), Path(folder, "probe.so")
-            source.write_text("#include <Python.h>\nint probe;\n")
-            include = f"-I{sysconfig.get_path('include')}"
-            command = [compiler, include, "-shared", "-fPIC", str(source), "-o", str(library)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [str(done.returncode)]
-                raise ConfigError(
-                    f"compile_model=true needs a compiler that works, and {compiler} fails: {said[0].strip()}; "
-                    f"Debian, Ubuntu: apt-get install g++ python3-dev; {off}"
-                )
-            ctypes.CDLL(str(library))
+        tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise ConfigError(
-            f"compile_model=true keeps compiled code in {cache}, and it cannot be written or loaded there: {error}; set "
+            f"compile_model=true keeps compiled code in {cache}, which cannot be written: {error}; set "
             f"TORCHINDUCTOR_CACHE_DIR to a folder with room that is not mounted noexec; {off}"
         ) from error
 
 
 def tune(cfg: Config, device: torch.device, local_rank: int, local_world_size: int) -> int:
     """Set this process's threads and numerics; returns the threads of a CPU's operations."""
-    # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
-    threads = torch.get_num_threads()
     if device.type == "cpu" or cfg.cpu_offload:  # whose optimizer runs in host memory
-        threads = cfg.cpu_threads or cores(local_world_size)
-        torch.set_num_threads(threads)
+        # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle whenever there are fewer processes than cores
+        torch.set_num_threads(cfg.cpu_threads or cores(local_world_size))
     if device.type == "cpu":
         # inductor merges the two equal bias gradients of a parallel-residual block into one kernel that does not
         # compile with bf16 parameters (torch 2.13); without horizontal fusion there is nothing to merge
         inductor.cpp.max_horizontal_fusion_size = 1
-        keep_freed_memory()
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
+                libc = ctypes.CDLL(
+                    None
+                )  # by default each tensor of a step is mapped, zeroed page by page, and unmapped
+                libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
+                libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
     else:
         torch.accelerator.set_device_index(local_rank)
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU; no effect on a CPU
@@ -143,33 +120,18 @@ def tune(cfg: Config, device: torch.device, local_rank: int, local_world_size: i
         deterministic: Any = torch.utils.deterministic  # a module whose attribute the stubs do not know
         deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads what it did not write
         torch.backends.cudnn.benchmark = False
-    return threads
+    return torch.get_num_threads()
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks: by default each tensor of a step is mapped, zeroed page by page, and unmapped."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another libc
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
-
-
-def quota() -> float:
-    """Cores' worth of time that a container may use; infinite where nothing limits it."""
-    found = [float("inf")]
+def cores(local_world_size: int) -> int:
+    """Of the CPU, for each of so many processes on this machine, within a container's limit."""
+    usable = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
     for file, period in QUOTAS:
         with contextlib.suppress(OSError, ValueError):  # the other version; "max"
             words = Path(file).read_text().split() + (Path(period).read_text().split() if period else [])
             if (limit := int(words[0])) > 0:  # -1 is none
-                found.append(limit / int(words[1]))
-    return min(found)
-
-
-def cores(local_world_size: int) -> int:
-    """Of the CPU, for each of so many processes on this machine."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(usable, quota())) // local_world_size)
+                usable.append(limit / int(words[1]))
+    return max(1, int(min(usable)) // local_world_size)
 
 
 def peak_memory(device: torch.device) -> int:

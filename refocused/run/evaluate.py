@@ -74,7 +74,7 @@ def score(
         if stop is not None and any(processes.max_over_ranks(stop.since > 0)):
             return None
     counts = torch.tensor([tokens, size], device=env.device, dtype=loss.dtype)
-    both, text, tokens, size = processes.total(torch.cat((loss, counts))).tolist()
+    both, text, tokens, size = processes.all_reduce(torch.cat((loss, counts))).tolist()
     return Score(both, tokens, text, size)
 
 
@@ -106,4 +106,4 @@ def loss_is_finite(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, cfg
     with strategy.eager(cfg), strategy.autocast(cfg, env):  # no time to compile a forward alone
         loss = model(x.to(env.device), y.to(env.device))
     strategy.reshard(model)
-    return bool(processes.total(loss.detach().clone()).isfinite())
+    return bool(processes.all_reduce(loss.detach().clone()).isfinite())

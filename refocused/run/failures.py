@@ -45,10 +45,14 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 128 + signal.SIGINT, "interrupted"
     if text := absent(error):
         return MISTAKE, f"error: {text}"
-    if any(kind.__name__ == "InductorError" for kind in type(error).__mro__):
-        said = [line.strip() for line in str(error).splitlines()]
+    if any(kind.__name__ == "ShortenTraceback" for kind in type(error).__mro__):  # of inductor, also without Triton
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         why = next((line for line in said if "error:" in line), said[0])
-        return MISTAKE, f"error: torch could not compile the model: {why}; compile_model=false trains without, slower"
+        return MISTAKE, (
+            f"error: torch could not compile the model: {why}; it needs a compiler (Debian, Ubuntu: apt-get install g++ "
+            "python3-dev) and a folder with room that is not mounted noexec (TORCHINDUCTOR_CACHE_DIR); "
+            "compile_model=false trains without, slower"
+        )
     if lost_peers(error):
         rank, step = launch_or_alone().rank, processes.progress.step
         when = f"at step {step:,}" if step is not None else "before the first step"

@@ -81,7 +81,7 @@ class Spikes:
         self.window[row] = torch.where(figures.isfinite().all(), figures, self.window[row])
         spike = (deviations > SIGMA).any().float()
         if self.skips:  # GPUs of different kinds may round a norm differently, and the answer must not
-            processes.largest(spike)
+            processes.all_reduce(spike, dist.ReduceOp.MAX)
         return deviations, (spike == 0) if self.skips else torch.ones_like(spike, dtype=torch.bool)
 
     def status(self, deviations: list[float]) -> str | None:
@@ -110,7 +110,7 @@ class Guard:
         A norm that is finite here and not elsewhere (a flipped bit after the reduction) is not finite anywhere: the
         ranks' answers travel with their losses.
         """
-        loss, broken = processes.total(torch.stack((loss_sum, (~norm.isfinite()).to(loss_sum.dtype))))
+        loss, broken = processes.all_reduce(torch.stack((loss_sum, (~norm.isfinite()).to(loss_sum.dtype))))
         norm = torch.where((broken > 0) & norm.isfinite(), math.inf, norm)
         figures = torch.stack((loss / tokens, norm))
         apply = figures.isfinite().all()

@@ -2,8 +2,8 @@
 
     python -m refocused.run.launch --standalone --nproc_per_node=2 train.py configs/demo.py resume=latest
 
-Flags, their PET_* variables and engine are torchrun's. That turns every failure into exit code 1 under a traceback of its
-own, and then a supervisor cannot tell a mistake, which ends the machine, from a stop, which is to be continued.
+Flags, their PET_* variables and engine are torchrun's. torchrun itself ends every failure with exit code 1 and a traceback,
+so a supervisor could not tell a mistake, which ends the machine, from a stop, which is to be continued.
 """
 
 import argparse
@@ -29,18 +29,18 @@ from configs import ConfigError
 from refocused import entry
 from refocused.run.exits import DONE, INTERNAL, MISTAKE, STOPPED, Cause, in_order
 
-WHY: dict[int, str] = {  # a rank leaves without a report
-    signal.SIGKILL: "it was killed by SIGKILL; out of memory? `dmesg` says so",
-    signal.SIGBUS: "SIGBUS: a mapped file was cut short, or /dev/shm is full",
-}
+SILENT = "it left without a word"
 
 
 def of_failure(rank: int, failure: ProcessFailure) -> Cause:
     """What torchrun knows of a rank that failed."""
-    code, report = failure.exitcode, failure.message
-    if isinstance(report, dict):
-        return of_report(report, f"rank {rank}", code)
-    words = WHY.get(-code, report) if code < 0 else "it left without a word"
+    code, words = failure.exitcode, failure.message
+    if isinstance(words, dict):
+        return of_report(words, f"rank {rank}", code)
+    if code == -signal.SIGKILL:
+        words = "it was killed by SIGKILL; out of memory? `dmesg` says so"
+    elif code > 0:
+        words = SILENT
     if code == 1:  # Python's own for a traceback, and faulthandler's for a process that hangs
         code, words = INTERNAL, f"{words}; what stands above may say why"
     ended_by_torchrun = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -49,13 +49,13 @@ def of_failure(rank: int, failure: ProcessFailure) -> Cause:
 
 def of_report(report: dict[str, Any], who: str, code: int = INTERNAL) -> Cause:
     """What a rank left in its error file."""
-    extra, words = report.get("extraInfo", {}), report["message"]
+    extra = report.get("extraInfo", {})
     at = extra.get("at", float(extra.get("timestamp", 0)))
-    return Cause(report.get("errorCode", code), words, at, extra.get("followed", False), who)
+    return Cause(report.get("errorCode", code), report["message"], at, extra.get("followed", False), who)
 
 
 def of_reports(folder: Path, since: float) -> list[Cause]:
-    """After a signal to this process: what the ranks of its last attempt left in the folder."""
+    """What the ranks of the last attempt left in the folder."""
     found = [path for path in folder.glob("**/error.json") if path.stat().st_mtime >= since]
     last = max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
     return [
@@ -66,12 +66,11 @@ def of_reports(folder: Path, since: float) -> list[Cause]:
 
 
 def lines(causes: list[Cause]) -> list[str]:
-    """A line for each cause; the one that decides comes last."""
+    """A line for each cause, without those that only followed; the one that decides comes last."""
     said: dict[tuple[int, str], str] = {}
-    causes = in_order(causes)
     for cause in causes:
         if not cause.followed or causes[0].followed:
-            last = (cause.words.strip().splitlines() or ["it left without a word"])[-1]
+            last = (cause.words.strip().splitlines() or [SILENT])[-1]
             said.setdefault((cause.code, last), f"launch: {cause.who} ended with {cause.code}: {last}")
     return list(said.values())[::-1]
 
@@ -91,11 +90,11 @@ def of_torchrun(error: Exception, followed: bool) -> Cause:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Flags that torchrun takes apart later, and what one machine needs. Raises ConfigError."""
-    numbers = {"nproc_per_node": r"[1-9]\d*|gpu|cpu|xpu|auto", "nnodes": r"[1-9]\d*(:[1-9]\d*)?"}
-    for flag, rule in numbers.items():
-        if not re.fullmatch(rule, value := getattr(args, flag)):
-            raise ConfigError(f"--{flag}={value} is no number from 1 on{', gpu or cpu' * (flag != 'nnodes')}")
+    """Numbers for which torchrun has no sentence, and what one machine needs. Raises ConfigError."""
+    if not re.fullmatch(r"[1-9]\d*|gpu|cpu|xpu|auto", args.nproc_per_node):
+        raise ConfigError(f"--nproc_per_node={args.nproc_per_node} is no number from 1 on, gpu or cpu")
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", args.nnodes):
+        raise ConfigError(f"--nnodes={args.nnodes} is no number from 1 on")
     if args.nproc_per_node == "gpu" and not torch.cuda.is_available():
         print("launch: there is no GPU: one process trains on the CPU", file=sys.stderr)
         args.nproc_per_node = "1"
@@ -108,8 +107,9 @@ def launch(argv: list[str]) -> int:
     check(args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun sets, in three lines of warning
     if "TORCH_LOGS" not in os.environ:
-        for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own; the last line says it all
+        for name in logging.root.manager.loggerDict:
+            if name.startswith("torch.distributed.elastic"):  # each has a level of its own; our last line says it all
+                logging.getLogger(name).setLevel(logging.CRITICAL)
     begin = time.time() - 1
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         args.log_dir = args.log_dir or folder  # where the ranks' reports go
@@ -124,8 +124,9 @@ def launch(argv: list[str]) -> int:
         except Exception as error:  # torchrun's own; what its ranks reported comes first
             causes = of_reports(Path(args.log_dir), begin)
             causes.append(of_torchrun(error, followed=bool(causes)))
+    causes = in_order(causes)
     print(*lines(causes), sep="\n", file=sys.stderr, flush=True)
-    return in_order(causes)[0].code
+    return causes[0].code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes: how they meet, agree and part; a single one is a process group of one."""
+"""Processes: how they start, exchange and end; a single one is a process group of one."""
 
 import atexit
 import contextlib
@@ -26,7 +26,11 @@ BUSY = 1.25  # load per core from which waiting threads take the time of those t
 FIRST_SECONDS = 60.0  # in which the first collective must be over
 STORE_SECONDS = 10.0  # in which torchrun's store must be found
 EXCHANGE_SECONDS = 600.0  # in which a step's exchange between ranks must be over, at least
-NCCL_LATER = 120.0  # seconds after gloo's time is up and said, when NCCL ends the process with SIGABRT, without a word
+NCCL_LATER = 120.0  # seconds after gloo's error, when NCCL ends the process with SIGABRT, without a word
+ADVICE = (
+    "try NCCL_P2P_DISABLE=1, in a container --ipc host, and on several nodes NCCL_SOCKET_IFNAME and "
+    "GLOO_SOCKET_IFNAME set to the network between them (`ip address` lists them)"
+)
 
 
 class PeersError(ValueError):
@@ -42,12 +46,12 @@ class Progress:
     step: int | None = None  # the last one that is finished, None before the loop
     collectives: int = 0  # calls of max_over_ranks so far
     at: float = 0.0  # time.monotonic() of the last one
-    long_waits: int = 0  # above 0 in what may rightly take long
+    long_waits: int = 0  # above 0 in what may take long
 
 
 progress = Progress()
-store: Any = None  # of this launch, what one rank notes there the others read; Any: the stubs do not know clone()
-# the processes again, None until start(): for what is agreed on after a step, and with time for what may be long
+store: Any = None  # of this launch, shared by its ranks; Any: the stubs do not know clone()
+# groups of all ranks over gloo, None until start(): for what follows a step, and for what may take long
 host_group: dist.ProcessGroup | None = None
 long_group: dist.ProcessGroup | None = None
 
@@ -74,7 +78,7 @@ class Env:
 
 
 def exchange_seconds(cfg: Config) -> float:
-    """In which an exchange between ranks must be over: by then the watchdog has looked for who is missing."""
+    """The time of an exchange between ranks: the watchdog finds out first who is missing."""
     return max(EXCHANGE_SECONDS, 2 * cfg.watchdog_seconds)
 
 
@@ -96,16 +100,16 @@ def start(cfg: Config) -> Env:
     devices.check_precision(cfg, device)
     threads = devices.tune(cfg, device, here.local_rank, here.local_world_size)
     backend = {"cuda": "cpu:gloo,cuda:nccl"}.get(device.type, "gloo")
-    timeout = datetime.timedelta(seconds=exchange_seconds(cfg))
     join(here, backend, group_timeout(cfg, device))
     global host_group, long_group
+    timeout = datetime.timedelta(seconds=exchange_seconds(cfg))
     host_group = dist.new_group(backend="gloo", timeout=timeout)
-    # shards are unpacked, a checkpoint is hashed and pulled, and the last upload waited for
+    # shards are unpacked, a checkpoint is hashed and downloaded, the last upload is waited for
     longer = datetime.timedelta(hours=2, seconds=cfg.upload_deadline_seconds)
     long_group = dist.new_group(backend="gloo", timeout=timeout + longer)
-    world_group = dist.group.WORLD
-    assert world_group is not None
-    atexit.register(outlive, world_group)
+    # Ending a group waits for gloo's threads, and one can wait for the GIL to free the last collective's tensor. A Python
+    # reference releases the GIL, DDP's reducer does not (torch 2.13): this reference makes the reducer go first.
+    atexit.register(lambda _: gc.collect(), dist.group.WORLD)
     bandwidth = first_collective(device)
     return Env(here.rank, here.world_size, here.local_rank, here.local_world_size, device, threads, bandwidth)
 
@@ -125,43 +129,19 @@ def join(here: Launch, backend: str, timeout: datetime.timedelta) -> None:
             f"--max-restarts={here.max_restarts} on {here.nodes} nodes: they count restarts apart and would not find each "
             "other again; leave it out, and start the command again on all nodes with resume=latest"
         )
-    if here.torchruns_store:
-        find_store(here.address)
     try:
-        shared, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives its ranks: after a restart the addresses of those before would be found in it
+        # torchrun's store was there before its ranks: one that is not found soon has gone with its torchrun
+        patience = datetime.timedelta(seconds=STORE_SECONDS) if here.torchruns_store else timeout
+        shared, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        shared.set_timeout(timeout)
+        # it outlives its ranks: after a restart the addresses of those before would be found in it
         store = dist.PrefixStore(f"attempt {here.restarts}", shared)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except RuntimeError as error:
         first = str(error).splitlines()[0]
-        raise PeersError(f"rank {here.rank} does not reach the others: {first}; {advice()}") from error
-
-
-def find_store(place: tuple[str, int]) -> None:
-    """Raise PeersError where torchrun's store, which was there before its ranks were, has gone with its torchrun.
-
-    A rank that was still importing would not see its parent die, and torch would look for the store for ten minutes.
-    """
-    end = time.monotonic() + STORE_SECONDS
-    while True:
-        try:
-            socket.create_connection(place, STORE_SECONDS).close()
-            return
-        except ConnectionRefusedError as error:
-            if time.monotonic() > end:
-                raise PeersError(
-                    f"the torchrun of this process is gone: nothing answers at {place[0]}:{place[1]}"
-                ) from error
-            time.sleep(0.5)
-        except OSError:  # what else there may be, torch says
-            return
-
-
-def advice() -> str:
-    return (
-        "try NCCL_P2P_DISABLE=1, in a container --ipc host, and on several nodes NCCL_SOCKET_IFNAME and "
-        "GLOO_SOCKET_IFNAME set to the network between them (`ip address` lists them)"
-    )
+        if here.torchruns_store and store is None:
+            raise PeersError(f"the torchrun of this process is gone: no store at {here.address}: {first}") from error
+        raise PeersError(f"rank {here.rank} does not reach the others: {first}; {ADVICE}") from error
 
 
 def first_collective(device: torch.device) -> float | None:
@@ -172,7 +152,7 @@ def first_collective(device: torch.device) -> float | None:
 
     def give_up() -> None:
         where = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        words = f"error: {where}: the first all-reduce was not over in {FIRST_SECONDS:g} s; {advice()}"
+        words = f"error: {where}: the first all-reduce was not over in {FIRST_SECONDS:g} s; {ADVICE}"
         print(words, file=sys.stderr, flush=True)
         leave(INTERNAL, words, at_once=True)
 
@@ -189,19 +169,10 @@ def first_collective(device: torch.device) -> float | None:
             seconds = time.perf_counter() - begin
     except RuntimeError as error:
         raise PeersError(
-            f"rank {dist.get_rank()}: the first all-reduce failed: {str(error).splitlines()[0]}; {advice()}"
+            f"rank {dist.get_rank()}: the first all-reduce failed: {str(error).splitlines()[0]}; {ADVICE}"
         ) from error
     watch.cancel()
     return 2 * (world - 1) / world * block.nbytes / seconds / 1e9 if device.type == "cuda" else None
-
-
-def outlive(group: dist.ProcessGroup) -> None:
-    """At exit: DDP's reducer goes first, this reference to its process group last.
-
-    Ending a group waits for gloo's threads, and one of them can be waiting for the GIL to free the tensor of the last
-    collective. A Python reference lets go of the GIL first; the reducer does not, and would wait for ever (torch 2.13).
-    """
-    gc.collect()
 
 
 def stop() -> None:
@@ -211,17 +182,8 @@ def stop() -> None:
     gc.collect()
 
 
-def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum of a device tensor over all ranks, in place."""
-    return reduced(value, dist.ReduceOp.SUM)
-
-
-def largest(value: torch.Tensor) -> torch.Tensor:
-    """Largest value of a device tensor over all ranks, in place."""
-    return reduced(value, dist.ReduceOp.MAX)
-
-
-def reduced(value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+def all_reduce(value: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Sum of a device tensor over all ranks, in place, or what else op names."""
     if dist.get_world_size() > 1:  # alone there is nothing to do, and MPS has no collectives
         dist.all_reduce(value, op=op)
     return value
@@ -229,7 +191,7 @@ def reduced(value: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
 
 @contextlib.contextmanager
 def may_take_long() -> Iterator[None]:
-    """What may rightly take long: nobody calls it a hang."""
+    """For the watchdog: what runs in this context may take long."""
     progress.long_waits += 1
     try:
         yield
@@ -238,46 +200,47 @@ def may_take_long() -> Iterator[None]:
         progress.at = time.monotonic()
 
 
+def outcome(function: Callable, args: tuple) -> tuple[Any, Exception | None]:
+    """The result of function(*args), or its error."""
+    try:
+        return function(*args), None
+    except Exception as error:
+        return None, error
+
+
 def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = False) -> list[Any]:
     """Run function(*args), however long, on the first process of every node; a failure is raised on all. Collective.
 
     Returns each rank's result, None for those that did not run it. Raises ConfigError for a node without a first process.
     """
-    result, error = None, None
     node, first = socket.gethostname(), env.local_rank == 0
     with may_take_long():
-        if first and not (env.main and but_rank_0):
-            try:
-                result = function(*args)
-            except Exception as caught:
-                error = caught
-        outcomes: list[Any] = [None] * env.world_size
-        dist.all_gather_object(outcomes, (result, error, node, first), group=long_group)
-    if without := {node for *_, node, _ in outcomes} - {node for *_, node, first in outcomes if first}:
+        mine = outcome(function, args) if first and not (env.main and but_rank_0) else (None, None)
+        everyone: list[Any] = [None] * env.world_size
+        dist.all_gather_object(everyone, (*mine, node, first), group=long_group)
+    if without := {node for *_, node, _ in everyone} - {node for *_, node, first in everyone if first}:
         raise ConfigError(
             f"no process of {', '.join(sorted(without))} has LOCAL_RANK=0, the first of a node; torchrun sets it"
         )
-    for _, error, *_ in outcomes:
+    for _, error, *_ in everyone:
         if error is not None:
             raise error
-    return [result for result, *_ in outcomes]
+    return [result for result, *_ in everyone]
 
 
 def on_rank_0(function: Callable, *args: Any) -> Any:
     """Run function(*args), however long, on rank 0; every rank returns its result or raises its error. Collective."""
     if not dist.is_initialized():
         return function(*args)
-    box: list[Any] = [None, None]
+    box: list[Any] = [None]
     with may_take_long():
         if dist.get_rank() == 0:
-            try:
-                box[0] = function(*args)
-            except Exception as error:
-                box[1] = error
+            box[0] = outcome(function, args)
         dist.broadcast_object_list(box, src=0, group=long_group)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def max_over_ranks(*flags: float) -> list[float]:
@@ -289,7 +252,7 @@ def max_over_ranks(*flags: float) -> list[float]:
 
 
 def busy(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> str:
-    """A note where other work has this machine's cores: OpenMP's threads wait for each other in a loop, and for a core."""
+    """A note where other work has this machine's cores: OpenMP's threads wait for each other in a loop."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
     if device.type != "cpu" or threads == 1 or passive or load < BUSY * cores:
@@ -308,10 +271,9 @@ def warn_if_busy(device: torch.device, threads: int, key: str = ", or cpu_thread
 
 def describe(env: Env, cfg: Config) -> str:
     """Device, processes, strategy and precision in words."""
+    device = env.device_name
     if env.device.type == "cpu":
-        device = f"CPU, {env.threads} thread{'s' if env.threads > 1 else ''} per process"
-    else:
-        device = env.device_name
+        device += f", {env.threads} thread{'s' if env.threads > 1 else ''} per process"
     strategy = cfg.parallel if env.world_size > 1 or cfg.parallel == "fsdp" else "one process"
     if cfg.shard_size not in (0, env.world_size):
         strategy += f" {env.world_size // cfg.shard_size} copies x {cfg.shard_size} shards"

@@ -1,8 +1,9 @@
-"""The watchdog: a run that has stopped getting anywhere says where it hangs, and ends, so that it can be restarted."""
+"""The watchdog: a run that hangs says where, and ends, so that it can be restarted."""
 
 import contextlib
 import datetime
 import faulthandler
+import itertools
 import json
 import socket
 import statistics
@@ -19,26 +20,28 @@ from refocused.run.optim import checkpoint_bytes
 from refocused.run.preflight import Starts
 from refocused.run.processes import Env, progress
 
+# {rank: [count of heartbeats, of collectives, the last step, host], or None before the first one}
+Heartbeats = dict[int, list | None]
+LATER = 60.0  # seconds after the limit in which Python's threads can speak
+
 
 def times(limit: float) -> tuple[float, float]:
-    """Seconds between two looks at whether the ranks still meet, and, where they do not, for finding out who is missing."""
+    """Seconds between two heartbeats, and, in a hang, for finding out who is missing."""
     period = min(10.0, max(0.1, limit / 10)) if limit else 10.0
     return period, 4 * period + 5
 
 
-LATER = 60.0  # seconds after the limit in which Python's threads have had their say
-
-
 class Watchdog:
-    """From the start to the last step, threads that see whether the ranks still meet.
+    """From the start to the last step, threads that see whether the ranks still exchange anything.
 
-    What counts as life is a meeting of all ranks (processes.max_over_ranks), of which every step and every batch of an
-    evaluation has one. None for max(watchdog_seconds, 20 median steps): the stacks of all threads go to stderr, then a
-    line with who is missing, by the beats that each rank leaves in the store; then the process leaves. In what may
-    take long, as all does before begin(), that limit holds only where a rank has fallen silent; else it is `longest`.
+    Every step and every batch of an evaluation calls processes.max_over_ranks. If no call ends for
+    max(watchdog_seconds, 20 median steps), the stacks of all threads go to stderr, then a line with who is missing, by
+    the heartbeats in the store; then the process leaves. In what may take long, as all does before begin(), that limit
+    holds only where a rank has fallen silent; else it is `longest`.
 
     A collective that hangs fills a GPU's queue, and a launch into a full one keeps the GIL (pytorch#109074), so that no
-    thread here runs: with several ranks faulthandler, which needs no GIL, ends a process without beats, with exit code 1.
+    thread here runs: with several ranks faulthandler, which needs no GIL, ends a process without heartbeats, with exit
+    code 1. Its time goes on while a process is stopped.
     """
 
     def __init__(self, cfg: Config, env: Env, starts: Starts | None):
@@ -67,7 +70,7 @@ class Watchdog:
         self.last, progress.step = now, step
 
     def end(self) -> None:
-        """The loop is over; the last save is waited for, at 10 MB/s at least, and its upload for the time that it has."""
+        """The loop is over; what is left is the last save, at 10 MB/s at least, and its upload."""
         progress.long_waits, progress.at = progress.long_waits + 1, time.monotonic()
         self.longest = self.limit + checkpoint_bytes(self.cfg) / 1e7 + self.cfg.upload_deadline_seconds
 
@@ -77,18 +80,17 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        """Seconds without a meeting that are a hang."""
+        """Seconds without a collective that are a hang."""
         return max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
 
     def heartbeat(self) -> None:
-        count = 0
-        while True:
+        for count in itertools.count():
             if self.starts:
                 self.starts.note()
             if self.store is not None:
-                beat = [count := count + 1, progress.collectives, progress.step, socket.gethostname()]
-                with contextlib.suppress(RuntimeError):  # its host is gone; the meetings will tell
-                    self.store.set(f"heartbeat {self.env.rank}", json.dumps(beat))
+                mine = [count, progress.collectives, progress.step, socket.gethostname()]
+                with contextlib.suppress(RuntimeError):  # its host is gone; the next collective will tell
+                    self.store.set(f"heartbeat {self.env.rank}", json.dumps(mine))
             if self.cfg.watchdog_seconds and self.env.world_size > 1:
                 with contextlib.suppress(Exception):  # a closed stderr
                     faulthandler.dump_traceback_later(self.limit + LATER, exit=True)
@@ -108,58 +110,44 @@ class Watchdog:
                     self.abort(time.monotonic() - progress.at)
 
     def peer_is_silent(self) -> bool:
-        """Of a patient rank: whether another one, or the store, gives no sign of life either, though several were due."""
+        """During what may take long: whether another rank, or the store, gives no sign of life for several periods."""
         if self.store is None:
             return False
         began, begin, pause = progress.at, time.monotonic(), max(2.5 * self.period, min(60.0, self.limit))
-        looks: list[dict[int, list | None]] = []
+        looks = self.two_looks(pause)
+        if self.over.is_set() or progress.at != began or time.monotonic() - begin > 2 * pause + self.looking:
+            return False  # it has gone on, or this machine was stopped, perhaps with the others
+        if looks is None:
+            return True
+        silent = [rank for rank, beat in looks[1].items() if beat and beat == looks[0][rank]]
+        return bool(silent) and self.env.rank not in silent
+
+    def abort(self, idle: float) -> None:
+        with contextlib.suppress(Exception):  # a closed stderr
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        who = "the stacks above say where" if self.store is None else who_is_missing(self.two_looks(2.5 * self.period))
+        where = f"rank {self.env.rank} on {socket.gethostname()}"
+        when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
+        words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {who}"
+        log_error(words, self.cfg)
+        leave(INTERNAL, words, at_once=True)
+
+    def two_looks(self, pause: float) -> tuple[Heartbeats, Heartbeats] | None:
+        """The heartbeats of all ranks now and after a pause; None if the store does not answer."""
+        looks: list[Heartbeats] = []
 
         def look() -> None:
             looks.append(self.heartbeats())
             time.sleep(pause)
             looks.append(self.heartbeats())
 
-        looking = threading.Thread(target=look, daemon=True)
+        looking = threading.Thread(target=look, daemon=True)  # a store whose host is stopped would hold this thread
         looking.start()
         looking.join(pause + self.looking)
-        if self.over.is_set() or progress.at != began or time.monotonic() - begin > 2 * pause + self.looking:
-            return False  # it has gone on, or this machine was stopped, perhaps with the others
-        if len(looks) < 2:
-            return True
-        before, after = looks
-        silent = [rank for rank, beat in after.items() if beat and beat == before[rank]]
-        return bool(silent) and self.env.rank not in silent
+        return (looks[0], looks[1]) if len(looks) == 2 else None
 
-    def abort(self, idle: float) -> None:
-        with contextlib.suppress(Exception):  # a closed stderr
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        found = ["the store does not answer, so who is missing is not known"]
-        look = threading.Thread(target=lambda: found.__setitem__(0, self.who_is_missing()), daemon=True)
-        look.start()
-        look.join(self.looking)
-        where = f"rank {self.env.rank} on {socket.gethostname()}"
-        when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
-        words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {found[0]}"
-        log_error(words, self.cfg)
-        leave(INTERNAL, words, at_once=True)
-
-    def who_is_missing(self) -> str:
-        """Who does not answer, or is behind, by two looks at the beats of all ranks."""
-        if self.store is None:
-            return "the stacks above say where"
-        before = self.heartbeats()
-        time.sleep(2.5 * self.period)
-        after = self.heartbeats()
-        silent = [rank for rank in after if before[rank] == after[rank]]
-        if silent:
-            return "; ".join(self.name(rank, after[rank]) + " does not answer" for rank in silent)
-        most = max(beat[1] for beat in after.values() if beat)
-        if behind := [rank for rank, beat in after.items() if beat and beat[1] < most]:
-            return "; ".join(self.name(rank, after[rank]) + " is behind" for rank in behind)
-        return "every rank answers and waits; the stacks above say for what"
-
-    def heartbeats(self) -> dict[int, list | None]:
-        found: dict[int, list | None] = {}
+    def heartbeats(self) -> Heartbeats:
+        found: Heartbeats = {}
         store = processes.store.clone()
         store.set_timeout(datetime.timedelta(seconds=2))
         for rank in range(self.env.world_size):
@@ -169,6 +157,16 @@ class Watchdog:
                     found[rank] = json.loads(store.get(f"heartbeat {rank}"))
         return found
 
-    @staticmethod
-    def name(rank: int, beat: list | None) -> str:
-        return f"rank {rank} (on {beat[3]}, step {beat[2] or 0:,})" if beat else f"rank {rank}"
+
+def who_is_missing(looks: tuple[Heartbeats, Heartbeats] | None) -> str:
+    """Who does not answer, or is behind, by two looks at the heartbeats."""
+    if looks is None:
+        return "the store does not answer, so who is missing is not known"
+    before, after = looks
+    names = {r: f"rank {r} (on {beat[3]}, step {beat[2] or 0:,})" if beat else f"rank {r}" for r, beat in after.items()}
+    if silent := [names[rank] for rank in after if before[rank] == after[rank]]:
+        return "; ".join(f"{name} does not answer" for name in silent)
+    most = max(beat[1] for beat in after.values() if beat)
+    if behind := [names[rank] for rank, beat in after.items() if beat and beat[1] < most]:
+        return "; ".join(f"{name} is behind" for name in behind)
+    return "every rank answers and waits; the stacks above say for what"
