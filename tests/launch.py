@@ -1,5 +1,6 @@
 """Starts train.main in real processes, quickly: a fork server has imported torch once, each rank is forked from it."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -110,30 +111,65 @@ class Run:
         return [float(x) for x in re.findall(r"^Step \d+: loss=([\d.]+|nan|inf)", self.text, re.M)]
 
 
+STANDALONE = ("--standalone", "--nproc_per_node=2")
+
+
 class Launch:
-    """`python -m MODULE` with two ranks of a script that runs `before` and then train.main."""
+    """`python -m MODULE FLAGS`, or one process without a module: a script that runs `before` and then train.main."""
 
     def __init__(
-        self, folder, *args: str, before="", flags: tuple[str, ...] = (), module="refocused.run.launch", prefix=()
-    ):
-        script = folder / "script.py"
+        self, folder, *args: str, before="", flags=STANDALONE, module="refocused.run.launch", prefix=(), cwd=ROOT, log=None,
+        **env: str,
+    ):  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        script, config = folder / "script.py", folder / "config.py"
         script.write_text(
             f"import os, signal, sys, time\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n{before}\n"
             "import train\nsys.exit(train.main(sys.argv[1:]))\n"
         )
-        (folder / "config.py").write_text("seed = 42")
-        command = [*prefix, sys.executable, "-m", module, "--standalone", "--nproc_per_node=2", *flags, str(script)]
-        command += [str(folder / "config.py"), *TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
-        self.log = folder / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        config.write_text("seed = 42")
+        command = [
+            *prefix,
+            sys.executable,
+            *(["-m", module, *flags] if module else []),
+            str(script),
+            str(config),
+            *TINY,
+        ]
+        command += [f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        self.module, self.begin, self.log = module, time.monotonic(), log or folder / "log"
+        self.token = f"LAUNCH={time.monotonic_ns()}"  # in the environment of all processes, whose child they may be
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **env, "LAUNCH": self.token.partition("=")[2]}
+        with self.log.open("ab") as file:
+            self.at = file.tell()
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, stdout=file, stderr=file, start_new_session=True)
 
     @property
     def text(self) -> str:
-        return self.log.read_text(errors="replace")
+        with self.log.open("rb") as file:
+            file.seek(self.at)
+            return file.read().decode(errors="replace")
 
     def wait_for(self, pattern: str) -> None:
         until(lambda: re.search(pattern, self.text, re.M))
+
+    def processes(self, only_ranks: bool = False) -> list[int]:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                rank = not self.module or any(value.startswith(b"LOCAL_RANK=") for value in environment)
+                if self.token.encode() in environment and (rank or not only_ranks):
+                    found.append(int(entry.name))
+        return found
+
+    def over(self) -> bool:
+        return self.process.poll() is not None
+
+    def send(self, number: int) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def _call(function: Callable, rank: int, environment: dict[str, str], args: tuple) -> None:

@@ -2,12 +2,11 @@
 
 import itertools
 import os
-import time
 
 import numpy as np
 import pytest
 from conftest import write_shards
-from launch import CONTEXT, GUARD, TINY, Run, train
+from launch import GUARD, Run, train
 from test_resume import newest, steps
 
 from configs import Config
@@ -52,37 +51,20 @@ def test_a_blown_up_model_costs_no_checkpoint(shards, tmp_path, keys, refusing):
     assert "done: 24 steps" in mended.text and saved(tmp_path)[-1] == 24
 
 
-def _faulty(fault, args: list[str], log: str) -> None:
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    import train
+INFINITE = """
+from refocused.run import processes
 
-    fault(train)
-    raise SystemExit(train.main(args))
-
-
-def faulty(folder, shards, fault, *keys: str) -> tuple[int | None, str]:
-    """Exit code and output of a run in a process of its own, in which fault(train) comes first."""
-    (folder / "config.py").write_text("seed = 42")
-    places = [f"data_dir={shards}", f"output_dir={folder}/out", f"logging_dir={folder}/logs"]
-    args = [str(folder / "config.py"), *TINY, *places, *keys]
-    run = CONTEXT.Process(target=_faulty, args=(fault, args, str(folder / "log")))
-    run.start()
-    run.join()
-    return run.exitcode, (folder / "log").read_text()
-
-
-def _infinite_at_6_to_8(train) -> None:
-    """The all-reduced loss is infinite at these steps, as after a fault of one GPU."""
-    real, count = train.processes.total, iter(range(1, 1000))
-    train.processes.total = lambda value: real(value) + (float("inf") if next(count) in (6, 7, 8) else 0.0)
+_real, _calls = processes.all_reduce, iter(range(1, 1000))
+processes.all_reduce = lambda value, *op: _real(value, *op) + (float("inf") if next(_calls) in {6, 7, 8} else 0.0)
+"""
 
 
 def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
-    """Steps 6 to 8 are not finite, then all is well: the save that was due at 6 is made at 9, the next ones in time."""
-    code, log = faulty(tmp_path, shards, _infinite_at_6_to_8, "save_steps=3", "save_total_limit=0", "max_steps=15")
-    assert code == 0 and log.count("not applied") == 3, log
+    """The all-reduced losses of steps 6 to 8 are infinite, as after a fault of one GPU, then all is well: the save that
+    was due at 6 is made at 9, the next ones in time."""
+    keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", "max_steps=15"]
+    run = Run(keys, 1, tmp_path, config=INFINITE)
+    assert run.wait() == [0] and run.text.count("not applied") == 3, run.text
     assert saved(tmp_path) == [3, 9, 12, 15]
 
 
@@ -148,26 +130,26 @@ def test_the_batch_is_kept(shards, tmp_path):
     assert manifest.read_state(newest(tmp_path))["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
 
 
-def _slow_disk(train) -> None:
-    """A save takes as long as 20 steps, or longer where those do not come."""
-    from refocused.checkpoint import atomic
+SLOW_DISK = """
+import time
+from refocused.checkpoint import atomic
+from refocused.run.processes import progress
 
-    progress, commit = train.processes.progress, atomic.commit
-
-    def slow(*arguments) -> None:
-        goal, end = min(progress.step + 20, 200), time.monotonic() + 20
-        while progress.step < goal and time.monotonic() < end:
-            time.sleep(0.001)
-        print("TRAINED ON" if progress.step >= goal else "TRAINING WAITED", flush=True)
-        commit(*arguments)
-
-    atomic.commit = slow
+_commit = atomic.commit
+def _slow(*arguments):
+    goal, end = min(progress.step + 20, 200), time.monotonic() + 20
+    while progress.step < goal and time.monotonic() < end:
+        time.sleep(0.001)
+    print("TRAINED ON" if progress.step >= goal else "TRAINING WAITED", flush=True)
+    _commit(*arguments)
+atomic.commit = _slow
+"""
 
 
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path):
     """Saves that are always overdue, each as long as 20 steps: one after the other, and training waits for none."""
-    code, log = faulty(tmp_path, shards, _slow_disk, "save_seconds=1e-9", "max_steps=200")
-    assert code == 0 and "TRAINING WAITED" not in log and 3 <= log.count("TRAINED ON") <= 11, log
+    run = Run([f"data_dir={shards}", "save_seconds=1e-9", "max_steps=200"], 1, tmp_path, config=SLOW_DISK)
+    assert run.wait() == [0] and "TRAINING WAITED" not in run.text and 3 <= run.text.count("TRAINED ON") <= 11, run.text
 
 
 def test_git_is_asked_once(shards, tmp_path):

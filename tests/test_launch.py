@@ -73,30 +73,23 @@ def _launched(argv: list[str], env: dict[str, str], log: str) -> None:
     sys.exit(entry.run(launcher.launch, argv))
 
 
+NODE = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE"
+
+
 @pytest.mark.parametrize(
     "flags, env, code, words",
     [
-        ("--nproc_per_node=two", {}, 2, "error: --nproc_per_node=two is no number from 1 on, gpu or cpu"),
-        ("--nproc_per_node=0", {}, 2, "error: --nproc_per_node=0 is no number"),
-        ("--nnodes=0", {}, 2, "error: --nnodes=0 is no number from 1 on"),
-        ("--rdzv_backend=foo", {}, 2, "launch: torchrun ended with 2: .*foo"),
-        ("--master_port=TAKEN", {}, 2, "launch: torchrun ended with 2: .*choose another --master_port"),
-        ("--nproc_per_node=gpu --standalone", {}, 0, "there is no GPU: one process .*world 1"),
-        ("--standalone", {"PET_NPROC_PER_NODE": "2"}, 0, "world 2"),
-        ("--standalone", {"DIE": "1"}, 70, "launch: rank 0 ended with 70: it left without a word; what stands above"),
-        ("", {"PET_NNODES": "x"}, 2, "--nnodes=x is no number"),
-        (
-            "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE --rdzv_conf=is_host=0,read_timeout=2",
-            {},
-            70,
-            "launch: torchrun ended with 70: no answer at the endpoint",
-        ),
-        (
-            "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE --rdzv_conf=join_timeout=2 --local_addr=127.0.0.1",
-            {},
-            70,
-            "launch: torchrun ended with 70: the other nodes did not come in time",
-        ),
+        ("--nproc_per_node=two", "", 2, "error: --nproc_per_node=two is no number from 1 on, gpu or cpu"),
+        ("--nproc_per_node=0", "", 2, "error: --nproc_per_node=0 is no number"),
+        ("--nnodes=0", "", 2, "error: --nnodes=0 is no number from 1 on"),
+        ("", "PET_NNODES=x", 2, "--nnodes=x is no number"),
+        ("--rdzv_backend=foo", "", 2, "torchrun ended with 2: .*foo"),
+        ("--master_port=TAKEN", "", 2, "torchrun ended with 2: .*choose another --master_port"),
+        ("--nproc_per_node=gpu --standalone", "", 0, "there is no GPU: one process .*world 1"),
+        ("--standalone", "PET_NPROC_PER_NODE=2", 0, "world 2"),
+        ("--standalone", "DIE=1", 70, "launch: rank 0 ended with 70: it left without a word; what stands above"),
+        (f"{NODE} --rdzv_conf=is_host=0,read_timeout=2", "", 70, "torchrun ended with 70: no answer at the endpoint"),
+        (f"{NODE} --rdzv_conf=join_timeout=2 --local_addr=127.0.0.1", "", 70, "the other nodes did not come in time"),
     ],
 )
 def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):
@@ -107,7 +100,9 @@ def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port, free = server.getsockname()[1], environment.free_port()
         argv = [*flags.replace("TAKEN", str(port)).replace("FREE", str(free)).split(), str(tmp_path / "script.py")]
-        process = launch.CONTEXT.Process(target=_launched, args=(argv, env, str(tmp_path / "log")))
+        process = launch.CONTEXT.Process(
+            target=_launched, args=(argv, dict([env.split("=")] if env else []), str(tmp_path / "log"))
+        )
         process.start()
         process.join(GUARD)
     text = (tmp_path / "log").read_text()
@@ -210,7 +205,9 @@ def test_max_restarts(shards, tmp_path):
         "    return rate(at, cfg)\n"
         "optim.learning_rate = killed"
     )
-    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=6", before=before, flags=("--max-restarts=1",))
+    run = Launch(
+        tmp_path, f"data_dir={shards}", "max_steps=6", before=before, flags=(*launch.STANDALONE, "--max-restarts=1")
+    )
     assert run.process.wait(GUARD) == 0 and run.text.count("lost its peers at step") == 1, run.text
     assert "done: 6 steps" in run.text
 

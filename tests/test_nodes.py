@@ -6,14 +6,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from launch import GUARD, TINY, Launch, train
+from launch import GUARD, Launch, train, until
 from saves import save
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
@@ -58,51 +54,10 @@ def two_hosts():
             run("link", "del", tag)
 
 
-class Host:
-    """A torchrun agent with one rank and a directory of its own."""
-
-    def __init__(
-        self, index: int, prefix: list[str], endpoint: str, address: str, folder: Path, args: list[str], url: str
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / f"host-{len(list(folder.glob('host-*.log')))}.log"
-        command = [*prefix, sys.executable, "-m", "refocused.run.launch", "--nnodes=2", "--nproc_per_node=1"]
-        command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_conf=is_host={int(index == 0)}"]
-        command += [f"--local_addr={address}", str(ROOT / "train.py"), str(folder / "empty.py"), *TINY]
-        (folder / "empty.py").write_text("seed = 42")
-        command += ["output_dir=out", "logging_dir=logs", *args]
-        interface = {"GLOO_SOCKET_IFNAME": "eth0" if prefix else "lo"}
-        env = {**os.environ, **interface, "STORAGE_EMULATOR_HOST": url, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in self._children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _children(self) -> list[int]:
-        """Ranks have sessions of their own; they are known by their config file."""
-        mine = str(self.log.parent / "empty.py").encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if mine in entry.read_bytes():
-                    found.append(int(entry.parent.name))
-        return [pid for pid in found if pid != os.getpid()]
-
-
-def wait_for(what, hosts: list[Host]) -> None:
-    end = time.monotonic() + GUARD
-    while not what():
-        if time.monotonic() > end or any(h.process.poll() not in (None, 0) for h in hosts):
-            raise AssertionError("\n\n".join(h.log.read_text(errors="replace")[-3000:] for h in hosts))
-        time.sleep(0.05)
+def finish(hosts: list[Launch], what=lambda: False) -> None:
+    """Until it happened, or both have ended well."""
+    until(lambda: what() or any(host.process.poll() not in (None, 0) for host in hosts) or all(h.over() for h in hosts))
+    assert what() or all(host.process.poll() == 0 for host in hosts), "\n\n".join(host.text for host in hosts)
 
 
 def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
@@ -112,19 +67,27 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
         bucket = ["save_total_limit=2", "bucket_name=bucket", "resume=latest", f"upload_deadline_seconds={GUARD}"]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
 
-        def start(port: int, max_steps: int) -> list[Host]:
-            def host(i: int) -> Host:
-                more = [*args, *bucket, "checkpoint_bucket_path=run", f"max_steps={max_steps}"]
-                return Host(i, prefixes[i], f"{addresses[0]}:{port}", addresses[i], tmp_path / str(i), more, server.url)
+        def start(port: int, max_steps: int) -> list[Launch]:
+            """A launcher with one rank, and a folder of its own, on each host."""
+
+            def host(i: int) -> Launch:
+                keys = [*args, *bucket, "checkpoint_bucket_path=run", f"max_steps={max_steps}"]
+                flags = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--local_addr={addresses[i]}"]
+                flags += [f"--rdzv_endpoint={addresses[0]}:{port}", f"--rdzv_conf=is_host={int(i == 0)}"]
+                interface = "eth0" if prefixes[i] else "lo"
+                return Launch(
+                    tmp_path / str(i), *keys, "output_dir=out", "logging_dir=logs", flags=flags, prefix=prefixes[i],
+                    cwd=tmp_path / str(i), STORAGE_EMULATOR_HOST=server.url, GLOO_SOCKET_IFNAME=interface, OMP_NUM_THREADS="1",
+                )  # fmt: skip
 
             return [host(0), host(1)]
 
         pair = start(29611, 100_000)
-        wait_for(lambda: bool(server.commits), pair)
-        pair[1].kill()
+        finish(pair, lambda: server.commits)
+        pair[1].send(signal.SIGKILL)
         assert pair[0].process.wait(timeout=GUARD) == 70  # the survivor ends too, and says so
-        assert "launch: rank 0 ended with 70: error: rank 0 on" in pair[0].log.read_text()
-        pair[0].kill()
+        assert "launch: rank 0 ended with 70: error: rank 0 on" in pair[0].text
+        pair[0].send(signal.SIGKILL)
         shutil.rmtree(tmp_path / "1" / "out")
         place = Place(gcs.Bucket("bucket"), "run")
         # host 0 has all of the checkpoint, so only host 1 needs it; on host 1 an earlier save was killed, and each host
@@ -136,8 +99,8 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
             (save(tmp_path / f"{i}/out", 1000 + i, generation=generation) / "state.json").unlink()
         end = max(steps(tmp_path / "0")) + 10
         pair = start(29612, end)
-        wait_for(lambda: all(h.process.poll() == 0 for h in pair), pair)
-        log = pair[0].log.read_text()
+        finish(pair)
+        log = pair[0].text
         assert re.search(r"replayed \d+ steps", log) and "not the same run" not in log
         assert server.violations == [] and not left.exists()
         [last] = [remote.name for remote in place.checkpoints(place.objects()) if remote.step == end]

@@ -18,7 +18,6 @@ import signal
 import statistics
 import struct
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, write_shards
-from launch import GUARD, TINY, Run, train
+from launch import GUARD, Launch, Run, train
 from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
@@ -55,43 +54,6 @@ WAYS = ["torch.distributed.run", "refocused.run.launch"]
 MOMENTS = ["a step", "a step", "a save", "an upload", "the start"]
 
 
-class Launch:
-    """One start of the run in a layout, by torchrun, by refocused.run.launch, or of one process by neither."""
-
-    def __init__(self, storm: "Storm", layout: str, way: str):
-        strategy, world = layout.split()
-        self.way, self.world = way if world != "1" else "python", int(world)
-        program = [] if world == "1" else ["-m", way, "--standalone", f"--nproc_per_node={world}"]
-        command = [sys.executable, *program, str(ROOT / "train.py"), str(storm.config), *TINY, *KEYS, *storm.keys]
-        command += [f"parallel={strategy}", f"per_device_train_batch_size={8 // self.world}"]
-        self.token = f"STORM={time.monotonic_ns()}"  # in the environment of all processes, whose child they may be
-        environment = {**os.environ, **storm.environment, "STORM": self.token.partition("=")[2]}
-        self.begin = time.monotonic()
-        with storm.log.open("ab") as log:
-            log.write(f"\n=== {layout}, {self.way}\n".encode())
-            self.at = log.tell()
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def processes(self, only_ranks: bool = False) -> list[int]:
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                rank = self.way == "python" or any(value.startswith(b"LOCAL_RANK=") for value in environment)
-                if self.token.encode() in environment and (rank or not only_ranks):
-                    found.append(int(entry.name))
-        return found
-
-    def over(self) -> bool:
-        return self.process.poll() is not None
-
-    def send(self, number: int, only_ranks: bool = False) -> None:
-        for pid in self.processes(only_ranks):
-            kill(pid, number)
-
-
 def kill(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -103,8 +65,7 @@ class Storm:
     def __init__(self, folder: Path, layouts: list[str], steps: int, dice: random.Random, server: WatchedGCS):
         self.folder, self.layouts, self.steps, self.dice, self.server = folder, layouts, steps, dice, server
         self.data, self.out, self.logs = write_shards(folder / "data"), folder / "out", folder / "logs"
-        self.log, self.config, self.clock = folder / "storm.log", folder / "config.py", folder / "clock"
-        self.config.write_text("seed = 42")
+        self.log, self.clock = folder / "storm.log", folder / "clock"
         build = ["cc", "-shared", "-fPIC", "-o", folder / "clock.so", ROOT / "tests" / "clock.c", "-ldl"]
         self.has_clock = bool(shutil.which("cc")) and subprocess.run(build).returncode == 0
         self.keys = [f"data_dir={self.data}", f"output_dir={self.out}", f"logging_dir={self.logs}"]
@@ -133,11 +94,6 @@ class Storm:
         both = dict.fromkeys([*self.kept, *whole])  # what came back from the bucket was kept here as well
         return [json.loads(line) for line in both if line.endswith("\n")]
 
-    def text(self, launch: Launch) -> str:
-        with self.log.open("rb") as file:
-            file.seek(launch.at)
-            return file.read().decode(errors="replace")
-
     def step(self, launch: Launch) -> int:
         """The last one that the launch has printed; 0 before the first."""
         with self.log.open("rb") as file:
@@ -153,7 +109,7 @@ class Storm:
                 return False
             if time.monotonic() > end:
                 launch.send(signal.SIGKILL)
-                raise AssertionError(f"it did not happen in {GUARD} s: {self.text(launch)[-5000:]}")
+                raise AssertionError(f"it did not happen in {GUARD} s: {launch.text[-5000:]}")
             time.sleep(pause)
         return True
 
@@ -331,12 +287,21 @@ class Storm:
         while not launch.over() or launch.processes():
             if time.monotonic() > end:
                 launch.send(signal.SIGKILL)
-                raise AssertionError(f"still running after {GUARD} s: {self.text(launch)[-5000:]}")
+                raise AssertionError(f"still running after {GUARD} s: {launch.text[-5000:]}")
             time.sleep(0.1)
 
     def keep_lines(self) -> None:
         here = self.logs / "trace.jsonl"
         self.kept += here.read_text().splitlines(keepends=True) if here.exists() else []
+
+    def start(self, layout: str, way: str) -> Launch:
+        """The run in a layout, by torchrun, by refocused.run.launch, or of one process by neither."""
+        strategy, world = layout.split()
+        keys = [*KEYS, *self.keys, f"parallel={strategy}", f"per_device_train_batch_size={8 // int(world)}"]
+        flags, way = ("--standalone", f"--nproc_per_node={world}"), way if world != "1" else ""
+        with self.log.open("a") as log:
+            log.write(f"\n=== {layout}, {way or 'python'}\n")
+        return Launch(self.folder, *keys, flags=flags, module=way, log=self.log, **self.environment)
 
     def play(self, faults: int) -> None:
         """Start it until it is done; `faults` of the starts end in a fault."""
@@ -346,7 +311,7 @@ class Storm:
             assert start < 3 * faults + 20, "it does not get anywhere"
             known, hit = len(self.lines()), []
             layout, way = self.draw(self.layouts), self.draw(WAYS)
-            launch = Launch(self, layout, way)
+            launch = self.start(layout, way)
             self.counts["starts"] += 1
             if struck < faults:
                 moment = self.draw(MOMENTS, lambda moment, started=started: started or moment != "the start")
@@ -356,7 +321,7 @@ class Storm:
                         hit.append(self.draw(SOFT, self.possible))
                         self.disturb(launch, hit[-1])
                     if not launch.over():
-                        may_hang = started and launch.world > 1
+                        may_hang = started and launch.module
                         hit.append(self.draw(HARD, lambda fault, may=may_hang: fault != "a rank hangs" or may))
                         struck += 1
                         self.end(launch, hit[-1])
@@ -364,7 +329,7 @@ class Storm:
             self.server.faults.clear()
             self.counts.update(hit)
             print(
-                f"  {layout}, {launch.way}: {', '.join(hit) or 'nothing'}; exit code {launch.process.returncode}",
+                f"  {layout}, {launch.module}: {', '.join(hit) or 'nothing'}; exit code {launch.process.returncode}",
                 flush=True,
             )
             self.judge(launch, hit, known)
@@ -376,7 +341,7 @@ class Storm:
 
     def judge(self, launch: Launch, hit: list[str], known: int) -> None:
         """What must hold after each start."""
-        text, code, before = self.text(launch), launch.process.returncode, self.held
+        text, code, before = launch.text, launch.process.returncode, self.held
         said = f"after {hit or 'nothing'}, exit code {code}:\n{text[-20000:]}"
         assert "this is a bug" not in text, said
         assert len(self.layouts) > 1 or "not the same run" not in text, said
@@ -388,7 +353,7 @@ class Storm:
         self.counts["replays, identical"] += len(re.findall(r"replayed (\d+) steps, \1 identical", text))
         self.held = max(self.complete(), default=0)
         assert self.held >= before or LOSSES & set(hit), f"step {before} was complete, now {self.held} is {said}"
-        if launch.way != "torch.distributed.run":  # which turns every code into 1
+        if launch.module != "torch.distributed.run":  # which turns every code into 1
             assert code in {0, 70, -9} | CODES.get(hit[-1] if hit else "", set()), said
         if hit == ["SIGTERM"] and (stopped := re.search(r"stopped at step ([\d,]+)", text)):
             assert self.held == int(stopped[1].replace(",", "")), said
