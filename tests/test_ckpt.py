@@ -482,28 +482,20 @@ def test_resume_words(two, tmp_path):
 
 def test_other_model_is_named(two):
     """A checkpoint of another size: the first names and shapes that differ, and not a value changed."""
-    tree = build_tree("one", 1, 16)
-    before = digest(tree)
-    with pytest.raises(
-        ckpt.CheckpointError, match=r"model.blocks.0.bias is \[8\] float32 there, \[16\] .* and \d+ more"
+    wide, model = build_tree("one", 1, 16), build()[0]
+    before, same = digest(wide), tensors.state_tree(model)
+    for tree, message in (
+        (wide, r"model.blocks.0.bias is \[8\] float32 there, \[16\] .* and \d+ more"),
+        ({key: t for key, t in wide.items() if key != "optim.step.narrow.bias"}, "another model or optimizer"),
+        (build_tree() | {"model.new.bias": torch.zeros(3)}, r"model.new.bias is absent there, \[3\] float32 here$"),
+        (same | {"model.narrow.bias": torch.zeros(3).double()}, r"is \[3\] float32 there, \[3\] float64 here"),
     ):
-        tensors.load(two[1], tree)
-    del tree["optim.step.narrow.bias"]
-    with pytest.raises(ckpt.CheckpointError):
-        tensors.load(two[1], tree)
-    model, optimizers = build()
-    tree = tensors.state_tree(model, *optimizers)
-    tree["model.new.bias"] = torch.zeros(3)
-    with pytest.raises(ckpt.CheckpointError, match=r"optimizer: model.new.bias is absent there, \[3\] float32 here$"):
-        tensors.load(two[1], tree)
-    tree = tensors.state_tree(model) | {"model.narrow.bias": torch.zeros(3, dtype=torch.float64)}
-    with pytest.raises(ckpt.CheckpointError, match=r"model.narrow.bias is \[3\] float32 there, \[3\] float64 here"):
-        tensors.load(two[1], tree)
-    assert digest(tensors.state_tree(*build(width=16)[:1])) != before  # fresh weights differ, so the digest can tell
-    weights = tensors.state_tree(build()[0])
-    tensors.load(two[1], weights)  # the weights alone
-    fill(tree := tensors.state_tree(model), 0)
-    assert digest(weights) == digest(tree)
+        with pytest.raises(ckpt.CheckpointError, match=message):
+            tensors.load(two[1], tree)
+    assert digest(wide) == before
+    tensors.load(two[1], same)  # the weights alone
+    fill(tree := tensors.state_tree(build()[0]), 0)
+    assert digest(same) == digest(tree)
 
 
 def test_permission_denied(alone):
@@ -529,22 +521,20 @@ def test_permission_denied(alone):
         os.chmod(folder, 0o755)
 
 
-def test_a_lock_and_its_leader(tmp_path):
-    """A lock is kept from every process but another node of the same run, on the same disk."""
+def test_a_lock_and_its_leader(tmp_path, monkeypatch):
+    """A lock is kept from all but another node of its run on the same disk: also where each node sees its own locks
+    alone, and knows by what the first has written that the disk is not its own."""
     me = atomic.lock(tmp_path)
     for leader in (None, "host elsewhere, pid 1"):
         with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
             atomic.lock(tmp_path, leader)
     assert atomic.lock(tmp_path, me) == me
-
-
-def test_a_shared_disk_whose_locks_each_node_sees_alone(tmp_path, monkeypatch):
-    """Both nodes get the lock: by what the first has written in it the second knows that the disk is not its own."""
     monkeypatch.setattr(locks.fcntl, "flock", lambda *_: None)
-    (tmp_path / ".lock").write_text("host first, pid 1\n")
-    assert atomic.lock(tmp_path, "host first, pid 1") == "host first, pid 1" and not atomic.holds(tmp_path)
-    assert (tmp_path / ".lock").read_text() == "host first, pid 1\n"
-    assert atomic.lock(tmp_path, "host other, pid 1") != "host other, pid 1" and atomic.holds(tmp_path)
+    (alone := tmp_path / "alone").mkdir()
+    (alone / ".lock").write_text("host first, pid 1\n")
+    assert atomic.lock(alone, "host first, pid 1") == "host first, pid 1" and not atomic.holds(alone)
+    assert (alone / ".lock").read_text() == "host first, pid 1\n"
+    assert atomic.lock(alone, "host other, pid 1") != "host other, pid 1" and atomic.holds(alone)
 
 
 @pytest.fixture
@@ -726,13 +716,8 @@ def test_forged_state_and_header(two, tmp_path):
     forge(file, b"{}")
     content = shard.read_bytes()
     headers = [len(text).to_bytes(8, "little") + text for text in (b"[" * 100_000, b"\xff", b"", b"[]", b'{"x": {}}')]
-    for bytes_ in [
-        *(header + content for header in headers),
-        b"",
-        content[:7],
-        b"\xff" * 8 + content[8:],
-        content[:100],
-    ]:
+    whole = [header + content for header in headers]
+    for bytes_ in (*whole, b"", content[:7], b"\xff" * 8 + content[8:], content[:100]):
         forge(shard, bytes_)
         with pytest.raises(ckpt.CheckpointError, match=f"{shard.name} is damaged|another model"):
             tensors.load(choose(tmp_path, "latest").path, build_tree())

@@ -85,13 +85,11 @@ def copies(t: Tensor, rank: int, world: int) -> tuple[int, int]:
     """(how many ranks hold the values that this rank holds, which of them it is)."""
     if not isinstance(t, DTensor):
         return world, rank
-    count, number = 1, 0
+    count, number, mesh = 1, 0, t.device_mesh
     for dim, placement in enumerate(t.placements):
         if placement.is_replicate():
-            count, number = (
-                count * t.device_mesh.size(dim),
-                number * t.device_mesh.size(dim) + t.device_mesh.get_local_rank(dim),
-            )
+            number = number * mesh.size(dim) + mesh.get_local_rank(dim)
+            count *= mesh.size(dim)
     return count, number
 
 
