@@ -11,8 +11,7 @@ import time
 
 import launch
 import pytest
-from conftest import ROOT
-from launch import GUARD, TINY, Launch, train, until
+from launch import GUARD, Launch, train, until
 
 from configs import ConfigError
 from refocused import entry
@@ -214,32 +213,30 @@ def test_max_restarts(shards, tmp_path):
 
 def without(what: str) -> list[str]:
     """The prefix of a command that lacks something of this machine."""
-    ways = {"name": ["-u", "hostname no-such-host"], "loopback": ["-n", ":"]}
     read_only = "mount --bind $d $d && mount -o remount,ro,bind $d"
-    ways["temporary folder"] = [
-        "-m",
-        f"for d in /tmp /var/tmp /usr/tmp; do test ! -e $d || {{ {read_only}; }} || exit 1; done",
-    ]
-    flag, change = ways[what]
+    flag, change = {
+        "name": ("-u", "hostname no-such-host"),
+        "loopback": ("-n", ":"),
+        "temporary folder": (
+            "-m",
+            f"for d in /tmp /var/tmp /usr/tmp; do test ! -e $d || {{ {read_only}; }} || exit 1; done",
+        ),
+    }[what]
     prefix = ["unshare", flag, "sh", "-c", f'{change}; exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("this machine makes no namespaces")
     return prefix
 
 
-def test_a_machine_whose_name_does_not_resolve(shards, tmp_path):
-    """The launcher and two ranks on it: a run as anywhere."""
-    run = Launch(tmp_path, f"data_dir={shards}", prefix=without("name"))
-    assert run.process.wait(GUARD) == 0 and "done: 10 steps" in run.text, run.text
-
-
 @pytest.mark.parametrize(
-    "lack, words", [("loopback", "ip link set lo up"), ("temporary folder", "set TMPDIR to a folder")]
+    "lack, module, code, words",
+    [
+        ("name", "refocused.run.launch", 0, "done: 10 steps"),
+        ("loopback", "", 2, "ip link set lo up"),
+        ("temporary folder", "", 2, "set TMPDIR to a folder"),
+    ],
 )
-def test_a_machine_that_lacks(tmp_path, shards, lack, words):
-    """A network without a loopback interface; no folder for temporary files: one sentence, 2."""
-    (tmp_path / "config.py").write_text("seed = 42")
-    places = [f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", f"data_dir={shards}"]
-    command = [*without(lack), sys.executable, str(ROOT / "train.py"), str(tmp_path / "config.py"), *TINY, *places]
-    done = subprocess.run(command, cwd="/proc", capture_output=True, text=True, timeout=GUARD)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_a_machine_that_lacks(shards, tmp_path, lack, module, code, words):
+    """A name that does not resolve: two ranks run as anywhere. A loopback interface, a temporary folder: one sentence, 2."""
+    run = Launch(tmp_path, f"data_dir={shards}", prefix=without(lack), module=module, cwd="/proc")
+    assert run.process.wait(GUARD) == code and words in run.text and "Traceback" not in run.text, run.text

@@ -24,7 +24,7 @@ from refocused.run.logs import log_error
 
 BUSY = 1.25  # load per core from which waiting threads take the time of those that work
 FIRST_SECONDS = 60.0  # in which the first collective must be over
-STORE_SECONDS = 10.0  # in which torchrun's store must be found
+STORE_SECONDS = 30.0  # in which torchrun's store must be found
 EXCHANGE_SECONDS = 600.0  # in which a step's exchange between ranks must be over, at least
 NCCL_LATER = 120.0  # seconds after gloo's error, when NCCL ends the process with SIGABRT, without a word
 ADVICE = (
