@@ -5,8 +5,7 @@
         for x, y in batch.micro: ...
 
 Which samples make up step k is a pure function of (seed, k, global batch): there is no index array and no loader state
-to save. The order is uniform over the whole set, so a run of like shards makes no waves in the loss; the price is that
-every sample is a random read of about 2 KB.
+to save. The order is uniform over the whole set; the price is that every sample is a random read of about 2 KB.
 
     python data.py demo | download | tokenize | prepare | verify | bench
 """
@@ -14,7 +13,6 @@ every sample is a random read of about 2 KB.
 from refocused import entry  # before all others: it says what this machine lacks
 
 # isort: split
-import argparse
 import hashlib
 import json
 import os
@@ -34,7 +32,7 @@ import torch
 
 from configs import KEYS, Config
 from refocused.shards import notes, tokenizers
-from refocused.shards.find import find_files, local_path
+from refocused.shards.find import find_files
 from refocused.shards.notes import HELD_OUT_TAIL, explain_change
 from refocused.shards.shard import DataError, PackedShard, Shard
 
@@ -56,10 +54,8 @@ def chosen_shards(cfg: Config) -> list[str]:
     if not paths:
         others = find_files(cfg.data_dir, "*.npz", but=caches)
         hint = f", but {len(others)} others: tokenized_file_pattern=*.npz reads {others[0]}" if others else ""
-        raise DataError(
-            f"data_dir={cfg.data_dir} and its subfolders have no file named like "
-            f"tokenized_file_pattern={cfg.tokenized_file_pattern}{hint}"
-        )
+        pattern = f"no file named like tokenized_file_pattern={cfg.tokenized_file_pattern}"
+        raise DataError(f"data_dir={cfg.data_dir} and its subfolders have {pattern}{hint}")
     return paths[: cfg.max_files if cfg.max_files > 0 else len(paths)]
 
 
@@ -115,16 +111,11 @@ class Dataset:
     """
 
     def __init__(
-        self,
-        shards: list[Shard],
-        sequence_length: int,
-        vocab_size: int,
-        seed: int,
-        eval_files: int,
-        shift_windows: bool = False,
-    ):
+        self, shards: list[Shard], sequence_length: int, vocab_size: int, seed: int, eval_files: int,
+        shift_windows: bool = False, tokenizer: str | None = None,
+    ):  # fmt: skip
         self.T, self.vocab_size, self.seed, self.shift_windows = sequence_length, vocab_size, seed, shift_windows
-        self.tokenizer: str | None = None  # by its identity, once a config names it
+        self.tokenizer = tokenizer  # by its identity
         windows = [max(0, shard.num_tokens - 1) // self.T for shard in shards]
         held = min(eval_files, len(shards)) if len(shards) > 1 else 0
         if held and held == len(shards):
@@ -134,7 +125,7 @@ class Dataset:
         spans = [(shard, 0, count) for shard, count in zip(shards, windows, strict=True)]
         divided = None
         if eval_files and any(windows) and (len(shards) == 1 or not any(windows[:cut]) or not any(windows[cut:])):
-            # all windows are on one side, as behind `tokenize`, whose last shard is a remainder: the last one gives its tail
+            # all windows are on one side, as where the last shard is a short remainder: the last long one gives its tail
             i = max(i for i, count in enumerate(windows) if count)
             divided, tail = shards[i], max(1, round(windows[i] * HELD_OUT_TAIL))
             spans[i] = (divided, 0, windows[i] - tail)
@@ -150,16 +141,16 @@ class Dataset:
         self.num_eval_samples = int(self._first_ids[-1]) - self.num_samples
         self.num_tokens = self.num_samples * self.T  # that an epoch trains on
         if not self.num_samples or (eval_files and not self.num_eval_samples):
-            longest, window = max(s.num_tokens for s in shards), f"sequence_length+1={self.T + 1} tokens"
-            use = "trained on" if self.num_samples else "held out"
-            why = f"no shard is long enough for one window of {window}: the longest of all {len(shards)} has {longest}"
+            longest, window = max(s.num_tokens for s in shards), f"of sequence_length+1={self.T + 1} tokens"
+            why = f"no shard is long enough for one window {window}: the longest of all {len(shards)} has {longest}"
             if longest > self.T:
-                why = f"all {sum(windows)} windows of {window} in {len(shards)} shards are {use} with eval_files={eval_files}"
+                use, all_ = "trained on" if self.num_samples else "held out", f"all {sum(windows)} windows {window}"
+                why = f"{all_} in {len(shards)} shards are {use} with eval_files={eval_files}"
             raise DataError(f"{why}; lower sequence_length or eval_files, or add data")
 
     @classmethod
     def open(cls, cfg: Config, folder: str | Path | None = None) -> "Dataset":
-        """The set named by cfg.data_dir, read from `folder` where that holds its shards unpacked. Reads headers only.
+        """The set named by cfg.data_dir, read from `folder` where that holds its shards unpacked; reads headers only.
 
         Raises PackedShard where a shard has to be unpacked first (open_dataset does it), and DataError.
         """
@@ -167,9 +158,8 @@ class Dataset:
         allow_open_files(len(paths))
         shards = [Shard.open(folder or cfg.data_dir, path) for path in paths]
         tokenizer = tokenizers.check_shards(shards, cfg)
-        dataset = cls(shards, cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files, cfg.shift_windows)
-        dataset.tokenizer = tokenizer
-        return dataset
+        settings = (cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files, cfg.shift_windows, tokenizer)
+        return cls(shards, *settings)
 
     @cached_property
     def manifest(self) -> list[dict[str, Any]]:
@@ -202,15 +192,11 @@ class Dataset:
             changes += f"\ntokenizer {was} -> {self.tokenizer}"
         if changes and not cfg.allow_change:
             raise DataError(
-                f"the checkpoint was trained on other data or in another order:\n{changes.strip()}\n"
-                "restore it, set allow_change=true to go on with what is there now, or name another output_dir and "
-                "logging_dir for a new run"
+                f"the checkpoint was trained on other data or in another order:\n{changes.strip()}\nrestore it, set "
+                "allow_change=true to go on with what is there, or name another output_dir and logging_dir for a new run"
             )
-        return (
-            notes.after_change(state, self.position(state["samples_seen"]), self.shards, self.eval_shards)
-            if changes
-            else []
-        )
+        at = self.position(state["samples_seen"])
+        return notes.after_change(state, at, self.shards, self.eval_shards) if changes else []
 
     def sample_ids(self, first: int, count: int) -> np.ndarray:
         """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
@@ -228,9 +214,7 @@ class Dataset:
         count = min(count, self.num_eval_samples)
         return self.num_samples + np.arange(count) * self.num_eval_samples // max(count, 1)
 
-    def blocks(
-        self, ids: np.ndarray, B: int, rank: int, world_size: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def blocks(self, ids: np.ndarray, B: int, rank: int, world_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """This rank's share of the windows with these ids: x, y, int64 [B, T]; the same number on every rank.
 
         What fills a block up is zeros whose targets, -100, do not count: a compiled model meets one shape.
@@ -280,21 +264,16 @@ class Dataset:
         epoch, done = divmod(samples_seen, self.num_samples)
         [(path, offset)] = self.locate(self.sample_ids(samples_seen, 1))
         return {
-            "epoch": epoch,
-            "epoch_fraction": done / self.num_samples,
-            "files": done * len(self.shards) // self.num_samples,
-            "next_shard": path,
-            "next_offset": offset,
-        }
+            "epoch": epoch, "epoch_fraction": done / self.num_samples,
+            "files": done * len(self.shards) // self.num_samples, "next_shard": path, "next_offset": offset,
+        }  # fmt: skip
 
 
 def allow_open_files(count: int) -> None:
-    """Raises the soft limit of open files (1024 by custom) so that `count` more fit, as far as the hard one allows."""
+    """Raises the soft limit of open files so that `count` more fit, as far as the hard one allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 1024
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+    if resource.RLIM_INFINITY != soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -342,19 +321,10 @@ class Loader:
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        start_step: int,
-        max_steps: int,
-        global_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch: int = 1,
-        accumulation: int = 1,
-        workers: int = 1,
-        pin_memory: bool = False,
+        self, dataset: Dataset, start_step: int, max_steps: int, global_batch: int, rank: int = 0, world_size: int = 1,
+        micro_batch: int = 1, accumulation: int = 1, workers: int = 1, pin_memory: bool = False,
         first_sample: int | None = None,
-    ):
+    ):  # fmt: skip
         assert global_batch == micro_batch * accumulation * world_size
         self.dataset, self.global_batch, self.micro_batch = dataset, global_batch, micro_batch
         self.rows = slice(rank * micro_batch * accumulation, (rank + 1) * micro_batch * accumulation)
@@ -413,37 +383,13 @@ class Loader:
 # ---- command line
 
 
-def bench(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="data.py bench", description="tokens/s of the loader, its page cache warm.")
-    parser.add_argument("DIR", type=local_path)
-    parser.add_argument("--sequence_length", type=entry.positive, default=Config.sequence_length)
-    parser.add_argument("--workers", type=entry.positive, default=Config.dataloader_num_workers)
-    parser.add_argument("--seconds", type=entry.positive_number, default=3.0)
-    args = parser.parse_args(argv)
-    paths = find_files(args.DIR, "*.npz")
-    if not paths:
-        raise DataError(f"{args.DIR} and its subfolders have no .npz file")
-    allow_open_files(len(paths))
-    shards = [Shard.open(args.DIR, path) for path in paths]
-    dataset = Dataset(shards, args.sequence_length, 1 << 32, seed=0, eval_files=0)
-    loader = Loader(dataset, 0, 1 << 40, 32, micro_batch=8, accumulation=4, workers=args.workers)
-    for _ in range(64):  # so that what is read ahead is not counted
-        next(loader)
-    begin, count = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - begin) < args.seconds:
-        count += len(next(loader).ids) * args.sequence_length
-    loader.close()
-    print(f"{count / seconds / 1e6:.1f}M tok/s by {args.workers} workers from {len(shards)} shards")
-    return 0
-
-
 COMMANDS = {
     "demo": ("a small set: the bytes of Python's own sources", "refocused.shards.demo:main"),
     "download": ("shards from a bucket, ready to be read", "refocused.bucket.download:main"),
     "tokenize": ("text files -> shards", "refocused.shards.tokenize:main"),
     "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
     "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
-    "bench": ("tokens/s of the loader", "data:bench"),
+    "bench": ("tokens/s of the loader", "refocused.commands.loading:main"),
 }
 
 

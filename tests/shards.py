@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from refocused.shards.write import write_shard
+from refocused.shards.prepare import write_shard
 
 END_OF_TEXT = 50256
 
@@ -58,12 +58,12 @@ def write_mapped(folder: Path, lengths: list[int], vocab_size: int = 50257, dtyp
     rng = np.random.default_rng(seed)
     for i, length in enumerate(lengths):
         tokens = rng.integers(0, vocab_size, length)
-        write_shard(folder / f"part_{i % 3}/tokenized_cleaned_{i:03d}.npz", np.dtype(dtype), length, [tokens], {})
+        write_shard(folder / f"part_{i % 3}/tokenized_cleaned_{i:03d}.npz", np.dtype(dtype), [tokens], {})
 
 
 def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
     """Mapped uint16 shards of zeros, each a hole of 2 * tokens bytes in its file; the zip around it is complete."""
-    write_shard(folder / "small.npz", np.dtype("<u2"), 1, [[0]], {})
+    write_shard(folder / "small.npz", np.dtype("<u2"), [[0]], {})
     with open(folder / "small.npz", "rb") as file, zipfile.ZipFile(file) as archive:
         entry = archive.infolist()[0]
         file.seek(entry.header_offset)
@@ -79,10 +79,8 @@ def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
         left -= min(left, len(zeros))
     local = local[:14] + struct.pack("<III", crc, size, size) + local[26:]
     name = entry.filename.encode()
-    central = struct.pack(
-        "<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, 0
-    )
-    central += name
+    fields = (20, 3, 20, 0, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, 0)
+    central = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", *fields) + name
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local) + size, 0)
     for i in range(files):
         path = folder / f"part_{i // 100}" / f"tokenized_cleaned_{i:03d}.npz"

@@ -23,7 +23,7 @@ import configs
 from refocused import files, locks
 from refocused.bucket import gcs
 from refocused.entry import here
-from refocused.shards import prepare, shard
+from refocused.shards import notes, prepare, shard
 from refocused.shards.tokenizers import find
 
 STREAMS = 8  # files at once; the client's connection pool holds 10
@@ -152,7 +152,7 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
             with contextlib.suppress(OSError):  # what another call has left there may still be of use
                 os.rmdir(parent)
     print(f"{folder}: {len(shards):,} files ready, {len(todo):,} of them new")
-    if text := shard.shares({key: sum(report.get(key, 0) for report in reports) for key in shard.ROWS}):
+    if text := notes.shares({key: sum(report.get(key, 0) for report in reports) for key in notes.ROWS}):
         print(text)
 
 

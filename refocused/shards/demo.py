@@ -15,13 +15,13 @@ import numpy as np
 
 from configs import Config
 from refocused import files, locks
-from refocused.shards import write
-from refocused.shards.prepare import is_intact
+from refocused.shards.prepare import is_intact, write_shard
 from refocused.shards.shard import DataError, Shard
 from refocused.shards.tokenizers import ENCODINGS
 
 DEMO_SHARDS = 6
 DEMO_HELD_OUT = 0.04  # of the text, in one more shard
+END = np.uint16(ENCODINGS["byte"][0])
 
 
 def demo_documents() -> Iterator[tuple[str, bytes]]:
@@ -62,9 +62,8 @@ def make(folder: Path) -> None:
             return
         there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
         if others := sorted(there - {*made, made_file.name}):
-            raise DataError(
-                f"{folder} is damaged and has {others[0]}, which is not the demo's; move that, or name another folder"
-            )
+            why = f"is damaged and has {others[0]}, which is not the demo's"
+            raise DataError(f"{folder} {why}; move that, or name another folder")
     begin = time.perf_counter()
     documents = sorted(demo_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     ends = np.cumsum([len(text) + 1 for _, text in documents])
@@ -74,12 +73,12 @@ def make(folder: Path) -> None:
         first, made = 0, {}
         for i, cut in enumerate(cuts):
             last = int(np.searchsorted(ends, cut, "right"))
-            chunks = [np.frombuffer(text + b"\0", np.uint8).astype(np.uint16) for _, text in documents[first:last]]
-            for chunk in chunks:
-                chunk[-1] = ENCODINGS["byte"][0]
+            chunks = [
+                np.append(np.frombuffer(text, np.uint8).astype(np.uint16), END) for _, text in documents[first:last]
+            ]
             part = f"text/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
             path = f"{part}/tokenized_cleaned_{part.replace('/', '_')}.npz"
-            write.write_shard(building / path, np.dtype("<u2"), sum(map(len, chunks)), chunks, {"tokenizer": "byte"})
+            write_shard(building / path, np.dtype("<u2"), chunks, {"tokenizer": "byte"})
             made[path] = f"{Shard.open(building, path).crc32:08x}"
             first = last
         files.create(building / made_file.name, json.dumps(made, indent=1).encode())

@@ -14,8 +14,8 @@ from refocused.shards.shard import DataError
 def find_files(folder: str | Path, pattern: str = "*", but: Iterable[str | Path] = ()) -> list[str]:
     """Sorted relative paths, with forward slashes, of the files below a folder whose name matches, but not below `but`.
 
-    A folder that several links lead to is walked once, under its own name if that lies here too. Left out: names that
-    begin with a dot, lost+found, and with a word on stderr what is no regular file and folders of others that may not be read.
+    A folder that several links lead to is walked once, under its own name if that lies here too. Left out: hidden names,
+    lost+found, and with a word on stderr what is no regular file and folders of other users that may not be read.
     Raises DataError for a folder of one's own that cannot be read.
     """
     root = Path(folder)
@@ -55,11 +55,9 @@ def refuse(error: OSError) -> None:
 def local_path(text: str) -> Path:
     """An argument's type: a file or folder on a disk."""
     if text.startswith("gs:/"):
-        way = entry.here("python data.py download")
-        raise argparse.ArgumentTypeError(
-            f"{text} is in a bucket, and this reads from a disk; `{way} gs://BUCKET/PREFIX DEST` brings shards, and "
-            "`gcloud storage cp -r gs://BUCKET/PREFIX DEST` other files"
-        )
+        ways = f"`{entry.here('python data.py download')} gs://BUCKET/PREFIX DEST` brings shards, and `gcloud storage cp -r "
+        ways += "gs://BUCKET/PREFIX DEST` other files"
+        raise argparse.ArgumentTypeError(f"{text} is in a bucket, and this reads from a disk; {ways}")
     return Path(text)
 
 

@@ -8,7 +8,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from refocused.entry import here
 from refocused.shards import shard
+from refocused.shards.notes import LEAST_OVERLAP, PAIRS, ROWS, overlap_of
 from refocused.shards.shard import BLOCK, INTEGERS, DataError, npy_header
 
 MAX_RATIO = 200  # of inflated to deflated size of the token array
@@ -32,7 +32,7 @@ def open_member(file: IO[bytes], member: zipfile.ZipInfo, path: Path) -> Iterato
     try:
         with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
             yield stream
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         raise DataError(f"{path} is damaged or ends early: {member.filename}: {error}") from error
 
 
@@ -54,10 +54,11 @@ class TokenFile:
     The bucket's own format is `input_ids` [rows, width] padded on the right, with `sequence_lengths` [rows] or
     `attention_mask` [rows, width] or both. Its padding is dropped. A row shorter than the width is followed by one
     end-of-text unless it ends with it; an empty row is skipped. What a row of any 2-D array repeats of the row before is
-    dropped: see Rows. Anything else (1-D, .npy, .bin) is a stream as it is. Integers of any width and byte order are
-    narrowed once all are ids. Raises DataError.
+    dropped. Anything else (1-D, .npy, .bin) is a stream as it is. Integers of any width and byte order are narrowed once
+    all are ids. Raises DataError.
 
-    end_of_text: None where no tokenizer is known; then nothing may be padded. overlap: see Rows.
+    end_of_text: None where no tokenizer is known; then nothing may be padded. overlap: how many tokens a row repeats of
+    the row before; None: as found.
     """
 
     def __init__(
@@ -69,8 +70,6 @@ class TokenFile:
         bin_dtype: str | None = None,
         overlap: int | None = None,
     ):
-        if end_of_text is not None and not 0 <= end_of_text < vocab_size:
-            raise DataError(f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}")
         self.file, self.vocab_size, self.end_of_text, self.max_ratio = file, vocab_size, end_of_text, max_ratio
         self.overlap = overlap
         self.out_dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -79,14 +78,10 @@ class TokenFile:
         self.padding: list[str] = []  # the arrays that say what is padding
         try:
             self.size = file.stat().st_size
-            if file.suffix.lower() in FLAT:
-                found = look(file, self.size, vocab_size, bin_dtype)
-                self.shape, self.dtype, self.offset = found.shape, found.dtype, found.offset
-                self.identity = {file.name: f"{found.crc32:08x}"}
-                if (found.dtype.str, found.offset) != ("<u2", 0):
-                    self.identity["read as"] = f"{found.dtype.str} from byte {found.offset}"
-            else:
-                with open(file, "rb") as stream:
+            with open(file, "rb") as stream:
+                if file.suffix.lower() in FLAT:
+                    self._look_at_flat(stream, bin_dtype)
+                else:
                     self._look_at_npz(stream)
         except OSError as error:
             raise DataError(f"cannot read {file}: {error.strerror or error}") from error
@@ -129,17 +124,77 @@ class TokenFile:
             shape, dtype = npy_header(stream, self.file, member.filename, dtypes)
             length = stream.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize
         if length != member.file_size:
-            raise DataError(
-                f"{self.file}: {member.filename} claims {member.file_size} bytes; its shape {shape} and {dtype} make "
-                f"{length}"
-            )
+            claim = f"{member.filename} claims {member.file_size} bytes"
+            raise DataError(f"{self.file}: {claim}; its shape {shape} and {dtype} make {length}")
         return shape, dtype
+
+    def _look_at_flat(self, stream: IO[bytes], bin_dtype: str | None) -> None:
+        """A .bin is uint16 (nanoGPT's), unless bin_dtype, an .idx beside it (Megatron's), a header (llm.c's) or its own
+        content says otherwise."""
+        file, offset, shape = self.file, 0, None
+        index = next((i for i in (file.with_suffix(".idx"), file.with_suffix(".IDX")) if i.is_file()), None)
+        head = stream.read(BLOCK)
+        magic, _, count = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
+        if file.suffix.lower() == ".npy":
+            stream.seek(0)
+            shape, dtype = npy_header(stream, file, "it")
+            offset = stream.tell()
+        elif index and not bin_dtype:
+            dtype, count = megatron_index(index)
+        elif magic in HEADERS and self.size > HEADER:
+            dtype, offset = np.dtype(HEADERS[magic]), HEADER
+        elif self.size % 2 or not self.size:
+            raise DataError(f"{file} has {self.size} bytes; a .bin file is tokens of 2 or 4 bytes and nothing else")
+        else:
+            dtype = np.dtype(bin_dtype).newbyteorder("<") if bin_dtype else self._guess(head)
+            count = self.size // dtype.itemsize
+        self.shape, self.dtype, self.offset = shape or (count,), dtype, offset
+        count = int(np.prod(self.shape))
+        if self.size != offset + count * dtype.itemsize:
+            raise DataError(
+                f"{file} has {self.size} bytes; {count} tokens of {dtype.name} from byte {offset} on make "
+                f"{offset + count * dtype.itemsize}"
+            )
+        crc = 0
+        stream.seek(0)
+        while block := stream.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+        self.identity = {file.name: f"{crc:08x}"}
+        if (dtype.str, offset) != ("<u2", 0):
+            self.identity["read as"] = f"{dtype.str} from byte {offset}"
+
+    def _guess(self, head: bytes) -> np.dtype:
+        """The widest integers that all are ids, if the beginning of a plain .bin shows that they are.
+
+        Of ids of 32 bits, read as 16, every second one is zero; no text in uint16 is like that.
+        """
+        pairs = np.frombuffer(head[: len(head) // 4 * 4], "<u2").reshape(-1, 2)
+        half, zeros, tops = len(pairs), (pairs == 0).sum(0).tolist(), pairs.max(0, initial=0).tolist()
+        fitting = [n for n in (4, 8) if self.size % n == 0 and np.frombuffer(head, f"<u{n}").max() < self.vocab_size]
+        width = max(fitting, default=2)
+        lopsided = abs(zeros[1] - zeros[0]) > half / 2 or 64 * min(tops) < max(tops)
+        if (width == 2 and lopsided and half >= FEW) or (width > 2 and 2 * half - sum(zeros) < FEW):
+            raise DataError(
+                f"{self.file}: of its first {2 * half} 16-bit items {sum(zeros)} are zero, {zeros[1]} of them at odd "
+                f"places, and the largest is {max(tops)}: it is unclear how wide its ids are. Name it with --bin_dtype "
+                f"{'|'.join(BIN_DTYPES)}; vocab_size={self.vocab_size} allows 0 to vocab_size-1"
+            )
+        return np.dtype(f"<u{width}")
 
     def _blocks(self, name: str, multiple: int) -> Iterator[np.ndarray]:
         member = self.members[name]
         with open(self.file, "rb") as file, open_member(file, member, self.file) as stream:
             shape, dtype = npy_header(stream, self.file, name, MASKS)
             yield from read_blocks(stream, dtype, int(np.prod(shape)), self.file, multiple)
+
+    def _items(self) -> Iterator[np.ndarray]:
+        """All items, padding too, in blocks of whole rows."""
+        if self.member is not None:
+            yield from self._blocks(self.member.filename.removesuffix(".npy"), self.width)
+        else:
+            with open(self.file, "rb") as stream:
+                stream.seek(self.offset)
+                yield from read_blocks(stream, self.dtype, int(np.prod(self.shape)), self.file, self.width)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -184,16 +239,6 @@ class TokenFile:
         """No fewer tokens than come out; known without reading them."""
         return self.held + (self.shape[0] if self.padding else 0)
 
-    @cached_property
-    def rows(self) -> "Rows | None":
-        """What is taken of each row of a 2-D array, for which all of it is read once."""
-        return Rows.of(self) if len(self.shape) == 2 else None
-
-    @property
-    def count(self) -> int:
-        """Tokens that come out."""
-        return self.rows.count if self.rows else self.held
-
     @property
     def note(self) -> dict[str, Any]:
         """What a shard made from this is recognised by."""
@@ -203,226 +248,127 @@ class TokenFile:
 
     def read(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
         """All items as they are, padding too, in blocks of whole rows, once the tokens among them are known to be ids."""
-        report |= {"largest_id": 0, "documents": 0}
+        report["largest_id"] = seen = 0
         if "attention_mask" in self.padding:
             self._check_mask()
-        seen = 0
         for block in self._items():
-            tokens = block
+            real: Any = True
             if self.padding:
                 lengths = self.lengths[seen // self.width : (seen + len(block)) // self.width]
-                tokens = block[(np.arange(self.width) < lengths[:, None]).ravel()]
+                real = (np.arange(self.width) < lengths[:, None]).ravel()
+            tokens = block[real] if self.padding else block
             low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
             if low < 0 or high >= self.vocab_size:
-                self._refuse(block, seen)
+                i = int((((block < 0) | (block >= self.vocab_size)) & real).argmax())
+                at = "row {}, column {}".format(*divmod(seen + i, self.width)) if self.padding else f"token {seen + i}"
+                allowed = f"vocab_size={self.vocab_size} allows 0 to vocab_size-1"
+                raise DataError(f"{self.file} has id {block[i]} at {at}; {allowed}")
             report["largest_id"] = max(report["largest_id"], high)
-            report["documents"] += int((tokens == self.end_of_text).sum())
             seen += len(block)
             yield block
 
-    def _items(self) -> Iterator[np.ndarray]:
-        if self.member is not None:
-            yield from self._blocks(self.member.filename.removesuffix(".npy"), self.width)
-        else:
-            with open(self.file, "rb") as stream:
-                stream.seek(self.offset)
-                yield from read_blocks(stream, self.dtype, int(np.prod(self.shape)), self.file, self.width)
-
     def chunks(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
-        """The tokens that come out, in blocks; fills in the report, whose keys are prepare.TOTALS. Raises DataError."""
-        report |= dict.fromkeys(("documents", "padding", "largest_id", "skipped"), 0) | {"tokens": self.count}
-        if not self.rows:
-            yield from self.read(report)
-            return
-        report |= self.rows.report
-        at = 0
-        for block in self._items():
-            count = len(block) // self.width
-            yield self.rows.take(block.reshape(count, self.width), at)
-            at += count
+        """The tokens that come out, in blocks; fills in the report: prepare.TOTALS and, of a 2-D array, ROWS."""
+        report |= dict.fromkeys(("tokens", "documents", "padding", "largest_id", "skipped"), 0)
+        for tokens in self._rows(report) if len(self.shape) == 2 else self.read(report):
+            report["tokens"] += len(tokens)
+            if not self.padding:
+                report["documents"] += int(np.count_nonzero(tokens == self.end_of_text))
+            yield tokens
 
-    def _refuse(self, block: np.ndarray, seen: int) -> None:
-        wrong = (block < 0) | (block >= self.vocab_size)
-        if self.padding:  # where anything may stand
-            lengths = self.lengths[seen // self.width : (seen + len(block)) // self.width]
-            wrong &= (np.arange(self.width) < lengths[:, None]).ravel()
-        i = int(wrong.argmax())
-        place = "row {}, column {}".format(*divmod(seen + i, self.width)) if self.padding else f"token {seen + i}"
-        raise DataError(
-            f"{self.file} has id {block[i]} at {place}; vocab_size={self.vocab_size} allows 0 to vocab_size-1"
-        )
-
-
-@dataclass
-class Rows:
-    """What is taken of each row of a 2-D array.
-
-    Tokenizers cut a long text into windows that overlap: each row begins with the last `overlap` tokens of the row before.
-    That much is dropped where it is equal to the end of the row before. `overlap` is named (0: nothing is dropped), or is
-    what shard.overlap_of finds. A text's last window may lie inside the one before; then all of it is dropped.
-    """
-
-    begins: np.ndarray  # int64 [rows], the first token that is taken
-    ends: np.ndarray  # int64 [rows], behind the last one
-    marked: np.ndarray  # bool [rows], whether an end-of-text follows
-    end_of_text: int | None
-    report: dict[str, int]
-
-    @classmethod
-    def of(cls, file: TokenFile) -> "Rows":
-        lengths, width = file.lengths, file.width
-        report: dict[str, int] = {}
-        overlap = file.overlap
-        if overlap is None:
-            overlap = shard.overlap_of(cls._pairs(file))
-        begins, ended = np.zeros_like(lengths), np.zeros(len(lengths), bool)
-        before, at = np.zeros((0, width), file.dtype), 0
-        for block in file.read(report):
-            rows = np.concatenate((before, block.reshape(-1, width)))  # with the last row of the block before
-            first = at - len(before)
-            long = lengths[first : first + len(rows)]
-            if file.end_of_text is not None:
-                ended[first : first + len(rows)] = (long > 0) & (
-                    rows[np.arange(len(rows)), np.maximum(long, 1) - 1] == file.end_of_text
-                )
+    def _rows(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
+        """Of each row what the one before does not end with, and an end-of-text behind a row that ends a document."""
+        width, overlap = self.width, self._find_overlap() if self.overlap is None else self.overlap
+        inner = bool(overlap) and self._has_inner_windows(width - overlap)
+        report |= dict.fromkeys(ROWS, 0)
+        column, before, at = np.arange(width + 1), np.zeros((0, width), self.dtype), 0
+        for block in self.read(report):
+            rows = block.reshape(-1, width)
+            lengths = self.lengths[at : at + len(rows)]
+            begins, follows_short = np.zeros_like(lengths), np.concatenate(([False], lengths[:-1] < width))
+            if len(before):
+                follows_short[0] = self.lengths[at - 1] < width
             if overlap:
-                begins[first + 1 : first + len(rows)] = repeated(rows, long, width - overlap)
-            before, at = rows[-1:], first + len(rows)
-        empty = begins == lengths
-        # of a window that lies in a shorter one, the end is marked there
-        inside = empty & np.concatenate(([False], lengths[:-1] < width))
-        marked = (0 < lengths) & (lengths < width) & ~ended & ~inside
-        if not file.padding:
-            marked[:] = False
-        filled, repeats = int(np.count_nonzero(lengths)), int(np.count_nonzero(begins))
-        if file.padding:
-            report |= {"documents": filled - repeats}
-            report["largest_id"] = max(report["largest_id"], (file.end_of_text or 0) * bool(marked.any()))
-        report |= {
-            "skipped": len(lengths) - filled, "padding": int(np.prod(file.shape) - lengths.sum()),
-            "rows": filled, "ended": int(ended.sum()), "repeats": repeats, "repeated": int(begins.sum()),
-        }  # fmt: skip
-        return cls(begins, lengths, marked, file.end_of_text, report)
+                counted = self.lengths[at - len(before) : at + len(rows)]
+                begins[1 - len(before) :] = repeated(np.concatenate((before, rows)), counted, width - overlap, inner)
+            ended = (lengths > 0) & (rows[np.arange(len(rows)), lengths - 1] == self.end_of_text)
+            # a window that lies inside a shorter one adds nothing: the end is marked behind that one
+            marked = (0 < lengths) & (lengths < width) & ~ended & ~((begins == lengths) & follows_short)
+            filled, repeats = int(np.count_nonzero(lengths)), int(np.count_nonzero(begins))
+            found = {
+                "skipped": len(rows) - filled, "padding": block.size - int(lengths.sum()), "rows": filled,
+                "ended": int(ended.sum()), "repeats": repeats, "repeated": int(begins.sum()),
+            }  # fmt: skip
+            for key, count in found.items():
+                report[key] += count
+            if not overlap and not self.padding:
+                yield block
+            else:
+                wide = np.empty((len(rows), width + 1), self.out_dtype)  # with a column for an end-of-text
+                wide[:, :width] = rows  # what wraps is padding
+                if marked.any():
+                    wide[marked, lengths[marked]] = self.end_of_text
+                    report["largest_id"] = max(report["largest_id"], self.end_of_text)
+                yield wide[(begins[:, None] <= column) & (column < (lengths + marked)[:, None])]
+            report["documents"] += (filled - repeats) * bool(self.padding)
+            before, at = rows[-1:], at + len(rows)
 
-    @staticmethod
-    def _pairs(file: TokenFile) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Full rows and what follows each, without its padding."""
-        full = (file.lengths[:-1] == file.width) & (file.lengths[1:] > 0)
-        if not (full & (file.lengths[1:] >= shard.LEAST_OVERLAP)).any():
-            return  # nothing has to be read
-        at = 0
-        for block in file._items():
-            rows = block.reshape(-1, file.width)
-            for i in np.flatnonzero(full[at : at + len(rows) - 1]):
-                yield rows[i], rows[i + 1, : file.lengths[at + i + 1]]
+    def _find_overlap(self) -> int:
+        full, after = self.lengths[:-1] == self.width, self.lengths[1:]
+        # where no row can show an overlap, nothing has to be read
+        return overlap_of(self._pairs(full & (after > 0))) if (full & (after >= LEAST_OVERLAP)).any() else 0
+
+    def _has_inner_windows(self, step: int) -> bool:
+        """Whether a text's windows go on to its end, so that the last ones lie inside the one before."""
+        short = (self.lengths[:-1] > step) & (self.lengths[:-1] < self.width)
+        inside = [np.array_equal(before[step:], after) for before, after in self._pairs(short)] if short.any() else []
+        return 2 * sum(inside) > len(inside)
+
+    def _pairs(self, which: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The first PAIRS of these rows, each with the row behind it, without their padding."""
+        wanted, at = np.flatnonzero(which)[:PAIRS], 0
+        for block in self._items():
+            rows = block.reshape(-1, self.width)
+            for i in wanted[(wanted >= at) & (wanted < at + len(rows) - 1)] - at:
+                yield rows[i, : self.lengths[at + i]], rows[i + 1, : self.lengths[at + i + 1]]
             at += len(rows)
-
-    @property
-    def count(self) -> int:
-        return int((self.ends - self.begins + self.marked).sum())
-
-    def take(self, rows: np.ndarray, at: int) -> np.ndarray:
-        """The tokens of these rows, of which the first is row `at`."""
-        part, width = slice(at, at + len(rows)), rows.shape[1]
-        begins, ends, marked = self.begins[part, None], self.ends[part, None], self.marked[part]
-        # wide enough for the marker; the last column is where a full row's would go. What wraps is no token
-        wide = np.empty((len(rows), width + 1), np.int32 if rows.dtype == np.int32 else np.int64)
-        wide[:, :width] = rows
-        if self.end_of_text is not None:
-            wide[np.arange(len(rows)), ends[:, 0]] = self.end_of_text
-        column = np.arange(width + 1)
-        return wide[(begins <= column) & (column < ends + marked[:, None])]
+            if at > wanted[-1]:
+                return
 
 
-def repeated(rows: np.ndarray, lengths: np.ndarray, step: int) -> np.ndarray:
+def repeated(rows: np.ndarray, lengths: np.ndarray, step: int, inner: bool) -> np.ndarray:
     """Of each row but the first, how many tokens it begins with that end the row before, windows being `step` apart."""
     before, after = rows[:-1], rows[1:]
     counts = lengths[:-1] - step  # that would be repeated
-    full = lengths[:-1] == rows.shape[1]
     # a window of full length is followed by one at least as long as what they share; any other by the rest of itself
-    may = (counts > 0) & np.where(full, lengths[1:] >= counts, lengths[1:] == counts)
+    long_enough = np.where(lengths[:-1] == rows.shape[1], lengths[1:] >= counts, inner & (lengths[1:] == counts))
     column = np.arange(rows.shape[1] - step)
     same = ((before[:, step:] == after[:, : rows.shape[1] - step]) | (column >= counts[:, None])).all(1)
-    return np.where(may & same, counts, 0)
+    return np.where((counts > 0) & long_enough & same, counts, 0)
 
 
 def zip_identity(members: dict[str, zipfile.ZipInfo]) -> dict[str, str]:
     return {name: f"{member.CRC:08x}" for name, member in sorted(members.items())}
 
 
-# ---- .npy and .bin: which integers they hold, where the tokens begin, and whether that can be told
+# ---- .bin
 
 BIN_DTYPES = ("uint16", "uint32", "int32", "int64")
 HEADER = 1024  # bytes: 256 int32, of which magic, version, number of tokens
 HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's and modded-nanogpt's magic numbers: GPT-2, Llama 3
-MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 FEW = 32  # tokens; fewer do not show what they are
-
-
-@dataclass
-class Flat:
-    """How a file is read: its shape and dtype, from which byte on, and the CRC-32 of all of it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    crc32: int
-
-
-def look(file: Path, size: int, vocab_size: int, bin_dtype: str | None) -> Flat:
-    """Reads a .npy or .bin file once. Raises DataError where it is unclear what it holds, and OSError.
-
-    A .bin is uint16 (nanoGPT's), unless bin_dtype, an .idx beside it (Megatron's), a header (llm.c's) or its own content
-    says otherwise: of ids of 32 bits, read as 16, every second one is zero.
-    """
-    with open(file, "rb") as stream:
-        if file.suffix.lower() == ".npy":
-            shape, dtype = npy_header(stream, file, "it", INTEGERS)
-            return exactly(file, size, stream.tell(), dtype, int(np.prod(shape)), crc_of(stream), shape)
-        index = next((i for i in (file.with_suffix(".idx"), file.with_suffix(".IDX")) if i.is_file()), None)
-        if index and not bin_dtype:
-            dtype, count = megatron_index(index)
-            return exactly(file, size, 0, dtype, count, crc_of(stream))
-        magic, _, count = struct.unpack("<3i", stream.read(12).ljust(12, b"\0"))
-        if magic in HEADERS and size > HEADER:
-            return exactly(file, size, HEADER, np.dtype(HEADERS[magic]), count, crc_of(stream))
-        if size % 2 or not size:
-            raise DataError(f"{file} has {size} bytes; a .bin file is tokens of 2 or 4 bytes and nothing else")
-        if bin_dtype:
-            dtype = np.dtype(bin_dtype).newbyteorder("<")
-            return exactly(file, size, 0, dtype, size // dtype.itemsize, crc_of(stream))
-        dtype, crc = guess(stream, file, size, vocab_size)
-        return Flat((size // dtype.itemsize,), dtype, 0, crc)
-
-
-def exactly(
-    file: Path, size: int, offset: int, dtype: np.dtype, count: int, crc: int, shape: tuple[int, ...] | None = None
-) -> Flat:
-    if size != offset + count * dtype.itemsize:
-        raise DataError(
-            f"{file} has {size} bytes; {count} tokens of {dtype.name} from byte {offset} on are {size - offset}"
-        )
-    return Flat(shape or (count,), dtype, offset, crc)
-
-
-def crc_of(stream: IO[bytes]) -> int:
-    crc = 0
-    stream.seek(0)
-    while block := stream.read(BLOCK):
-        crc = zlib.crc32(block, crc)
-    return crc
 
 
 def megatron_index(file: Path) -> tuple[np.dtype, int]:
     """(dtype, number of tokens) by the index of a .bin, whose sequences have to lie one behind the other."""
     content = file.read_bytes()
-    if not content.startswith(MEGATRON) or len(content) < 34:
+    if not content.startswith(b"MMIDIDX\0\0") or len(content) < 34:
         raise DataError(f"{file} is no Megatron index (MMIDIDX), so it is unclear what the .bin beside it holds")
     version, code, sequences, documents = struct.unpack("<QBQQ", content[9:34])
     if version != 1 or code not in MEGATRON_DTYPES or len(content) < 34 + 12 * sequences + 8 * documents:
         raise DataError(
-            f"{file} is of version {version}, with dtype {code} and {len(content)} bytes; it cannot be read"
+            f"{file} is of version {version}, with dtype {code} and {len(content)} bytes: it is not readable"
         )
     dtype = np.dtype(MEGATRON_DTYPES[code])
     lengths = np.frombuffer(content, "<i4", sequences, 34).astype(np.int64)
@@ -430,29 +376,3 @@ def megatron_index(file: Path) -> tuple[np.dtype, int]:
     if (begins != (np.cumsum(lengths) - lengths) * dtype.itemsize).any():
         raise DataError(f"{file}: its sequences do not lie one behind the other; only such files can be read")
     return dtype, int(lengths.sum())
-
-
-def guess(stream: IO[bytes], file: Path, size: int, vocab_size: int) -> tuple[np.dtype, int]:
-    """(dtype, CRC-32) of a plain .bin: the widest integers that all are ids, if the content shows that they are."""
-    widths = [width for width in (2, 4, 8) if size % width == 0]
-    largest, zeros, tops, crc = dict.fromkeys(widths, 0), [0, 0], [0, 0], 0
-    stream.seek(0)
-    while block := stream.read(BLOCK):
-        crc = zlib.crc32(block, crc)
-        for width in widths:
-            largest[width] = max(largest[width], int(np.frombuffer(block, f"<u{width}").max()))
-        pairs = np.frombuffer(block, "<u2")
-        for i in (0, 1):
-            zeros[i] += int(np.count_nonzero(pairs[i::2] == 0))
-            tops[i] = max(tops[i], int(pairs[i::2].max(initial=0)))
-    width = max((width for width in widths if largest[width] < vocab_size), default=2)
-    half = size // 4
-    # as no text in uint16 is: the even places are much larger, or much seldomer zero, than the odd ones
-    lopsided = abs(zeros[1] - zeros[0]) > half / 2 or 64 * min(tops) < max(tops)
-    if (width == 2 and lopsided and half >= FEW) or (width > 2 and 2 * half - sum(zeros) < FEW):
-        raise DataError(
-            f"{file}: of its 16-bit items {sum(zeros)} of {2 * half} are zero, {zeros[1]} of them at odd places, and the "
-            f"largest is {largest[2]}: it is unclear how wide its ids are. Name it with --bin_dtype "
-            f"{'|'.join(BIN_DTYPES)}; vocab_size={vocab_size} allows 0 to vocab_size-1"
-        )
-    return np.dtype(f"<u{width}"), crc

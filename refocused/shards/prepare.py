@@ -3,34 +3,92 @@
 import argparse
 import contextlib
 import fnmatch
+import io
 import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 from tqdm import tqdm
 
 import configs
 from configs import Config
 from refocused import entry, files, locks
 from refocused.entry import here
-from refocused.shards import shard, write
+from refocused.shards import shard
 from refocused.shards.find import find_files, find_sources, local_path
 from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, MAX_RATIO, RULE, TokenFile, zip_identity
-from refocused.shards.shard import DataError, Shard, WriteError
+from refocused.shards.notes import shares
+from refocused.shards.shard import BLOCK, DataError, Shard, WriteError
 from refocused.shards.tokenizers import HELP, find
 
+ALIGNMENT = 64  # of the first token in a file that is written here
+IN_MEMORY = 1 << 27  # bytes of tokens; a larger shard waits in a temporary file for its number of tokens
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
+
+
+# ---- writing a shard
+
+
+def write_shard(path: Path, dtype: np.dtype, chunks: Iterable[np.ndarray], note: dict[str, Any]) -> None:
+    """Writes tokens as a stored and aligned `input_ids`; the same bytes for the same tokens.
+
+    The note becomes the zip's comment (JSON); it is read after the last chunk, so the chunks' producer may fill it in.
+    Atomic: whoever finds the name finds the whole file, also after a crash. Raises WriteError, leaving nothing behind.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        with (
+            tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(path.parent)) as tokens,
+            zipfile.ZipFile(file, "w") as archive,
+        ):
+            for chunk in chunks:
+                tokens.write(np.ascontiguousarray(chunk, dtype).data)
+            size = tokens.tell()
+            shape = {"descr": dtype.str, "fortran_order": False, "shape": (size // dtype.itemsize,)}
+            header = io.BytesIO()  # numpy pads it to a multiple of 64 bytes
+            np.lib.format.write_array_header_1_0(header, shape)
+            entry = zipfile.ZipInfo("input_ids.npy", (1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            large = size >= 1 << 31
+            pad = -(30 + len(entry.filename) + (20 if large else 0) + 4) % ALIGNMENT
+            entry.extra = b"\x35\xd9" + pad.to_bytes(2, "little") + bytes(pad)  # the field that zipalign uses
+            with archive.open(entry, "w", force_zip64=large) as member:
+                member.write(header.getvalue())
+                tokens.seek(0)
+                shutil.copyfileobj(tokens, member, BLOCK)
+            archive.comment = json.dumps(note, sort_keys=True).encode()
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, write)
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {files.why(error)}; nothing is left of it") from error
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The note of a shard that write_shard made, {} for any other file and for none."""
+    try:
+        if not path.is_file():  # a FIFO would wait for a writer
+            return {}
+        with open(path, "rb") as file:
+            return shard.zip_note(file)
+    except OSError:
+        return {}
 
 
 def is_intact(folder: Path, path: str) -> bool:
@@ -44,18 +102,18 @@ def is_intact(folder: Path, path: str) -> bool:
         return False
 
 
-def prepare(
-    source: Path, target: Path, vocab_size: int, end_of_text: int | None, workers: int = 0, **options
-) -> Counter:
+# ---- foreign shards
+
+
+def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None, workers=0, **options) -> Counter:
     """Converts .npz, .npy and .bin files, source or all below it, to mapped shards of the same relative name in target.
 
     What is there already, from the same source and intact, is kept. A bad file does not stop the others; the DataError
-    at the end names all of them. options: convert's. Returns totals of TOTALS and shard.ROWS.
+    at the end names all of them. options: convert's. Returns totals of TOTALS and notes.ROWS.
     """
     if end_of_text is not None and not 0 <= end_of_text < vocab_size:
-        raise DataError(
-            f"end_of_text={end_of_text} is no id below vocab_size={vocab_size}; name one with --end_of_text"
-        )
+        rule = f"is no id below vocab_size={vocab_size}; name one with --end_of_text"
+        raise DataError(f"end_of_text={end_of_text} {rule}")
     named = source
     source, everything = find_sources(source, but=(target,))
     paths = [path for path in everything if path.lower().endswith(KINDS)]
@@ -68,41 +126,39 @@ def prepare(
         if (twin := made.setdefault(mapped_name(path), path)) != path:
             raise DataError(f"{path} and {twin} would become one shard; rename one of them")
     with locks.filling(target):
-        return convert_all(source, target, paths, vocab_size, end_of_text, workers, **options)
+        return convert_all(source, target, paths, workers, vocab_size=vocab_size, end_of_text=end_of_text, **options)
 
 
 WAYS = {  # what others keep text in, and one line that turns it into what is read
-    ".parquet": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"",
-    ".csv": "python -c \"import pandas; pandas.read_csv('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"",
-    ".tar": "tar xf {0}", ".tar.gz": "tar xf {0}", ".tgz": "tar xf {0}", ".zip": "unzip {0}",
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz"), "tar xf {0}"), ".zip": "unzip {0}",
+    **{f".{kind}": f"python -c \"import pandas; pandas.read_{kind}('{{0}}').to_json('{{0}}.jsonl', orient='records', "
+       "lines=True)\"" for kind in ("parquet", "csv")},
 }  # fmt: skip
 
 
 def others(paths: list[str]) -> str:
     """What lies there instead, and what reads it, behind a message that something is missing."""
     for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl"), "tokenize")):
-        if fitting := [path for path in paths if path.lower().endswith(kinds)]:
+        if found := [path for path in paths if path.lower().endswith(kinds)]:
             way = here(f"python data.py {command} SRC DST")
-            return f"; `{way}` makes shards of its {len(fitting)} such as {fitting[0]}"
+            return f"; `{way}` makes shards of its {len(found)} such as {found[0]}"
     for suffix, way in WAYS.items():
-        if fitting := [path for path in paths if path.lower().endswith(suffix)]:
-            return f"; `{here(way.format(fitting[0]))}` makes text of {fitting[0]}"
+        if found := [path for path in paths if path.lower().endswith(suffix)]:
+            return f"; `{here(way.format(found[0]))}` makes text of {found[0]}"
     return f", but {len(paths)} others such as {paths[0]}" if paths else ""
 
 
 def absent(source: Path, kinds: str, paths: list[str]) -> str:
     """The message that a file, or a folder in which these were found, is nothing that a command reads."""
+    way = others(paths)
     if source.is_file():
-        return f"{source} is no {kinds}{others(paths) if others(paths)[:1] == ';' else ''}"
-    return f"{source} and its subfolders have no {kinds}{others(paths)}"
+        return f"{source} is no {kinds}{way if way.startswith(';') else ''}"
+    return f"{source} and its subfolders have no {kinds}{way}"
 
 
-def convert_all(
-    source: Path, target: Path, paths: list[str], vocab_size: int, end_of_text: int | None, workers: int = 0, **options
-) -> Counter:
-    """prepare for these paths, the target being locked."""
+def convert_all(source: Path, target: Path, paths: list[str], workers: int, **settings) -> Counter:
+    """convert for these paths, the target being locked."""
     files.remove_stale(target)
-    settings = {"vocab_size": vocab_size, "end_of_text": end_of_text, **options}
     jobs = [(source / path, target, path, settings) for path in paths]
     return run_jobs(convert, jobs, workers, f"preparing {target}")
 
@@ -110,19 +166,18 @@ def convert_all(
 def convert(file: Path, target: Path, path: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Makes target/path from file, which it may be itself; returns the report, with kept=1 if it is there.
 
-    settings: TokenFile's arguments; and maker, (identity, name) of the tokenizer for the shard to note, else what the file
-    notes.
+    settings: TokenFile's arguments; and maker, (identity, name) of the tokenizer that the shard notes, else the file's.
     """
-    maker = settings.get("maker") or shard.made_with(write.read_note(file))
-    source = TokenFile(file, **{key: value for key, value in settings.items() if key != "maker"})
-    path = mapped_name(path)
-    old = write.read_note(target / path)
-    settled = {**source.note, **({"tokenizer": maker[0], "tokenizer_name": maker[1]} if maker else {})}
-    if settled.items() <= old.items() and is_intact(target, path):
+    settings = dict(settings)
+    maker = settings.pop("maker", None) or shard.made_with(read_note(file))
+    source, path = TokenFile(file, **settings), mapped_name(path)
+    old, note = read_note(target / path), source.note
+    if maker:
+        note |= {"tokenizer": maker[0], "tokenizer_name": maker[1]}
+    if note.items() <= old.items() and is_intact(target, path):
         return {**old["report"], "kept": 1}
     report: dict[str, Any] = {}
-    note = {**settled, "report": report}
-    write.write_shard(target / path, source.out_dtype, source.count, source.chunks(report), note)
+    write_shard(target / path, source.out_dtype, source.chunks(report), {**note, "report": report})
     return report
 
 
@@ -133,7 +188,7 @@ def mapped_name(path: str) -> str:
 def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: int, what: str) -> Counter:
     """work(*job) for each job in several processes, with a bar; the summed reports, or a DataError of all errors."""
     totals = Counter(dict.fromkeys(TOTALS, 0))
-    begin, errors = time.perf_counter(), []
+    errors = []
     with process_pool(workers, len(jobs)) as pool, tqdm(total=len(jobs), desc=what, unit="file") as bar:
         for future in as_completed([pool.submit(work, *job) for job in jobs]):
             try:
@@ -145,7 +200,6 @@ def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: in
                 errors.append(str(error))
             else:
                 add(totals, report)
-            bar.set_postfix_str(f"{totals['tokens'] / (time.perf_counter() - begin) / 1e6:.1f}M tok/s", refresh=False)
             bar.update()
     if errors:
         raise DataError("\n".join([f"{what}: {len(errors)} of {len(jobs)} files failed", *sorted(errors)]))
@@ -176,12 +230,7 @@ def die_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int | None) -> None:
@@ -195,18 +244,16 @@ def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_
         origins = (TokenFile(source / path, vocab_size, end_of_text) for path in todo)
         needed = sum(origin.most * origin.out_dtype.itemsize for origin in origins)
         if lack := files.too_small(cache, needed):
-            raise WriteError(
-                f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB, {lack}; point cache_dir at a larger "
-                "disk or lower max_files"
-            )
+            what = f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB"
+            raise WriteError(f"{what}, {lack}; point cache_dir at a larger disk or lower max_files")
         print(f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True)
-        if text := shard.shares(convert_all(source, cache, todo, vocab_size, end_of_text)):
+        if text := shares(convert_all(source, cache, todo, 0, vocab_size=vocab_size, end_of_text=end_of_text)):
             print(text, file=sys.stderr, flush=True)
 
 
 def is_unpacked(source: Path, target: Path) -> bool:
     """Whether target was made from this source as it is now, by today's rule; by the zip directories alone."""
-    note = write.read_note(target)
+    note = read_note(target)
     if note.get("rule") != RULE:
         return False
     with open(source, "rb") as file:
@@ -223,7 +270,7 @@ def announce(totals: Counter, folder: Path, tokenizer: str, vocab_size: int | No
         f"padding dropped, {totals['documents']:,} documents, {totals['skipped']:,} empty or bad ones skipped, largest "
         f"id {totals['largest_id']}, {seconds:.1f} s"
     )
-    if text := shard.shares(totals):
+    if text := shares(totals):
         print(text)
     print(f"train on it: {training_command(folder, tokenizer, vocab_size)}")
 
@@ -239,8 +286,7 @@ def training_command(folder: Path, tokenizer: str, vocab_size: int | None) -> st
         keys["vocab_size"] = vocab_size or find(tokenizer).size
     if any(not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_files(folder, "*.npz")):
         keys["tokenized_file_pattern"] = "*.npz"
-    settings = shlex.join(f"{key}={value}" for key, value in keys.items())
-    return here(f"python train.py configs/demo.py {settings}")
+    return here(f"python train.py configs/demo.py {shlex.join(f'{key}={value}' for key, value in keys.items())}")
 
 
 def imported_model(tokenizer: str) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from typing import IO, Any
 from refocused.entry import here
 from refocused.shards.shard import DataError
 
-RULE = 2  # by which files become texts: an interrupted run by an older one is not gone on with
+RULE = 3  # by which files become texts: an interrupted run by an older one is not gone on with
 PIECE = 1 << 20  # bytes of a .txt that are handled at once
 GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
+FIELD = "with field {}"  # what a field's lines are counted by
 END_OF_TEXT = "<|endoftext|>"  # as GPT-2's own datasets spell it
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "backports.zstd"}  # {suffix: module}
 LINES = (".jsonl", ".ndjson", ".json")
@@ -33,7 +34,7 @@ class BadRecord(ValueError):
 @dataclass
 class Piece:
     text: str
-    end: int  # where the next piece begins: a byte of the (inflated) file, of a JSON array a letter
+    end: int  # where the next piece begins: a byte of the (inflated) file; of a JSON array letters of text
     line: int  # lines read by then; in a .txt 1 where that is inside a document, else 0
     complete: bool = True  # whether a document ends here
     counts: dict[str, int] = field(default_factory=dict)  # what was met here, for words at the end
@@ -117,21 +118,16 @@ def documents(path: Path, rules: Rules, start: int = 0, line: int = 0) -> Iterat
                     yield Piece("", start, line, False)
 
 
-def array_elements(stream: IO[bytes], path: Path, rules: Rules, at: int, element: int) -> Iterator[Piece]:
-    """The elements of a .json that is one array; all of it is in memory. at: letters that were read before."""
+def array_elements(stream: IO[bytes], path: Path, rules: Rules, at: int, begin: int) -> Iterator[Piece]:
+    """The elements of a .json that is one array, all of which is in memory; the first `begin` were read before."""
     try:
-        content = stream.read().decode("utf-8-sig")
-        at = at or content.index("[") + 1
-        between = re.compile(r"[^\s,]|$")  # what stands between elements is passed over
-        while (found := between.search(content, at)) and found.group() not in ("]", ""):
-            element += 1
-            record, at = json.JSONDecoder(parse_int=float).raw_decode(content, found.start())
-            yield document(record, rules, f"{path} element {element}", at, element)
-        at = found.start() if found else at
-        if content[at:].strip() != "]":
-            raise DataError(f"{path} is not one whole array: look behind its element {element}")
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path} element {element}: {error}") from error
+        records = parsed(stream.read())
+    except (BadRecord, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not one whole array: {error}") from error
+    for element, record in enumerate(records[begin:], begin + 1):
+        piece = document(record, rules, f"{path} element {element}", 0, element)
+        at = piece.end = at + len(piece.text) + 1
+        yield piece
 
 
 def document(record: Any, rules: Rules, place: str, end: int, line: int) -> Piece:
@@ -146,12 +142,7 @@ def document(record: Any, rules: Rules, place: str, end: int, line: int) -> Piec
             raise DataError(f"{place}: {what}; --on_error skip passes such lines over") from error
         text, counts = "", {"records": 1}
         complain(rules, f"{place}: {what}")
-    if not text:
-        counts["skipped"] = 1
-    elif text.isspace():
-        counts["blank"] = 1
-    if marks := text.count(END_OF_TEXT):
-        counts["marks"] = marks
+    counts |= {"skipped": int(not text), "blank": int(text.isspace()), "marks": text.count(END_OF_TEXT)}
     return Piece(text, end, line, bool(text), counts)
 
 
@@ -170,17 +161,12 @@ def record_text(record: Any, fields: list[str]) -> tuple[str, str, dict[str, int
     there = [name for name in fields if name in record]
     if not there:
         raise BadRecord(f"no field {', '.join(fields)} (--fields) but {', '.join(record)}")
-    counts = {"records": 1, **dict.fromkeys(map(met, there), 1)}
+    counts = {"records": 1, **dict.fromkeys(map(FIELD.format, there), 1)}
     texts = [record[name] for name in there if isinstance(record[name], str)]
     if not texts:
         kinds = ", ".join(f"{name} is {json.dumps(record[name])[:20]}" for name in there)
         return "", f"no text, {kinds}", counts
     return whole("\n\n".join(text for text in texts if text and text.strip() not in GONE)), "", counts
-
-
-def met(name: str) -> str:
-    """What a field's lines are counted by."""
-    return f"with field {name}"
 
 
 def whole(text: str) -> str:
@@ -213,13 +199,12 @@ def text_pieces(stream: IO[bytes], path: Path, rules: Rules, start: int, inside:
             buffer, more = buffer + block, bool(block)
         last = len(buffer) <= PIECE
         found = buffer.find(split, 0, PIECE + len(split)) if split else -1
+        taken = len(buffer) if last else cut(buffer[:PIECE])
+        content = buffer[:taken]
         if found >= 0:
             content, taken = buffer[:found].rstrip(b"\r\n"), found + len(split)
             margin = buffer[taken : taken + (1 << 16)]
             taken += len(margin) - len(margin.lstrip(b"\r\n"))
-        else:
-            taken = len(buffer) if last else cut(buffer[:PIECE])
-            content = buffer[:taken]
         try:
             text, counts = content.decode(), {}
         except UnicodeDecodeError as error:
@@ -228,10 +213,7 @@ def text_pieces(stream: IO[bytes], path: Path, rules: Rules, start: int, inside:
                 raise DataError(f"{what}; --on_error skip puts U+FFFD there") from error
             text, counts = content.decode(errors="replace"), {"skipped": 1}
             complain(rules, what)
-        if marks := content.count(mark):
-            counts["marks"] = marks
-        if found >= 0:
-            counts["splits"] = 1
+        counts |= {"marks": content.count(mark), "splits": int(found >= 0)}
         buffer, start = buffer[taken:], start + taken
         there, ends = bool(inside or text), found >= 0 or last
         inside = int(there and not ends)

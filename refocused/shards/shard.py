@@ -2,7 +2,6 @@
 
 import errno
 import io
-import itertools
 import json
 import mmap
 import os
@@ -11,8 +10,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -27,8 +25,6 @@ PADDING_ARRAYS = ("attention_mask", "sequence_lengths")
 DTYPES = ("<u2", "<u4", "<i4")  # that are mapped
 INTEGERS = ("|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", ">i2", ">u2", ">i4", ">u4", ">i8", ">u8")
 MAX_MEMBERS = 16
-ROWS = ("rows", "ended", "repeats", "repeated")  # in the report of a shard that was made of rows: see formats.Rows
-LEAST_OVERLAP = 32  # tokens in which two rows have to agree; fewer do so by chance
 PREPARE = "python data.py prepare SRC DST"  # what makes shards of other files
 BLOCK = 1 << 22  # bytes handled at once
 MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network's disk may say once and not again
@@ -48,9 +44,6 @@ class PackedShard(DataError):
 
 class WriteError(DataError):
     """The disk did not take what was written; more of the same will not help."""
-
-
-# ---- reading
 
 
 def zip_members(file: IO[bytes], path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -89,10 +82,8 @@ def token_member(members: dict[str, zipfile.ZipInfo], path: Path) -> zipfile.Zip
     found = [members[name] for name in (TOKEN_ARRAYS if {*members} != {"arr_0"} else members) if name in members]
     if len(found) != 1:
         names = ", ".join(sorted(members)) or "nothing"
-        raise DataError(
-            f"{path} holds {names}; a shard holds exactly one of {' and '.join(TOKEN_ARRAYS)}; save it as "
-            "np.savez(file, input_ids=tokens)"
-        )
+        rule = f"a shard holds exactly one of {' and '.join(TOKEN_ARRAYS)}"
+        raise DataError(f"{path} holds {names}; {rule}; save it as np.savez(file, input_ids=tokens)")
     return found[0]
 
 
@@ -121,33 +112,6 @@ def npy_header(
         )
     stream.seek(begin + head.tell())
     return shape, dtype
-
-
-def overlap_of(pairs: Iterable[tuple[np.ndarray, np.ndarray]], most: int = 64) -> int:
-    """How many tokens each row repeats of the row before, by the first pairs of a full row and the next one; else 0.
-
-    A pair shows an overlap where exactly one end of the first row, of LEAST_OVERLAP tokens or more, begins the second: in a
-    text that repeats itself several do, and it shows none. Of all pairs more than half have to show the same one.
-    """
-    shown: Counter[int] = Counter()
-    count = 0
-    for before, after in itertools.islice(pairs, most):
-        count += 1
-        starts = np.flatnonzero(before[1 : max(1, len(before) - LEAST_OVERLAP + 1)] == after[0]) + 1
-        lengths = [n for n in (len(before) - starts).tolist() if n <= len(after) and (before[-n:] == after[:n]).all()]
-        shown.update(lengths if len(lengths) == 1 else ())
-    [(overlap, votes)] = shown.most_common(1) or [(0, 0)]
-    return overlap if 2 * votes > count else 0
-
-
-def shares(totals: Mapping[str, int]) -> str:
-    """What was found in the rows of 2-D arrays (formats.Rows), "" where there were none."""
-    if not (rows := totals.get("rows", 0)):
-        return ""
-    return (
-        f"of {rows:,} rows {totals['ended'] / rows:.1%} ended with end-of-text, and {totals['repeats'] / rows:.1%} began "
-        f"with the end of the row before: {totals['repeated']:,} repeated tokens dropped"
-    )
 
 
 def persistently(call: Callable[..., T], *args: Any) -> T:
@@ -185,10 +149,6 @@ class Unmapped:
 
     def __len__(self) -> int:
         return self.count
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
 
     def __getitem__(self, wanted: slice) -> np.ndarray:
         start, stop, _ = wanted.indices(self.count)
@@ -246,9 +206,8 @@ class Shard:
             mapped.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 KiB for every window of 2
         except OSError as error:
             if error.errno in files.NO_MAP:
-                files.lack(
-                    file.parent, f"cannot map files ({files.why(error)}): shards are read instead, which takes longer"
-                )
+                slow = "shards are read instead, which takes longer"
+                files.lack(file.parent, f"cannot map files ({files.why(error)}): {slow}")
                 return Unmapped(file, dtype, count, offset)
             limits = "; `ulimit -n`, `ulimit -v` and the kernel's vm.max_map_count bound how many shards are open"
             raise DataError(f"cannot map {file}: {error.strerror}{limits}") from error
@@ -271,17 +230,15 @@ class Shard:
         local = stream.read(30)  # the directory's own name and extra lengths may differ from the local ones
         if len(local) < 30 or local[:4] != b"PK\3\4":
             raise DataError(f"{file} is damaged: no local header for {member.filename}")
-        name_length, extra_length = struct.unpack("<HH", local[26:30])
-        begin = member.header_offset + 30 + name_length + extra_length
+        begin = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
         stream.seek(begin)
         shape, dtype = npy_header(stream, file, member.filename)
         offset = stream.tell()
         length = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if offset - begin + length != member.file_size or offset + length > size:
-            raise DataError(
-                f"{file} is damaged or ends early: {member.filename} of shape {shape} and {dtype} needs {length} bytes "
-                f"at {offset}, the member has {member.file_size} bytes and the file {size}"
-            )
+            need = f"{member.filename} of shape {shape} and {dtype} needs {length} bytes at {offset}"
+            have = f"the member has {member.file_size} bytes and the file {size}"
+            raise DataError(f"{file} is damaged or ends early: {need}, {have}")
         if dtype.str not in DTYPES:
             raise PackedShard(f"{file} holds {dtype.name} ({dtype.str}); {way}")
         return shape, dtype, begin, offset, member
@@ -300,11 +257,15 @@ class Shard:
         """All tokens in the array's own shape."""
         return self.stream[:].reshape(self.shape)
 
+    def rows(self, most: int) -> np.ndarray:
+        """The first rows of a 2-D array."""
+        return self.stream[: most * self.shape[1]].reshape(-1, self.shape[1])
+
     def check_unchanged(self) -> None:
         """Raises DataError unless the file is what was opened.
 
-        Called before the map is touched it keeps a shortened file from ending the process, and after it, it vouches
-        for what was read. A file that only has another time is read once in full and compared with its checksum.
+        Called before the map is touched it keeps a shortened file from ending the process, and after it, it vouches for
+        what was read. A file that only has another time is read once in full and compared with its checksum.
         """
         try:
             now = persistently(os.stat, self.file)
@@ -316,14 +277,14 @@ class Shard:
                     return
         except OSError as error:
             raise DataError(f"{self.file} was there when it was opened: {error.strerror}") from error
+        later = (now.st_mtime_ns - self.mtime_ns) / 1e9
         raise DataError(
-            f"{self.file} changed since it was opened: {self.size} bytes then, {now.st_size} now, its modification "
-            f"time {(now.st_mtime_ns - self.mtime_ns) / 1e9:+.3f} s; put the old file back, or start a new run on "
-            "the new data"
+            f"{self.file} changed since it was opened: {self.size} bytes then, {now.st_size} now, its modification time "
+            f"{later:+.3f} s; put the old file back, or start a new run on the new data"
         )
 
     def _has_its_checksum(self) -> bool:
-        crc, left = 0, self.offset - self.begin + self.stream.nbytes
+        crc, left = 0, self.offset - self.begin + self.num_tokens * self.stream.dtype.itemsize
         with open(self.file, "rb") as file:  # and not the map: the name may lead to another file by now
             file.seek(self.begin)
             while left and (block := file.read(min(left, BLOCK))):

@@ -38,25 +38,16 @@ def tokenizer_json(name: str, known: Any) -> dict[str, Any]:
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     specials = sorted(known._special_tokens.items(), key=lambda item: item[1])
+    # tiktoken takes a piece that is a token whole
+    model: dict[str, Any] = {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": not old}
+    model |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    model["vocab"] = {spell(token): rank for token, rank in ranks.items()} | dict(specials)
+    model["merges"] = [[spell(a), spell(b)] for a, b in merges_of(ranks)]
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "added_tokens": [{"id": i, "content": token, **special} for token, i in specials],
-        "normalizer": None,
         "pre_tokenizer": byte_level if old else {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": not old,  # as tiktoken takes a piece that is a token whole
-            "vocab": {spell(token): rank for token, rank in ranks.items()} | dict(specials),
-            "merges": [[spell(a), spell(b)] for a, b in merges_of(ranks)],
-        },
+        "model": model,
     }

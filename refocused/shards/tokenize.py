@@ -19,9 +19,8 @@ from tqdm import tqdm
 from configs import Config
 from refocused import entry, locks
 from refocused.files import remove_stale
-from refocused.shards import readers, write
+from refocused.shards import prepare, readers
 from refocused.shards.find import find_sources
-from refocused.shards.prepare import TOTALS, absent, add, announce, common_arguments, is_intact, others
 from refocused.shards.readers import PACKED, Rules, documents, kind
 from refocused.shards.shard import DataError
 from refocused.shards.tokenizers import find
@@ -76,10 +75,10 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
     source, everything = find_sources(source, but=(target,))
     paths = [path for path in everything if kind(source / path, rules.fields)]
     if not paths:
-        raise DataError(absent(named, readers.READ, everything))
+        raise DataError(prepare.absent(named, readers.READ, everything))
     if left := [path for path in everything if path not in {*paths}]:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        print(f"left out, no {readers.READ}: {', '.join(left[:5])}{more}{others(left)}", file=sys.stderr)
+        print(f"left out, no {readers.READ}: {', '.join(left[:5])}{more}{prepare.others(left)}", file=sys.stderr)
     known = find(tokenizer)
     dtype, end = np.dtype("<u2" if known.size <= 1 << 16 else "<u4"), [known.end]
     files = [source / path for path in paths]
@@ -102,15 +101,11 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
             raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
         settings = {
             "sources": hashlib.sha256(json.dumps([*zip(paths, contents, strict=True)]).encode()).hexdigest(),
-            "tokenizer": known.identity,
-            "fields": rules.fields,
-            "split": rules.split,
-            "on_error": "skip" if rules.skip_errors else "stop",
-            "shard_tokens": shard_tokens,
-            "rule": readers.RULE,
-        }
+            "tokenizer": known.identity, "fields": rules.fields, "split": rules.split, "shard_tokens": shard_tokens,
+            "on_error": "skip" if rules.skip_errors else "stop", "rule": readers.RULE,
+        }  # fmt: skip
         totals, start = finished(target, settings)
-        report, parts, begin = Counter(dict.fromkeys(TOTALS[2:], 0)), [], start
+        report, parts, begin = Counter(dict.fromkeys(prepare.TOTALS[2:], 0)), [], start
         cut = batches(files, rules, start, min(BATCH, shard_tokens))
         inflated = any(path.lower().endswith(tuple(PACKED)) for path in paths)
         todo = None if inflated else sum(file.stat().st_size for file in files[start[0] :]) - start[1]
@@ -124,9 +119,9 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
                     note = {**settings, "tokenizer_name": known.name}
                     note |= {"begin": begin, "next": batch.next, "report": report}
                     file = target / shard_name(totals["files"])
-                    write.write_shard(file, dtype, report["tokens"], parts, note)
-                    add(totals, report)
-                    begin, parts, report = batch.next, [], Counter(dict.fromkeys(TOTALS[2:], 0))
+                    prepare.write_shard(file, dtype, parts, note)
+                    prepare.add(totals, report)
+                    begin, parts, report = batch.next, [], Counter(dict.fromkeys(prepare.TOTALS[2:], 0))
                 bar.update(batch.size)
         totals.update(report)  # of what came behind the last text
     if not totals["tokens"]:
@@ -138,13 +133,12 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
 def say_what_was_met(totals: Counter, rules: Rules, txt: bool, tokenizer: str) -> None:
     """What the sources did not have, or had and is not as it may seem. Raises DataError where no line had a field."""
     mark, records, notes = readers.END_OF_TEXT, totals["records"], []
-    unmet = [name for name in rules.fields if not totals[readers.met(name)]]
-    if records and len(unmet) == len(rules.fields):
-        raise DataError(
-            f"none of {records:,} lines has the field {', '.join(unmet)} (--fields); name one that they have"
-        )
+    unmet = ", ".join(name for name in rules.fields if not totals[readers.FIELD.format(name)])
+    none = f"none of {records:,} lines has the field {unmet} (--fields)"
+    if records and not any(totals[readers.FIELD.format(name)] for name in rules.fields):
+        raise DataError(f"{none}; name one that they have")
     if records and unmet:
-        notes.append(f"none of {records:,} lines has the field {', '.join(unmet)} (--fields)")
+        notes.append(none)
     if not records and rules.fields != DEFAULT_FIELDS:
         notes.append("--fields changes nothing: there are no lines of JSON")
     if rules.split and not totals["splits"]:
@@ -154,16 +148,12 @@ def say_what_was_met(totals: Counter, rules: Rules, txt: bool, tokenizer: str) -
     if totals["marks"] and mark not in rules.split:
         way = f"; in .txt files --split '{mark}' makes it the end of a document" if txt else ""
         notes.append(f"{totals['marks']:,} times {mark} became ordinary text{way}")
-    if totals["blank"]:
-        notes.append(f"{totals['blank']:,} documents are nothing but white space")
-    if totals["dropped"]:
-        notes.append(
-            f"{totals['dropped']:,} letters or bytes are lost: {tokenizer} has no token for them, and none for unknown text"
-        )
-    if totals["unknown"]:
-        notes.append(
-            f"{totals['unknown']:,} times the token for unknown text stands for what {tokenizer} has no token for"
-        )
+    for key, what in (
+        ("blank", "documents are nothing but white space"),
+        ("dropped", f"letters or bytes are lost: {tokenizer} has no token for them, and none for unknown text"),
+        ("unknown", f"times the token for unknown text stands for what {tokenizer} has no token for"),
+    ):
+        notes += [f"{totals[key]:,} {what}"] * bool(totals[key])
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -174,16 +164,14 @@ def shard_name(index: int) -> str:
 
 def finished(target: Path, settings: dict[str, Any]) -> tuple[Counter, Place]:
     """Totals of the intact shards that an earlier run left, and where it stopped in the sources. Raises DataError."""
-    totals, start = Counter(dict.fromkeys(TOTALS, 0)), (0, 0, 0)
+    totals, start = Counter(dict.fromkeys(prepare.TOTALS, 0)), (0, 0, 0)
     while (file := target / shard_name(totals["files"])).exists():
-        note = write.read_note(file)
-        if differing := [key for key, value in settings.items() if note.get(key) != value]:
-            raise DataError(
-                f"{file} was made from other {', '.join(differing)}; name another folder, or empty this one"
-            )
-        if tuple(note["begin"]) != start or not is_intact(target, file.name):
+        note = prepare.read_note(file)
+        if differing := ", ".join(key for key, value in settings.items() if note.get(key) != value):
+            raise DataError(f"{file} was made from other {differing}; name another folder, or empty this one")
+        if tuple(note["begin"]) != start or not prepare.is_intact(target, file.name):
             break
-        add(totals, {**note["report"], "kept": 1})
+        prepare.add(totals, {**note["report"], "kept": 1})
         start = tuple(note["next"])
     return totals, start
 
@@ -202,17 +190,12 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterator[A
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="data.py tokenize", description="Text files (.txt, .jsonl, .json, also compressed) -> shards.",
-        parents=[common_arguments("SRC", "DST")],
+        parents=[prepare.common_arguments("SRC", "DST")],
     )  # fmt: skip
-    parser.add_argument(
-        "--fields",
-        type=field_names,
-        default=DEFAULT_FIELDS,
-        help="of a JSON line, joined; Reddit: body, or title,selftext",
-    )
-    parser.add_argument(
-        "--split", default="", metavar="MARK", help=f"between documents of a .txt, such as '{readers.END_OF_TEXT}'"
-    )
+    fields = "of a JSON line, joined; Reddit: body, or title,selftext"
+    parser.add_argument("--fields", type=field_names, default=DEFAULT_FIELDS, help=fields)
+    split = f"between documents of a .txt, such as '{readers.END_OF_TEXT}'"
+    parser.add_argument("--split", default="", metavar="MARK", help=split)
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a line that cannot be read")
     parser.add_argument("--shard_tokens", type=entry.positive, default=1 << 26, help="tokens per shard, about")
     args = parser.parse_args(argv)
@@ -220,7 +203,7 @@ def main(argv: list[str]) -> int:
     rules = Rules(args.fields, args.split, args.on_error == "skip")
     tokenizer = args.tokenizer or str(Config.tokenizer)
     totals = tokenize(args.SRC, args.DST, tokenizer, rules, args.shard_tokens, args.workers)
-    announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
+    prepare.announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
     return 0
 
 

@@ -28,8 +28,7 @@ def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, 
         rows = [job.result() for job in tqdm(jobs, desc=f"verifying {folder}", unit="file")]
     first: dict[Any, str] = {}
     for path, row in zip(paths, rows, strict=True):
-        twin = first.setdefault(row.get("content", path), path)
-        if twin != path:
+        if (twin := first.setdefault(row.get("content", path), path)) != path:
             row["wrong"] = f"{Path(folder, path)} has the same content as {twin}"
     longest = max(len(path) for path in paths)
     print(f"{'shard':<{longest}}  {'tokens':>14}  {'dtype':<6}  {'max id':>6}  state")
