@@ -46,22 +46,24 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from configs import MODEL, Config, ConfigError, check_same_model
 from refocused import files
-from refocused.bucket import commands, start, sync
-from refocused.checkpoint import atomic, folder, huggingface, manifest, selection, tensors
-from refocused.checkpoint.folder import Source
+from refocused.checkpoint import atomic, manifest, selection, tensors
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.saver import Saver
 from refocused.checkpoint.selection import Choice
 from refocused.run import exits, processes
 from refocused.run.processes import Env
 from refocused.shards import tokenizers
+
+if TYPE_CHECKING:
+    from refocused.bucket.sync import Syncer
+    from refocused.checkpoint.folder import Source
 
 
 class Checkpoints:
@@ -72,10 +74,14 @@ class Checkpoints:
 
     def __init__(self, cfg: Config, env: Env):
         self.env = env
-        self.bucket = bool(cfg.bucket_name and cfg.checkpoint_bucket_path)
         self.choice = Choice(None, {}, [])
-        self.start: Source | None = None  # the model that init_from names, where the run is a fresh one
-        self._syncer: sync.Syncer | None = None
+        self.source: Source | None = None  # the model that init_from names, where the run is a fresh one
+        self.bucket: Any = None  # what a run needs of its bucket, if it has one
+        self._syncer: Syncer | None = None
+        if cfg.bucket_name and cfg.checkpoint_bucket_path:
+            from refocused.bucket import start, sync
+
+            self.bucket, self._sync = start, sync
         owner = processes.on_rank_0(atomic.lock, cfg.output_dir)
         owners = processes.on_each_node(env, atomic.lock, cfg.output_dir, owner, but_rank_0=True)
         # once: if output_dir is a link that is turned in mid-run, nothing is saved or deleted where it leads then
@@ -95,27 +101,24 @@ class Checkpoints:
         """
         cfg, env = self.cfg, self.env
         if self.bucket and cfg.resume:
-            log(start.bring_together(cfg, functools.partial(processes.on_each_node, env)))
-        if self.bucket and (found := processes.on_rank_0(start.find, cfg)):  # what is newer there comes down
-            processes.on_each_node(env, start.pull, cfg, found)
+            log(self.bucket.bring_together(cfg, functools.partial(processes.on_each_node, env)))
+        if self.bucket and (found := processes.on_rank_0(self.bucket.find, cfg)):  # what is newer there comes down
+            processes.on_each_node(env, self.bucket.pull, cfg, found)
         self.choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
-        if self.choice.path:
+        if path := self.choice.path:
             if "data" not in self.choice.state:
                 raise CheckpointError(
                     "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
                 )
-            processes.on_each_node(env, start.bring, cfg, self.choice.path, self.choice.save_id, but_rank_0=True)
+            # else it is another run's, and so are its logs; nodes whose folders differ need not agree, so rank 0 decides
+            own = path.parent == Path(cfg.output_dir)
+            get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
+            processes.on_each_node(env, selection.bring, self.choice, get, but_rank_0=True)
             if self.bucket:
-                log(processes.on_rank_0(self._restore_logs))
+                log(processes.on_rank_0(lambda: self.bucket.restore_logs(cfg) if own else ""))
         elif cfg.init_from:
-            self.start = beginning(cfg.init_from, cfg)
+            self.source = beginning(cfg.init_from, cfg)
         return self.choice
-
-    def _restore_logs(self) -> str:
-        """On rank 0: a checkpoint elsewhere than in output_dir is another run's, and so are its logs."""
-        assert self.choice.path
-        own = self.choice.path.parent == Path(self.cfg.output_dir)
-        return start.restore_logs(self.cfg) if own else ""
 
     def load(self, tree: dict[str, Tensor]) -> str:
         """Fill the tree with the chosen checkpoint, or a fresh run's weights with init_from's; be ready to save it.
@@ -126,31 +129,28 @@ class Checkpoints:
         if self.choice.path:
             tensors.load(self.choice.path, tree)
             processes.on_each_node(self.env, manifest.check_unchanged, self.choice.path)
-        elif self.start:
-            said = init_from(self.start, cfg, tree)
+        elif self.source:
+            said = init_from(self.source, cfg, tree)
         kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
+        # what this run saves is later than all saves that a node can see
+        there = processes.on_rank_0(self.bucket.generation, cfg) if self.bucket else 0
+        here = processes.on_each_node(self.env, manifest.generation, cfg.output_dir)
         self._saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
-            generation=self._generation(), files=tokenizers.own_files(cfg),
+            generation=max(there, *(n or 0 for n in here)), files=tokenizers.own_files(cfg),
         )  # fmt: skip
         saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
-        said = "\n".join(filter(None, (said, self._saver.reserve(tree))))
+        said = "\n".join(filter(None, (said, saver.reserve(tree))))
         self._tree, self._saved_at, self._step = tree, time.monotonic(), self.choice.state.get("step", 0)
         if self.bucket and atomic.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
-            self._syncer = sync.Syncer(cfg, self.choice.name, leader=self.env.main)
+            self._syncer = self._sync.Syncer(cfg, self.choice.name, leader=self.env.main)
         return said
 
     @property
     def newest(self) -> str | None:
         """Name of the last checkpoint that is complete: this run's, or the one that it began from."""
         return self._saver.last or self.choice.name
-
-    def _generation(self) -> int:
-        """The highest of any save that a node can see: what this run saves is later than all of these."""
-        there = processes.on_rank_0(start.generation, self.cfg) if self.bucket else 0
-        here = processes.on_each_node(self.env, manifest.generation, self.cfg.output_dir)
-        return max(there, *(number or 0 for number in here))
 
     @processes.may_take_long()
     def save(self, name: str, state: dict[str, Any], last: bool, loss_is_finite: Callable[[], bool]) -> float | None:
@@ -209,15 +209,16 @@ class Checkpoints:
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
             log(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
-        late = f"the upload was not finished after {deadline:g} s"
-        reason = None if syncer is None or syncer.close(deadline) else syncer.failure or late
+        reason = None
+        if syncer and not syncer.close(deadline):
+            reason = syncer.failure or f"the upload was not finished after {deadline:g} s"
         reasons: list[str | None] = [None] * self.env.world_size
         dist.all_gather_object(reasons, reason, group=processes.long_group)
         missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None
         return failure, missing
 
 
-def beginning(place: str, cfg: Config) -> Source:
+def beginning(place: str, cfg: Config) -> "Source":
     """The checkpoint at `place`, for a run to start from. Collective. Raises ConfigError where it is another function's."""
     source = processes.on_rank_0(find, place)
     if source.is_hf:
@@ -232,7 +233,7 @@ def beginning(place: str, cfg: Config) -> Source:
     return source
 
 
-def init_from(source: Source, cfg: Config, tree: dict[str, Tensor]) -> str:
+def init_from(source: "Source", cfg: Config, tree: dict[str, Tensor]) -> str:
     """Start a fresh run's weights, the `model.` part of its tree, from what beginning() has found. Collective.
 
     Returns a line to print.
@@ -243,12 +244,16 @@ def init_from(source: Source, cfg: Config, tree: dict[str, Tensor]) -> str:
     return f"init      {source}: weights only, the optimizer starts fresh at step 0{guess}"
 
 
-def find(place: str) -> Source:
+def find(place: str) -> "Source":
     """The model at a path, a checkpoint's, a folder of them's newest or Hugging Face's, or at a gs:// place.
 
     A checkpoint is verified; one in a bucket comes to a folder below out/pulled. Raises CheckpointError, BucketError.
     """
+    from refocused.checkpoint import folder, huggingface  # a run that goes on needs neither
+
     if place.startswith("gs://"):
+        from refocused.bucket import commands
+
         path = commands.pull(place, None)
     else:
         path = Path(os.path.abspath(place))
@@ -259,7 +264,7 @@ def find(place: str) -> Source:
             assert chosen.path is not None
             for name, why in chosen.passed_over:
                 print(f"passed over {name}: {why}", file=sys.stderr)
-            return Source.of(chosen.path, chosen.state)
+            return folder.Source.of(chosen.path, chosen.state)
         if not (path / manifest.MANIFEST).exists() and (why := folder.advice(place)):
             raise CheckpointError(why)
-    return Source.of(path, manifest.read_state(path))
+    return folder.Source.of(path, manifest.read_state(path))

@@ -2,7 +2,6 @@
 
 torchrun --standalone --nproc_per_node=2 train.py configs/demo.py
 torchrun --standalone --nproc_per_node=2 train.py configs/production.py max_steps=50000 resume=latest
-python train.py --help
 """
 
 import sys
@@ -28,27 +27,14 @@ import torch
 import ckpt
 import data
 from configs import Config
-from refocused.checkpoint import manifest
-from refocused.checkpoint.tensors import state_tree
-from refocused.run import (
-    exits,
-    failures,
-    generation,
-    guard,
-    optim,
-    preflight,
-    processes,
-    strategy,
-    words,
-)
+from refocused.checkpoint import manifest, tensors
+from refocused.run import exits, failures, guard, optim, preflight, processes, strategy, words
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
-from refocused.run.hardware import sniff
 from refocused.run.logs import Logs, check_folder, log_error
 from refocused.run.monitor import LoopState, Monitor
 from refocused.run.signals import EARLY, StopSignal, watch_preemption
-from refocused.run.speed import expected
 from refocused.run.watchdog import Watchdog
 
 
@@ -61,41 +47,25 @@ class Due(NamedTuple):
     last: bool = False  # no step follows
     stop: bool = False  # a signal came to one of the ranks
     unreadable: bool = False  # one of them cannot read the next batch
-    save_failed: bool = False
+    save_failed: bool = False  # the last one, behind training
 
 
 def due_after(
-    step: int, cfg: Config, dataset: data.Dataset, stop: StopSignal, loader: data.Loader, checkpoints, monitor: Monitor
+    step: int, cfg: Config, evaluates: bool, stop: StopSignal, loader: data.Loader, checkpoints, monitor: Monitor
 ) -> Due:
     """Collective: what one rank alone sees (a signal, a clock, an error) becomes what all of them do."""
+
+    def every(steps: int) -> bool:
+        return steps > 0 and step % steps == 0
+
     flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.line_is_late())
     late_save, save_failed, stopping, unreadable, late_line = map(bool, processes.max_over_ranks(*flags))
     at_end = step == cfg.max_steps
     last = at_end or stopping or unreadable
-    return Due(
-        log=every(cfg.logging_steps, step) or late_line or (at_end and monitor.averages),
-        evaluation=(every(cfg.eval_steps, step) or (at_end and cfg.eval_steps > 0)) and dataset.num_eval_samples > 0,
-        save=every(cfg.save_steps, step) or late_save or last,
-        last=last,
-        stop=stopping,
-        unreadable=unreadable,
-        save_failed=save_failed,
-    )
-
-
-def still_owed(state: LoopState, cfg: Config, dataset: data.Dataset, monitor: Monitor) -> bool:
-    """Whether a checkpoint's evaluation is to be made now. Collective: that it was made since, rank 0's trace knows."""
-    known = any(processes.max_over_ranks(monitor.has_evaluation()))
-    return state.evaluation_owed and cfg.eval_steps > 0 and dataset.num_eval_samples > 0 and not known
-
-
-def every(steps: int, step: int) -> bool:
-    return steps > 0 and step % steps == 0
-
-
-def dropout_seed(*numbers: int) -> int:
-    """64 bits that differ for every (seed, step, micro-step, rank)."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+    log = every(cfg.logging_steps) or late_line or (at_end and monitor.averages)
+    evaluation = evaluates and (every(cfg.eval_steps) or at_end)
+    save = every(cfg.save_steps) or late_save or last
+    return Due(log, evaluation, save, last, stopping, unreadable, save_failed)
 
 
 def gradients(
@@ -106,7 +76,8 @@ def gradients(
     for micro_step, (x, y) in enumerate(batch.micro):
         x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
         if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
-            torch.manual_seed(dropout_seed(cfg.seed, batch.step, micro_step, env.rank))
+            numbers = repr((cfg.seed, batch.step, micro_step, env.rank)).encode()
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(numbers, digest_size=8).digest(), "little"))
         strategy.sync_gradients(model, cfg, last=micro_step == len(batch.micro) - 1)
         with strategy.autocast(cfg, env):
             loss = model(x, y)  # summed over this micro-step's tokens
@@ -114,6 +85,15 @@ def gradients(
         scaler.scale(loss * (env.world_size / tokens_per_step)).backward()
         loss_sum += loss.detach()
     return loss_sum
+
+
+def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, logs: Logs) -> str:
+    """Show the plan and what the command line set; returns the plan with every key that something set."""
+    where, busy = processes.describe(env, cfg), processes.busy(env.device, env.threads)
+    plan = words.plan(cfg, env.world_size, dataset, where, busy)
+    settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
+    logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
+    return settings
 
 
 def train(
@@ -125,19 +105,18 @@ def train(
     preflight.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
+    evaluates = cfg.eval_steps > 0 and dataset.num_eval_samples > 0
     checkpoints = ckpt.Checkpoints(cfg, env)  # takes output_dir: a second run must not get as far as compiling
     watch = Watchdog(cfg, env, processes.on_rank_0(preflight.Starts, cfg))
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
-    plan = words.plan(
-        cfg, env.world_size, dataset, processes.describe(env, cfg), processes.busy(env.device, env.threads)
-    )
-    # every key that something set is in train.log; the screen shows what the command line set
-    settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
-    logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
-    # one slow GPU makes all of them wait, so it is named before hours are paid for
-    found = sniff(cfg, env) if cfg.check_hardware and env.device.type == "cuda" else ""
-    logs.log(found)
+    settings = describe(cfg, origins, env, dataset, logs)
+    found = ""
+    if cfg.check_hardware and env.device.type == "cuda":
+        from refocused.run import hardware
+
+        found = hardware.sniff(cfg, env)  # one slow GPU makes all of them wait: named before hours are paid for
+        logs.log(found)
     choice = checkpoints.choose(logs.log)
     state = LoopState.restored(choice.state)
     if choice.path:
@@ -150,13 +129,12 @@ def train(
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     begin = time.perf_counter()
-    if cfg.compile_model:
-        logs.log("compiling, 20 to 90 s if it is new")
+    logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
     strategy.warm_up(model, cfg, env)  # before the state is loaded, because it makes gradients
     compile_seconds = time.perf_counter() - begin
     logs.log(f"ready in {compile_seconds:.1f} s of compilation and warm-up")
-    logs.log(checkpoints.load(state_tree(model, *optimizers)))
-    if scaler.is_enabled() and state.scaler:
+    logs.log(checkpoints.load(tensors.state_tree(model, *optimizers)))
+    if state.scaler:
         scaler.load_state_dict(state.scaler)
 
     loader = data.Loader(
@@ -171,20 +149,16 @@ def train(
         from refocused.run.profiler import Profiler
 
         profile = Profiler(cfg, env.device)
-    readback = Readback(env.device)
-    made = preflight.made_by(env)
-    monitor = Monitor(
-        cfg, env, logs, state, choice, tokens_per_step, compile_seconds, settings, found,
-        expected(cfg, env.world_size, env.local_world_size, env.device_name),
-    )  # fmt: skip
+    readback, made = Readback(env.device), preflight.made_by(env)
+    monitor = Monitor(cfg, env, logs, state, choice, compile_seconds, settings, found)
 
     def save(last: bool) -> bool:
         """False where nothing was saved, because the weights do not give a finite loss."""
         guard.check_replicas(model, cfg, state.step)  # one copy is saved, and a wrong one would be loaded by all
-        at = dataset.position(state.samples_seen)
-        name = manifest.name(at["epoch"], state.step, at["files"])
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
         saved = state.saved(cfg, dataset, made)
+        at = saved["data"]["position"]
+        name = manifest.name(at["epoch"], state.step, at["files"])
         stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
         if stall is not None:
             monitor.saved(state.step, name, stall)
@@ -197,21 +171,21 @@ def train(
         state.evaluation_owed = score is None
         stop.pass_on(state.evaluation_owed)
         if score is not None:
-            monitor.evaluated(state.step, score, begin, lambda: generation.open_ended(strategy.raw(model), cfg))
+            monitor.evaluated(state.step, score, begin, strategy.raw(model), cfg)
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
     stop.begun = True
     watch.begin(state.step)
-    state.evaluation_owed = still_owed(state, cfg, dataset, monitor)
+    # a checkpoint's evaluation is made now, unless a run has made it since, as rank 0's trace knows
+    made_since = any(processes.max_over_ranks(monitor.has_evaluation()))
+    state.evaluation_owed = state.evaluation_owed and evaluates and not made_since
     idle = state.step >= cfg.max_steps and not state.evaluation_owed
     if state.evaluation_owed:
         evaluate_held_out()
     due, save_again = Due(stop=state.evaluation_owed), False
-    model.train()
     for batch in loader if not due.stop else ():  # else a stop came again, and a step would leave what is owed behind
         lr = optim.set_rate(optimizers, state.step, cfg)
-        if profile:
-            logs.log(profile.at(state.step + 1))
+        logs.log(profile.at(state.step + 1) if profile else "")
         figures = torch.empty(0)  # of a step that is skipped
         if not any(state.step + 1 in steps for steps in skips):  # known to be bad: all moves on but the weights
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
@@ -227,16 +201,15 @@ def train(
         readback.put((state.step, lr, batch.ids), figures)
         watch.step(state.step)
         each_step()
-        due = due_after(state.step, cfg, dataset, stop, loader, checkpoints, monitor)
+        due = due_after(state.step, cfg, evaluates, stop, loader, checkpoints, monitor)
         stop.pass_on(due.stop)
         # figures come a step late, so that the host does not wait for the device; all of them before one is acted on
         for (at, rate, ids), figure in readback.take(wait=due.log or due.evaluation or due.save):
             if not figure:
                 monitor.skipped(at, ids)
                 continue
-            loss_at, norm_at = figure[:2]
             status = health.status(*figure)
-            monitor.step(at, loss_at, norm_at, rate, ids, status, dataset.locate, due.log and at == state.step)
+            monitor.step(at, figure, rate, ids, status, dataset.locate, due.log and at == state.step)
             checkpoints.after_step(at, finite=not health.bad_in_a_row)
         if due.log:
             monitor.line(state.step, lr, loader.wait_seconds, checkpoints.status)
@@ -263,7 +236,7 @@ def train(
     if error and not env.main:
         log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
     loader.close()
-    logs.log(profile.close() if profile else None)
+    logs.log(profile.close() if profile else "")
     failure, missing = checkpoints.close(logs.log)
     watch.stop()
     logs.log(checkpoints.news(), screen=False)
@@ -281,6 +254,7 @@ def train(
 
 def show(cfg: Config, origins: dict[str, str]) -> int:
     """Print the plan and the resolved config, as far as they are known without a process group."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
     world = launch().world_size if launch().address else cfg.num_processes or 1
     try:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
@@ -295,8 +269,6 @@ def show(cfg: Config, origins: dict[str, str]) -> int:
 def main(argv: list[str]) -> int:
     """Parse, check what can be checked without a GPU, run; returns the exit code of DESIGN."""
     entry.open_streams()
-    if "--show" in argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
     cfg = stop = None
     try:
         cfg, origins = configs.load([a for a in argv if a != "--show"])

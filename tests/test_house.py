@@ -33,6 +33,12 @@ STORIES: dict[str, set[str]] = {
 LATE = {
     "torch.nn.attention.varlen": "it loads torch's compiler, seconds that only CUDA needs",
     "google": "a second, and only a run with a bucket needs it",
+    "refocused.bucket": "only a run with a bucket needs it",
+    "refocused.checkpoint.folder": "a model to start from, to sample or to export; a run that goes on reads none",
+    "refocused.checkpoint.huggingface": "the same",
+    "refocused.run.generation": "only an evaluation with sample_tokens writes a text",
+    "refocused.run.hardware": "only a run on CUDA with check_hardware measures it",
+    "refocused.run.speed": "only a GPU of the table has an expected speed",
     "matplotlib": "a second, and only pictures need it; not in requirements.txt",
     "tensorboard": "a second, and only rank 0 writes curves",
     "torch.utils.tensorboard": "the same",
@@ -112,6 +118,18 @@ def test_no_import_is_hidden_in_a_function():
                 late = [module for module in imported(node) if not any(is_in(module, package) for package in LATE)]
                 wrong += [f"{path.relative_to(ROOT)}:{node.lineno} imports {module}" for module in late]
     assert wrong == []
+
+
+FILES, LINES = 41, 7850
+
+
+def test_what_a_run_stands_on():
+    """`import train` loads so many files and lines of ours at most: what someone reads before trusting a run."""
+    code = "import sys, train; print(*(getattr(module, '__file__', 0) for module in sys.modules.values()), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {*map(str, files())} & {*done.stdout.splitlines()}
+    lines = sum(len(Path(path).read_text().splitlines()) for path in loaded)
+    assert len(loaded) <= FILES and lines <= LINES, f"{len(loaded)} files, {lines} lines"
 
 
 @pytest.mark.parametrize("line", ["ckpt.py list EMPTY", "ckpt.py --help", "train.py --help", "bench.py --help"])

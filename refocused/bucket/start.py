@@ -1,7 +1,6 @@
 """What the start of a run needs from its bucket: the checkpoint to go on from, its logs, and parts that nodes have."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,30 +141,9 @@ def generation(cfg: Config) -> int:
 
 
 def pull(cfg: Config, found: Found) -> Path:
-    """Bring that checkpoint into output_dir; to be called on one process of each node. Returns its folder."""
+    """Bring that save, by its name and save_id, into output_dir, on one process of each node. Returns its folder."""
     # nodes can share the folder: one fetches, the others find it there
     return fetch(Place.of(cfg), found.name, Path(cfg.output_dir), found.save_id, wait=True)
-
-
-def bring(cfg: Config, path: Path, save_id: str) -> None:
-    """See to it that this node, too, has the checkpoint that rank 0 has chosen, every byte; from the bucket if need be.
-
-    Raises CheckpointError if it is missing, damaged or another save here, and in no bucket.
-    """
-    try:
-        here = local.verify(path)["save_id"]
-        if here == save_id:
-            return
-        problem = f"{path} is save {here}"
-    except CheckpointError as error:
-        problem = str(error)
-    if cfg.bucket_name and cfg.checkpoint_bucket_path and path.parent == Path(cfg.output_dir):
-        pull(cfg, Found(path.name, save_id))
-    else:
-        raise CheckpointError(
-            f"host {socket.gethostname()} lacks the checkpoint that rank 0 loads, save {save_id}: {problem}; copy it "
-            "there, use a disk that all nodes share, or a bucket"
-        )
 
 
 def restore_logs(cfg: Config) -> str:

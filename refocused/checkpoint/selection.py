@@ -7,12 +7,13 @@ Of two saves with one generation, made by two machines at once, the higher step 
 
 import math
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs import ConfigError
-from refocused.checkpoint.manifest import CheckpointError, read_manifest, read_manifests, read_state
+from refocused.checkpoint.manifest import CheckpointError, read_manifest, read_manifests, read_state, verify
 from refocused.entry import here
 
 Manifest = dict[str, Any]
@@ -110,6 +111,27 @@ def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
         reasons = "".join(f"\n  {reason}" for _, reason in passed_over)
         raise CheckpointError(f"resume=latest: no checkpoint in {output_dir} can be loaded:{reasons}")
     return Choice(None, {}, [])
+
+
+def bring(chosen: Choice, pull: Callable[[Choice], Any] | None = None) -> None:
+    """See to it that this node, too, has every byte of what rank 0 has chosen; pull, if given, gets what it lacks.
+
+    Raises CheckpointError if it is missing, damaged or another save here, and nothing brings it.
+    """
+    try:
+        assert chosen.path
+        here = verify(chosen.path)["save_id"]
+        if here == chosen.save_id:
+            return
+        problem = f"{chosen.path} is save {here}"
+    except CheckpointError as error:
+        problem = str(error)
+    if not pull:
+        raise CheckpointError(
+            f"host {socket.gethostname()} lacks the checkpoint that rank 0 loads, save {chosen.save_id}: {problem}; copy it "
+            "there, use a disk that all nodes share, or a bucket"
+        )
+    pull(chosen)
 
 
 def _chosen(path: Path, passed_over: list[tuple[str, str]]) -> Choice:

@@ -37,13 +37,8 @@ class Score(NamedTuple):
 @functools.cache
 def byte_table(tokenizer: str | None, vocab_size: int) -> Tensor | None:
     """int64 (vocab_size): bytes per id; None where the tokenizer cannot say or is not the model's. Collective, once."""
-
-    def lengths() -> list[int] | None:
-        known = fits(tokenizer, vocab_size)
-        return known.byte_lengths() if known else None
-
     try:
-        known = processes.on_rank_0(lengths)
+        known = processes.on_rank_0(lambda: (found := fits(tokenizer, vocab_size)) and found.byte_lengths())
     except DataError:
         return None
     return torch.tensor(known + [0] * (vocab_size - len(known))) if known else None
@@ -51,13 +46,9 @@ def byte_table(tokenizer: str | None, vocab_size: int) -> Tensor | None:
 
 @torch.no_grad()
 def score(
-    model: torch.nn.Module,
-    blocks: Iterable[tuple[Tensor, Tensor]],
-    lengths: Tensor | None,
-    cfg: Config,
-    env: processes.Env,
-    stop: StopSignal | None = None,
-) -> Score | None:
+    model: torch.nn.Module, blocks: Iterable[tuple[Tensor, Tensor]], lengths: Tensor | None, cfg: Config,
+    env: processes.Env, stop: StopSignal | None = None,
+) -> Score | None:  # fmt: skip
     """The score of a model that is in eval mode on blocks x, y (B, T), as many on every rank; lengths: byte_table.
 
     None when a stop was asked for meanwhile. Collective.
@@ -79,14 +70,9 @@ def score(
 
 
 def evaluate(
-    model: torch.nn.Module,
-    dataset,
-    cfg: Config,
-    env: processes.Env,
-    stop: StopSignal | None = None,
-    ids: np.ndarray | None = None,
-    counted: Callable[[Iterator], Iterable] = iter,
-) -> Score | None:
+    model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal | None = None,
+    ids: np.ndarray | None = None, counted: Callable[[Iterator], Iterable] = iter,
+) -> Score | None:  # fmt: skip
     """The score of a model on the data.Dataset's fixed held-out windows; None when a stop was asked for. Collective.
 
     ids: some of these windows alone; counted: what passes the batches on and counts them.

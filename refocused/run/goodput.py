@@ -20,13 +20,8 @@ CAUSES = {
     "end_seconds": "last save and upload",
 }
 # what a run notes of itself, each since its process began; "began" is Unix time, "from" the step that it started at
-NOTED = (
-    "began",
-    "from",
-    "step",
-    "run_seconds",
-    *(key for key in CAUSES if key not in ("gap_seconds", "replay_seconds")),
-)
+OWN = [key for key in CAUSES if key not in ("gap_seconds", "replay_seconds")]
+NOTED = ["began", "from", "step", "run_seconds", *OWN]
 
 
 def goodput(clocks: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -35,11 +30,11 @@ def goodput(clocks: Iterable[dict[str, Any]]) -> dict[str, float]:
     clocks: the lines of a trace whose event is "clock", in their order; the last one of each run counts, and none that
     is damaged. Nothing is paid for between the end of a run that was done and the start of one that goes on from it.
     """
-    runs = {c["began"]: c for c in clocks if is_whole(c)}
+    runs = {clock["began"]: clock for clock in clocks if is_whole(clock)}
     seconds = dict.fromkeys(("paid_seconds", "train_seconds", *CAUSES), 0.0)
     reached, over = 0, None
     for run in runs.values():
-        lost = {key: run[key] for key in CAUSES if key in NOTED}
+        lost = {key: run[key] for key in OWN}
         busy = max(0.0, run["run_seconds"] - sum(lost.values()))
         steps = run["step"] - run["from"]
         again = min(steps, max(0, reached - run["from"]))

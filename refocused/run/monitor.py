@@ -97,28 +97,19 @@ class Monitor:
     """Turns each step's figures into lines, curves and the trace. On other ranks than 0 it keeps the state alone."""
 
     def __init__(
-        self,
-        cfg: Config,
-        env: processes.Env,
-        logs: Logs,
-        state: LoopState,
-        start: Choice,
-        tokens_per_step: int,
-        compile_seconds: float,
-        settings: str = "",
-        hardware: str = "",
-        expected_seconds: float | None = None,
-    ):
+        self, cfg: Config, env: processes.Env, logs: Logs, state: LoopState, start: Choice, compile_seconds: float,
+        settings: str = "", hardware: str = "",
+    ):  # fmt: skip
         """Just before the loop, which goes on from `state`.
 
-        settings: the plan and every key that something set; hardware: what the test of it has found;
-        expected_seconds: of a step by the plan, None where it is not known.
+        settings: the plan and every key that something set; hardware: what the test of it has found.
         """
-        self.env, self.logs, self.log, self.state, self.tokens_per_step = env, logs, logs.log, state, tokens_per_step
-        self.hardware, self.expected = hardware, expected_seconds
+        self.env, self.logs, self.log, self.state = env, logs, logs.log, state
+        self.tokens_per_step = cfg.batch(env.world_size)[1] * cfg.sequence_length
+        self.hardware = hardware
+        self.expected: float | None = None  # seconds of a step, of a GPU in the table
         self.max_steps, self.logging_seconds = cfg.max_steps, cfg.logging_seconds
         self.averages = bool(cfg.logging_steps or cfg.logging_seconds)
-        self.documents_apart = cfg.mask_documents
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
         self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpus.peak_flops(env.device_name)
         self.norm, self.stall, self.retries = math.nan, 0.0, 0
@@ -128,22 +119,25 @@ class Monitor:
         self.causes, self.strict = differences(start.state, cfg, env.world_size)
         self.trace: Trace | None = None
         self.curves: TensorBoard | None = None
-        self.bar = tqdm(disable=True)
         if env.main:
             self.trace = self.open_trace(start.name, dataclasses.asdict(cfg))
             self.curves = TensorBoard(logs, state.step)
             self.curves.text(state.step + 1, "config", settings)
-            self.bar = tqdm(total=cfg.max_steps, initial=state.step, disable=None, unit="step", dynamic_ncols=True)
+        quiet = None if env.main else True  # None: unless this is a terminal
+        self.bar = tqdm(total=cfg.max_steps, initial=state.step, disable=quiet, unit="step", dynamic_ncols=True)
         age = goodput.age()
         self.began, self.born = time.time() - age, time.perf_counter() - age
         self.begin, self.begin_step, self.waited = time.perf_counter(), state.step, 0.0
         self.spent = dict.fromkeys(("data_seconds", "save_seconds", "eval_seconds", "end_seconds"), 0.0)
         self.spent |= {"startup_seconds": age - compile_seconds, "compile_seconds": compile_seconds}
         self.clock()
-        if expected_seconds:
-            tokens = tokens_per_step / expected_seconds
+        if self.peak:
+            from refocused.run import speed
+
+            self.expected = speed.expected(cfg, env.world_size, env.local_world_size, env.device_name)
+            tokens = self.tokens_per_step / (self.expected or math.inf)
             self.log(
-                f"expects   {expected_seconds:.3g} s per step, {count(tokens)} tok/s, MFU {self.mfu(tokens) or 0:.1%}"
+                f"expects   {self.expected:.3g} s per step, {count(tokens)} tok/s, MFU {self.mfu(tokens) or 0:.1%}"
             )
 
     def open_trace(self, checkpoint: str | None, config: dict[str, Any]) -> Trace | None:
@@ -154,9 +148,8 @@ class Monitor:
             return None
         if trace.unreadable:
             self.log(f"{trace.file.path}: {trace.unreadable} lines unreadable, not compared")
-        kind = "resume" if checkpoint else "start"
-        began = {"event": kind, "step": self.state.step, "checkpoint": checkpoint, "time": int(time.time())}
-        trace.write(began | {"config": config})
+        kind, now = "resume" if checkpoint else "start", int(time.time())
+        trace.write({"event": kind, "step": self.state.step, "checkpoint": checkpoint, "time": now, "config": config})
         return trace
 
     def mfu(self, tokens: float) -> float | None:
@@ -192,44 +185,48 @@ class Monitor:
         return f"time      {goodput.sentence(goodput.goodput(self.trace.clocks.values()))}" if self.trace else ""
 
     def step(
-        self,
-        step: int,
-        loss: float,
-        norm: float,
-        lr: float,
-        ids: np.ndarray,
-        status: str | None,
-        locate: Callable[[np.ndarray], list[tuple[str, int]]],
-        logs: bool,
-    ) -> None:
+        self, step: int, figures: list[float], lr: float, ids: np.ndarray, status: str | None,
+        locate: Callable[[np.ndarray], list[tuple[str, int]]], logs: bool,
+    ) -> None:  # fmt: skip
         """Note one finished step; of one with a status, say and write down which text it was made of.
 
-        locate(ids) are the windows' (shard, offset); logs: line() follows, whose figures stand in the same line of the
-        trace. Raises Diverged with deterministic=true where a replay differs.
+        figures begin with loss and gradient norm; locate(ids) are the windows' (shard, offset); logs: line() follows,
+        whose figures stand in the same line of the trace. Raises Diverged with deterministic=true where a replay differs.
         """
-        extra = {"verdict": status} if status else {}
+        loss, self.norm = figures[:2]
         if self.averages:
             self.state.recent_losses.append(loss)
-        self.norm, self.at, self.touched = norm, step, time.perf_counter()
         with console():
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self.bar.update(step - self.bar.n)
-        self.held = (step, {"loss": loss, "grad_norm": norm, "lr": lr}, ids, extra)
+        extra = {"verdict": status} if status else {}
+        self.held = (step, {"loss": loss, "grad_norm": self.norm, "lr": lr}, ids, extra)
         if not logs:
             self.record()
-            self.prove(step)
+        self.passed(step, proves=not logs)
         if status and self.env.main:
-            self.report(step, loss, norm, status, locate(ids))
+            name, windows = f"bad-step-{step}.json", locate(ids)
+            report: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(self.norm), "verdict": status}
+            report["windows"] = [{"shard": shard, "offset": offset} for shard, offset in windows]
+            self.logs.put(name, json.dumps(report, indent=1).encode())
+            first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
+            self.log(
+                f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. Read {first}, ...; all windows in "
+                f"{self.logs.folder / name}"
+            )
 
-    def report(self, step: int, loss: float, norm: float, status: str, windows: list[tuple[str, int]]) -> None:
-        path = self.logs.folder / f"bad-step-{step}.json"
-        first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
-        figures = {"step": step, "loss": str(loss), "grad_norm": str(norm), "verdict": status}
-        places = [{"shard": shard, "offset": offset} for shard, offset in windows]
-        self.logs.put(path.name, json.dumps({**figures, "windows": places}, indent=1).encode())
-        self.log(
-            f"Step {step}: loss={loss:.4f}, grad norm={norm:.4f}: {status}. Read {first}, ...; all windows in {path}"
-        )
+    def skipped(self, step: int, ids: np.ndarray) -> None:
+        """Note a step that was walked past."""
+        if self.trace:
+            self.trace.skipped(step, ids)
+        self.log(f"Step {step}: skipped, as skip_steps says")
+        self.passed(step)
+
+    def passed(self, step: int, proves: bool = True) -> None:
+        self.at, self.touched = step, time.perf_counter()
+        with console():
+            self.bar.update(step - self.bar.n)
+        if proves:
+            self.prove(step)
 
     def record(self, **figures: Any) -> None:
         """Write the line that is held, if any."""
@@ -256,16 +253,6 @@ class Monitor:
         if self.strict:
             raise Diverged(f"deterministic=true, but {proof}; the checkpoint that it started from stands")
 
-    def skipped(self, step: int, ids: np.ndarray) -> None:
-        """Note a step that was walked past."""
-        if self.trace:
-            self.trace.skipped(step, ids)
-        self.log(f"Step {step}: skipped, as skip_steps says")
-        self.at, self.touched = step, time.perf_counter()
-        with console():
-            self.bar.update(step - self.bar.n)
-        self.prove(step)
-
     def line(self, step: int, lr: float, waited: float, status: str = "") -> None:
         """The log line of the steps since the last one: mean loss, speed as seen on the wall.
 
@@ -281,19 +268,17 @@ class Monitor:
         seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
         tokens = rate * self.tokens_per_step
         mfu, share = self.mfu(tokens), self.expected and self.expected * rate
-        memory, reserved, retries = devices.peak_memory(self.env.device), None, strategy.alloc_retries()
-        if self.env.device.type == "cuda":
-            reserved = torch.accelerator.max_memory_reserved()
-        self.spent["data_seconds"] += waited - self.waited
-        wait_share, left = (waited - self.waited) / seconds, (self.max_steps - step) / rate
-        self.begin, self.begin_step, self.waited = now, step, waited
+        memory, retries = devices.peak_memory(self.env.device), strategy.alloc_retries()
+        reserved = torch.accelerator.max_memory_reserved() if self.env.device.type == "cuda" else None
+        again, data_seconds = retries - self.retries, waited - self.waited
+        left = (self.max_steps - step) / rate
         figures: dict[str, Any] = {
             "mean_loss": loss,
             "best": self.state.best_loss,
             "steps_per_second": rate,
             "tokens_per_second": tokens,
             "mfu": mfu,
-            "data_wait_share": wait_share,
+            "data_wait_share": data_seconds / seconds,
             "memory_allocated": memory,
             "memory_reserved": reserved,
             "alloc_retries": retries,
@@ -309,14 +294,14 @@ class Monitor:
             mfu is not None and f"MFU {mfu:.1%}",
             share and f"{share:.0%} of the plan",
             self.stall >= 0.01 and f"save stall {self.stall:.2f}s",
-            retries > self.retries and f"{retries - self.retries} allocator retries",
+            again > 0 and f"{again} allocator retries",
             f"{duration(left)} left",
         )
         self.log(f"{text}\n  {status}" if len(text) + len(status) + 3 > WIDTH else joined(text, status))
         if share:
-            lost = {"data": wait_share, "save": self.stall / seconds, "retries": retries - self.retries}
             self.slow = self.slow + 1 if share < SLOW else 0
             if self.slow == 2:  # one alone has the first steps of a process in it, or a profile
+                lost = {"data": data_seconds / seconds, "save": self.stall / seconds, "retries": again}
                 cause = suspect(1 - share, lost, self.hardware, self.env.world_size)
                 self.log(f"note      slower than expected; {cause}")
         self.prove(step)
@@ -325,25 +310,28 @@ class Monitor:
             curves |= {"optimizer/learning_rate": lr, "optimizer/grad_norm": self.norm}
             curves |= {"memory/peak_gib": memory / 2**30, "memory/reserved_gib": reserved and reserved / 2**30}
             self.curves.scalars(step, curves)
-        self.stall, self.retries = 0.0, retries
+        self.begin, self.begin_step, self.waited, self.stall, self.retries = now, step, waited, 0.0, retries
+        self.spent["data_seconds"] += data_seconds
         if now - self.clocked > CLOCK_SECONDS:
             self.clock()
 
-    def evaluated(self, step: int, score: Score, begin: float, write: Callable[[], str]) -> None:
-        """Note a held-out score and the text that write() makes; the time since `begin` does not count as training."""
+    def evaluated(self, step: int, score: Score, begin: float, model: neox.GPTNeoX, cfg: Config) -> None:
+        """Note a held-out score, and a text that the model writes; the time since `begin` does not count as training."""
         self.state.eval_loss = loss = score.mean
         spent, perplexity, per_byte = time.perf_counter() - begin, math.exp(min(loss, 700)), score.bits_per_byte
         # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
         new = not self.trace or self.trace.event("eval", step, loss=loss, eval_seconds=spent)
         text = f"Step {step}: eval_loss={loss:.4f}, perplexity={perplexity:.2f}"
         bits = per_byte is not None and f"{per_byte:.4f} bits per byte"
-        self.log(joined(text, bits, self.documents_apart and "documents apart", f"{spent:.1f} s"))
+        self.log(joined(text, bits, cfg.mask_documents and "documents apart", f"{spent:.1f} s"))
         if self.curves:
             curves: dict[str, float | None] = {"loss/validation": loss, "loss/validation_perplexity": perplexity}
             self.curves.scalars(step, curves | {"loss/validation_bits_per_byte": per_byte})
             if new and self.samples:
+                from refocused.run import generation
+
                 try:
-                    self.curves.text(step, "sample", write())
+                    self.curves.text(step, "sample", generation.open_ended(model, cfg))
                 except DataError as error:
                     self.log(f"no text samples: {error}")
                     self.samples = False

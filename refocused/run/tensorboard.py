@@ -1,5 +1,6 @@
 """The curves: TensorBoard's event files."""
 
+import contextlib
 import io
 import os
 import re
@@ -46,17 +47,15 @@ class TensorBoard:
             events = [first, self.Event(wall_time=now, step=self.step + 1, session_log=status), *events]
         self.step = max(self.step, step)
         buffer = io.BytesIO()
-        records = self.RecordWriter(buffer)
         for event in events:
-            records.write(event.SerializeToString())
+            self.RecordWriter(buffer).write(event.SerializeToString())
         self.file.write(buffer.getvalue())
 
 
 def next_name(logs: Logs) -> str:
     """A name that sorts behind every event file that is there."""
-    try:
+    there: list[re.Match | None] = []
+    with contextlib.suppress(OSError):
         there = [re.match(r"events\.out\.tfevents\.(\d{10})\.", name) for name in os.listdir(logs.folder)]
-    except OSError:
-        there = []
     newest = max((int(match[1]) for match in there if match), default=0)
     return f"events.out.tfevents.{max(int(time.time()), newest + 1):010d}.{socket.gethostname()}.{os.getpid()}"

@@ -28,8 +28,10 @@ def number(value: Any) -> float | None:
 
 
 class Lines:
-    """The lines of a trace.jsonl as dicts with a whole number "step". What is none is counted; a last line that a kill
-    has cut is not there. Iterating raises OSError."""
+    """The lines of a trace.jsonl with a whole number "step". Others are counted; a last line that a kill cut is not there.
+
+    Iterating raises OSError.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -90,9 +92,10 @@ class Trace:
         self.same = self.missing = 0
         self.first_difference: str | None = None
         known = [*self.expected, *(step for kind, step in self.events if kind == "skip")]
-        self.last = max((step for step in known if step <= max_steps), default=0)
+        self.last = max((step for step in known if step <= max_steps), default=0)  # that a replay goes to
 
     def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict[str, Any]) -> None:
+        """Compare a step with the line that is there already, and write one where none is or it differs."""
         line: dict[str, Any] = {"step": step}
         for key, value in figures.items():
             line |= {key: readable(value), f"{key}_hex": value.hex()}
