@@ -31,15 +31,15 @@ PANELS = {
     "tokens_per_second": "tokens per second",
     "grad_norm": "gradient norm before clipping",
 }
-MARKS = {  # kind: its name in the legend
-    "checkpoint": "checkpoint",
-    "resume": "resume",
-    "eval": "evaluation",
-    "spike": "spike",
-    "bad": "not finite",
-    "skip": "skipped",
+MARKS = {  # kind: its name in the legend, its shape, and at which height of each panel it stands, None for its own
+    "checkpoint": ("checkpoint", "^", 0.015),
+    "resume": ("resume", "--", None),
+    "eval": ("evaluation", "o", None),
+    "spike": ("spike", "*", 0.97),
+    "bad": ("not finite", "x", 0.97),
+    "skip": ("skipped", "v", 0.97),
 }
-SHAPES = {"checkpoint": "^", "resume": "--", "eval": "o", "spike": "*", "bad": "x", "skip": "v"}
+PLACES = ("output_dir", "logging_dir", "resume")  # in which two runs always differ
 
 Node = tuple[dict[str, Any], Any]  # a line of a trace and the node before it, None at the beginning
 
@@ -80,23 +80,21 @@ def branch(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     standing: dict[int, list[dict[str, Any]]] = {}  # step: its lines as they were written last
     kept: dict[str, Node | None] = {}  # checkpoint: the way to it
     head: Node | None = None
+    before: Node | None = None  # the way that the run before the last one had come
     at = begun = 0  # the step of head; where the last run began
-    before: Node | None = None  # the way that the run before the last had come
     for line in lines:
-        step, kind = line["step"], line.get("event")
+        step, kind, name = line["step"], line.get("event"), line.get("checkpoint")
         if kind in ("start", "resume"):
-            before, begun = head, step
-            name = line.get("checkpoint")
+            before, begun, at = head, step, step
             if kind == "start":
                 head = None
             elif isinstance(name, str) and name in kept:
                 head = kept[name]
             else:
-                earlier = [old for old in chain(head) if old["step"] <= step]
-                head = None
-                for old in earlier:
+                way, head = chain(head), None
+                for old in (old for old in way if old["step"] <= step):
                     head = (old, head)
-            head, at = (line, head), step
+            head = (line, head)
             continue
         own = kind in (None, "skip")  # a line that says what a step was
         between = range(at + 1, step + (not own))
@@ -106,10 +104,7 @@ def branch(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         at = max(at, step)
         if kind == "clock":
             continue
-        if own:
-            standing[step] = [line]
-        else:
-            standing.setdefault(step, []).append(line)
+        standing[step] = [line] if own else [*standing.get(step, ()), line]
         head = (line, head)
         if kind == "checkpoint" and isinstance(line.get("name"), str):
             kept[line["name"]] = head
@@ -130,24 +125,17 @@ def chain(head: Node | None) -> list[dict[str, Any]]:
 def read(folder: Path) -> Run:
     """The run whose trace.jsonl is in `folder`; a last line that a kill has cut is not there. Raises ReportError."""
     path = folder / TRACE
-    run, clocks = Run(str(folder)), []
-    lines = Lines(path)
-
-    def noted() -> Iterable[dict[str, Any]]:
-        for line in lines:
-            if line.get("event") == "clock":
-                clocks.append(line)
-            yield line
-
+    found = Lines(path)
     try:
-        way = branch(noted())
+        lines = list(found)
     except OSError as error:
         below = ", ".join(sorted(str(p.parent) for p in folder.rglob(TRACE))[:5]) if folder.is_dir() else ""
-        hint = f"; there is one in {below}" if below else "; name the logging_dir of a run"
-        raise ReportError(f"cannot read {path}: {error.strerror}{hint}") from error
-    run.skipped, run.seconds = lines.unreadable, goodput(clocks) if clocks else {}
+        hint = f"there is one in {below}" if below else "name the logging_dir of a run"
+        raise ReportError(f"cannot read {path}: {error.strerror}; {hint}") from error
+    clocks = [line for line in lines if line.get("event") == "clock"]
+    run = Run(str(folder), skipped=found.unreadable, seconds=goodput(clocks) if clocks else {})
+    way = branch(lines)
     steps = {line["step"]: line for line in way if "event" not in line}
-    events = [line for line in way if "event" in line]
     if not steps:
         raise ReportError(f"{path} has no whole line of a step yet")
     for step, line in steps.items():
@@ -158,7 +146,7 @@ def read(folder: Path) -> Run:
             run.marks["bad"].append(step)
         elif line.get("verdict"):
             run.marks["spike"].append(step)
-    for event in events:
+    for event in (line for line in way if "event" in line):
         step, kind = event["step"], event["event"]
         if kind in MARKS:
             run.marks[kind].append(step)
@@ -185,58 +173,56 @@ def bins(series: dict[int, float], count: int = BINS) -> list[tuple[float, float
     """(step, mean, lowest, highest) of at most `count` stretches of equal length; what is not finite is left out."""
     points = sorted((step, value) for step, value in series.items() if math.isfinite(value))
     size = -(-len(points) // count) or 1
-    stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    pairs = [tuple(zip(*part, strict=True)) for part in stretches]
-    return [(statistics.fmean(steps), statistics.fmean(v), min(v), max(v)) for steps, v in pairs]
+    stretches = [zip(*points[i : i + size], strict=True) for i in range(0, len(points), size)]
+    return [(statistics.fmean(steps), statistics.fmean(v), min(v), max(v)) for steps, v in stretches]
 
 
 def draw(runs: list[Run]) -> bytes:
     """The four panels as a PNG. Raises ImportError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(13, 8), dpi=110)
     figure.subplots_adjust(left=0.05, right=0.985, top=0.96, bottom=0.13, wspace=0.12, hspace=0.15)
-    colours = [f"C{i % 10}" for i in range(len(runs))]
     axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True))
     for key, ax in axes.items():
-        for run, colour in zip(runs, colours, strict=True):
+        across = {
+            "transform": ax.get_xaxis_transform()
+        }  # heights in units of the axis: to be seen whatever the curve does
+        for i, run in enumerate(runs):
+            colour = f"C{i % 10}"
             if curve := bins(run.series[key]):
                 x, mean, low, high = zip(*curve, strict=True)
                 ax.plot(x, mean, color=colour, linewidth=1.3, marker="." if len(x) < 3 else None)
                 ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-            # in units of the axis, above its lower edge: always to be seen, whatever the curve does
-            place = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "color": colour, "clip_on": False}
-            for kind in ("checkpoint", "skip", "spike", "bad"):
-                height = [0.015 if kind == "checkpoint" else 0.97] * len(run.marks[kind])
-                ax.plot(run.marks[kind], height, marker=SHAPES[kind], markersize=6, **place)
-            for step in run.marks["resume"]:
-                ax.axvline(step, color=colour, linestyle="--", linewidth=0.9, alpha=0.8)
+            ax.vlines(run.marks["resume"], 0, 1, color=colour, linestyle="--", linewidth=0.9, alpha=0.8, **across)
+            for kind, (_, shape, height) in MARKS.items():
+                if height is not None:
+                    at = run.marks[kind]
+                    ax.plot(at, [height] * len(at), shape, color=colour, ms=6, clip_on=False, **across)
+            if key == "loss":
+                ax.plot([*run.eval_loss], [*run.eval_loss.values()], "o", color=colour, mec="black", ms=5)
         if not any(run.series[key] for run in runs):
             ax.text(0.5, 0.5, "not in the trace", transform=ax.transAxes, ha="center", color="gray")
         ax.set_title(PANELS[key], fontsize=11)
         ax.grid(alpha=0.25)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for run, colour in zip(runs, colours, strict=True):
-        points = sorted(run.eval_loss.items())
-        axes["loss"].plot(*zip(*points, strict=True), "o", color=colour, mec="black", ms=5) if points else None
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes["grad_norm"].set_yscale("log")
-    for axis in ("major", "minor"):
-        getattr(axes["grad_norm"].yaxis, f"set_{axis}_formatter")("{x:g}")
+    axes["grad_norm"].yaxis.set_major_formatter("{x:g}")
+    axes["grad_norm"].yaxis.set_minor_formatter("{x:g}")
     axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter())
     axes["tokens_per_second"].set_ylim(bottom=0)
-    for ax in list(axes.values())[2:]:
+    for ax in figure.axes[2:]:
         ax.set_xlabel("step")
-    lines = [Line2D([], [], color=colour, label=run.name) for run, colour in zip(runs, colours, strict=True)]
-    for kind, shape in SHAPES.items():
+    handles = [Line2D([], [], color=f"C{i % 10}", label=run.name) for i, run in enumerate(runs)]
+    for kind, (name, shape, _) in MARKS.items():
         if any(run.marks[kind] for run in runs):
-            style: dict[str, Any] = {"linestyle": shape} if shape == "--" else {"linestyle": "none", "marker": shape}
-            lines.append(Line2D([], [], color="gray", label=MARKS[kind], **style))
-    figure.legend(handles=lines, loc="lower center", ncols=min(4, len(lines)), frameon=False, fontsize=9)
+            style: dict[str, Any] = {"ls": shape} if kind == "resume" else {"ls": "", "marker": shape}
+            handles.append(Line2D([], [], color="gray", label=name, **style))
+    figure.legend(handles=handles, loc="lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -244,8 +230,8 @@ def figures(run: Run, price: float) -> dict[str, str]:
     """A run in a few words, for the table; price: dollars per hour, 0 for none."""
 
     def listed(steps: list[int]) -> str:
-        shown = ", ".join(f"{s:,}" for s in steps[-5:])
-        return f"{len(steps)}" + (f" (step {'..., ' if len(steps) > 5 else ''}{shown})" if steps else "")
+        shown = "..., " * (len(steps) > 5) + ", ".join(f"{s:,}" for s in steps[-5:])
+        return f"{len(steps)} (step {shown})" if steps else "0"
 
     loss, norm = bins(run.series["loss"], 100), bins(run.series["grad_norm"], 1)
     speeds = [v for v in run.series["tokens_per_second"].values() if math.isfinite(v)]
@@ -258,50 +244,39 @@ def figures(run: Run, price: float) -> dict[str, str]:
         "best held-out loss": f"{best[1]:.4f} (step {best[0]:,})" if best else "-",
         "tokens per second, median": f"{statistics.median(speeds):,.0f}" if speeds else "-",
         "gradient norm, mean and largest": f"{norm[0][1]:.3g}, {norm[0][3]:.3g}" if norm else "-",
-        "checkpoints": listed(run.marks["checkpoint"]),
-        "resumes": listed(run.marks["resume"]),
-        "spikes": listed(run.marks["spike"]),
-        "not finite": listed(run.marks["bad"]),
-        "skipped": listed(run.marks["skip"]),
+        **{f"{name}s" if kind in ("checkpoint", "resume", "spike") else name: listed(run.marks[kind])
+           for kind, (name, *_) in MARKS.items() if kind != "eval"},
         "unreadable lines": f"{run.skipped}",
         "time of all runs": sentence(run.seconds, price) if run.seconds else "-",
-    }
-
-
-def differing(runs: list[Run]) -> list[str]:
-    """The keys in which the configs differ, places apart."""
-    configs = [run.config for run in runs if run.config]
-    keys = {key: None for config in configs for key in config}  # a set in order
-    places = ("output_dir", "logging_dir", "resume")
-    return [k for k in keys if k not in places and any(c.get(k) != configs[0].get(k) for c in configs)]
+    }  # fmt: skip
 
 
 def page(runs: list[Run], png: bytes, price: float) -> str:
-    """One HTML page that needs no other file: the picture, and a table with a column per run."""
+    """One HTML page that needs no other file: the picture, and a table with a column per run and the keys that differ."""
     columns = [figures(run, price) for run in runs]
-    for key in differing(runs):
-        for column, run in zip(columns, runs, strict=True):
-            column[key] = str(run.config[key]) if key in run.config else "-"
+    known = [run.config for run in runs if run.config]
+    for key in dict.fromkeys(key for config in known for key in config if key not in PLACES):
+        if any(config.get(key) != known[0].get(key) for config in known):
+            for column, run in zip(columns, runs, strict=True):
+                column[key] = str(run.config.get(key, "-"))
     rows = "\n".join(
         f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(column[name])}</td>' for column in columns)}</tr>"
         for name in columns[0]
     )
     title = html.escape(", ".join(run.name for run in runs))
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1400px; padding: 0 1em; color: #222 }}
+body {{ font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1400px; padding: 0 1em }}
 img {{ width: 100% }}
-table {{ border-collapse: collapse }}
 th, td {{ text-align: left; padding: .25em 1.5em .25em 0; border-bottom: 1px solid #ddd; vertical-align: top }}
-th {{ font-weight: 500 }}
-</style></head><body>
+</style>
 <h1>{title}</h1>
 <img alt="loss, learning rate, throughput and gradient norm" src="data:image/png;base64,{base64.b64encode(png).decode()}">
 <table>
 {rows}
 </table>
-</body></html>
+</html>
 """
 
 
