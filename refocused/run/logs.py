@@ -98,16 +98,16 @@ def console() -> Iterator[None]:
     try:
         yield
     except OSError:
-        mute(broken_for_good=lambda error: error.errno not in FULL)
+        mute(but=FULL)
 
 
-def mute(broken_for_good=lambda error: True) -> None:
+def mute(but: tuple[int, ...] = ()) -> None:
     """Let the streams that cannot be written lead nowhere; also what they still hold, which would fail at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            if broken_for_good(error):
+            if error.errno not in but:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream.fileno())
                 os.close(nowhere)
@@ -123,7 +123,7 @@ class Logs:
         """On rank 0 (main) check_folder has been called."""
         self.folder, self.output_dir, self.main = Path(os.path.realpath(logging_dir)), output_dir, main
         self.files: list[File] = []
-        self.failed, self.lost = False, 0  # since it was said that something cannot be written
+        self.failed = False  # it was said that something cannot be written
         self.train_log = self.file(LOG)
 
     def log(self, text: str | None, file: TextIO | None = None, screen: bool = True, more: str | None = None) -> None:
@@ -154,8 +154,8 @@ class Logs:
         if not self.main:
             return
         if self.failed and not any(file.shut for file in self.files):
-            log_error(f"{self.folder} can be written again; {self.lost} writes to it are missing")
-            self.failed, self.lost = False, 0
+            log_error(f"{self.folder} can be written again; what was written meanwhile is missing")
+            self.failed = False
         for file in self.files:
             file.again()
         if not (self.folder / OWNER).exists() or not all(lock.intact() for lock in _held):
@@ -168,7 +168,6 @@ class Logs:
                     file.shut = True
 
     def fail(self, error: Exception) -> None:
-        self.lost += 1
         if not self.failed:
             self.failed = True
             log_error(f"logs are not written: {error}; training goes on, and they are tried again at every log line")
@@ -188,7 +187,6 @@ class File:
     def write(self, data: bytes) -> None:
         """Append all of it or nothing; the first write that could not be is said."""
         if self.shut:
-            self.logs.lost += 1
             return
         try:
             if self.fd < 0:
@@ -209,9 +207,12 @@ class File:
             self.logs.fail(error if error.filename else OSError(error.errno, error.strerror, str(self.path)))
 
     def again(self) -> None:
-        self.shut = False
-        if self.fd >= 0 and not same_file(self.fd, self.path):
-            self.close()
+        self.shut, same = False, False
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                same = os.path.samestat(os.fstat(self.fd), os.lstat(self.path))
+            if not same:
+                self.close()
 
     def sync(self) -> None:
         """Make what was written durable, behind training: while a checkpoint is written it takes the disk's time."""
@@ -229,10 +230,3 @@ def _sync(fd: int) -> None:
     with contextlib.suppress(OSError):  # the next write says it
         os.fsync(fd)
     os.close(fd)
-
-
-def same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except OSError:
-        return False
