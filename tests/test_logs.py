@@ -1,7 +1,6 @@
 """What happens to the logs does not happen to the run: full disks, folders that go, damaged lines, closed streams."""
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -14,18 +13,13 @@ import pytest
 from conftest import ROOT
 from launch import TINY, Run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_monitor import forget
+from test_resume import forget, trace
 
 from configs import ConfigError
 from refocused.measure import losses, report
 from refocused.run.logs import check_folder
 
 DAMAGED = (b"NaN", b"1e999", b"-1e999", b"9" * 400, b"-5", b'"x"', b"null", b"[]", b"{}", b"true")
-
-
-def parsed(path: Path) -> list[dict]:
-    """Every line of a trace, each of which must be whole."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -64,7 +58,7 @@ def test_a_full_disk_ends_no_run(shards, tmp_path, small_disk):
     run.signal(signal.SIGTERM)
     assert run.wait() == [75] and "Traceback" not in run.text
     assert run.text.count("logs are not written") == 2
-    assert {line["step"] for line in parsed(small_disk / "trace.jsonl")} >= {1, 2, 3, here}
+    assert {line["step"] for line in trace(tmp_path)} >= {1, 2, 3, here}
     assert all(re.match(r"\d{4}-.* \S", line) for line in (small_disk / "train.log").read_text().splitlines())
     fill(small_disk)
     assert "cannot be written" in train(tmp_path, f"data_dir={shards}", "resume=latest", code=2).text
@@ -86,7 +80,7 @@ def test_a_folder_that_goes_ends_no_run(shards, tmp_path):
     run.signal(signal.SIGTERM)
     run.wait_for(r"\nstopping after this step; again to quit now\n")
     assert run.wait() == [75] and "Traceback" not in run.text
-    steps = [line["step"] for line in parsed(tmp_path / "logs" / "trace.jsonl") if "event" not in line]
+    steps = [line["step"] for line in trace(tmp_path) if "event" not in line]
     assert steps == list(range(steps[0], steps[-1] + 1)) and here in steps and steps[0] > 3
     curves = EventAccumulator(str(tmp_path / "logs"))
     curves.Reload()
@@ -111,16 +105,8 @@ def test_unreadable_lines_are_counted_and_skipped(shards, tmp_path):
     forget(tmp_path, after=4)
     path = tmp_path / "logs" / "trace.jsonl"
     good = path.read_bytes().splitlines()
-    bad = [
-        b"\0\0\0\0garbage",
-        b"mine",
-        b'{"note": 1}',
-        b'{"step": "5"}',
-        b'{"step": true}',
-        b"[5]",
-        b'{"step": "\xff"}',
-        b"",
-    ]
+    bad = [b"\0\0\0\0garbage", b"mine", b'{"note": 1}', b'{"step": "5"}', b'{"step": true}', b"[5]", b""]
+    bad += [b'{"step": "\xff"}']
     bad += [b'{"step": 7, "event": ["eval"]}', b'{"step": %s}' % (b"9" * 400), b'{"step": -1}', b"\xff\xfe"]
     bad += [b'{"step": 6, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"]
     clock = next(line for line in good if b'"clock"' in line)

@@ -9,24 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, write_shards
 from launch import GUARD, TINY, Run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_resume import assert_same_run, newest, steps, take, tensors
+from test_resume import assert_same_run, assert_same_tensors, forget, newest, steps, take, trace
 
 import configs
 import data
 from configs import ConfigError, step_ranges
-from refocused.checkpoint import manifest, selection
+from refocused.checkpoint import selection
 from refocused.run import gpus
 from refocused.run.words import fitted, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-def trace(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "logs" / "trace.jsonl").read_text().splitlines()]
 
 
 def logged_text(folder: Path) -> str:
@@ -34,13 +29,6 @@ def logged_text(folder: Path) -> str:
     lines = (folder / "logs" / "train.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     return "".join(f"{line[20:]}\n" for line in lines if not line[20:].startswith(("saved ", "  seed = 42 ")))
-
-
-def forget(folder: Path, after: int) -> None:
-    """Delete the checkpoints beyond a step, as if a kill had come before them."""
-    for name in selection.names(folder / "out"):
-        if manifest.parse(name).step > after:
-            subprocess.run(["rm", "-r", str(folder / "out" / name)], check=True)
 
 
 def test_a_resumed_run_has_one_curve(shards, tmp_path):
@@ -135,13 +123,8 @@ def test_step_ranges():
 def test_spikes_are_skipped_alike_after_a_resume(tmp_path):
     """Every spike named with its shards; with skip, resumed in the middle against whole: the same bits; report against
     off: the same bits, so that watching changes nothing."""
-    args = [
-        f"data_dir={write_shards(tmp_path / 'data', tokens=9000)}",
-        "max_steps=90",
-        "save_steps=70",
-        "save_total_limit=0",
-    ]
-    args += ["learning_rate=1e-4"]
+    args = [f"data_dir={write_shards(tmp_path / 'data', tokens=9000)}", "max_steps=90", "save_steps=70"]
+    args += ["save_total_limit=0", "learning_rate=1e-4"]
     dataset = data.Dataset.open(configs.load([*TINY, *args])[0])
     for step in (67, 80):  # 64 steps have to be known
         for path, begin in dataset.locate(dataset.sample_ids(8 * (step - 1), 8)):
@@ -165,10 +148,8 @@ def test_spikes_are_skipped_alike_after_a_resume(tmp_path):
 
     take(tmp_path / "whole", 70, tmp_path / "resumed")
     train(tmp_path / "resumed", *skipping, "resume=latest", nproc=2)
-    late = {step: bits for step, bits in b.items() if step > 70}
-    assert steps(tmp_path / "resumed") == late
-    x, y = tensors(newest(tmp_path / "whole")), tensors(newest(tmp_path / "resumed"))
-    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    assert steps(tmp_path / "resumed") == {step: bits for step, bits in b.items() if step > 70}
+    assert_same_tensors(newest(tmp_path / "whole"), newest(tmp_path / "resumed"))
 
 
 def test_steps_walked_past(shards, tmp_path):
@@ -180,8 +161,7 @@ def test_steps_walked_past(shards, tmp_path):
     plain, past = steps(tmp_path / "plain"), steps(tmp_path / "past")
     assert sorted(past) == [1, 2, 3, 6, 7, 8]
     assert all(past[s][2:] == plain[s][2:] for s in past)  # the same rate and samples
-    x, y = (tensors(next((tmp_path / "past" / "out").glob(f"checkpoint-*-step{step}-*"))) for step in (3, 5))
-    assert [name for name in x if not torch.equal(x[name], y[name])] == []
+    assert_same_tensors(*(next((tmp_path / "past/out").glob(f"checkpoint-*-step{step}-*")) for step in (3, 5)))
     events = [(line["step"], line["samples"]) for line in trace(tmp_path / "past") if line.get("event") == "skip"]
     assert events == [(step, plain[step][3]) for step in (4, 5)]
     forget(tmp_path / "past", after=3)
@@ -267,9 +247,7 @@ def test_show_into_a_closed_pipe():
 def test_lines_fit_the_terminal():
     """At 80 columns: no line is longer, the plan's go on below their text, words stay whole, and so do commands."""
     long = plan(configs.load([])[0], 2, "a folder with a long name " * 4, "here")
-    resume = (
-        "resume    checkpoint-epoch0-step500-files0 (what was saved last), step 500\n" + f"{'':10}data: {'at x ' * 20}"
-    )
+    resume = f"resume    checkpoint-epoch0-step500-files0 (saved last), step 500\n{'':10}data: {'at x ' * 20}"
     stopped = "stopped at step 101 1.4 s after the signal; resume=latest continues from checkpoint-epoch0-step1"
     for text in (long, resume, stopped):
         shown = fitted(text, 80)

@@ -12,16 +12,10 @@ from launch import GUARD, train
 from safetensors import safe_open
 
 import bench
-from refocused.measure import report
+from refocused.measure import losses, report
 from refocused.run import goodput
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def trace(folder: Path) -> dict[int, dict]:
-    """The step lines of a run, without its events."""
-    lines = [json.loads(line) for line in (folder / "logs" / "trace.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if "event" not in line}
 
 
 def write(folder: Path, lines: list[dict], tail: str = "") -> Path:
@@ -35,19 +29,18 @@ def step(n: int, loss: float | str = 2.0, **more) -> dict:
 
 
 def test_every_step_counts_once_and_a_cut_line_is_none(tmp_path):
-    """Steps run again differently after a resume replace the old ones with all that followed them; what a kill cut."""
-    lines = [step(n) for n in range(1, 9)]
+    """Steps run again differently after a resume replace the old ones with all that followed them; what a kill cut.
+
+    JSON without a step and a line of zeros are skipped and counted; unknown keys and events do no harm.
+    """
+    lines = [step(1, more=[1]), {"no": 1}, *(step(n) for n in range(2, 9)), {"event": "unheard", "step": 2}]
     lines += [{"event": "checkpoint", "step": 4}, {"event": "eval", "step": 8, "loss": 3.0}]
-    lines += [
-        {"event": "resume", "step": 4},
-        step(6, 1.5, verdict="spike"),
-        step(7, "nan"),
-        {"event": "skip", "step": 8},
-    ]
-    run = report.read(write(tmp_path, lines, '{"step": 8, "lo'))
+    lines += [{"event": "resume", "step": 4}, step(6, 1.5, verdict="spike"), step(7, "nan")]
+    lines += [{"event": "skip", "step": 8}]
+    run = report.read(write(tmp_path, lines, '\0\0\n{"step": 8, "lo'))
     assert run.series["loss"].keys() == {1, 2, 3, 4, 5, 6, 7} and run.series["loss"][6] == 1.5
     assert run.marks == {"checkpoint": [4], "resume": [4], "eval": [], "spike": [6], "bad": [7], "skip": [8]}
-    assert run.eval_loss == {} and run.skipped == 0
+    assert run.eval_loss == {} and run.skipped == 2
 
 
 def test_the_branch_is_followed(tmp_path):
@@ -99,13 +92,6 @@ def test_where_the_time_went(tmp_path, capsys):
     assert "became training; lost: between runs 1m40s ($1.00), steps run again 1m35s" in capsys.readouterr().out
 
 
-def test_damaged_and_foreign_lines_are_counted(tmp_path):
-    """A line of zeros in the middle and JSON without a step: skipped and said; unknown keys and events do no harm."""
-    folder = write(tmp_path, [step(1), {"no": 1}, step(2, more=[1]), {"event": "unheard", "step": 2}], "\0\0\n")
-    run = report.read(folder)
-    assert run.skipped == 2 and list(run.series["loss"]) == [1, 2]
-
-
 def test_bins_keep_the_mean_and_the_range():
     """10,000 steps in 500 points: the first one against the 20 steps it stands for; what is not finite is left out."""
     points = report.bins({n: float(n) for n in range(10_000)} | {3: float("nan")})
@@ -134,13 +120,9 @@ def test_picture_and_page_of_a_resumed_run(shards, tmp_path):
 
 def test_configs_are_compared(tmp_path):
     """Two runs and one of an older trace: the keys that differ, with both values, and no other key."""
-    begin = {"event": "start", "step": 0}
-    one = {"learning_rate": 1e-3, "seed": 1, "output_dir": "a"}
-    runs = [
-        report.read(write(tmp_path / "a", [{**begin, "config": one}, step(1)])),
-        report.read(write(tmp_path / "b", [{**begin, "config": {**one, "seed": 2, "output_dir": "b"}}, step(1)])),
-        report.read(write(tmp_path / "c", [begin, step(1)])),
-    ]
+    configs = [{"learning_rate": 1e-3, "seed": seed, "output_dir": str(seed)} for seed in (1, 2)]
+    begins = [{"event": "start", "step": 0, **more} for more in ({"config": configs[0]}, {"config": configs[1]}, {})]
+    runs = [report.read(write(tmp_path / str(i), [begin, step(1)])) for i, begin in enumerate(begins)]
     page = report.page(runs, PNG, 0.0)
     assert "<th>seed</th><td>1</td><td>2</td><td>-</td>" in page
     assert "learning_rate" not in page and "output_dir" not in page
@@ -170,11 +152,17 @@ def test_without_matplotlib(tmp_path):
 
 
 def test_copies_of_shards(shards, tmp_path):
-    """fsdp with shard_size=2 over 4 ranks against ddp over 4; its checkpoint, each part once, goes on under fsdp 2."""
+    """fsdp with shard_size=2 over 4 ranks against ddp over 4; its checkpoint, each part once, goes on under fsdp 2.
+
+    A size that does not divide the ranks, or without fsdp: exit 2, with the sizes that do.
+    """
     common = [f"data_dir={shards}", "global_batch_size=8", "per_device_train_batch_size=1", "save_steps=5"]
+    wrong = ["shard_size=3", "parallel=fsdp"]
+    assert "sizes that do: 1, 2" in train(tmp_path / "a", *common, *wrong, nproc=2, code=2).text
+    assert "needs parallel=fsdp" in train(tmp_path / "b", *common, wrong[0], code=2).text
     train(tmp_path / "ddp", *common, nproc=4)
     train(tmp_path / "copies", *common, "parallel=fsdp", "shard_size=2", nproc=4)
-    whole, copies = trace(tmp_path / "ddp"), trace(tmp_path / "copies")
+    whole, copies = losses.read(tmp_path / "ddp/logs"), losses.read(tmp_path / "copies/logs")
     for n in range(1, 11):
         assert copies[n]["samples"] == whole[n]["samples"]
         assert copies[n]["loss"] == pytest.approx(whole[n]["loss"], rel=1e-5)
@@ -189,12 +177,5 @@ def test_copies_of_shards(shards, tmp_path):
     assert len(parts) == len(set(parts)) > 0
 
     train(tmp_path / "two", *common, "parallel=fsdp", f"resume={saved}", nproc=2)
-    for n, line in trace(tmp_path / "two").items():
+    for n, line in losses.read(tmp_path / "two/logs").items():
         assert n > 5 and line["loss"] == pytest.approx(whole[n]["loss"], rel=1e-5)
-
-
-def test_shard_size_must_divide(shards, tmp_path):
-    """3 of 4 processes, or without fsdp: exit 2, with the sizes that do."""
-    args = [f"data_dir={shards}", "shard_size=3"]
-    assert "sizes that do: 1, 2" in train(tmp_path / "a", *args, "parallel=fsdp", nproc=2, code=2).text
-    assert "needs parallel=fsdp" in train(tmp_path / "b", *args, code=2).text

@@ -13,6 +13,7 @@ from conftest import ROOT, write_shards
 from launch import GUARD, TINY, train
 
 import configs
+from refocused.measure import losses
 from refocused.run.optim import learning_rate
 
 
@@ -23,9 +24,8 @@ def relative(a: list[float], b: list[float]) -> float:
 
 def trace(run) -> list[dict]:
     """What each step did, without what depends on the clock."""
-    found = map(json.loads, (run.log.parent / "logs" / "trace.jsonl").read_text().splitlines())
     keys = ("step", "loss", "loss_hex", "grad_norm", "grad_norm_hex", "lr", "lr_hex", "samples")
-    return [{key: line[key] for key in keys} for line in found if "event" not in line]
+    return [{key: line[key] for key in keys} for line in losses.read(run.log.parent / "logs").values()]
 
 
 def test_strategies_and_accumulation_agree(shards, tmp_path):
