@@ -151,7 +151,7 @@ def test_planted_links_are_not_followed(tmp_path):
 def test_closed_and_ascii_streams(shards, tmp_path):
     """A run without a stdout, its paths accented, its stderr ASCII: exit 0 and a whole train.log; an ASCII stdout."""
     config = tmp_path / "é.py"
-    config.write_text("# é\n", encoding="utf-8")
+    config.write_text("seed = 42  # é\n", encoding="utf-8")
     places = ["output_dir=é/out", "logging_dir=é/logs", f"data_dir={shards}", "max_steps=2"]
     command = [sys.executable, str(ROOT / "train.py"), config.name, *TINY, *places]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
