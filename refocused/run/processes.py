@@ -140,7 +140,8 @@ def join(here: Launch, backend: str, timeout: datetime.timedelta) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         if here.torchruns_store and store is None:
-            raise PeersError(f"the torchrun of this process is gone: no store at {here.address}: {first}") from error
+            host, port = here.address
+            raise PeersError(f"the torchrun of this process is gone: no store at {host}:{port}: {first}") from error
         raise PeersError(f"rank {here.rank} does not reach the others: {first}; {ADVICE}") from error
 
 
