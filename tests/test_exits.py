@@ -499,4 +499,4 @@ def test_the_slow_one_is_named(tmp_path):
     name, rates = hardware.of_node(tmp_path, 1 << 20)
     assert rates.keys() == {"written", "read"} and str(tmp_path) in name
     assert hardware.of_node(tmp_path / "no", 1 << 20)[1] == {}
-    assert hardware.gpu(torch.device("cpu"), n=64)["product"] > 0 and min(hardware.disk(tmp_path, 1 << 20)) > 0
+    assert hardware.gpu(torch.device("cpu"), n=64)["product"] > 0 and min(hardware.disk(tmp_path, 1 << 20).values()) > 0

@@ -19,8 +19,8 @@ class CalibrationError(ValueError):
     exit_code = 1
 
 
-def of_ranks(nbytes: int = 1 << 26) -> None:
-    """A rank of `measured`: rank 0 prints the slowest one's product, memory and all-reduce, while all are at work."""
+def measure_rank(nbytes: int = 1 << 26) -> None:
+    """One of the processes of `measured`: rank 0 prints the slowest one's rates, while all are at work."""
     env = processes.start(Config())
     found = hardware.gpu(env.device, *(() if env.device.type != "cpu" else (2048, nbytes)))
     if env.world_size > 1:
@@ -36,7 +36,7 @@ def of_ranks(nbytes: int = 1 << 26) -> None:
 
 
 def measured(world: int) -> dict[str, Any]:
-    """The rates of `world` processes on this machine, by their names above. Raises CalibrationError."""
+    """The rates of `world` processes on this machine, and the device's name. Raises CalibrationError."""
     launch = ["-m", "refocused.run.launch", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     command = [sys.executable, *launch, "-m", "refocused.measure.calibrate", "--rates"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(entry.ROOT)})
@@ -48,33 +48,31 @@ def measured(world: int) -> dict[str, Any]:
 def machine(world: int) -> speed.Machine:
     """This machine as the plan wants it. Raises CalibrationError."""
     found = measured(world)
-    gpu, overlaps = gpus.find(found["name"]), found["name"] != "CPU"
-    link = 1e9 * found.get("all-reduce", 1e3)
+    gpu, link = gpus.find(found["name"]), 1e9 * found.get("all-reduce", 1e3)
     return speed.Machine(
-        found["name"], 1e12 * found["product"] * speed.REACHED, 1e9 * found["memory"], link, node=world, overlaps=overlaps,
-        peak=gpu and gpu.peak,
+        found["name"], 1e12 * found["product"] * speed.REACHED, 1e9 * found["memory"], link, node=world,
+        overlaps=found["name"] != "CPU", peak=gpu and gpu.peak,
     )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
-    """What setup.sh prints: a line of rates, then one for each GPU that is slow. --rates: see of_ranks."""
+    """What setup.sh prints: a line of rates, then one for each GPU that is slow. --rates: see measure_rank."""
     if argv == ["--rates"]:
-        of_ranks()
+        measure_rank()
         return 0
     count = torch.cuda.device_count()
     devices = [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
     rows = [hardware.gpu(device) if count else hardware.gpu(device, n=1024) for device in devices]
     name = torch.cuda.get_device_name(0) if count else "CPU"
-    write, read = hardware.disk(Path("."), 1 << (28 if count else 25))
     first, *complaints = hardware.words(rows, [str(device) for device in devices], name)
     if count > 1:
         try:
             first += f", all-reduce {measured(count)['all-reduce']:.3g} GB/s"
         except CalibrationError as error:
             complaints.append(f"the all-reduce between the GPUs could not be measured: {error}")
-    print(f"{first} ({name}); this disk {write:,.0f} MB/s written and {read:,.0f} read")
-    for text in complaints:
-        print(text)
+    disk = hardware.disk(Path("."), 1 << (28 if count else 25))
+    print(f"{first} ({name}); this disk {disk['written']:,.0f} MB/s written and {disk['read']:,.0f} read")
+    print("\n".join(complaints), end="\n" * bool(complaints))
     return 0
 
 

@@ -6,7 +6,8 @@ import math
 import re
 import shlex
 import textwrap
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,12 +27,28 @@ WIDTH = 100  # columns of what is printed
 LIMITS = {"products": "matrix products", "memory": "memory bandwidth", "host copies": "copies from and to the host"}
 
 
-def tokens_per_step(cfg: Config, world: int) -> int:
-    return cfg.batch(world)[1] * cfg.sequence_length
+class Target(NamedTuple):
+    """What is planned for."""
+
+    gpu: gpus.GPU | None  # of the table
+    name: str
+    usable: float  # GiB that torch finds on one
+    machine: Machine | None
+    price: float | None  # $ per GPU and hour
 
 
 def say(text: str) -> None:
     print(textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False))
+
+
+def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
+    """Markdown; columns are separated by | in the head."""
+    cells = [head.split("|"), ["---"] * (head.count("|") + 1), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells)
+
+
+def tokens_per_step(cfg: Config, world: int) -> int:
+    return cfg.batch(world)[1] * cfg.sequence_length
 
 
 def mfu(cfg: Config, world: int, seconds: float, peak: float | None) -> str:
@@ -39,10 +56,10 @@ def mfu(cfg: Config, world: int, seconds: float, peak: float | None) -> str:
     return f"{flops / seconds / world / peak:.0%}" if peak else "n/a"
 
 
-def settings(cfg: Config, other: Config) -> str:
-    """The command line's words that make cfg the other."""
-    changes = configs.difference(dataclasses.asdict(cfg), dataclasses.asdict(other))
-    return " ".join(f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, _, new in changes)
+def cost(cfg: Config, world: int, seconds: float, price: float | None) -> tuple[str, str]:
+    """Hours and dollars of the whole run."""
+    hours = cfg.max_steps * seconds / 3600
+    return f"{hours:,.1f}", "n/a" if price is None else f"{hours * world * price:,.0f}"
 
 
 def layout(cfg: Config, world: int) -> str:
@@ -58,40 +75,32 @@ def layout(cfg: Config, world: int) -> str:
 
 
 def memory_table(cfg: Config, world: int) -> str:
-    """Predicted GiB per GPU by kind."""
     found = estimate(cfg, world)
     rows: dict[str, float] = {kind: size for kind, size in found.device.items() if size}
     rows |= {"in all at the peak": found.total, "torch's allocator": found.pools}
     rows |= {"with what is not torch's": found.needed}
     rows |= {"host memory, all processes": found.host * world} if found.host else {}
-    lines = [f"| {layout(cfg, world)} | GiB per GPU |", "|---|---:|"]
-    return "\n".join(lines + [f"| {kind} | {size / GIB:.2f} |" for kind, size in rows.items()])
+    return table(f"{layout(cfg, world)}|GiB per GPU", ((kind, f"{size / GIB:.2f}") for kind, size in rows.items()))
 
 
 def time_table(cfg: Config, world: int, price: float | None, chosen: gpus.GPU | None, *links: Any) -> str:
-    """The whole run on each known GPU: whether it fits, speed, hours and dollars; links: as Machine.of has them."""
-    needed = estimate(cfg, world).needed
-    lines = [
-        "| | GPU | GB | fits | s per step | tokens/s | MFU | hours | $ per GPU-hour | cost, $ |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    """The whole run on each known GPU; links: as Machine.of has them."""
+    needed, rows = estimate(cfg, world).needed, []
     for name, gpu in GPUS.items():
-        seconds = speed.step(cfg, world, Machine.of(name, gpu, *links)).seconds
-        hours, dollars = cfg.max_steps * seconds / 3600, gpu.price if price is None else price
-        fits = "yes" if needed <= gpu.found * GIB else "no"
-        lines.append(
-            f"| {'>' * (gpu is chosen)} | {world} x {name} | {gpu.sold:g} | {fits} | {seconds:.3g} "
-            f"| {tokens_per_step(cfg, world) / seconds:,.0f} | {mfu(cfg, world, seconds, gpu.peak)} | {hours:,.1f} "
-            f"| {dollars:.2f} | {hours * world * dollars:,.0f} |"
-        )
-    return "\n".join(lines)
+        seconds, dollars = speed.step(cfg, world, Machine.of(name, gpu, *links)).seconds, price or gpu.price
+        hours, whole = cost(cfg, world, seconds, dollars)
+        rows.append(
+            (">" * (gpu is chosen), f"{world} x {name}", f"{gpu.sold:g}", "yes" if needed <= gpu.found * GIB else "no",
+             f"{seconds:.3g}", f"{tokens_per_step(cfg, world) / seconds:,.0f}", mfu(cfg, world, seconds, gpu.peak),
+             hours, f"{dollars:.2f}", whole)
+        )  # fmt: skip
+    return table("|GPU|GB|fits|s per step|tokens/s|MFU|hours|$ per GPU-hour|cost, $", rows)
 
 
 def wish(cfg: Config, world: int, steps_per_second: float, *links: Any) -> str:
-    """What a wished-for speed asks of each GPU, as a multiple of its peak, and of what is predicted for it."""
-    tokens = tokens_per_step(cfg, world)
+    """What a wished-for speed asks of each GPU, as a multiple of its peak and of what is predicted for it."""
+    tokens, verdicts = tokens_per_step(cfg, world), []
     need = steps_per_second * tokens * neox.flops_per_token(cfg) / world
-    verdicts = []
     for name, gpu in GPUS.items():
         share, seconds = need / gpu.peak, speed.step(cfg, world, Machine.of(name, gpu, *links)).seconds
         asked = f"{share:.1f} times its peak" if share > 1 else f"MFU {share:.0%}"
@@ -116,33 +125,29 @@ def checkpoints(cfg: Config) -> str:
 
 def command(config: str, given: list[str], cfg: Config, other: Config, world: int, node: int) -> str:
     """The command line that runs the other layout of a config."""
-    words = " ".join(filter(None, ["train.py", shlex.join([config, *given]), settings(cfg, other)]))
+    changes = configs.difference(dataclasses.asdict(cfg), dataclasses.asdict(other))
+    keys = [f"{key}={str(new).lower() if isinstance(new, bool) else new}" for key, _, new in changes]
+    line = " ".join(["train.py", shlex.join([config, *given]), *keys])
     if world == 1:
-        return here(f"python {words}")
+        return here(f"python {line}")
     nodes = "--standalone"
     if world > node:
         nodes = f"--nnodes={world // node} --rdzv_id=run1 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
-    return here(f"python -m refocused.run.launch {nodes} --nproc_per_node={min(world, node)} {words}")
+    return here(f"python -m refocused.run.launch {nodes} --nproc_per_node={min(world, node)} {line}")
 
 
 def fastest_table(result: search.Result, cfg: Config, world: int, machine: Machine, price: float | None) -> str:
     """The layouts that were found, with what a step and the run take and cost."""
-    lines = [
-        "| | layout | s per step | of it link | MFU | sent, GB | GiB | hours | $ |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for i, found in enumerate(result.fastest, 1):
-        seconds = found.step.seconds
-        hours = cfg.max_steps * seconds / 3600
-        dollars = "n/a" if price is None else f"{hours * world * price:,.0f}"
-        gib = f"{found.needed / GIB:.1f}"
+        step, gib = found.step, f"{found.needed / GIB:.1f}"
         gib += f" + {found.host * min(world, machine.node) / GIB:.0f} host" if found.host else ""
-        lines.append(
-            f"| {i} | {layout(found.cfg, world)} | {seconds:.3g} | {found.step.exposed / seconds:.0%} "
-            f"| {mfu(found.cfg, world, seconds, machine.peak)} | {found.step.sent / 1e9:.1f} | {gib} | {hours:,.1f} "
-            f"| {dollars} |"
-        )
-    return "\n".join(lines)
+        rows.append(
+            (i, layout(found.cfg, world), f"{step.seconds:.3g}", f"{step.exposed / step.seconds:.0%}",
+             mfu(found.cfg, world, step.seconds, machine.peak), f"{step.sent / 1e9:.1f}", gib,
+             *cost(cfg, world, step.seconds, price))
+        )  # fmt: skip
+    return table("|layout|s per step|of it link|MFU|sent, GB|GiB|hours|$", rows)
 
 
 def shares(found: Step) -> dict[str, float]:
@@ -158,12 +163,6 @@ def bottleneck(result: search.Result, world: int) -> str:
     text = f"bound by {', '.join(part for part in parts if not part.endswith(' 0%'))}."
     if best.exposed > 0.02 * best.seconds:
         text += f" A link without limit would make it {best.seconds - best.exposed:.3g} s."
-        least = min(result.fastest, key=lambda found: found.step.sent)
-        if least.step.sent < 0.8 * best.sent:
-            text += (
-                f" {layout(least.cfg, world)} sends {least.step.sent / 1e9:.1f} GB instead of "
-                f"{best.sent / 1e9:.1f} and takes {least.step.seconds:.3g} s."
-            )
     if large := result.too_large:
         text += f" With {large.needed / GIB:.1f} GiB per GPU {layout(large.cfg, world)} would take {large.step.seconds:.3g} s."
     return text
@@ -181,7 +180,7 @@ def affordable(
     cfg: Config, world: int, seconds: float, price: float | None, budget: float | None, limit: float | None
 ) -> str:
     """What can be trained for so many dollars, or within so many hours."""
-    limits = [("$" + f"{budget:g}", budget / price / world)] if budget and price else []
+    limits = [(f"${budget:g}", budget / price / world)] if budget and price else []
     limits += [(f"{limit:g} h", limit)] if limit else []
     name, hours = min(limits, key=lambda pair: pair[1])
     steps = int(hours * 3600 / seconds)
@@ -217,29 +216,29 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=positive_number, help="$: what the fastest layout trains for that")
     add("--deadline", type=hours, help="as 48h: what the fastest layout trains in that time")
     add("--calibrate", action="store_true", help="measure this machine first and plan for it")
-    add("--tokens", type=positive_number, help="tokens of the data set, for epochs where it is not here")
     add("--steps-per-second", type=positive_number, help="a wished-for speed to hold against the hardware")
     return found
 
 
-def card(options: argparse.Namespace, cfg: Config, world: int) -> tuple[gpus.GPU | None, float, str]:
-    """The GPU of the table that is planned for, GiB that a process has there, and a card's name in words."""
-    gpu = gpus.named(options.gpu) if options.gpu else None
-    name = options.gpu or "GPU"
-    if options.calibrate and torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        gpu, usable = gpus.find(name), torch.cuda.get_device_properties(0).total_memory / GIB
-    elif options.calibrate:
-        name, usable = "CPU process", preflight.memory() / world / GIB
-    elif not gpu and not options.memory:
-        sold = gpus.smallest(estimate(cfg, world).needed)
-        return None, gpus.usable(sold), f"GPU of {sold:g} GB, the smallest known kind that it fits"
+def target(options: argparse.Namespace, cfg: Config, world: int, *links: Any) -> Target:
+    """Raises ConfigError."""
+    if options.calibrate:
+        machine = calibrate.machine(world)
+        gpu, name, usable = gpus.find(machine.name), "CPU process", preflight.memory() / world / GIB
+        if torch.cuda.is_available():
+            name, usable = machine.name, torch.cuda.get_device_properties(0).total_memory / GIB
+    elif options.gpu:
+        if (gpu := gpus.find(options.gpu)) is None:
+            raise ConfigError(f"--gpu {options.gpu!r} is none of {', '.join(GPUS)}")
+        name, usable, machine = options.gpu, gpu.found, Machine.of(options.gpu, gpu, *links)
     else:
-        usable = gpu.found if gpu else 0.0
+        gpu = machine = None
+        sizes, needed = sorted({gpu.sold for gpu in GPUS.values()}), estimate(cfg, world).needed
+        sold = next((size for size in sizes if needed <= gpus.usable(size) * GIB), sizes[-1])
+        name, usable = f"GPU of {sold:g} GB, the smallest known kind that it fits", gpus.usable(sold)
     if options.memory and not (gpu and gpu.sold == options.memory):
-        usable = gpus.usable(options.memory)
-        name += f" of {options.memory:g} GB"
-    return gpu, usable, name
+        name, usable = f"{options.gpu or 'GPU'} of {options.memory:g} GB", gpus.usable(options.memory)
+    return Target(gpu, name, usable, machine, options.price or (gpu.price if gpu else None))
 
 
 def main(argv: list[str]) -> int:
@@ -249,6 +248,10 @@ def main(argv: list[str]) -> int:
     if world > node and world % node:
         raise ConfigError(f"--gpus {world} is not a multiple of --per-node {node}")
     searching = options.search or options.budget or options.deadline
+    if options.calibrate and (options.gpu or options.link or options.network):
+        raise ConfigError("--calibrate measures what --gpu, --link and --network would say; leave these out")
+    if searching and not (options.gpu or options.calibrate):
+        raise ConfigError(f"--search, --budget and --deadline need --gpu, one of {', '.join(GPUS)}, or --calibrate")
     if searching:  # all that follows is about the step that the config means, whatever it was laid out for
         each = search.sequences(cfg, world)
         size = math.gcd(cfg.per_device_train_batch_size, each)
@@ -256,62 +259,52 @@ def main(argv: list[str]) -> int:
             cfg, global_batch_size=each * world, per_device_train_batch_size=size, num_processes=world
         )
     cfg.batch(world)
-    if options.calibrate and (options.gpu or options.link or options.network):
-        raise ConfigError("--calibrate measures what --gpu, --link and --network would say; leave these out")
-    if searching and not (options.gpu or options.calibrate):
-        raise ConfigError(f"--search, --budget and --deadline need --gpu, one of {', '.join(GPUS)}, or --calibrate")
-    gpu, usable, name = card(options, cfg, world)
-    price = options.price or (gpu.price if gpu else None)
+    links = (options.link, options.network, node)
+    gpu, name, usable, machine, price = target(options, cfg, world, *links)
     if options.budget and not price:
         raise ConfigError("--budget needs --price, or --gpu with its own")
-    links = (options.link, options.network, node)
-    machine = calibrate.machine(world) if options.calibrate else Machine.of(options.gpu, gpu, *links) if gpu else None
 
-    needed = estimate(cfg, world).needed / GIB
-    answer = f"{'fits' if needed <= usable else 'does not fit as configured'}: {needed:.1f} of {usable:.1f} GiB on "
+    found = estimate(cfg, world)
+    fits = found.needed <= usable * GIB
+    answer = f"{'fits' if fits else 'does not fit as configured'}: {found.needed / GIB:.1f} of {usable:.1f} GiB on "
     answer += f"{'each of ' * (world > 1)}{world} x {name}"
     if machine:
-        seconds = speed.step(cfg, world, machine).seconds
-        took = cfg.max_steps * seconds / 3600
-        answer += f"; {seconds:.3g} s per step, {took:,.1f} hours"
-        answer += f", ${took * world * price:,.0f}" if price else ""
+        step = speed.step(cfg, world, machine)
+        took, dollars = cost(cfg, world, step.seconds, price)
+        answer += f"; {step.seconds:.3g} s per step, {took} hours" + f", ${dollars}" * bool(price)
     if gpu and not gpu.bf16 and cfg.mixed_precision == "bf16":
         answer += "; it has no bf16 products: take mixed_precision=fp16, for which the time is"
-    say(answer + ("; --search with --gpu finds what does" if needed > usable and not searching else ""))
+    say(answer + ("" if fits or searching else "; --search with --gpu finds what does"))
     try:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
     except ValueError as error:
         dataset = f"not here ({str(error).splitlines()[0]})"
-    where = f"{world} x {name}{'' if options.calibrate else ', planned without one'}"
-    lines = [words.plan(cfg, world, dataset, where)]
-    if options.tokens:
-        epochs = cfg.max_steps * tokens_per_step(cfg, world) / options.tokens
-        lines.append(f"epochs    {epochs:.3g} of {words.count(options.tokens)} tokens")
-    lines.append(f"saves     {checkpoints(cfg)}")
+    lines = [words.plan(cfg, world, dataset, f"{world} x {name}{', planned without one' * (not options.calibrate)}")]
+    lines += [f"saves     {checkpoints(cfg)}"]
     sent = speed.step(cfg, world, Machine("", 1, 1)).sent
-    lines.append(f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step")
+    lines += [f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step"]
     if options.steps_per_second:
-        lines.append(f"wish      {wish(cfg, world, options.steps_per_second, *links)}")
+        lines += [f"wish      {wish(cfg, world, options.steps_per_second, *links)}"]
     plan = words.fitted("\n".join(lines), WIDTH + 1)
     print(f"\n{plan}\n\n{memory_table(cfg, world)}\n")
-    beside = f"with {estimate(cfg, world).beside / GIB:.2f} GiB of CUDA context, workspaces{' and NCCL' * (world > 1)}"
     say(
-        "Predicted from the eager graph. Torch's allocator keeps a pool of memory per stream, so their peaks add up. What is "
-        f"not torch's: {beside} (assumed). Host memory: {PROCESS / GIB:.0f} GiB of each process's own (assumed)."
+        "Predicted from the eager graph. Torch's allocator keeps a pool of memory per stream, so their peaks add up. Not "
+        f"torch's: {found.beside / GIB:.2f} GiB of CUDA context, workspaces{' and NCCL' * (world > 1)} (assumed). Host "
+        f"memory: {PROCESS / GIB:.0f} GiB of each process's own (assumed)."
     )
     print()
     if options.calibrate and machine:
         rates = f"products {machine.products / 1e12:.3g} TFLOP/s, memory {machine.memory / 1e9:.3g} GB/s"
         rates += f", link {machine.link / 1e9:.3g} GB/s" * (world > 1)
-        parts = ", ".join(f"{k} {v:.3g}" for k, v in shares(speed.step(cfg, world, machine)).items())
-        say(f"measured here: {rates}. Seconds of a step: {parts}")
+        say(f"measured here: {rates}. Seconds of a step: " + ", ".join(f"{k} {v:.3g}" for k, v in shares(step).items()))
     else:
         print(time_table(cfg, world, options.price, gpu, *links) + "\n")
-        apart = " Documents apart: flash attention, all pairs counted." * cfg.mask_documents
         say(
             f"By the formulas of refocused/run/speed.py: products at {speed.REACHED:.0%} of the best measured rate, or of "
             f"{speed.CEILING:.0%} of the dense bf16 peak; links as in refocused/run/gpus.py; prices "
-            f"{'given' if options.price else 'assumed'}.{apart}"
+            f"{'given' if options.price else 'assumed'}."
+            + " Documents apart: flash attention, all pairs counted."
+            * cfg.mask_documents
         )
     if not machine or not searching:
         return 0

@@ -15,12 +15,10 @@ SHOWN = 5
 
 
 class Found(NamedTuple):
-    """A layout with its step's time and the bytes that a process needs on its device and in host memory."""
-
     cfg: Config
     step: Step
-    needed: float
-    host: float
+    needed: float  # bytes of a process on its device
+    host: float  # and in host memory
 
 
 @dataclasses.dataclass
@@ -59,46 +57,38 @@ def layouts(cfg: Config, world: int, node: int) -> Iterator[Config]:
 def search(cfg: Config, world: int, machine: Machine, device: float, host: float) -> Result:
     """The fastest layouts of the config's step that fit; device, host: bytes of a process's device and of a machine.
 
-    All are timed, and memory is planned for the fastest until enough have been found that fit. Where bf16 moments make
-    one fit they are taken.
+    Memory is planned for the fastest until enough have been found. Where bf16 moments make one fit they are taken.
     """
-    timed = sorted(
-        ((speed.step(c, world, machine).seconds, i, c) for i, c in enumerate(layouts(cfg, world, machine.node)))
-    )
+    steps = [(c, speed.step(c, world, machine)) for c in layouts(cfg, world, machine.node)]
+    steps.sort(key=lambda pair: pair[1].seconds)
     parameters, halves = neox.num_parameters(cfg)[0], cfg.adam_moments == "fp32" and cfg.moments_fit_bf16
-    fastest: list[Found] = []
-    too_large: list[Found] = []
-    starved: list[Found] = []
-    full: dict[tuple, int] = {}  # the smallest micro-batch that did not fit, by all that else decides about memory
+    moments = 4 if halves or cfg.adam_moments == "bf16" else 8  # bytes of a parameter's, at least
+    found: list[Found] = []
+    full: dict[tuple, int] = {}  # the smallest micro-batch that did not fit, by all else that decides about memory
 
-    def parts(c: Config) -> int:
-        return (c.shard_size or world) if c.parallel == "fsdp" else 1
-
-    def look(c: Config) -> Found:
-        needed, on_host = memory.needed(c, world)
-        found = Found(c, speed.step(c, world, machine), needed, on_host)
-        over = on_host * min(world, machine.node) > host
-        (too_large if needed > device else starved if over else fastest).append(found)
-        return found
+    def fits(f: Found) -> bool:
+        return f.needed <= device and f.host * min(world, machine.node) <= host
 
     # off a terminal there is no bar
-    for _, _, c in tqdm(timed, desc="memory of the fastest layouts", unit="layout", leave=False, disable=None):
-        moments = 4 if halves or cfg.adam_moments == "bf16" else 8  # bytes of a parameter's, at least
-        if len(fastest) == SHOWN:
+    for c, step in tqdm(steps, desc="memory of the fastest layouts", unit="layout", leave=False, disable=None):
+        if sum(map(fits, found)) >= SHOWN:
             break
-        if not c.cpu_offload and (4 + moments) * parameters / parts(c) > device:
+        own = parameters / ((c.shard_size or world) if c.parallel == "fsdp" else 1)
+        if not c.cpu_offload and (4 + moments) * own > device:
             continue  # weights and moments are the least that anyone keeps
         kind = c.parallel, c.shard_size, c.activation_checkpointing, c.cpu_offload, c.gradient_accumulation_steps > 1
         if c.per_device_train_batch_size >= full.get(kind, 1 << 30):
             continue  # a smaller one did not fit
-        found = look(c)
-        if found.needed <= device:
+        found.append(Found(c, step, *memory.needed(c, world)))
+        if (needed := found[-1].needed) <= device:
             continue
-        if halves and not c.cpu_offload and found.needed - 4 * parameters / parts(c) <= device:
-            look(dataclasses.replace(c, adam_moments="bf16"))
+        if halves and not c.cpu_offload and needed - 4 * own <= device:
+            c = dataclasses.replace(c, adam_moments="bf16")
+            found.append(Found(c, speed.step(c, world, machine), *memory.needed(c, world)))
         else:
             full[kind] = c.per_device_train_batch_size
-    fastest.sort(key=lambda f: f.step.seconds)
-    larger = [f for f in too_large if fastest and f.step.seconds < fastest[0].step.seconds]
-    too_small, too_lean = (min(some, key=lambda f: f.step.seconds, default=None) for some in (larger, starved))
-    return Result(fastest, too_small, too_lean, len(timed))
+    found.sort(key=lambda f: f.step.seconds)
+    fastest = [f for f in found if fits(f)]
+    large = (f for f in found if f.needed > device and fastest and f.step.seconds < fastest[0].step.seconds)
+    starved = (f for f in found if f.needed <= device and not fits(f))
+    return Result(fastest, next(large, None), next(starved, None), len(steps))

@@ -1,14 +1,10 @@
-"""What is known of GPUs: the one table of rates, sizes, links and prices."""
+"""The table of GPUs: rates, sizes, links and prices. Prices are assumed, as are links whose comment names no measurement."""
 
 import re
 from typing import NamedTuple
 
-from configs import ConfigError
-
 
 class GPU(NamedTuple):
-    """One of them. Prices are assumed, as are links where no comment names a measurement."""
-
     peak: float  # dense bf16 FLOP/s with fp32 accumulation, as the maker says
     sold: float  # GB as sold
     found: float  # GiB of it that torch reports, as users' out-of-memory messages say
@@ -75,13 +71,6 @@ def find(name: str) -> GPU | None:
     return next((GPUS[key] for key, own in fits.items() if words >= own and not (words - own) & OTHERS), None)
 
 
-def named(name: str) -> GPU:
-    """The GPU that the user names. Raises ConfigError."""
-    if (gpu := find(name)) is None:
-        raise ConfigError(f"--gpu {name!r} is none of {', '.join(GPUS)}")
-    return gpu
-
-
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name, None where unknown: an invented peak would be an invented MFU."""
     gpu = find(name)
@@ -89,11 +78,5 @@ def peak_flops(name: str) -> float | None:
 
 
 def usable(sold: float) -> float:
-    """GiB that torch finds on a card sold with so many GB; a fiftieth less than its name where nobody has said."""
+    """GiB that torch finds on a card sold with so many GB; 2 percent less than sold where the table has no such card."""
     return next((gpu.found for gpu in GPUS.values() if gpu.sold == sold), 0.98 * sold)
-
-
-def smallest(needed: float) -> float:
-    """GB of the smallest kind of card, as sold, that has so many bytes; of the largest where none has."""
-    sizes = sorted({gpu.sold for gpu in GPUS.values()})
-    return next((size for size in sizes if needed <= usable(size) * 2**30), sizes[-1])

@@ -1,11 +1,13 @@
-"""A few seconds that find the slow one: GPU, link or disk. train.py on GPUs; see also measure/calibrate.py."""
+"""A few seconds that find the slow one: GPU, link or disk. A run on GPUs and measure/calibrate.py use it."""
 
 import contextlib
 import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +16,13 @@ from configs import Config
 from refocused.run import gpus, processes
 from refocused.run.processes import Env
 
-SLACK = 0.9  # below this share of the others, or of the ceiling, it is slow
+SLACK = 0.9  # slow is what is below this share of the others, or of the ceiling
 NOISE = 0.5  # the same of disks: one and the same varies by more than a tenth from one measurement to the next
 UNITS = {"product": "TFLOP/s", "written": "MB/s", "read": "MB/s"}  # else GB/s
 
 
-def seconds(device: torch.device, function, repeats: int) -> float:
-    """Of one call, the best of `repeats` after a first one; the device is waited for."""
+def seconds(device: torch.device, function: Callable[[], Any], repeats: int) -> float:
+    """Of one call, the best of `repeats` after a first one."""
     found = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -32,8 +34,7 @@ def seconds(device: torch.device, function, repeats: int) -> float:
 
 
 def gpu(device: torch.device, n: int = 8192, nbytes: int = 1 << 28) -> dict[str, float]:
-    """Rates of one device: a bf16 product n x n x n in TFLOP/s; its memory, and of a GPU copies from and to pinned
-    memory of the host, in GB/s."""
+    """A device's bf16 product n x n x n in TFLOP/s, its memory and, of a GPU, copies to and from the host in GB/s."""
     x = torch.randn(n, n, device=device).bfloat16()  # ones cost less power, and are a tenth faster
     found = {"product": 2 * n**3 / seconds(device, lambda: x @ x, 10) / 1e12}
     a, b = (torch.empty(nbytes // 4, device=device).fill_(1.0) for _ in range(2))
@@ -47,30 +48,29 @@ def gpu(device: torch.device, n: int = 8192, nbytes: int = 1 << 28) -> dict[str,
     return found
 
 
-def disk(folder: Path, nbytes: int = 1 << 28) -> tuple[float, float]:
-    """MB/s of writing a file in folder, fsync included, and of reading it back, not from memory where that can be told."""
+def disk(folder: Path, nbytes: int = 1 << 28) -> dict[str, float]:
+    """MB/s of writing a file with fsync, and of reading it back, past the system's cache where that can be told."""
     block = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         begin = time.perf_counter()
         for _ in range(nbytes >> 20):
             file.write(block)
         os.fsync(file.fileno())
-        wrote = time.perf_counter()
+        written = time.perf_counter() - begin
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
-        ready = time.perf_counter()
+        begin = time.perf_counter()
         while file.read(1 << 20):
             pass
-        read = time.perf_counter() - ready
-    return nbytes / (wrote - begin) / 1e6, nbytes / read / 1e6
+        return {"written": nbytes / written / 1e6, "read": nbytes / (time.perf_counter() - begin) / 1e6}
 
 
 def of_node(folder: Path, nbytes: int) -> tuple[str, dict[str, float]]:
     """A name for this node's disk, and its rates; none where it fails, which those who need it say in full."""
     name = f"the disk of {folder} on {socket.gethostname()}"
     try:
-        return name, dict(zip(("written", "read"), disk(folder, nbytes), strict=True))
+        return name, disk(folder, nbytes)
     except OSError as error:
         return f"{name} ({error.strerror})", {}
 
@@ -78,7 +78,7 @@ def of_node(folder: Path, nbytes: int) -> tuple[str, dict[str, float]]:
 def slow(
     rows: list[dict[str, float]], names: list[str], ceiling: float | None = None, slack: float = SLACK
 ) -> list[str]:
-    """What is slower than its like: rows of rates, their owners' names, and what the product should reach if known."""
+    """A line for each rate that is below its like, or below the ceiling of products where that is known."""
     found = []
     for key in rows[0]:
         for row, name in zip(rows, names, strict=True):
@@ -93,22 +93,18 @@ def slow(
 
 def words(rows: list[dict[str, float]], names: list[str], device_name: str) -> list[str]:
     """The lowest to highest rates, then a line for each that is slow."""
-    shown = [
-        f"{key} {min(r[key] for r in rows):.3g} to {max(r[key] for r in rows):.3g} {UNITS.get(key, 'GB/s')}"
-        for key in rows[0]
-    ]
+    spans = {key: sorted(row[key] for row in rows) for key in rows[0]}
+    shown = [f"{key} {span[0]:.3g} to {span[-1]:.3g} {UNITS.get(key, 'GB/s')}" for key, span in spans.items()]
     known = gpus.find(device_name)
     return [", ".join(shown), *slow(rows, names, known.ceiling / 1e12 if known and known.ceiling else None)]
 
 
 def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
-    """Lines for the plan: this run's GPUs, all-reduce and disks, and which of them is slow. Collective."""
-    mine = gpu(env.device, n, nbytes)
+    """Lines for the plan: the rates of this run's GPUs and disks, and which of them is slow. Collective."""
     rows: list[dict[str, float]] = [{}] * env.world_size
-    dist.all_gather_object(rows, mine, group=processes.long_group)
-    names = [f"rank {rank}" for rank in range(env.world_size)]
+    dist.all_gather_object(rows, gpu(env.device, n, nbytes), group=processes.long_group)
+    line, *complaints = words(rows, [f"rank {rank}" for rank in range(env.world_size)], env.device_name)
     nodes = [node for node in processes.on_each_node(env, of_node, Path(cfg.output_dir), nbytes) if node]
-    line, *complaints = words(rows, names, env.device_name)
     if disks := {name: rates for name, rates in nodes if rates}:
         write, read = (min(rates[key] for rates in disks.values()) for key in ("written", "read"))
         line += f", disk of output_dir {write:,.0f} MB/s written and {read:,.0f} read"

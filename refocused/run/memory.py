@@ -1,7 +1,7 @@
-"""What a config needs of memory, from the real model and without a GPU.
+"""What a config needs of memory, without a GPU.
 
-Two optimizer steps of the model that train.py builds run under FakeTensorMode in a pretended process group: shapes
-and lifetimes are real, the memory is not, so 1.4 billion parameters are planned in half a gigabyte.
+The real model makes two optimizer steps under FakeTensorMode in a fake process group. Shapes and lifetimes are real, the
+memory is not: 1.4 billion parameters are planned in half a gigabyte.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import sys
+import warnings
 import weakref
 from collections import Counter
 from typing import Any
@@ -32,25 +33,23 @@ from refocused.run import optim, processes, strategy
 
 KINDS = ("parameters", "gradients", "unreduced", "optimizer", "activations", "loss", "communication", "temporaries")
 HOST = ("parameters", "gradients", "optimizer")  # what cpu_offload keeps in host memory
-# bytes beside what torch allocates, as others report them: the context with its kernels, NCCL's buffers
-# (with more than one process), matrix-product workspaces; and of a process's own in host memory
+# bytes that torch does not allocate, as others report them: CUDA's context with its kernels, NCCL's buffers (of several
+# processes), workspaces of matrix products; and of a process's own in host memory
 CONTEXT, NCCL, WORKSPACES, PROCESS = 0.5 * 2**30, 0.3 * 2**30, 0.05 * 2**30, 4 * 2**30
 
 
 @dataclasses.dataclass(eq=False)
-class Entry:
-    """What the ledger knows of a storage."""
-
+class Entry:  # of a storage
     kind: str
     size: int
     stream: Any
 
 
 class Ledger(TorchDispatchMode):
-    """Every live tensor storage with the kind it is accounted to; the peak by kind and by stream.
+    """Bytes of live tensors by kind; their peak, and a peak for each stream.
 
-    A GPU's allocator keeps a pool of blocks for each stream, and what one pool has cached serves no other. FSDP2
-    gathers and scatters on streams of its own, also where the device is a CPU whose streams do nothing.
+    A GPU's allocator keeps a pool of blocks for each stream, and what one has cached serves no other. FSDP2 gathers and
+    scatters on streams of its own, also on a CPU, whose streams do nothing.
     """
 
     def __init__(self, on_host: tuple[str, ...] = ()):
@@ -65,19 +64,19 @@ class Ledger(TorchDispatchMode):
     def restart(self) -> None:
         self.peak, self.host_peak = 0, 0
         self.at_peak: Counter[str] = Counter()  # kind -> bytes
-        self.pools: Counter[Any] = Counter()  # stream -> the most bytes that were alive in its pool
+        self.pools: Counter[Any] = Counter()  # stream -> its peak of bytes
 
     def __enter__(self):
         self.resize = torch.UntypedStorage.resize_
         self.propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
-        def resize_(storage, size):  # FSDP2 frees and refills the whole parameters like this, unseen by dispatch
+        def resize_(storage, size):  # so FSDP2 frees and refills whole parameters, unseen by dispatch
             self.resize(storage, size)
             if entry := self.entries.get(storage):
                 self.now[entry.kind, entry.stream] += size - entry.size
                 entry.size = size
 
-        def propagate(propagator, op_schema):  # DTensor tries an operation out on dummies of the whole shapes
+        def propagate(propagator, op_schema):  # DTensor tries an operation on dummies of the whole shapes
             self.dummies = True
             try:
                 return self.propagate(propagator, op_schema)
@@ -93,22 +92,21 @@ class Ledger(TorchDispatchMode):
         ShardingPropagator._propagate_tensor_meta_non_cached = self.propagate
         return super().__exit__(*error)
 
-    def account(self, tensor: torch.Tensor, kind: str, again: bool = True) -> None:
-        """The tensor's memory is of this kind, unless it is known already and not to be decided again."""
-        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-        entry = self.entries.get(storage)
-        if entry is None:
+    def account(self, tensor: torch.Tensor, kind: str) -> None:
+        """The tensor's memory is of this kind from now on."""
+        storage = local_part(tensor).untyped_storage()
+        if entry := self.entries.get(storage):
+            self.relabel(entry, kind)
+        else:
             entry = self.entries[storage] = Entry(kind, storage.nbytes(), torch.cpu.current_stream())
             self.now[kind, entry.stream] += entry.size
             weakref.finalize(storage, self.gone, entry)
-        elif again:
-            self.relabel(entry, kind)
 
     def gone(self, entry: Entry) -> None:
         self.now[entry.kind, entry.stream] -= entry.size
 
     def relabel(self, entry: Entry, kind: str) -> None:
-        self.now[entry.kind, entry.stream] -= entry.size
+        self.gone(entry)
         self.now[kind, entry.stream] += entry.size
         entry.kind = kind
 
@@ -118,9 +116,9 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.dummies:
             return result
-        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        for tensor in results:
-            self.account(tensor, self.kind, again=False)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.entries:
+                self.account(tensor, self.kind)
         if func is torch.ops.c10d._allgather_base_.default:
             self.account(args[0], "communication")
         elif func is torch.ops.c10d._reduce_scatter_base_.default:
@@ -133,7 +131,6 @@ class Ledger(TorchDispatchMode):
         return result
 
     def look(self) -> None:
-        """Note what is alive now where it is the most so far."""
         kinds: Counter[str] = Counter()
         pools: Counter[Any] = Counter()
         for (kind, stream), size in self.now.items():
@@ -147,13 +144,12 @@ class Ledger(TorchDispatchMode):
 
 @dataclasses.dataclass
 class Estimate:
-    """Bytes per process: on the device at the peak, by kind; pools: what torch's allocator needs for that, a peak for
-    each stream; beside: what is not torch's; in host memory with cpu_offload."""
+    """Bytes per process."""
 
-    device: dict[str, int]
-    pools: int
-    beside: float
-    host: float
+    device: dict[str, int]  # at the peak, by kind
+    pools: int  # what torch's allocator needs for that: the sum of each stream's peak
+    beside: float  # what is not torch's
+    host: float  # in host memory, with cpu_offload
 
     @property
     def total(self) -> int:
@@ -167,7 +163,7 @@ class Estimate:
 
 @functools.cache
 def estimate(cfg: Config, world_size: int, device: str = "cuda") -> Estimate:
-    """Predict the memory of one process out of world_size, on such a device."""
+    """The memory of one of so many processes, on such a device."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         return simulate(cfg, processes.Env(0, world_size, 0, world_size, torch.device("cpu"), 1), device)
@@ -176,12 +172,12 @@ def estimate(cfg: Config, world_size: int, device: str = "cuda") -> Estimate:
 
 
 def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
-    B, T = cfg.per_device_train_batch_size, cfg.sequence_length
     accumulation = min(2, cfg.batch(env.world_size)[0])  # the third micro-step is like the second
     with torch.device("meta"):
         model = neox.GPTNeoX(cfg)
     if cfg.parallel == "fsdp":  # outside the fake mode, where a mesh cannot be made
-        strategy.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
+        with warnings.catch_warnings(action="ignore"):  # a fake group has no timeout to set
+            strategy.shard(model, dataclasses.replace(cfg, cpu_offload=False), env)
     ddp = cfg.parallel == "ddp" and env.world_size > 1
     strategy.tune_head(model.embed_out, device_type)
 
@@ -197,16 +193,21 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
             ledger.account(p, "parameters")
             p.register_post_accumulate_grad_hook(lambda p: ledger.account(p.grad, "gradients"))
         model.embed_out.register_forward_pre_hook(lambda *_: setattr(ledger, "kind", "loss"))
-        x = torch.zeros(B, T, dtype=torch.int64)
-        for p in model.parameters():  # an update makes the optimizer's state, and DTensor's plans out of large dummies
+
+        def update() -> None:
+            later = device_type == "cuda" and cfg.optimizer == "adamw"
+            strategy.clip_gradients(model, cfg.max_grad_norm, later)
+            ledger.kind = "optimizer"
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
+
+        for p in model.parameters():
             p.grad = torch.zeros_like(p)
             ledger.account(p.grad, "gradients")
-        strategy.clip_gradients(model, cfg.max_grad_norm)
-        ledger.kind = "optimizer"
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
+        update()  # makes the optimizer's state, and DTensor's plans out of large dummies
         ledger.restart()
+        x = torch.zeros(cfg.per_device_train_batch_size, cfg.sequence_length, dtype=torch.int64)
         for micro_step in range(accumulation):
             ledger.kind = "activations"
             strategy.sync_gradients(model, cfg, last=micro_step == accumulation - 1)
@@ -218,11 +219,7 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
             for entry in list(ledger.entries.values()):
                 if entry.kind == "temporaries":  # what outlives a backward: FSDP2's gradients of whole parameters
                     ledger.relabel(entry, "unreduced")
-        strategy.clip_gradients(model, cfg.max_grad_norm, later=device_type == "cuda" and cfg.optimizer == "adamw")
-        ledger.kind = "optimizer"
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=not ddp)  # DDP's buckets never go away
+        update()
     device = {kind: 0 if kind in ledger.on_host else ledger.at_peak[kind] for kind in KINDS}
     host = 0.0
     if cfg.cpu_offload:  # pinned blocks are rounded up to powers of two: each parameter, and its gradient
@@ -233,8 +230,7 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
 
 
 def needed(cfg: Config, world_size: int) -> tuple[float, float]:
-    """Bytes of a GPU's memory and of host memory per process, without a pass over all layers: they are alike, so a third
-    shows what each adds."""
+    """Bytes of a GPU's and of host memory per process, from two layers and three: all others add what the third adds."""
     fewer, more = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size) for n in (2, 3))
     beyond = cfg.num_hidden_layers - 2
     return fewer.needed + beyond * (more.needed - fewer.needed), fewer.host + beyond * (more.host - fewer.host)
