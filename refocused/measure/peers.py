@@ -3,12 +3,12 @@
 Each runs optimizer steps for ever, in a process of its own, and ticks its gate after every one.
 """
 
+import itertools
 import json
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from refocused.run.signals import StopSignal
 
 
 class Gate:
-    """Lets a loop run a round of steps when the parent asks for one, and reports the seconds that it took.
+    """Lets a loop run so many steps when the parent asks for them, and reports seconds and memory.
 
     Every loop calls tick() after each optimizer step; train.py's takes it as a parameter.
     """
@@ -41,7 +41,7 @@ class Gate:
         line = sys.stdin.readline()
         if not line:
             os._exit(0)
-        self.left, self.begin, self.cpu = int(line), time.perf_counter(), time.process_time()
+        self.left, self.begin = int(line), time.perf_counter()
 
     def tick(self) -> None:
         self.left -= 1
@@ -49,14 +49,8 @@ class Gate:
             return
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        seconds, busy = time.perf_counter() - self.begin, time.process_time() - self.cpu
-        cpu = not torch.accelerator.is_available()
-        memory = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            if cpu
-            else torch.accelerator.max_memory_allocated()
-        )
-        report = {"seconds": seconds, "memory": memory, "busy": busy / torch.get_num_threads()}
+        seconds = time.perf_counter() - self.begin
+        report = {"seconds": seconds, "memory": devices.peak_memory(devices.any_device())}
         self.channel.write(json.dumps(report) + "\n")
         self.wait()
 
@@ -81,11 +75,6 @@ class Windows(torch.utils.data.Dataset):
         return torch.from_numpy(self.tokens[i * self.length : (i + 1) * self.length + 1])
 
 
-def forever(loader) -> Iterator:
-    while True:
-        yield from loader
-
-
 def seed(cfg: Config, gate: Gate) -> None:
     """The common design: Transformers' model, AdamW, torch.compile, Accelerate's loop."""
     from accelerate import Accelerator
@@ -106,7 +95,7 @@ def seed(cfg: Config, gate: Gate) -> None:
     )
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     model.train()
-    for batch in forever(loader):
+    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
         with accelerator.accumulate(model):
             ids = batch[:, :-1].contiguous()
             accelerator.backward(model(input_ids=ids, labels=ids).loss)
@@ -179,8 +168,8 @@ def nanogpt(cfg: Config, gate: Gate) -> None:
 
 
 def floor(cfg: Config, gate: Gate) -> None:
-    """Only the matrix products of a step: for each Linear and the head forward, input and weight gradient; for
-    attention two forward and four backward, over the causal half. Operands and results lie ready in memory."""
+    """Only a step's matrix products: forward, input's and weight's gradient of each Linear and the head; of attention two
+    forward and four backward, over the causal half. Operands and results lie ready in memory."""
     gate.wait()
     where, dtype = devices.any_device(), devices.DTYPES[cfg.mixed_precision]
     C, inner, T = cfg.hidden_size, cfg.intermediate_size, cfg.sequence_length
@@ -211,12 +200,7 @@ def floor(cfg: Config, gate: Gate) -> None:
             gate.tick()
 
 
-CONTENDERS: dict[str, Callable[[Config, Gate], None]] = {
-    "ours": ours,
-    "seed": seed,
-    "nanogpt": nanogpt,
-    "floor": floor,
-}
+CONTENDERS: dict[str, Callable[[Config, Gate], None]] = dict(ours=ours, seed=seed, nanogpt=nanogpt, floor=floor)
 
 
 def main(argv: list[str]) -> None:

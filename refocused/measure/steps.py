@@ -20,10 +20,10 @@ import torch
 import configs
 import model as neox
 from configs import Config, ConfigError
+from refocused import entry
 from refocused.entry import parse_with_settings, positive
 from refocused.run import environment, gpus
 from refocused.run.preflight import git
-from refocused.shards import tokenizers
 
 SIZES = {
     "small": dict(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=50304,
@@ -41,14 +41,10 @@ TRUSTED = 0.15  # the largest spread with which a table means something
 NAMES = {
     "ours": "this trainer",
     "muon": "this trainer with Muon",
-    "masked": "this trainer, documents apart",
     "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
     "nanogpt": "nanoGPT-style GPT-2, torch.compile",
     "floor": "its matrix products alone",
 }
-
-
-VARIANTS = {"muon": ["optimizer=muon"], "masked": ["mask_documents=true", "tokenizer=byte"]}
 
 
 class ContenderError(RuntimeError):
@@ -61,11 +57,10 @@ class Contender:
 
     name: str
     processes: list[subprocess.Popen]
-    world_size: int
     log: Path
 
     def turn(self, steps: int) -> dict[str, float]:
-        """Run so many steps; {"seconds": in all, "busy": of its CPU threads, "memory": peak bytes of the hungriest}."""
+        """Run so many steps; {"seconds": in all, "memory": peak bytes of the hungriest process}."""
         lines = []
         with contextlib.suppress(BrokenPipeError):  # it died while it waited
             for process in self.processes:
@@ -88,43 +83,28 @@ class Contender:
         return f"{self.name} ended early with {codes}{killed if -9 in codes else ''}; the end of its log:\n{tail}"
 
 
-def start(name: str, folder: Path, settings: list[str], cache: Path | None = None) -> Contender:
-    """`ours-fsdp-2` is this trainer with parallel=fsdp on two processes; other names stand for one process.
-
-    cache: of compiled kernels; an empty one of its own if None, so that compile time is real.
-    """
+def start(name: str, folder: Path, settings: list[str]) -> Contender:
+    """`ours-fsdp-2` is this trainer with parallel=fsdp on two processes; other names stand for one process."""
     kind, _, rest = name.partition("-")
-    strategy, _, world = rest.partition("-")
-    world_size = int(world or 1)
-    home = folder / name
+    layout, _, world = rest.partition("-")
+    home, world_size, port = folder / name, int(world or 1), environment.free_port()
     home.mkdir()
     settings = [f"output_dir={home / 'out'}", f"logging_dir={home / 'logs'}", *settings]
-    settings += [f"parallel={strategy}"] if strategy else []
-    if kind in VARIANTS:
-        kind, settings = "ours", [*settings, *VARIANTS[kind]]
-    port = environment.free_port()
+    settings += [f"parallel={layout}"] * bool(layout) + ["optimizer=muon"] * (kind == "muon")
+    peer = "ours" if kind == "muon" else kind
+    command = [sys.executable, "-m", "refocused.measure.peers", peer, str(folder / "config.py"), *settings]
+    env = {**os.environ, "PYTHONPATH": str(entry.ROOT)}
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(home / "cache")}  # an empty one, so that the time of compiling is real
     processes = []
-    log = home / "log"
-    for rank in range(world_size):
-        # it finds the trainer from any folder
-        env = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(cache or home / "cache"),
-            "PYTHONPATH": str(configs.DEMO.parent.parent),
-        }
-        if world_size > 1:
-            env |= environment.variables(rank, world_size, port)
-        command = [sys.executable, "-m", "refocused.measure.peers", kind, str(folder / "config.py"), *settings]
-        with log.open("a") as errors:
-            processes.append(
-                subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=errors, text=True, cwd=folder)
-            )
-    return Contender(name, processes, world_size, log)
+    with (home / "log").open("a") as log:
+        for rank in range(world_size):
+            own = env | (environment.variables(rank, world_size, port) if world_size > 1 else {})
+            processes.append(subprocess.Popen(command, env=own, stdin=-1, stdout=-1, stderr=log, text=True, cwd=folder))
+    return Contender(name, processes, home / "log")
 
 
 def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
-    """A config file and a shard of random tokens for it, a fiftieth of them end-of-text (what is read changes the speed of
-    no contender but one that keeps documents apart); the config."""
+    """A config file, and a shard of random tokens for it; the config."""
     keys = {
         **keys,
         "intermediate_size": 4 * keys["hidden_size"],
@@ -139,9 +119,7 @@ def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
     (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     cfg, _ = configs.load([str(folder / "config.py"), *settings])
     (folder / "data").mkdir()
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
-    tokens[rng.random(len(tokens)) < 0.02] = tokenizers.find("byte").end
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
     np.savez(folder / "data" / "tokenized_cleaned_0.npz", input_ids=tokens)
     return cfg
 
@@ -165,9 +143,8 @@ def measure(size: str, contenders: list[str], settings: list[str], rounds: int, 
                 rows[contender.name]["seconds"].append(report["seconds"] / steps)
                 rows[contender.name]["memory"] = report["memory"]
         for contender in started:
-            global_batch = cfg.batch(contender.world_size)[1]
-            row = rows[contender.name]
-            row["rate"] = global_batch * cfg.sequence_length / statistics.median(row["seconds"])
+            row, tokens = rows[contender.name], cfg.batch(len(contender.processes))[1] * cfg.sequence_length
+            row["rate"] = tokens / statistics.median(row["seconds"])
     return table(size, cfg, rows)
 
 
@@ -176,32 +153,27 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
         f"L{cfg.num_hidden_layers} D{cfg.hidden_size} H{cfg.num_attention_heads} V{cfg.vocab_size} "
         f"T{cfg.sequence_length} B{cfg.per_device_train_batch_size}"
     )
-    accumulation = cfg.gradient_accumulation_steps
-    shape += f" x {accumulation} accumulated" if accumulation > 1 else ""
-    base, best = rows.get("seed"), rows.get("floor")
+    if cfg.gradient_accumulation_steps > 1:
+        shape += f" x {cfg.gradient_accumulation_steps} accumulated"
+    rounds = len(next(iter(rows.values()))["seconds"])
     lines = [
-        f"**{size}**: {shape}, {cfg.mixed_precision.replace('no', 'fp32')}; {len(rows[next(iter(rows))]['seconds'])} rounds",
+        f"**{size}**: {shape}, {cfg.mixed_precision.replace('no', 'fp32')}; {rounds} rounds",
         "",
         "| | tokens/s | of the Transformers design | of the floor | peak memory, GiB | first step, s | spread | MFU |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    peak = gpus.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     widest = 0.0
     for name, row in rows.items():
         kind, _, rest = name.partition("-")
-        of_base = f"{row['rate'] / base['rate']:.2f}" if base else "n/a"
-        of_best = f"{row['rate'] / best['rate']:.2f}" if best else "n/a"
-        memory, first = f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"
-        if kind == "floor":
-            memory, first = "", ""
-        world_size = int(rest.rpartition("-")[2] or 1)
-        peak = gpus.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world_size / peak:.1%}" if peak else "n/a"
+        shares = [f"{row['rate'] / rows[k]['rate']:.2f}" if k in rows else "n/a" for k in ("seed", "floor")]
+        costs = ["", ""] if kind == "floor" else [f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"]
+        world = int(rest.rpartition("-")[2] or 1)
+        mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world / peak:.1%}" if peak else "n/a"
         spread = (max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"])
         widest = max(widest, spread)
         label = NAMES[kind] + (f" ({rest.replace('-', ' on ')} processes)" if rest else "")
-        lines.append(
-            f"| {label} | {row['rate']:,.0f} | {of_base} | {of_best} | {memory} | {first} | {spread:.0%} | {mfu} |"
-        )
+        lines.append("| " + " | ".join([label, f"{row['rate']:,.0f}", *shares, *costs, f"{spread:.0%}", mfu]) + " |")
     if widest > TRUSTED:
         lines += ["", f"Not to be trusted: a spread of {widest:.0%} is above {TRUSTED:.0%}. Again on an idle machine."]
     return "\n".join(lines)
@@ -225,17 +197,15 @@ def hardware() -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="all: but large, which wants 80 GB")
-    parser.add_argument(
-        "--contenders", default="ours,seed,nanogpt,floor", help="also muon, masked, ours-ddp-N, muon-fsdp-N"
-    )
+    parser.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also muon, ours-ddp-N, muon-fsdp-N")
     parser.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
     parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn")
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours|muon|masked)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+        if not re.fullmatch(r"(ours|muon)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
             raise ConfigError(
-                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, masked, ours-ddp-N, muon-fsdp-N"
+                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, ours-ddp-N, muon-fsdp-N"
             )
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())
