@@ -27,6 +27,12 @@ def pytest_configure(config):
     if device := config.getoption("--device"):
         sys.path.append(str(ROOT / "tests/gpu"))
         config.pluginmanager.import_plugin("card")
+    elif any(
+        (ROOT / "tests/gpu") in ((path := Path(arg.split("::")[0]).resolve()), *path.parents) for arg in config.args
+    ):
+        raise pytest.UsageError(
+            "tests/gpu are checks of a GPU: run `make gpu-check`, or give --device cpu to try them out"
+        )
     if device != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

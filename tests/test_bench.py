@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from launch import GUARD, TINY, on_ranks, train
+from launch import GUARD, TINY, Run, on_ranks, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,18 +87,19 @@ def test_plan_predicts_what_a_run_allocates(shards, tmp_path, nproc, layout, acc
     assert found.total - sum(found.device[kind] for kind in stays) == pytest.approx(held, rel=0.02)
 
 
-def test_step_command(tmp_path):
-    """Three contenders at a toy size, each in its own process: a table with a row for each, in order."""
-    toy = "hidden_size=64 num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64".split()
-    command = "step --size small --rounds 1 --contenders muon,nanogpt,floor vocab_size=512 compile_model=false".split()
-    command = [sys.executable, str(ROOT / "bench.py"), *command, *toy]
+def test_step_command(tmp_path, device, record_property):
+    """Contenders, each in its own process: a table with a row for each, in order. Toys on a CPU."""
+    names, line = "muon,nanogpt,floor", "--size small --rounds 1 vocab_size=512 compile_model=false hidden_size=64 "
+    line += "num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64"
+    if device == "cuda":  # all are in memory at once: fewer layers
+        names, line = "ours,seed,nanogpt,floor", "--size large --rounds 3 num_hidden_layers=8"
+    command = [sys.executable, str(ROOT / "bench.py"), "step", "--contenders", names, *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [
-        line.split("|")[1:] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line
-    ]
-    assert [row[0].strip() for row in rows] == [steps.NAMES[key] for key in ("muon", "nanogpt", "floor")]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line]
+    assert [row[0] for row in rows] == [f"| {steps.NAMES[name]}" for name in names.split(",")]
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
+    record_property("value", "; ".join(f"{row[0][2:]} {row[1]}" for row in rows))
 
 
 def test_a_spread_that_is_too_wide_is_said():
@@ -217,26 +217,18 @@ def test_gradients_are_sent_once_per_optimizer_step(layout, tmp_path):
     assert sent[0] == sent[1] > 0 and sent[2] == sent[0] * (4 if layout == "fsdp" else 1)
 
 
-def test_compiles_once_for_any_depth(shards, tmp_path):
+@pytest.mark.parametrize(
+    "parallel, level", itertools.product(("ddp", "fsdp"), configs.CHOICES["activation_checkpointing"])
+)
+def test_compiles_once_for_any_depth(shards, tmp_path, device, parallel, level):
     """Blocks compiled through training, accumulation and evaluation: nothing is compiled again after step 2."""
-    config = tmp_path / "empty.py"
-    config.write_text("seed = 42")
+    if device == "cpu" and (parallel, level) != ("ddp", "none"):
+        pytest.skip("on a CPU one layout: compiling takes minutes")
     keys = "compile_model=true mixed_precision=bf16 num_hidden_layers=3 gradient_accumulation_steps=2 eval_steps=2"
-    keys = [*TINY, *keys.split(), "eval_samples=6", "max_steps=6", f"data_dir={shards}"]
-    command = [
-        sys.executable,
-        "train.py",
-        str(config),
-        *keys,
-        f"output_dir={tmp_path}/out",
-        f"logging_dir={tmp_path}/logs",
-    ]
-    env = {**os.environ, "TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=GUARD, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout
-    before, _, after = done.stdout.partition("Step 2: eval_loss")
-    assert "Step 6: eval_loss" in after
-    assert "Recompiling" not in after
+    keys = [*keys.split(), f"parallel={parallel}", f"activation_checkpointing={level}", f"data_dir={shards}"]
+    before = "import torch as _torch\n_torch._logging.set_logs(recompiles=True)\n"
+    run = Run([*keys, "max_steps=6"], 1, tmp_path, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}, before)
+    assert run.wait() == [0], run.text
+    before, _, after = run.text.partition("Step 2: eval_loss")
+    assert "Step 6: eval_loss" in after and "Recompiling" not in after
     assert before.count("Recompiling") <= 2  # the block and the kernel's shape once more for evaluation

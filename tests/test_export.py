@@ -93,16 +93,17 @@ def write_tokenizer(name: str, folder: Path, length: int) -> None:
         },
     ],
 )
-def test_transformers_loads_it(tmp_path, capsys, keys):
-    """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, and greedy text ours."""
+def test_transformers_loads_it(tmp_path, capsys, keys, device):
+    """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, on a GPU to 1e-3."""
     cfg = Config(**{**CFG.__dict__, **keys})
     checkpoint = save(tmp_path / "out", cfg)
     assert export.main([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     assert "at most 0.0e+00" in capsys.readouterr().out
     hf, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), folders.load(ckpt.find(str(checkpoint)))
-    assert (logits(hf, IDX) - logits(ours, IDX)).abs().max() < 1e-5
+    apart = logits(hf.to(device), IDX.to(device)) - logits(ours.to(device), IDX.to(device))
+    assert apart.abs().max() < (1e-5 if device == "cpu" else 1e-3)
     assert hf.config.eos_token_id == hf.generation_config.eos_token_id == 256
-    back = folders.load(ckpt.find(str(tmp_path / "hf")))
+    back = folders.load(ckpt.find(str(tmp_path / "hf"))).to(device)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), back.parameters(), strict=True))
 
 

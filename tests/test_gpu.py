@@ -43,19 +43,7 @@ def test_runs_without_googles_packages():
 
 def check(*words: str) -> tuple[int, str]:
     """`make gpu-check` with these words more; (its exit code, what it says)."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "--timeout",
-        str(GUARD),
-        *words,
-    ]
+    command = [sys.executable, *"-m pytest -q -n 0 -p no:cacheprovider --timeout".split(), str(GUARD), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -66,6 +54,8 @@ def test_checks_without_a_gpu():
     assert code == 0 and re.search(r"\n\d+ skipped, \d+ deselected", said) and "| SKIP | " in said, said
     code, said = check("--collect-only", "tests", "-k", "value_and_gradients or card")
     assert "test_value_and_gradients" in said and "test_card" not in said
+    code, said = check("tests/gpu/test_card_saves.py")
+    assert code == 4 and "run `make gpu-check`" in said and "fixture" not in said
 
 
 @pytest.mark.parametrize("part", ["numbers", "saves", "speed"])

@@ -52,26 +52,27 @@ def test_bf16_moments(monkeypatch):
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, HalfAdamW])
 @pytest.mark.parametrize("scale", [0.01, 10.0])
-def test_clipping_in_the_kernel(kind, scale):
+def test_clipping_in_the_kernel(kind, scale, device):
     """Divided by the kernel as it reads: the update of gradients clipped before it, and the same norm."""
     found = []
     for later in (False, True):
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)).to(device)
         generator = torch.Generator().manual_seed(0)
         for p in model.parameters():
-            p.data = torch.randn(p.shape, generator=generator)
+            p.data = torch.randn(p.shape, generator=generator).to(device)
         optimizer = kind(model.parameters(), **KEYS)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scaler = torch.amp.GradScaler(device, enabled=False)
         for _ in range(2):
             for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=generator) * scale
+                p.grad = torch.randn(p.shape, generator=generator).to(device) * scale
             norm, divisor = strategy.clip_gradients(model, 1.0, later)
             assert (divisor is not None) == later and (norm > 1) == (scale > 1)
-            optim.update([optimizer], scaler, torch.tensor(True), divisor)
+            optim.update([optimizer], scaler, torch.tensor(True, device=device), divisor)
         found.append([norm, *(t.detach() for p in model.parameters() for t in (p, p.grad))])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert not optim.clips([optimizer])  # on a CPU the pass of its own stays: its numbers are those of every run before
+    for a, b in zip(*found, strict=True):  # on a GPU a rounding of the divisor moves what bf16 rounds the other way
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7 if device == "cpu" else 1e-4)
+    # on a CPU the pass of its own stays: its numbers are those of every run before
+    assert optim.clips([optimizer]) == (device == "cuda")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -7,7 +7,6 @@ CPU at sizes of seconds, to try the checks themselves. `say` puts a value into t
 import json
 import platform
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import pytest
 import torch
 from launch import TINY, Run
 
-from refocused.measure.steps import hardware
+from refocused.measure import steps
+from refocused.run import hardware
 
 SMALL = (
     "vocab_size=50257 hidden_size=512 num_hidden_layers=4 num_attention_heads=8 intermediate_size=2048 "
@@ -49,23 +49,12 @@ class Card:
         self.base = SMALL if self.cuda else [word for word in TINY if word not in COMMON]
         self.production = "from configs.production import *\n" if self.cuda else ""
 
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
     def needs_cuda(self, why: str = "needs a GPU") -> None:
         if not self.cuda:
             pytest.skip(why)
 
-    def seconds(self, function: Callable, rounds: int = 10) -> float:
-        """Of one call, after a first one."""
-        function()
-        self.synchronize()
-        begin = time.perf_counter()
-        for _ in range(rounds):
-            function()
-        self.synchronize()
-        return (time.perf_counter() - begin) / rounds
+    def seconds(self, function: Callable, repeats: int = 5) -> float:
+        return hardware.seconds(torch.device(self.device), function, repeats)
 
 
 def trace(run: Run) -> list[dict]:
@@ -198,9 +187,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    where = (
-        f"{hardware()}; {config.getoption('--device')}; Python {platform.python_version()}, CUDA {torch.version.cuda}"
-    )
+    where = f"{steps.hardware()}; {config.getoption('--device')}; Python {platform.python_version()}, CUDA {torch.version.cuda}"
     lines = [where, "", "| check | | value | bound |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(re.sub(r"\s+", " ", cell.replace("|", "/")) for cell in row) + " |" for row in ROWS]
     terminalreporter.write("\n" + "\n".join(lines) + "\n")

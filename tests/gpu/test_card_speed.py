@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -191,19 +189,3 @@ def test_dip(card, run, say):
     usual = sorted(seconds[step] for step in range(10, 20))[5]
     slower = sum(seconds[step] - usual for step in range(21, 31))
     say(f"stall {stall:.3g} s, ten steps after it {slower:.3g} s longer than ten usual ones of {usual:.3g} s")
-
-
-def test_peers(card, say):
-    """bench.py step: a row for each contender."""
-    names = "ours,seed,nanogpt,floor" if card.cuda else "floor"
-    toy = "hidden_size=64 num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64 "
-    toy += "vocab_size=512 compile_model=false"  # on a GPU all are in memory at once: fewer layers
-    command = ["step", "--size", "large" if card.cuda else "small", "--rounds", "3" if card.cuda else "1"]
-    command += ["--contenders", names, *("num_hidden_layers=8" if card.cuda else toy).split()]
-    done = subprocess.run([sys.executable, "bench.py", *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [
-        line.split("|")[1:3] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line
-    ]
-    say("; ".join(f"{name.strip()} {rate.strip()}" for name, rate in rows))
-    assert len(rows) == len(names.split(","))
