@@ -153,21 +153,18 @@ class Config:
         """
         per_micro_step = self.per_device_train_batch_size * world_size
         sequences = self.global_batch_size or self.gradient_accumulation_steps * per_micro_step
-        if sequences > MOST_SEQUENCES:
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} gradient_accumulation_steps={self.gradient_accumulation_steps} "
-                f"make {sequences:,} sequences per step, at most 2**24 = {MOST_SEQUENCES:,} are possible; lower them"
-            )
-        if not self.global_batch_size:
-            return self.gradient_accumulation_steps, sequences
-        if self.global_batch_size % per_micro_step:
-            below = self.global_batch_size // per_micro_step * per_micro_step
-            near = f"{below} and {below + per_micro_step}" if below else f"{per_micro_step}"
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} is not a multiple of per_device_train_batch_size * "
-                f"processes = {self.per_device_train_batch_size} * {world_size} = {per_micro_step}; nearest: {near}"
-            )
-        return self.global_batch_size // per_micro_step, self.global_batch_size
+        require(
+            sequences <= MOST_SEQUENCES,
+            f"global_batch_size={self.global_batch_size} gradient_accumulation_steps={self.gradient_accumulation_steps} "
+            f"make {sequences:,} sequences per step, at most 2**24 = {MOST_SEQUENCES:,} are possible; lower them",
+        )
+        require(
+            sequences % per_micro_step == 0,
+            f"global_batch_size={self.global_batch_size} is not a multiple of per_device_train_batch_size * processes = "
+            f"{self.per_device_train_batch_size} * {world_size} = {per_micro_step}; nearest: "
+            f"{_multiples(sequences, per_micro_step)}",
+        )
+        return sequences // per_micro_step, sequences
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
@@ -261,7 +258,7 @@ def _check(cfg: Config) -> None:
     require(one, f"profile={cfg.profile} must be one range of steps, as 10-12")
 
     D, H, T, B = cfg.hidden_size, cfg.num_attention_heads, cfg.sequence_length, cfg.per_device_train_batch_size
-    near = f"{D // H * H} and {D // H * H + H}" if D >= H else f"{H}"
+    near = _multiples(D, H)
     require(D % H == 0, f"hidden_size={D} is not a multiple of num_attention_heads={H}; nearest sizes: {near}")
     head, rotary = cfg.head_dim, int(cfg.head_dim * cfg.rotary_pct)
     even = min(rotary // 2 * 2 or 2, head // 2 * 2)
@@ -304,6 +301,11 @@ def _check(cfg: Config) -> None:
         require(not refused, message)
 
 
+def _multiples(n: int, of: int) -> str:
+    """The multiples nearest to n, from one on."""
+    return f"{n // of * of} and {n // of * of + of}" if n >= of else f"{of}"
+
+
 def bucket_problem(name: str) -> str:
     """Why no bucket can have this name, or ""."""
     if re.fullmatch(r"[a-z0-9](?!.*\.\.)[a-z0-9._-]{1,220}[a-z0-9]", name):
@@ -330,8 +332,8 @@ def step_ranges(key: str, text: str) -> list[range]:
     for part in filter(None, text.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\d{1,15})(?:-(\d{1,15}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= first <= last:
-            raise ConfigError(f"{key}={text:.80}: {part:.80} is no step or range of steps; write 1200 or 1200-1210")
+        way = "is no step or range of steps; write 1200 or 1200-1210"
+        require(1 <= first <= last, f"{key}={text:.80}: {part:.80} {way}")
         found.append(range(first, last + 1))
     return found
 
@@ -350,8 +352,7 @@ def load(argv: list[str]) -> tuple[Config, dict[str, str]]:
             values[key], origins[key] = parse(key, text), "command line"
         except ConfigError as error:
             mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
+    require(not mistakes, "\n".join(mistakes))
     try:
         return Config(**values), origins
     except ConfigError as error:

@@ -1,20 +1,26 @@
-"""What stands between gradients and weights: moments in bf16, and clipping left to the optimizer's kernel."""
+"""What stands between gradients and weights: moments in bf16, clipping left to the optimizer's kernel, and Muon shared out:
+the same bits as torch's on whole matrices, few collectives, and nothing applied that must not be."""
 
-import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from launch import TINY, train
+import torch.distributed as dist
+from launch import TINY, on_ranks, train
 from test_resume import newest, steps, take, tensors
 from test_train import relative
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import configs
 from model import GPTNeoX, num_parameters
-from refocused.run import adamw, optim, strategy
-from refocused.run.adamw import HalfAdamW
+from refocused.run import optim, optimizers, strategy
+from refocused.run.optimizers import HalfAdamW, Muon, owners
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
 KEYS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+MUON = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 
 
 def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
@@ -31,7 +37,7 @@ def gradients(parameters, seed: int) -> None:
 def test_bf16_moments(monkeypatch):
     """To the bit torch's fp32 AdamW whose moments are rounded to bf16 after each step, whatever pieces it works in."""
     ours, theirs = parameters(), parameters()
-    monkeypatch.setattr(adamw, "SCRATCH", 128)  # (64, 33) is many pieces, the others share one
+    monkeypatch.setattr(optimizers, "SCRATCH", 128)  # (64, 33) is many pieces, the others share one
     half, whole = HalfAdamW(ours, **KEYS), torch.optim.AdamW(theirs, **KEYS)
     for seed in range(1, 6):
         gradients(ours, seed)
@@ -76,24 +82,108 @@ def test_clipping_in_the_kernel(kind, scale, device):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_runs_with_bf16_moments(shards, tmp_path, parallel):
-    """It trains like fp32's, is saved in 8 bytes per parameter, resumes bit for bit, and not into moments of fp32."""
-    common = [f"data_dir={shards}", "max_steps=12", "save_steps=5", f"parallel={parallel}"]
-    exact = train(tmp_path / "exact", *common, nproc=2)
-    half = [*common, "adam_moments=bf16"]
-    whole = train(tmp_path / "whole", *half, nproc=2)
-    assert relative(exact.losses, whole.losses) < 2e-2
-    saved = tensors(newest(tmp_path / "whole"))
-    sizes = {key: t.nbytes for key, t in saved.items() if not key.startswith("optim.step")}
-    cfg = configs.load([*TINY, *half])[0]
-    assert sum(sizes.values()) == optim.checkpoint_bytes(cfg) == 8 * num_parameters(cfg)[0]
-    muon = [p.numel() for name, p in GPTNeoX(cfg).named_parameters() if "layers." in name and p.dim() == 2]
-    both = optim.checkpoint_bytes(dataclasses.replace(cfg, adam_moments="fp32", optimizer="muon"))
-    assert both == 12 * num_parameters(cfg)[0] - 4 * sum(muon)
-    take(tmp_path / "whole", 5, tmp_path / "again")
-    train(tmp_path / "again", *half, "resume=latest", nproc=2)
-    assert steps(tmp_path / "again").items() <= steps(tmp_path / "whole").items()
-    again = tensors(newest(tmp_path / "again"))
-    assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
-    refused = train(tmp_path / "again", *common, "resume=latest", nproc=2, code=2)
-    assert "adam_moments bf16 -> fp32; go on with adam_moments=bf16" in refused.text
+@pytest.mark.parametrize("keys, step", [("adam_moments=bf16", 5), ("optimizer=muon", 4)])
+def test_resume_is_bitwise(shards, tmp_path, parallel, keys, step):
+    """Some steps on two processes, a resume and the rest against all in one: losses, weights, moments, bit for bit. The
+    tensors have the bytes that checkpoint_bytes says. Bf16 moments train like fp32's, and no run of those goes on."""
+    common = [f"data_dir={shards}", "max_steps=12", f"save_steps={step}", "save_total_limit=0", f"parallel={parallel}"]
+    whole = train(tmp_path / "whole", *common, keys, nproc=2)
+    take(tmp_path / "whole", step, tmp_path / "rest")
+    train(tmp_path / "rest", *common, keys, "resume=latest", nproc=2)
+    assert steps(tmp_path / "rest") == {s: bits for s, bits in steps(tmp_path / "whole").items() if s > step}
+    x, y = (tensors(newest(tmp_path / name)) for name in ("whole", "rest"))
+    assert x.keys() == y.keys() and [name for name in x if not torch.equal(x[name], y[name])] == []
+    cfg = configs.load([*TINY, *common, keys])[0]
+    assert sum(t.nbytes for key, t in x.items() if not key.startswith("optim.step")) == optim.checkpoint_bytes(cfg)
+    if cfg.optimizer == "muon":
+        muon = [p.numel() for name, p in GPTNeoX(cfg).named_parameters() if "layers." in name and p.dim() == 2]
+        assert sum("momentum_buffer" in name for name in x) == 8
+        assert optim.checkpoint_bytes(cfg) == 12 * num_parameters(cfg)[0] - 4 * sum(muon)
+    else:
+        exact = train(tmp_path / "exact", *common, nproc=2)
+        assert relative(exact.losses, whole.losses) < 2e-2 and optim.checkpoint_bytes(cfg) == 8 * num_parameters(cfg)[0]
+        refused = train(tmp_path / "rest", *common, "resume=latest", nproc=2, code=2)
+        assert "adam_moments bf16 -> fp32; go on with adam_moments=bf16" in refused.text
+
+
+SHAPES = [(24, 8), (8, 8), (32, 8), (8, 32), (3, 5), (1, 7), (9, 4)]  # rows that do not divide, and too few for all
+
+
+def matrices(shapes, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def trained(shapes, place, kind, steps: int = 3, apply=None) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """Parameters and momenta, whole, after some updates with given gradients; the collectives of the last update."""
+    parameters = [torch.nn.Parameter(place(t)) for t in matrices(shapes, 0)]
+    optimizer = kind(parameters, **MUON)
+    optimizer.apply = apply
+    for step in range(steps):
+        for p, g in zip(parameters, matrices(shapes, 1 + step), strict=True):
+            p.grad = place(g)
+        with CommDebugMode() as count:
+            optimizer.step()
+    momenta = [optimizer.state[p]["momentum_buffer"] for p in parameters]
+    whole = [[getattr(t, "full_tensor", lambda t=t: t)().detach() for t in ts] for ts in (parameters, momenta)]
+    return *whole, count.get_total_counts()
+
+
+def _rank(rank: int, world: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (world,))
+    places = {"ddp": lambda t: t.clone(), "fsdp": lambda t: distribute_tensor(t, mesh, [Shard(0)])}
+    found = {name: [trained(shapes, place, Muon) for shapes in (SHAPES, SHAPES * 3)] for name, place in places.items()}
+    torch.save(found, f"{out}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shared_out(world, tmp_path):
+    """Whole (DDP) and by rows (FSDP2) on 2 and 3 ranks against torch.optim.Muon on one: every bit of it, on every rank.
+
+    As many collectives for three times the matrices: one gather, or two exchanges.
+    """
+    on_ranks(world, _rank, world, str(tmp_path))
+    expected = [trained(shapes, torch.clone, torch.optim.Muon) for shapes in (SHAPES, SHAPES * 3)]
+    for file in sorted(Path(tmp_path).iterdir()):
+        for name, runs in torch.load(file).items():
+            for (parameters, momenta, collectives), wanted in zip(runs, expected, strict=True):
+                for t, w in zip(parameters + momenta, wanted[0] + wanted[1], strict=True):
+                    assert torch.equal(t, w), (file, name, t.shape)
+                assert collectives == {"ddp": 1, "fsdp": 2}[name]
+
+
+def test_alone_and_not_applied():
+    """On one process torch's bits; told on the device not to apply, nothing moves, though the gradients are NaN."""
+    ours = trained(SHAPES, torch.clone, Muon, apply=torch.tensor(True))
+    theirs = trained(SHAPES, torch.clone, torch.optim.Muon)
+    assert all(map(torch.equal, ours[0] + ours[1], theirs[0] + theirs[1])) and ours[2] == 0
+    parameters = [torch.nn.Parameter(t) for t in matrices(SHAPES, 0)]
+    optimizer = Muon(parameters, **MUON)
+    for p in parameters:
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.apply = torch.tensor(False)
+    optimizer.step()
+    assert all(map(torch.equal, parameters, matrices(SHAPES, 0)))
+    assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
+def test_the_schedule_is_both_optimizers():
+    """AdamW and Muon have the same rate at each step; Muon's other numbers are torch's."""
+    cfg = configs.load(["optimizer=muon", "min_learning_rate=1e-3"])[0]
+    adam, muon = optim.make_optimizers(GPTNeoX(cfg), cfg)
+    for step in (0, 59, 700, 1499):
+        rate = optim.set_rate([adam, muon], step, cfg)
+        assert {group["lr"] for group in adam.param_groups + muon.param_groups} == {rate}
+        assert rate == optim.learning_rate(step, cfg)
+    assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["ns_steps"]) == (0.95, 5)
+
+
+def test_shares_are_balanced():
+    """The 24 blocks of the production model on 8 ranks: the busiest has at most a tenth more than its share."""
+    shapes = [torch.Size(s) for _ in range(24) for s in ((6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192))]
+    cost = [min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes]
+    loads = [sum(cost[i] for i in mine) for mine in owners(shapes, 8)]
+    assert sorted(i for mine in owners(shapes, 8) for i in mine) == list(range(96)) and max(loads) < 1.1 * sum(cost) / 8

@@ -36,7 +36,9 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     so that AdamW's learning rate and weight decay fit it.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    with_muon = {"adamw": False, "muon": True}[cfg.optimizer]
+    with_muon, half = {"adamw": False, "muon": True}[cfg.optimizer], {"fp32": False, "bf16": True}[cfg.adam_moments]
+    if with_muon or half:
+        from refocused.run import optimizers as own
     muons = [p for name, p in named if with_muon and "layers." in name and p.dim() == 2]
     rest = [p for _, p in named if not any(p is m for m in muons)]
     groups = [
@@ -44,16 +46,15 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
-    kind = {"bf16": half_adamw, "fp32": torch.optim.AdamW}[cfg.adam_moments]
+    kind = own.HalfAdamW if half else torch.optim.AdamW
     optimizers: list[torch.optim.Optimizer] = [
         kind(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
     ]
     if muons:
-        from refocused.run.muon import Muon
-
-        optimizers.append(
-            Muon(muons, cfg.learning_rate, cfg.weight_decay, momentum=0.95, ns_steps=5, adjust_lr_fn="match_rms_adamw")
+        muon = own.Muon(
+            muons, cfg.learning_rate, cfg.weight_decay, momentum=0.95, ns_steps=5, adjust_lr_fn="match_rms_adamw"
         )
+        optimizers.append(muon)
     if isinstance(model, FSDPModule) and not cfg.cpu_offload:
         streams = torch.get_device_module(next(model.parameters()).device)
 
@@ -63,12 +64,6 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
         for optimizer in optimizers:
             optimizer.register_step_post_hook(note)
     return optimizers
-
-
-def half_adamw(*args, **keys) -> torch.optim.AdamW:
-    from refocused.run.adamw import HalfAdamW
-
-    return HalfAdamW(*args, **keys)
 
 
 def checkpoint_bytes(cfg: Config) -> int:
