@@ -119,7 +119,7 @@ def test_no_import_is_hidden_in_a_function():
     assert wrong == []
 
 
-FILES, LINES = 41, 7640
+FILES, LINES = 41, 7570
 
 
 def test_what_a_run_stands_on():

@@ -168,8 +168,8 @@ def test_show_prints_the_plan_and_help_every_key():
     for words in ("1.414B parameters (1.209B without", "32,768 tokens per step = 4 x 4 x 2 x 1024", "819.2M tokens"):
         assert words in out, out
     assert "max_steps = 25000  [configs/production.py]" in out and "note" not in out
-    out = command("train.py", "configs/production.py", "hidden_size=128", "tokenizer=byte", "--show").stdout
-    assert "of vocab_size=50,257 the others are never used" in out and "is 64 times hidden_size" in out
+    out = command("train.py", "configs/production.py", "vocab_size=1000", "--show").stdout
+    assert "tokenizer=gpt2 has 50,257 ids, vocab_size=1,000: not the one of these shards" in out
     out = command("train.py", "--help").stdout
     assert [key for key in configs.KEYS if not re.search(rf"^  {key} .*\w", out, re.M)] == []
 
