@@ -63,7 +63,7 @@ from refocused.shards import tokenizers
 
 if TYPE_CHECKING:
     from refocused.bucket.sync import Syncer
-    from refocused.checkpoint.folder import Source
+    from refocused.checkpoint.source import Source
 
 
 class Checkpoints:
@@ -221,9 +221,6 @@ class Checkpoints:
 def beginning(place: str, cfg: Config) -> "Source":
     """The checkpoint at `place`, for a run to start from. Collective. Raises ConfigError where it is another function's."""
     source = processes.on_rank_0(find, place)
-    if source.is_hf:
-        way = entry.here(f"python ckpt.py import {place} OUT")
-        raise ConfigError(f"init_from={place} is a Hugging Face folder; first: `{way}`")
     check_same_model(f"init_from={place}", vars(source.cfg), cfg, MODEL)
     if not cfg.allow_change and processes.on_rank_0(tokenizers.differ, source.cfg.tokenizer, cfg.tokenizer):
         raise ConfigError(
@@ -245,26 +242,14 @@ def init_from(source: "Source", cfg: Config, tree: dict[str, Tensor]) -> str:
 
 
 def find(place: str) -> "Source":
-    """The model at a path, a checkpoint's, a folder of them's newest or Hugging Face's, or at a gs:// place.
+    """The checkpoint at a path, the newest of a folder of them, or one at a gs:// place, which comes to out/pulled.
 
-    A checkpoint is verified; one in a bucket comes to a folder below out/pulled. Raises CheckpointError, BucketError.
+    It is verified. Raises CheckpointError, BucketError, and ConfigError for a Hugging Face folder.
     """
-    from refocused.checkpoint import folder, huggingface  # a run that goes on needs neither
+    from refocused.checkpoint.source import source_at  # a run that goes on needs neither this nor the bucket's files
 
     if place.startswith("gs://"):
-        from refocused.bucket import commands
+        from refocused.bucket.remote import pull
 
-        path = commands.pull(place, None)
-    else:
-        path = Path(os.path.abspath(place))
-        if huggingface.is_hf(path):
-            return folder.hf_source(path)
-        if selection.names(path):
-            chosen = selection.choose(path, "latest")
-            assert chosen.path is not None
-            for name, why in chosen.passed_over:
-                print(f"passed over {name}: {why}", file=sys.stderr)
-            return folder.Source.of(chosen.path, chosen.state)
-        if not (path / manifest.MANIFEST).exists() and (why := folder.advice(place)):
-            raise CheckpointError(why)
-    return folder.Source.of(path, manifest.read_state(path))
+        return source_at(pull(place))
+    return source_at(place)

@@ -1,7 +1,6 @@
 """GPT-NeoX (Black et al. 2022, arXiv:2204.06745) on torch alone: modules, loss, parameter counts and FLOPs.
 
-Parameters are named as in Hugging Face's files, without the `gpt_neox.` prefix. Nothing here knows about processes or
-precision policies.
+Parameters are named as in Hugging Face's files, without the `gpt_neox.` prefix. Processes and precision are not known here.
 """
 
 import functools
@@ -19,7 +18,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh, "r
 
 def rotary_tables(positions: torch.Tensor, dims: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, fp32 (T, dims / 2), of the rotary angles (Su et al. 2021, arXiv:2104.09864) at int positions (T,)."""
-    # computed in every forward: cheaper than a buffer that a meta-built model must remember to refill
+    # computed in every forward: a buffer would have to be filled again after a model is built on the meta device
     inverse = base ** -(torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
     angles = positions.float()[:, None] * inverse  # (T, dims / 2)
     return angles.cos(), angles.sin()
@@ -33,32 +32,30 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat(((x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest), dim=-1)
 
 
-# CUDA's kernel gets room for one document per so many tokens of a window. A fixed number compiles once; room for any
-# number would cost more in empty documents than in full ones. What is left behind the last of them is one document.
+# CUDA's kernel gets room for one document per so many tokens of a window. The number is fixed, so it compiles once.
+# More room would cost more in empty documents than in full ones. What does not fit is taken for one document.
 TOKENS_PER_DOCUMENT = 16
 
 
 class Documents(NamedTuple):
-    """Where the documents of a batch begin: each at an end-of-text, the token before its first word.
+    """Where the documents of a batch begin: each at an end-of-text, the token before its first word."""
 
-    So that word is predicted from end-of-text alone, as when a model writes without a prompt. Rotary positions go on
-    through a window, because scores depend on differences of positions only.
-    """
-
+    # so the first word is predicted from end-of-text alone, as when a model writes without a prompt;
+    # rotary positions go on through a window, because scores depend on differences of positions only
     first: torch.Tensor  # int32 (B, T): the position of the first token that this one may look at
     edges: torch.Tensor | None  # int32 (B * n + 1): the same as offsets into B * T tokens, where a kernel takes them
 
     @classmethod
     def of(cls, idx: torch.Tensor, end: int, edges: bool = True) -> "Documents":
-        """Those of idx (B, T), by the id of end-of-text, with edges where asked; fixed shapes and no wait for the device."""
+        """Those of idx (B, T), by the id of end-of-text; with edges where asked."""
+        # all shapes are fixed by these two: nothing is compiled again, and nothing waits for the device
         B, T = idx.shape
         positions = torch.arange(T, device=idx.device, dtype=torch.int32)
         first = torch.where(idx == end, positions, 0).cummax(dim=1).values
         if not edges:
             return cls(first, None)
-        begins = (
-            torch.where(first == positions, positions, T).sort(dim=1).values[:, : -(-T // TOKENS_PER_DOCUMENT)]
-        )  # (B, n)
+        n = -(-T // TOKENS_PER_DOCUMENT)
+        begins = torch.where(first == positions, positions, T).sort(dim=1).values[:, :n]  # (B, n)
         offsets = begins + T * torch.arange(B, device=idx.device, dtype=torch.int32)[:, None]  # the rest: length 0
         return cls(first, F.pad(offsets.flatten(), (0, 1), value=B * T))
 
@@ -70,26 +67,24 @@ class Documents(NamedTuple):
 
 @functools.cache
 def takes_edges(device: torch.device, head_dim: int) -> bool:
-    """Whether varlen_attn, which is flash attention without fallbacks, runs there: torch's checks in flash_api.cpp."""
+    """Whether varlen_attn, flash attention without a fallback, runs there, by torch's flash_api.cpp."""
     if device.type != "cuda" or head_dim % 8 or head_dim > 256 or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    global varlen_attn  # from here on: its module loads all of torch's compiler, which other devices need not wait for
+    global varlen_attn  # imported here: its module loads all of torch's compiler, which takes seconds
     from torch.nn.attention.varlen import varlen_attn
 
     return True
 
 
 class CausalSoftmax(torch.autograd.Function):
-    """Attention weights of scores (B, H, rows, T) of the last `rows` queries, in fp32, kept in the scores' dtype.
+    """Causal attention weights, by a softmax in fp32, of the scores (B, H, rows, T) of the last `rows` queries."""
 
-    first (B, rows), or None: a query sees no key before it.
-    """
-
+    # written out, because autograd would keep the fp32 weights for backward; these are kept in the scores' dtype
     @staticmethod
-    def forward(ctx, scores, scale, first=None):
+    def forward(ctx, scores, scale, first=None):  # first (B, rows): the first key that each query sees
         rows, T = scores.shape[-2:]
         hidden = torch.ones(rows, T, dtype=torch.bool, device=scores.device).triu(T - rows + 1)
-        if first is not None:  # an index compared with a number per row: no (T, T) mask is ever read
+        if first is not None:  # an index is compared with a number per row: no (T, T) mask is read
             hidden = hidden | (torch.arange(T, device=scores.device, dtype=first.dtype) < first[:, None, :, None])
         weights = torch.softmax((scores.float() * scale).masked_fill(hidden, float("-inf")), dim=-1)
         if weights.dtype != scores.dtype:  # torch 2.11 compiles a cast to the same dtype into a gradient of zeros
@@ -107,14 +102,11 @@ class CausalSoftmax(torch.autograd.Function):
 
 
 def attend_in_pieces(q, k, v, first=None, pieces=4):
-    """Causal attention of q, k, v (B, H, T, D) as plain products: a piece of the queries with the keys that it sees.
-
-    first: (B, T), the first key that each query sees; None for all before it.
-    """
-    # compiled for a CPU it is faster than the fused kernel there (LOG.md); backward keeps 5/8 of the (T, T) weights
+    """Causal attention of q, k, v (B, H, T, D) as plain products; first (B, T), or None: the first key that a query sees."""
+    # compiled for a CPU it is faster than the fused kernel (LOG.md); backward keeps 5/8 of the (T, T) weights
     T, y = q.size(2), []
     rows = -(-T // pieces)
-    for start in range(0, T, rows):
+    for start in range(0, T, rows):  # a piece of the queries takes only the keys that it sees
         end = min(start + rows, T)
         begin = None if first is None else first[:, start:end]
         weights = CausalSoftmax.apply(q[:, :, start:end] @ k[:, :, :end].mT, q.size(3) ** -0.5, begin)
@@ -159,7 +151,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(cfg.intermediate_size, cfg.hidden_size)
         self.act = ACTIVATIONS[cfg.hidden_act]
 
-    def narrow(self, h):
+    def narrow(self, h):  # apart, because activation_checkpointing=activation computes it again
         return self.dense_4h_to_h(self.act(h))
 
     def forward(self, x):
@@ -183,6 +175,7 @@ class Block(nn.Module):
 
     def recompute(self, function, *args):
         """function(*args), computed a second time in backward instead of kept."""
+        # without dropout there is no random state to keep
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=self.random)
 
     def forward(self, x, cos, sin, cache=None, documents=None):
@@ -200,24 +193,23 @@ class Block(nn.Module):
     def mlp_branch(self, x):
         h = self.post_attention_layernorm(x)
         part = self.recomputed if self.training else ""
-        if part == "activation":  # the MLP's two wide tensors are a third of what a block keeps; this drops the second
+        # the MLP's two wide tensors are a third of what a block keeps: before and after the activation function
+        if part == "activation":  # drops the second, which costs no product
             h = self.recompute(self.mlp.narrow, self.mlp.dense_h_to_4h(h))
-        else:  # one product brings both back: what the second would is not asked for
+        else:  # "mlp" drops both, for one product: backward does not ask for the result of the other
             h = self.recompute(self.mlp, h) if part == "mlp" else self.mlp(h)
         return F.dropout(h, self.p, self.training)
 
 
 def softmax_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy (fp32 scalar) of logits (N, V) at targets (N,); logits become its gradient, in their dtype.
-
-    Targets below zero do not count. The gradient is softmax minus one-hot; loss and softmax are fp32 throughout.
-    """
-    x = logits.float()
+    """Summed cross entropy (fp32 scalar) of logits (N, V) at targets (N,), negative for none; logits become its gradient."""
+    x = logits.float()  # loss and softmax are fp32 throughout
     lse = torch.logsumexp(x, dim=-1, keepdim=True)  # (N, 1)
     counts = (targets >= 0)[:, None]  # (N, 1)
     hit = torch.arange(x.size(1), device=x.device)[None] == targets[:, None]  # (N, V), fused away when compiled
     loss = torch.where(counts, lse - torch.where(hit, x, 0.0).sum(dim=-1, keepdim=True), 0.0).sum()
-    logits.copy_(torch.where(counts, torch.exp(x - lse) - hit.float(), 0.0))  # in place: a chunk exists once
+    # the gradient is softmax minus one-hot; in place, so that a chunk exists once
+    logits.copy_(torch.where(counts, torch.exp(x - lse) - hit.float(), 0.0))
     return loss
 
 
@@ -226,18 +218,16 @@ def padded(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Ten
     extra = -weight.size(0) % multiple
     if not extra:
         return weight.to(dtype)
-    w = weight.new_empty(weight.size(0) + extra, weight.size(1), dtype=dtype)
-    w[: weight.size(0)] = weight
-    w[weight.size(0) :] = 0.0
+    w = weight.new_zeros(weight.size(0) + extra, weight.size(1), dtype=dtype)
+    w[: weight.size(0)] = weight  # F.pad of weight.to(dtype) would need the memory of two copies
     return w
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of x @ weight.T, a chunk of rows at a time: the (N, V) logits never exist at once."""
 
-    # forward makes both gradients while a chunk's softmax is at hand: three matrix products, as in the plain loss; a
-    # checkpointed chunk would need a fourth
-
+    # forward makes both gradients while a chunk's softmax is at hand: three matrix products, as in the plain loss;
+    # a checkpointed chunk would need a fourth
     @staticmethod
     def forward(ctx, x, weight, targets, chunk_rows, kernel, multiple):
         V = weight.size(0)
@@ -246,8 +236,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = torch.empty_like(x), None
         chunks = list(zip(x.split(chunk_rows), targets.split(chunk_rows), dx.split(chunk_rows), strict=True))
         for x_c, y_c, dx_c in chunks:
-            dlogits = x_c @ w.T  # the logits still
-            loss += kernel(dlogits[:, :V], y_c)  # what is beyond V is zero, as a logit and as its gradient
+            dlogits = x_c @ w.T  # still the logits; the kernel turns them into their gradient
+            loss += kernel(dlogits[:, :V], y_c)  # what is beyond V is zero, as a logit and as a gradient
             torch.mm(dlogits, w, out=dx_c)
             part = dlogits.T @ x_c  # (V or more, C)
             if dw is None:
@@ -255,7 +245,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             else:
                 dw += part
             del dlogits, part  # or the next chunk's would be made beside them
-        ctx.save_for_backward(dx, dw[:V])
+        ctx.save_for_backward(dx, dw[:V])  # backward multiplies them by the gradient of the loss, a scalar
         ctx.weight_dtype = weight.dtype
         return loss
 
@@ -283,25 +273,22 @@ class Head(nn.Linear):
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        shape = targets.shape
-        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        N = x.size(0)
-        chunks = -(-N * self.weight.size(0) // self.max_logits)
-        rows = -(-N // chunks)
+        N, V = targets.numel(), self.weight.size(0)
+        x, y = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        rows = -(-N // -(-N * V // self.max_logits))  # as few chunks as may be, all of one size
         rows += -rows % self.multiple
-        if torch.is_grad_enabled():
-            return LinearCrossEntropy.apply(x, self.weight, targets, rows, self.kernel, self.multiple)
-        V, w = self.weight.size(0), padded(self.weight, x.dtype, self.multiple)
+        if torch.is_grad_enabled():  # evaluation needs no gradients, and may ask for each token's loss
+            return LinearCrossEntropy.apply(x, self.weight, y, rows, self.kernel, self.multiple)
+        w = padded(self.weight, x.dtype, self.multiple)
         losses = [
             F.cross_entropy((x_c @ w.T)[:, :V].float(), y_c, reduction=reduction, ignore_index=-100)
-            for x_c, y_c in zip(x.split(rows), targets.split(rows), strict=True)
+            for x_c, y_c in zip(x.split(rows), y.split(rows), strict=True)
         ]
-        return torch.cat(losses).view(shape) if reduction == "none" else sum(losses)
+        return torch.cat(losses).view(targets.shape) if reduction == "none" else sum(losses)
 
 
 class GPTNeoX(nn.Module):
-    def __init__(self, cfg, end=None):
-        """end: the id of end-of-text where documents are kept apart: a token attends within its own."""
+    def __init__(self, cfg, end=None):  # end: id of end-of-text, where each token attends to its own document alone
         super().__init__()
         self.cfg, self.end = cfg, end
         self.embed_in = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -311,17 +298,16 @@ class GPTNeoX(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        if self.cfg.tie_word_embeddings:
+        if self.cfg.tie_word_embeddings:  # again after to_empty, which makes two tensors of one
             self.embed_out.weight = self.embed_in.weight
 
     def forward(self, idx, targets=None, reduction="sum"):
         """Logits (B, T, V) for int64 idx (B, T); with targets (B, T) the sum of token losses, an fp32 scalar.
 
-        Targets are the next tokens already: nothing is shifted here. -100 marks a target that does not count.
+        Targets are the next tokens already: nothing is shifted here. One of -100 does not count.
         reduction="none", without gradients: the token losses (B, T), 0 where a target does not count.
         """
-        cfg = self.cfg
-        positions = torch.arange(idx.size(1), device=idx.device)
+        cfg, positions = self.cfg, torch.arange(idx.size(1), device=idx.device)
         cos, sin = rotary_tables(positions, int(cfg.head_dim * cfg.rotary_pct), cfg.rotary_emb_base)
         x = F.dropout(self.embed_in(idx), cfg.hidden_dropout, self.training)  # (B, T, C)
         edges = takes_edges(idx.device, cfg.head_dim)
@@ -332,10 +318,8 @@ class GPTNeoX(nn.Module):
 
 
 def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
-    """The fp32 tensor (CPU, full shape) that parameter `name` starts from: a function of (seed, name) and nothing else.
-
-    Ones for norms, zeros for biases, normal(0, initializer_range) for matrices; the same on any number of processes.
-    """
+    """The fp32 tensor (CPU, full shape) that parameter `name` starts from: ones, zeros or normal(0, initializer_range)."""
+    # a function of (seed, name) alone, so any number of processes and any layout begin with the same weights
     if name.endswith("bias"):
         return torch.zeros(shape)
     if "norm" in name:
@@ -347,7 +331,6 @@ def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
 
 @torch.no_grad()
 def init_weights(model: GPTNeoX) -> None:
-    """Initialise a model of plain tensors in place."""
     for name, p in model.named_parameters():
         p.copy_(initial_value(name, p.shape, model.cfg))
 
@@ -355,18 +338,15 @@ def init_weights(model: GPTNeoX) -> None:
 def num_parameters(cfg) -> tuple[int, int]:
     """(all parameters, parameters without the input and output embeddings) of a config."""
     C, inner, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size
-    attention = C * 3 * C + 3 * C + C * C + C
-    mlp = C * inner + inner + inner * C + C
-    body = cfg.num_hidden_layers * (attention + mlp + 4 * C) + 2 * C
+    attention, mlp = 3 * (C + 1) * C + (C + 1) * C, (C + 1) * inner + (inner + 1) * C
+    body = cfg.num_hidden_layers * (attention + mlp + 4 * C) + 2 * C  # each norm has 2 C
     return body + V * C * (1 if cfg.tie_word_embeddings else 2), body
 
 
 def flops_per_token(cfg) -> float:
-    """FLOPs of forward and backward per trained token: 6 N + 6 L C T (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
-
-    N counts the parameters that multiply, all but the input embedding: 2 FLOPs forward and 4 backward each. Attention
-    multiplies q by k and weights by v: 2 * 2 * C * T per layer and token forward, 3 times that with backward, half of
-    it under the causal mask. PaLM (arXiv:2204.02311, appendix B) counts the masked half too: its MFU looks higher.
-    """
+    """FLOPs of forward and backward per trained token: 6 N + 6 L C T (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
+    # N: parameters that multiply, all but the input embedding, at 2 FLOPs forward and 4 backward. Attention multiplies q
+    # by k and weights by v: 2 * 2 * C * T per layer and token forward, 3 times that with backward, half of it under the
+    # causal mask. PaLM (arXiv:2204.02311, appendix B) counts the masked half too, so its MFU looks higher.
     N = num_parameters(cfg)[1] + cfg.vocab_size * cfg.hidden_size
     return 6.0 * N + 6.0 * cfg.num_hidden_layers * cfg.hidden_size * cfg.sequence_length

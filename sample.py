@@ -9,7 +9,9 @@ from refocused import entry  # before all others: it says what this machine lack
 
 # isort: split
 import dataclasses
+import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,14 +24,54 @@ import configs
 from configs import Config, ConfigError
 from model import num_parameters
 from refocused.bucket import start
-from refocused.checkpoint import folder, huggingface, selection
-from refocused.checkpoint.folder import Source
+from refocused.checkpoint import huggingface, selection, weights
+from refocused.checkpoint.source import Source, is_hf
 from refocused.run import devices, processes
 from refocused.run.generation import Options, generate
 from refocused.shards import tokenizers
-from refocused.shards.tokenizers import Stream, Tokenizer
+from refocused.shards.tokenizers import Tokenizer
 
 SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
+
+
+@functools.cache
+def single_bytes(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids such as <0xE4> that stand for a byte: a run of them is decoded as a whole, or not at all."""
+    vocab = tokenizer.vocab if isinstance(tokenizer, tokenizers.File) else {}
+    return frozenset(i for token, i in vocab.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))
+
+
+class Stream:
+    """Ids -> text as they come: all that add and close return is one decode of all ids.
+
+    The first token of a decode loses its blank in most formats, so new ids are decoded behind those that came before.
+    No more of these are kept than the last few: nothing that a decoder does reaches further than a token back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.context = 0  # so many of self.ids were complete before the last text
+        self.shown = 0  # so many letters of self.ids' text are returned already
+
+    def add(self, ids: list[int]) -> str:
+        """What has become certain. A letter whose bytes are not all there is not: it would come out as U+FFFD."""
+        ids = [i for i in ids if i < self.tokenizer.size]  # others only pad a model's vocabulary
+        self.ids += ids
+        if not ids or ids[-1] in single_bytes(self.tokenizer):
+            return ""
+        text = self.tokenizer.decode(self.ids)
+        certain = text.removesuffix("\ufffd")
+        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
+        # an empty text is no context: the blank of the next token would count as the first one's
+        if certain == text and (shown := len(self.tokenizer.decode(self.ids[self.context :]))):
+            self.ids = self.ids[self.context :]
+            self.context, self.shown = len(self.ids), shown
+        return new
+
+    def close(self) -> str:
+        """The rest, whole or not."""
+        return self.tokenizer.decode(self.ids)[self.shown :]
 
 
 class Writer:
@@ -41,7 +83,6 @@ class Writer:
         begun = zip(heads, self.streams, starts, strict=True)
         self.waiting = [head + stream.add(ids) for head, stream, ids in begun]  # text not yet written
         self.done = [False] * len(heads)
-        self.turn = 0
         self._write()
 
     def add(self, tokens: list[int | None]) -> None:
@@ -58,25 +99,26 @@ class Writer:
         self.add([None] * len(self.done))
 
     def _write(self) -> None:
-        while self.turn < len(self.done):
-            self.out(self.waiting[self.turn])
-            self.waiting[self.turn] = ""
-            if not self.done[self.turn]:
+        for i, done in enumerate(self.done):
+            self.out(self.waiting[i])  # nothing, of a text that was written before
+            self.waiting[i] = ""
+            if not done:
                 break
-            self.turn += 1
 
 
 def parse(argv: list[str]) -> tuple[Config, Options]:
     """The run's config, which says where its checkpoints are, and what to sample. Raises ConfigError."""
-    known = configs.types_of(Options)
-    for key in (a.removeprefix("--").split("=")[0] for a in argv if configs.is_setting(a)):
-        if key not in known and key not in configs.KEYS:
+    known, texts, others = configs.types_of(Options), {}, []
+    for word in argv:
+        key, _, text = word.removeprefix("--").partition("=")
+        if configs.is_setting(word) and key not in known and key not in configs.KEYS:
             near = configs.nearest(key, [*known, *configs.KEYS])
             raise ConfigError(f"unknown key {key!r}{near}; `{entry.here('python sample.py --help')}` lists them")
-    mine = [a for a in argv if "=" in a and a.removeprefix("--").split("=")[0] in known]
-    cfg, _ = configs.load([a for a in argv if a not in mine])
-    texts = dict(a.removeprefix("--").split("=", 1) for a in mine)
-    return cfg, Options(**{key: configs.parse(key, text, Options) for key, text in texts.items()})
+        if "=" in word and key in known:
+            texts[key] = text
+        else:
+            others.append(word)
+    return configs.load(others)[0], Options(**{key: configs.parse(key, text, Options) for key, text in texts.items()})
 
 
 def read_prompts(prompt: str) -> list[str]:
@@ -95,20 +137,19 @@ def read_prompts(prompt: str) -> list[str]:
 def locate(cfg: Config) -> Source:
     """What cfg.resume (latest if unset) names: a checkpoint in output_dir or the bucket, or any path or gs:// place."""
     resume = cfg.resume or "latest"
-    if resume.startswith("gs://") or huggingface.is_hf(Path(resume)) or selection.names(resume):
+    if is_hf(Path(resume)):
+        return huggingface.source(resume)
+    if resume.startswith("gs://") or selection.names(resume):
         return ckpt.find(resume)
-    if (
-        cfg.bucket_name
-        and cfg.checkpoint_bucket_path
-        and (found := start.find(dataclasses.replace(cfg, resume=resume)))
-    ):
-        start.pull(cfg, found)
-    choice = selection.choose(cfg.output_dir, resume)
-    for name, why in choice.passed_over:
+    if cfg.bucket_name and cfg.checkpoint_bucket_path:
+        if found := start.find(dataclasses.replace(cfg, resume=resume)):
+            start.pull(cfg, found)
+    chosen = selection.choose(cfg.output_dir, resume)
+    for name, why in chosen.passed_over:
         print(f"passed over {name}: {why}", file=sys.stderr)
-    if choice.path is None:
+    if chosen.path is None:
         raise ckpt.CheckpointError(f"no checkpoint in {cfg.output_dir}; train first, or name one with resume=PATH")
-    return Source.of(choice.path, choice.state)
+    return Source.of(chosen.path, chosen.state)
 
 
 def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[int]]:
@@ -116,10 +157,10 @@ def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[i
     rows = [tokenizer.encode(prompt) or [tokenizer.end] for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if max(row) >= cfg.vocab_size:
-            raise ConfigError(
-                f"prompt {prompt[:40]!r} has token {max(row)}, the model's vocabulary {cfg.vocab_size} ids: not the "
-                "tokenizer that it was trained with"
+            why = (
+                f"has token {max(row)}, the model's vocabulary {cfg.vocab_size} ids: not the tokenizer of its training"
             )
+            raise ConfigError(f"prompt {prompt[:40]!r} {why}")
     return rows
 
 
@@ -141,41 +182,34 @@ def command(argv: list[str]) -> int:
         torch.set_num_threads(cfg.cpu_threads or 1)
     processes.warn_if_busy(device, torch.get_num_threads())
     dtype = options.dtype if options.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
-    model = folder.load(source).to(device, folder.DTYPES[dtype]).eval()
+    model = weights.load(source).to(device, weights.DTYPES[dtype]).eval()
     write(model, source, tokenizer, prompts, rows, options)
     return 0
 
 
-def main(argv: list[str]) -> int:
-    return entry.run(command, argv)
-
-
 def write(model, source, tokenizer, prompts, rows, options) -> None:
+    """Continue the prompts, whose ids are rows: the texts to stdout as they grow, the speed to stderr at the end."""
     weight = model.embed_in.weight
     print(f"{source}, {weight.device.type}, {str(weight.dtype).removeprefix('torch.')}", file=sys.stderr)
     window = options.window or model.cfg.max_position_embeddings
     if (most := max(map(len, rows)) + options.max_new_tokens - 1) > window:
         print(f"{most:,} tokens in a window of {window:,}: the oldest are forgotten as it fills", file=sys.stderr)
-    count, reading, writing = 0, 0.0, 0.0
+    count, begin = 0, time.perf_counter()
     for first in range(0, len(rows), options.batch_size):
         part = slice(first, first + options.batch_size)
         starts = [row if prompt else [] for row, prompt in zip(rows[part], prompts[part], strict=True)]
         heads = [f"--- {first + i} of {len(rows)}\n" * (len(rows) > 1) for i in range(1, len(starts) + 1)]
         writer = Writer(tokenizer, starts, heads, lambda text: print(text, end="", flush=True))
-        begin = now = time.perf_counter()
-        for step, tokens in enumerate(generate(model, rows[part], options, source.end)):
+        for tokens in generate(model, rows[part], options, source.end):
             writer.add(tokens)
             count += sum(token is not None for token in tokens)
-            now = time.perf_counter()
-            if step == 0:
-                reading, begin = reading + now - begin, now
-        writing += now - begin
         writer.close()
-    print(
-        f"{count:,} tokens after {sum(map(len, rows)):,} of prompt: {count / (reading + writing):,.0f} tokens/s "
-        f"({reading:.2f} s until the first, {writing:.2f} s for the rest)",
-        file=sys.stderr,
-    )
+    speed = count / (time.perf_counter() - begin)
+    print(f"{count:,} tokens after {sum(map(len, rows)):,} of prompt: {speed:,.0f} tokens/s", file=sys.stderr)
+
+
+def main(argv: list[str]) -> int:
+    return entry.run(command, argv)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from test_resume import newest, tensors
 
 import ckpt
 from configs import ConfigError
-from refocused.checkpoint import folder as folders
-from refocused.checkpoint import manifest, selection
+from refocused.checkpoint import huggingface, manifest, selection
 from refocused.checkpoint import tensors as files
+from refocused.checkpoint.weights import load as load_model
 from refocused.commands import average, export
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -56,8 +56,8 @@ def test_mean_of_layouts(run, shards, tmp_path, monkeypatch):
     source = ckpt.find(str(out))
     assert source.state["step"] == 6 and source.cfg.tokenizer == "byte" and len(source.state["averaged"]) == 3
     assert export.main([str(out), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
-    exported = ckpt.find(str(tmp_path / "hf"))
-    assert torch.equal(*(logits(folders.load(place), IDX) for place in (exported, source)))
+    exported = huggingface.source(tmp_path / "hf")
+    assert torch.equal(*(logits(load_model(place), IDX) for place in (exported, source)))
     assert "weights only" in train(tmp_path / "next", f"data_dir={shards}", f"init_from={out}", "max_steps=2").text
     assert "init_from=" in train(tmp_path / "not", f"data_dir={shards}", f"resume={source.path}", code=66).text
 

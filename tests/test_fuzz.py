@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 import configs
 from refocused.bucket import commands, gcs, remote
-from refocused.checkpoint import folder, manifest, selection, tensors
+from refocused.checkpoint import huggingface, manifest, selection, tensors
 from refocused.run.logs import Logs
 from refocused.run.trace import Trace
 from refocused.shards import tokenizers
@@ -258,7 +258,7 @@ HF = {"model_type": "gpt_neox", "vocab_size": 257, "hidden_size": 64, "num_hidde
 @given(st.one_of(mutated_json(HF).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(HF).encode())))
 def test_hf_config(place, content):
     (place / "config.json").write_bytes(content)
-    in_own_words(lambda: folder.hf_source(place))
+    in_own_words(lambda: huggingface.source(place))
 
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"},
@@ -324,7 +324,7 @@ def test_pickles_are_never_opened(place, part, file):
     in_own_words(lambda: tensors.load(final, {"model.a": torch.zeros(2, 3)}))
     in_own_words(lambda: selection.choose(place, "latest"))
     (place / "config.json").write_bytes(hostile)
-    in_own_words(lambda: folder.hf_source(place))
+    in_own_words(lambda: huggingface.source(place))
 
 
 @pytest.mark.slow

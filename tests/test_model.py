@@ -18,15 +18,9 @@ from configs import Config
 from refocused.checkpoint import huggingface
 
 SMALL = Config(
-    vocab_size=101,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=80,
-    max_position_embeddings=64,
-    sequence_length=32,
-    rotary_pct=0.5,
-)
+    vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
+    max_position_embeddings=64, sequence_length=32, rotary_pct=0.5,
+)  # fmt: skip
 
 
 def pair(cfg: Config) -> tuple[neox.GPTNeoX, transformers.GPTNeoXForCausalLM]:

@@ -915,7 +915,7 @@ def test_a_text_is_what_its_file_says(tmp_path, monkeypatch, capsys, tokenizer):
     totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", known.name if tokenizer != "file" else str(tmp_path),
                                Rules(["text"], "<mark>"), 10**6)  # fmt: skip
     marked = [text.rstrip("\n") for text in TEXTS[:1] + TEXTS[5:7]]
-    ids = known.encode_documents([*TEXTS, *TEXTS, *marked], Counter())
+    ids = tokenize.encode_documents(known, [*TEXTS, *TEXTS, *marked], Counter())
     assert tokens_in(tmp_path / "out") == [token for document in ids for token in (*document.tolist(), known.end)]
     assert (totals["documents"], totals["skipped"], totals["blank"]) == (2 * len(TEXTS) + 3, 6, 4)
     assert known.decode(ids[0].tolist()) == TEXTS[0]

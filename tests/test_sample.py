@@ -7,26 +7,23 @@ import sys
 import pytest
 import torch
 from launch import GUARD
+from test_export import CFG, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 import sample
 from configs import Config, ConfigError
 from model import GPTNeoX, init_weights
-from refocused.bucket import commands
+from refocused.bucket import remote
 from refocused.checkpoint import huggingface
 from refocused.run import generation
 from refocused.run.generation import Options
-from refocused.shards import tokenizers
+from refocused.shards import spelling, tokenizers
 from tests.conftest import ROOT
 from tests.fakegcs import FakeGCS
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-CFG = Config(
-    vocab_size=257, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
-    max_position_embeddings=64, sequence_length=32, tokenizer="byte", initializer_range=0.2,
-)  # fmt: skip
 PROMPTS = [[100, 101, 102, 32], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 
 
@@ -63,11 +60,8 @@ def test_greedy_equals_transformers(keys, tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
     wanted = []
     for prompt in PROMPTS:
-        idx = torch.tensor([prompt])
-        mask = torch.ones_like(idx)
-        out = hf.generate(
-            idx, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        idx, how = torch.tensor([prompt]), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=40, **how)
         wanted.append(out[0, len(prompt) :].tolist())
     assert [collect(model, [prompt], max_new_tokens=40)[0] for prompt in PROMPTS] == wanted
     assert collect(model, PROMPTS, max_new_tokens=40) == wanted
@@ -75,7 +69,8 @@ def test_greedy_equals_transformers(keys, tmp_path):
 
 
 def test_full_window(model):
-    """Beyond the window, tokens equal those of whole forward passes over what is still remembered."""
+    """Beyond the window, tokens equal those of whole forward passes over what is still remembered; a prompt of 100 tokens in
+    a window of 64 goes on as its last 64 - 20 + 1 tokens alone would."""
     prompt, window = [5, 6, 7, 8], 16
     row, seen = list(prompt), len(prompt)
     for left in range(40, 0, -1):
@@ -84,10 +79,6 @@ def test_full_window(model):
         row += greedy(model, row[-seen:], 1)
         seen += 1
     assert collect(model, [prompt], max_new_tokens=40, window=window)[0] == row[len(prompt) :]
-
-
-def test_prompt_longer_than_the_window(model):
-    """A prompt of 100 tokens in a window of 64 goes on as its last 64 - 20 + 1 tokens alone would."""
     prompt = [i * 7 % 257 for i in range(100)]
     assert collect(model, [prompt], max_new_tokens=20)[0] == greedy(model, prompt[-45:], 20)
 
@@ -164,12 +155,12 @@ def test_text_as_it_comes_is_one_decode(name, tmp_path):
         made = Tokenizer(model)
         for part, value in parts.items():
             setattr(made, part, value)
-        options = {"unk_token": "<unk>"} if name == "unigram" else {}
-        options |= {
+        options = {
             "special_tokens": ["<unk>", "</s>", *special],
             "vocab_size": 60 + len(special),
             "show_progress": False,
         }
+        options |= {"unk_token": "<unk>"} if name == "unigram" else {}
         made.train_from_iterator(["once upon a time, there was a girl; don't stop"] * 50, trainer(**options))
         made.save(str(tmp_path / "tokenizer.json"))
         content = (tmp_path / "tokenizer.json").read_bytes()
@@ -184,24 +175,14 @@ def test_text_as_it_comes_is_one_decode(name, tmp_path):
             writer.add([token])
         writer.close()
         assert "".join(out) == tokenizer.decode(row) + "\n"
-    stream = tokenizers.Stream(tokenizer)
+    stream = sample.Stream(tokenizer)
     assert "".join(stream.add([i]) for i in text * 50).strip() and len(stream.ids) < len(text)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of step 7 of the model above, with moments beside the weights."""
-    from tests.test_export import save
-
-    return save(tmp_path_factory.mktemp("out"), CFG, step=7)
-
-
-def run(*args: str, **env: str) -> subprocess.CompletedProcess:
-    """sample.py as a program."""
-    import os
-
-    command = [sys.executable, str(ROOT / "sample.py"), *args]
-    return subprocess.run(command, capture_output=True, env={**os.environ, **env}, timeout=GUARD)
+    return save(tmp_path_factory.mktemp("out"), CFG)
 
 
 def main(capsys, *args: str) -> tuple[int, str, str]:
@@ -212,14 +193,9 @@ def main(capsys, *args: str) -> tuple[int, str, str]:
 
 def test_program_on_latest(checkpoint, model):
     """`sample.py output_dir=... resume=latest` prints the prompt and what whole forward passes continue it with."""
-    done = run(
-        f"output_dir={checkpoint.parent}",
-        "resume=latest",
-        "prompt=def ",
-        "max_new_tokens=12",
-        "temperature=0",
-        "dtype=fp32",
-    )
+    args = [f"output_dir={checkpoint.parent}", "resume=latest", "prompt=def ", "max_new_tokens=12", "temperature=0"]
+    command = [sys.executable, str(ROOT / "sample.py"), *args, "dtype=fp32"]
+    done = subprocess.run(command, capture_output=True, timeout=GUARD)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"def {bytes(greedy(model, list(b'def '), 12)).decode(errors='replace')}\n".encode()
     assert b"step 7" in done.stderr and b"tokens/s" in done.stderr
@@ -241,12 +217,10 @@ def test_batch_from_a_file(checkpoint, tmp_path, capsys):
 
 def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
     """resume=gs://BUCKET/PREFIX gives the text that the local checkpoint gives."""
-    from refocused.bucket import remote
-
     monkeypatch.chdir(tmp_path)
     with FakeGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        place, _ = commands.open_place("gs://bucket/runs/a")
+        place, _ = remote.open_url("gs://bucket/runs/a")
         remote.publish(place, checkpoint)
         _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
         keys = ["bucket_name=bucket", "checkpoint_bucket_path=runs/a", f"output_dir={tmp_path}/empty"]
@@ -264,17 +238,14 @@ def test_empty_prompt_and_special_token(checkpoint, model, capsys):
     assert empty == bytes(greedy(model, [256], 5)).decode(errors="replace") + "\n"
 
 
-def test_numbers_near_zero(checkpoint, capsys):
-    """A temperature or top_p down to the smallest number that a float has: the likeliest token."""
+def test_numbers_near_zero_and_a_full_window(checkpoint, capsys):
+    """A temperature or top_p down to the smallest number that a float has: the likeliest token. A text that outgrows the
+    window is written, and that is said."""
     args = [f"resume={checkpoint}", "prompt=a", "max_new_tokens=9"]
     _, greedy, _ = main(capsys, *args, "temperature=0")
     for key in ("temperature", "top_p"):
         for number in ("1e-7", "1e-39", "1e-46", "5e-324"):
             assert main(capsys, *args, f"{key}={number}")[:2] == (0, greedy), (key, number)
-
-
-def test_says_that_the_window_fills(checkpoint, capsys):
-    """4 tokens of prompt and 90 more in a window of 64: done, and said."""
     code, _, err = main(capsys, f"resume={checkpoint}", "prompt=abcd", "max_new_tokens=90")
     assert code == 0 and "window of 64" in err
 
@@ -287,7 +258,7 @@ def test_mistakes(checkpoint, tmp_path, capsys):
     hf.final_layer_norm.weight.data[3] = torch.nan
     huggingface.write_configs(CFG, 256, broken, torch.float32)
     huggingface.write_weights(hf, broken, torch.float32)
-    (broken / "tokenizer.json").write_bytes(tokenizers.find("byte").files(64)["tokenizer.json"])
+    (broken / "tokenizer.json").write_bytes(spelling.files(tokenizers.find("byte"), 64)["tokenizer.json"])
     for args, code, words in [
         (["temprature=1"], 2, "unknown key 'temprature'; did you mean temperature"),
         (["temperature=-1"], 2, "must be at least 0"),

@@ -1,6 +1,7 @@
 """ckpt.py's commands that need no tensors: list, verify, pull, push, prune."""
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refocused.bucket import gcs
-from refocused.bucket.remote import STRANGE, Place, compare_bytes, fetch, listed, prune, publish
+from refocused.bucket.remote import STRANGE, Place, compare_bytes, listed, open_url, prune, publish, pull
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
@@ -20,8 +21,7 @@ def list_command(argv: list[str], hashes: bool = False) -> int:
     return show(parser.parse_args(argv).places, hashes)
 
 
-def verify_command(argv: list[str]) -> int:
-    return list_command(argv, hashes=True)
+verify_command = functools.partial(list_command, hashes=True)
 
 
 def pull_command(argv: list[str]) -> int:
@@ -33,23 +33,12 @@ def pull_command(argv: list[str]) -> int:
     return 0
 
 
-def pull(url: str, folder: Path | None) -> Path:
-    """A checkpoint of a bucket, what was saved last and is complete if none is named, into folder (None: below out/pulled)."""
-    place, name = open_place(url)
-    if not name:
-        good = [remote.name for remote in place.checkpoints(place.objects()) if not remote.problem]
-        if not good:
-            raise CheckpointError(f"{place} has no complete checkpoint")
-        name = good[0]
-    return fetch(place, name, folder or Path("out/pulled", str(place).removeprefix("gs://")))
-
-
 def push_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ckpt.py push")
     parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
     parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
     args = parser.parse_args(argv)
-    place, _ = open_place(args.url)
+    place, _ = open_url(args.url)
     folder = Path(os.path.abspath(args.folder))
     local.verify(folder)
     if not publish(place, folder):
@@ -65,17 +54,9 @@ def prune_command(argv: list[str]) -> int:
     parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
     parser.add_argument("--damaged", action="store_true", help="also damaged ones that are newer or kept for ever")
     args = parser.parse_args(argv)
-    for line in prune(open_place(args.url)[0], args.keep, args.keep_every, args.damaged):
+    for line in prune(open_url(args.url)[0], args.keep, args.keep_every, args.damaged):
         print(line)
     return 0
-
-
-def open_place(url: str) -> tuple[Place, str]:
-    """(the place, the checkpoint's name or "") of gs://BUCKET/PREFIX[/CHECKPOINT]."""
-    bucket, prefix = gcs.split(url)
-    parent, _, last = prefix.rpartition("/")
-    name = last if local.parse(last) else ""
-    return Place(gcs.Bucket(bucket), parent if name else prefix), name
 
 
 class Row(NamedTuple):
@@ -118,7 +99,7 @@ def rows(where: str, hashes: bool) -> Iterable[tuple[Row, bool]]:
     """(row, whether it is damaged) for the checkpoints of a folder or bucket, what was saved last first, or for the one
     that `where` names."""
     if where.startswith("gs://"):
-        yield from rows_there(*open_place(where), hashes)
+        yield from rows_there(*open_url(where), hashes)
         return
     folder = Path(where)
     if not folder.is_dir():

@@ -279,3 +279,22 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
             place.bucket.delete(obj.name, obj.generation)
             done.append(f"deleted {place}/{path}, part of an upload that was never finished")
     return done + [f"left {stranger}: {STRANGE}" for stranger in place.strangers(objects, remotes)]
+
+
+def open_url(url: str) -> tuple[Place, str]:
+    """(the place, the checkpoint's name or "") of gs://BUCKET/PREFIX[/CHECKPOINT]."""
+    bucket, prefix = gcs.split(url)
+    parent, _, last = prefix.rpartition("/")
+    name = last if local.parse(last) else ""
+    return Place(gcs.Bucket(bucket), parent if name else prefix), name
+
+
+def pull(url: str, folder: Path | None = None) -> Path:
+    """The checkpoint that a URL names, else the newest complete one there, in folder or below out/pulled; its path."""
+    place, name = open_url(url)
+    if not name:
+        good = [remote.name for remote in place.checkpoints(place.objects()) if not remote.problem]
+        if not good:
+            raise CheckpointError(f"{place} has no complete checkpoint")
+        name = good[0]
+    return fetch(place, name, folder or Path("out/pulled", str(place).removeprefix("gs://")))

@@ -1,6 +1,7 @@
-"""A GPT-NeoX folder as Hugging Face writes it: config.json and safetensors, both ways. Nothing here needs Transformers."""
+"""A GPT-NeoX folder as Hugging Face writes it: its names, its config.json both ways, its files. Transformers is not needed."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import configs
 from configs import Config
 from model import ACTIVATIONS, GPTNeoX
-from refocused.checkpoint.manifest import CheckpointError
-from refocused.checkpoint.weights import MALFORMED, Weights
-from refocused.entry import here
+from refocused.checkpoint.manifest import CheckpointError, whole
+from refocused.checkpoint.source import Source, snapshot
 from refocused.files import widen
+from refocused.shards import tokenizers
 
 FILE_BYTES = 5_000_000_000  # per model file, the hub's custom
 SAME_NAME = (
@@ -23,33 +25,24 @@ SAME_NAME = (
 ).split()
 MODEL_KEYS = (*SAME_NAME, "rotary_pct", "rotary_emb_base")
 # functions that Transformers has under several names
-SAME_FUNCTION = {
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_python_tanh": "gelu_new",
-    "gelu_accurate": "gelu_new",
-}
+SAME_FUNCTION = {"gelu_python": "gelu"}
+SAME_FUNCTION |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new")
 # masks and tables that older versions of Transformers saved
-COMPUTED = re.compile(
-    r"(layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)|rotary_emb\.(original_)?inv_freq)"
-)
+COMPUTED = re.compile(r"(layers\.\d+\.attention\.(masked_)?bias|(.+\.)?rotary_emb\.(original_)?inv_freq)")
 HEAD = "embed_out.weight"
 
 
 def to_config(cfg: Config) -> dict[str, Any]:
     """The config.json of GPTNeoXForCausalLM; rotary keys in both the older and the newer spelling."""
+    pct, base = cfg.rotary_pct, cfg.rotary_emb_base
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         **{key: getattr(cfg, key) for key in SAME_NAME},
         "attention_bias": True,
-        "rotary_pct": cfg.rotary_pct,
-        "rotary_emb_base": cfg.rotary_emb_base,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": cfg.rotary_emb_base,
-            "partial_rotary_factor": cfg.rotary_pct,
-        },
+        "rotary_pct": pct,
+        "rotary_emb_base": base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": pct},
     }
 
 
@@ -57,11 +50,9 @@ def from_config(hf: dict[str, Any]) -> dict[str, Any]:
     """Our model keys from a config.json's dict. Raises ValueError naming what this model does not have."""
     rope = hf.get("rope_parameters") or {}
     only = {"model_type": "gpt_neox", "attention_bias": True, "rope_scaling": None, "quantization_config": None}
-    unsupported = [
-        f"{key}={hf[key]!r} (only {wanted!r})" for key, wanted in only.items() if hf.get(key, wanted) != wanted
-    ]
-    if rope.get("rope_type", "default") != "default":
-        unsupported.append(f"rope_type={rope['rope_type']!r} (only 'default')")
+    has = {**hf, "rope_type": rope.get("rope_type", "default")}
+    wanted = {**only, "rope_type": "default"}.items()
+    unsupported = [f"{key}={has[key]!r} (only {value!r})" for key, value in wanted if has.get(key, value) != value]
     ours = {key: hf[key] for key in SAME_NAME if key in hf}
     act = ours.setdefault("hidden_act", "gelu")
     ours["hidden_act"] = SAME_FUNCTION.get(act, act)
@@ -85,73 +76,22 @@ def our_name(key: str) -> str | None:
     return None if COMPUTED.fullmatch(name) else re.sub(r"^lm_head\.", "embed_out.", name)
 
 
-def snapshot(path: Path) -> Path:
-    """The folder; of the hub's cache of a model (models--ORG--NAME), the version in it that was fetched last."""
+def source(place: str | Path) -> Source:
+    """A GPT-NeoX folder by its config.json. Raises CheckpointError naming what this model cannot represent."""
+    path = snapshot(Path(os.path.abspath(place)))
+    own = path / tokenizers.FILE
     try:
-        return path / "snapshots" / (path / "refs/main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return path
-
-
-def is_hf(path: Path) -> bool:
-    return (snapshot(path) / "config.json").is_file()
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The folder's model.safetensors, or the files of its index, or those of its one variant. Raises CheckpointError."""
-    usual = [path / "model.safetensors", path / "model.safetensors.index.json"]
-    variants = [file for file in path.glob("model.*.safetensors") if "-of-" not in file.name]
-    variants += path.glob("model.safetensors.index.*.json")
-    found = [file for file in usual if file.is_file()][:1] or sorted(variants)
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise CheckpointError(f"{path} has {names} and no model.safetensors; leave one of them, which is then taken")
-    if not found:
-        if not any(path.glob("*.bin")):
-            raise CheckpointError(f"{path} has no model.safetensors, and no index of several files")
-        if is_hf(path):
-            way = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('NEW')"
-        else:
-            way = f"import torch; from safetensors.torch import save_file; W = torch.load('{path}/pytorch_model.bin', "
-            way += f"weights_only=True); save_file({{k: v.clone() for k, v in W.items()}}, '{path}/model.safetensors')"
-        raise CheckpointError(
-            f"{path / 'model.safetensors'} is missing; pickled weights (.bin) are not read, convert them once: "
-            f'{here("python -c")} "{way}"'
-        )
-    if found[0].suffix != ".json":
-        return found
-    try:
-        files = sorted({path / Path(file).name for file in json.loads(found[0].read_bytes())["weight_map"].values()})
-    except MALFORMED as error:
-        raise CheckpointError(f"{found[0]} is no index of weights: {error}") from error
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{path} lacks {', '.join(absent[:4])}, which {found[0].name} names")
-    return files
-
-
-def read_weights(path: Path, tied: bool) -> Weights:
-    """The folder's weights by our names. Raises CheckpointError where it holds an output matrix twice, and differently."""
-    weights = Weights(path, weight_files(path), our_name)
-    copies = [part for part in weights.parts.get(HEAD, ())]
-    if len(copies) > 1:
-        if not all(torch.equal(copies[0].read(), copy.read()) for copy in copies[1:]):
-            keys = " and ".join(part.key for part in copies)
-            raise CheckpointError(f"{path} has {keys}, which differ; remove the one that is not the model's")
-        del weights.parts[HEAD][1:]
-    if tied and copies:
-        embedding = weights.parts.setdefault("embed_in.weight", copies[:1])
-        if not torch.equal(embedding[0].read(), copies[0].read()):
-            raise CheckpointError(
-                f"{path}: tie_word_embeddings=true by config.json, and {copies[0].key} differs from {embedding[0].key}; "
-                "set it to false there if the output matrix was trained apart"
-            )
-        del weights.parts[HEAD]
-    elif not tied and not copies:
-        raise CheckpointError(
-            f"{path} has no output matrix ({HEAD} or lm_head.weight): it was saved from a GPTNeoXModel, not from a "
-            "GPTNeoXForCausalLM; with tie_word_embeddings=true in config.json the input matrix serves as both"
-        )
-    return weights
+        hf = json.loads((path / "config.json").read_bytes())
+        end = hf.get("eos_token_id")
+        end = end[0] if isinstance(end, list) else end
+        if end is not None and not whole(end):
+            raise ValueError(f"eos_token_id={str(hf['eos_token_id'])[:80]} is no id of a token")
+        ours = {key: configs.convert(key, value) for key, value in from_config(hf).items()}
+        length = min(Config.sequence_length, ours.get("max_position_embeddings", Config.sequence_length))
+        cfg = Config(**ours, sequence_length=length, tokenizer=str(own) if own.is_file() else None)
+    except tokenizers.MALFORMED as error:
+        raise CheckpointError(f"{path / 'config.json'}: {error}") from error
+    return Source(path, cfg, {}, end)
 
 
 def write_weights(model: GPTNeoX, folder: Path, dtype: torch.dtype) -> None:

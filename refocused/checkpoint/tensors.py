@@ -270,18 +270,7 @@ def load(path: str | os.PathLike, tree: Tree) -> None:
     optimizer's state unread. Raises CheckpointError, before any value changes, if names, shapes or dtypes differ, or if
     a tensor's parts do not cover it.
     """
-    saved: dict[str, list[Part]] = {}
-    groups = {key.split(".")[0] for key in tree}
-    for file in sorted(Path(path).glob(f"*{manifest.SHARD}")):
-        for key, part in parts_in(file).items():
-            if key.split(".")[0] in groups:
-                saved.setdefault(key, []).append(part)
-    there = {key: (whole_size(parts), parts[0].dtype) for key, parts in saved.items()}
-    here = {key: (tuple(t.shape), t.dtype) for key, t in tree.items()}
-    if there != here:
-        raise CheckpointError(f"{path} is of another model or optimizer: {differences(there, here)}")
-    for key, parts in saved.items():
-        check_cover(parts, here[key][0])
+    saved = fitting_parts(path, tree)
 
     @torch.no_grad()
     def fill() -> None:
@@ -293,6 +282,36 @@ def load(path: str | os.PathLike, tree: Tree) -> None:
         on_all_ranks(None, fill)
     except CheckpointError as error:
         raise CheckpointError(f"{path} could not be loaded: {error}") from error
+
+
+def saved_parts(path: str | os.PathLike) -> dict[str, list[Part]]:
+    """The parts of each tensor of a checkpoint. Raises CheckpointError."""
+    saved: dict[str, list[Part]] = {}
+    for file in sorted(Path(path).glob(f"*{manifest.SHARD}")):
+        for key, part in parts_in(file).items():
+            saved.setdefault(key, []).append(part)
+    return saved
+
+
+def fitting_parts(path: str | os.PathLike, tree: Tree) -> dict[str, list[Part]]:
+    """Those that fill the tree, whose tensors may be on the meta device. Raises CheckpointError as load does."""
+    groups = {key.split(".")[0] for key in tree}
+    saved = {key: parts for key, parts in saved_parts(path).items() if key.split(".")[0] in groups}
+    there = {key: (whole_size(parts), parts[0].dtype) for key, parts in saved.items()}
+    here = {key: (tuple(t.shape), t.dtype) for key, t in tree.items()}
+    if there != here:
+        raise CheckpointError(f"{path} is of another model or optimizer: {differences(there, here)}")
+    for key, parts in saved.items():
+        check_cover(parts, here[key][0])
+    return saved
+
+
+def whole(parts: Sequence[Part]) -> Tensor:
+    """The tensor that the parts make up."""
+    t = torch.empty(whole_size(parts), dtype=parts[0].dtype)
+    for part in parts:
+        part.copy_to(t, [0] * t.ndim)
+    return t
 
 
 def check_cover(parts: Sequence[Part], size: Sequence[int]) -> None:

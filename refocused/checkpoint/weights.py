@@ -1,62 +1,111 @@
-"""Whole tensors from safetensors files, one at a time: a checkpoint's, whichever layout wrote it, or any other folder's."""
+"""A model's weights without the optimizer: of a checkpoint, whichever layout wrote it, or of a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator
+import json
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from refocused.checkpoint import tensors
+from model import GPTNeoX
+from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint.huggingface import HEAD, our_name
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.checkpoint.source import Source, is_hf
+from refocused.entry import here
+from refocused.shards.tokenizers import MALFORMED
 
-# what a value of another type or size than meant comes to, somewhere between json and its use
-MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Weights:
-    """{name: tensor}, read when it is asked for; name() says what a key of the files stands for, None for nothing."""
+def load(source: Source) -> GPTNeoX:
+    """The model in eval mode with its weights, fp32, on the CPU. Collective where there is a process group.
 
-    def __init__(self, path: Path, files: list[Path], name: Callable[[str], str | None]):
-        self.path = path
-        self.parts: dict[str, list[tensors.Part]] = {}
-        for file in files:
-            for key, part in tensors.parts_in(file).items():
-                if (ours := name(key)) is not None:
-                    self.parts.setdefault(ours, []).append(part)
+    Raises CheckpointError.
+    """
+    with torch.device("meta"):
+        model = GPTNeoX(source.cfg)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    if source.state:
+        tensors.load(source.path, tensors.state_tree(model))
+        manifest.check_unchanged(source.path)
+    else:
+        fill(model, source.path)
+    return model.eval()
 
-    def size(self, name: str) -> tuple[int, ...]:
-        return tensors.whole_size(self.parts[name])
 
-    def check(self, model: nn.Module) -> None:
-        """Raise CheckpointError unless the parameters are the model's, each of its shape, whole and a number."""
-        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        for name, parts in self.parts.items():
-            key, size = parts[0].key, self.size(name)
-            if name not in wanted:
-                raise CheckpointError(f"{self.path} has {key} {list(size)}, which this model does not")
-            if size != wanted[name]:
-                raise CheckpointError(f"{self.path}: {key} is {list(size)}, {list(wanted[name])} by the config")
-            tensors.check_cover(parts, size)
-        if missing := sorted(wanted.keys() - self.parts.keys()):
-            raise CheckpointError(f"{self.path} lacks {', '.join(missing[:4])}{' ...' * (len(missing) > 4)}")
+@torch.no_grad()
+def fill(model: GPTNeoX, path: Path) -> None:
+    """Copy a Hugging Face folder's weights into the model. Raises CheckpointError unless they are its parameters."""
+    found = hf_weights(path)
+    if model.cfg.tie_word_embeddings and HEAD in found:
+        head = found.pop(HEAD)
+        own = found.setdefault("embed_in.weight", head)
+        if not torch.equal(own.read(), head.read()):
+            raise CheckpointError(
+                f"{path}: tie_word_embeddings=true by config.json, and {head.key} differs from {own.key}; "
+                "set it to false there if the output matrix was trained apart"
+            )
+    wanted = dict(model.named_parameters())
+    if HEAD in wanted and HEAD not in found:
+        raise CheckpointError(
+            f"{path} has no output matrix ({HEAD} or lm_head.weight): it was saved from a GPTNeoXModel, not from a "
+            "GPTNeoXForCausalLM; with tie_word_embeddings=true in config.json the input matrix serves as both"
+        )
+    for name, part in found.items():
+        key, size = part.key, list(part.sizes)
+        if name not in wanted:
+            raise CheckpointError(f"{path} has {key} {size}, which this model does not")
+        if size != list(wanted[name].shape):
+            raise CheckpointError(f"{path}: {key} is {size}, {list(wanted[name].shape)} by the config")
+        if not part.dtype.is_floating_point:
+            raise CheckpointError(f"{path}: {key} is of {part.dtype}: quantized weights cannot be trained")
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(f"{path} lacks {', '.join(missing[:4])}{' ...' * (len(missing) > 4)}")
+    for name, part in found.items():
+        wanted[name].copy_(part.read())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
 
-    def __getitem__(self, name: str) -> Tensor:
-        first, *others = self.parts[name]
-        if not others:
-            return first.read()
-        whole = torch.empty(self.size(name), dtype=first.dtype)
-        for part in (first, *others):
-            part.copy_to(whole, [0] * whole.ndim)
-        return whole
+def hf_weights(path: Path) -> dict[str, tensors.Part]:
+    """Where a folder has each parameter, by our names. Raises CheckpointError where it has one twice, and differently."""
+    found: dict[str, tensors.Part] = {}
+    for file in hf_files(path):
+        for key, part in tensors.parts_in(file).items():
+            if (name := our_name(key)) is not None:
+                first = found.setdefault(name, part)
+                if first is not part and not torch.equal(first.read(), part.read()):
+                    raise CheckpointError(f"{path} has {first.key} and {key}, which differ; remove the wrong one")
+    return found
 
-    @torch.no_grad()
-    def fill(self, model: nn.Module) -> None:
-        """Copy them into the model, which has passed check. Raises CheckpointError."""
-        for name, p in model.named_parameters():
-            t = self[name]
-            if not t.is_floating_point():
-                raise CheckpointError(f"{self.path}: {name} is of {t.dtype}: quantized weights cannot be trained")
-            p.copy_(t)
+
+def hf_files(path: Path) -> list[Path]:
+    """The folder's model.safetensors, or the files of its index, or those of its one variant. Raises CheckpointError."""
+    usual = [path / "model.safetensors", path / "model.safetensors.index.json"]
+    variants = [file for file in path.glob("model.*.safetensors") if "-of-" not in file.name]
+    variants += path.glob("model.safetensors.index.*.json")
+    found = [file for file in usual if file.is_file()][:1] or sorted(variants)
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise CheckpointError(f"{path} has {names} and no model.safetensors; leave one of them, which is then taken")
+    if not found:
+        raise CheckpointError(f"{path} has no model.safetensors, and no index of several files{pickled(path)}")
+    if found[0].suffix != ".json":
+        return found
+    try:
+        files = sorted({path / Path(file).name for file in json.loads(found[0].read_bytes())["weight_map"].values()})
+    except MALFORMED as error:
+        raise CheckpointError(f"{found[0]} is no index of weights: {error}") from error
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path} lacks {', '.join(absent[:4])}, which {found[0].name} names")
+    return files
+
+
+def pickled(path: Path) -> str:
+    """How to convert a folder's pickled weights, if it has any."""
+    if not any(path.glob("*.bin")):
+        return ""
+    if is_hf(path):
+        way = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('NEW')"
+    else:
+        way = f"import torch; from safetensors.torch import save_file; W = torch.load('{path}/pytorch_model.bin', "
+        way += f"weights_only=True); save_file({{k: v.clone() for k, v in W.items()}}, '{path}/model.safetensors')"
+    return f'; pickled weights (.bin) are not read, convert them once: {here("python -c")} "{way}"'

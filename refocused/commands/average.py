@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights, without their optimizers.
+"""The mean of several checkpoints' weights, without their optimizers: `python ckpt.py average`.
 
 python ckpt.py average CHECKPOINT CHECKPOINT ... OUT [--weights 1,2,3]
 
@@ -17,56 +17,53 @@ import ckpt
 from configs import MODEL, ConfigError, check_same_model
 from model import GPTNeoX
 from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.folder import Source, weights_of
-from refocused.checkpoint.weights import Weights
+from refocused.checkpoint.source import Source
 from refocused.commands.export import check_free, coming
-from refocused.entry import here
 from refocused.shards import tokenizers
 
 KEPT = ("tokens", "imported_from", "eos_token_id")  # of the newest one's state
 
 
+@dataclasses.dataclass
 class Mean:
     """{key: the weighted mean of a parameter}, made when it is asked for: one tensor of one checkpoint at a time."""
 
-    def __init__(self, members: list[Weights], weights: list[float]):
-        self.members, self.weights = members, weights
+    members: list[dict[str, list[tensors.Part]]]
+    weights: list[float]
 
     def __getitem__(self, key: str) -> Tensor:
-        name = key.removeprefix("model.")
-        total = torch.zeros(self.members[0].size(name), dtype=torch.float64)  # so the mean of equals is what they are
+        # in fp64, so that the mean of equals is what they are
+        total = torch.zeros((), dtype=torch.float64)
         for member, weight in zip(self.members, self.weights, strict=True):
-            total.add_(member[name], alpha=weight)
-        return total.div_(math.fsum(self.weights)).float()
+            total = total + tensors.whole(member[key]).double() * weight
+        return (total / math.fsum(self.weights)).float()
 
 
 def average(sources: list[Source], weights: list[float], out: Path) -> Path:
-    """Write the weighted mean into a checkpoint below `out`, as of the highest step among them; its path.
+    """Write the weighted mean as a checkpoint below `out`; its path. The rest is taken from the one of the highest step.
 
-    Holds one file's worth of the result and one tensor of one checkpoint. Raises ConfigError, CheckpointError.
+    Raises ConfigError, CheckpointError.
     """
     newest = max(sources, key=lambda source: source.state["step"])
     with torch.device("meta"):
         model = GPTNeoX(newest.cfg)
-    members = [weights_of(source) for source in sources]
-    for source, member in zip(sources, members, strict=True):
+    tree = tensors.state_tree(model)
+    for source in sources:
         way = f"{newest.path} and it have no mean"
         check_same_model(str(source.path), vars(source.cfg), newest.cfg, MODEL, way)
-        member.check(model)
-    known = manifest.parse(newest.path.name)
-    final = out.absolute() / (newest.path.name if known else manifest.name(0, newest.state["step"], 0))
+    mean = Mean([tensors.fitting_parts(source.path, tree) for source in sources], weights)
+    name = newest.path.name if manifest.parse(newest.path.name) else manifest.name(0, newest.state["step"], 0)
     state = {
         "step": newest.state["step"],
         **{str(key): newest.state[key] for key in KEPT if key in newest.state},
         "trained_on": newest.trained_on,
         "averaged": [[str(source.path), weight] for source, weight in zip(sources, weights, strict=True)],
         "config": dataclasses.asdict(newest.cfg),
-        "run": {"torch": torch.__version__},
     }
     names = (tokenizers.FILE, tokenizers.SETTINGS)
     files = {name: (newest.path / name).read_bytes() for name in names if (newest.path / name).is_file()}
-    tensors.save_alone(final, tensors.state_tree(model), state, Mean(members, weights), files)
-    return final
+    tensors.save_alone(out / name, tree, state, mean, files)
+    return out / name
 
 
 def main(argv: list[str]) -> int:
@@ -89,10 +86,6 @@ def main(argv: list[str]) -> int:
     if len(weights) < 2:
         raise ConfigError("the mean of one checkpoint is that checkpoint; name at least two, and OUT behind them")
     sources = [ckpt.find(checkpoint) for checkpoint in args.checkpoints]
-    for source in sources:
-        if source.is_hf:
-            way = here(f"python ckpt.py import {source.path} OUT")
-            raise ConfigError(f"{source.path} is a Hugging Face folder; first: `{way}`")
     with coming(args.out) as folder:
         made = average(sources, weights, folder)
         for source in sources:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,8 @@ import ckpt
 import configs
 import data
 from configs import Config, ConfigError
-from refocused.checkpoint import folder
-from refocused.checkpoint.folder import Source
-from refocused.checkpoint.huggingface import MODEL_KEYS
+from refocused.checkpoint import huggingface, weights
+from refocused.checkpoint.source import Source, is_hf
 from refocused.entry import parse_with_settings
 from refocused.run import devices, exits, failures, processes
 from refocused.run.evaluate import Score, evaluate
@@ -30,13 +29,8 @@ from refocused.shards.tokenizers import separator
 
 
 def figures(found: Score) -> dict[str, Any]:
-    return {
-        "loss": found.mean,
-        "perplexity": math.exp(min(found.mean, 700)),
-        "bits_per_byte": found.bits_per_byte,
-        "tokens": int(found.tokens),
-        "bytes": int(found.bytes),
-    }
+    loss = {"loss": found.mean, "perplexity": math.exp(min(found.mean, 700)), "bits_per_byte": found.bits_per_byte}
+    return {**loss, "tokens": int(found.tokens), "bytes": int(found.bytes)}
 
 
 def line(found: Score) -> str:
@@ -47,31 +41,28 @@ def line(found: Score) -> str:
 
 def by_shard(source: Source, dataset: data.Dataset, cfg: Config, env: processes.Env) -> dict[str, Score]:
     """For each held-out shard the score of the model at `source` on that one's fixed windows. Collective."""
-    model = folder.load(source).to(env.device)
+    model = weights.load(source).to(env.device)
     model.end = separator(cfg)
     ids = dataset.eval_ids(cfg.eval_samples)
     shards = np.array([path for path, _ in dataset.locate(ids)])
     windows = {shard: ids[shards == shard] for shard in dict.fromkeys(shards.tolist())}
     batches = sum(math.ceil(len(some) / cfg.per_device_train_batch_size / env.world_size) for some in windows.values())
     with tqdm(total=batches, unit="batch", disable=None if env.main else True) as bar:
-
-        def counted(blocks: Iterator) -> Iterator:
-            for block in blocks:
-                yield block
-                bar.update()
-
-        found = {shard: evaluate(model, dataset, cfg, env, None, some, counted) for shard, some in windows.items()}
-    return {shard: score for shard, score in found.items() if score}
+        found = {
+            shard: evaluate(model, dataset, cfg, env, ids=some, each_batch=bar.update)
+            for shard, some in windows.items()
+        }
+    return {shard: score for shard, score in found.items() if score}  # a stop is never asked for here
 
 
 def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
     """Whether the run, as far as the checkpoint knows it, may have trained on what is held out here."""
-    if source.trained_on is None:
-        return False
-    tail_moves = (
-        not {*dataset.shards}.isdisjoint(dataset.eval_shards) and cfg.sequence_length != source.cfg.sequence_length
+    tail = not {*dataset.shards}.isdisjoint(dataset.eval_shards)  # of a shard, whose begin depends on sequence_length
+    return source.trained_on is not None and (
+        source.trained_on != dataset.fingerprint
+        or cfg.eval_files > source.cfg.eval_files
+        or (tail and cfg.sequence_length != source.cfg.sequence_length)
     )
-    return source.trained_on != dataset.fingerprint or cfg.eval_files > source.cfg.eval_files or tail_moves
 
 
 def main(argv: list[str]) -> int:
@@ -83,7 +74,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parse_with_settings(parser, argv)
     values = {key: configs.parse(key, text) for key, text in (word.split("=", 1) for word in options.settings)}
-    if fixed := [key for key in values if key in MODEL_KEYS]:
+    if fixed := [key for key in values if key in huggingface.MODEL_KEYS]:
         raise ConfigError(f"{fixed[0]}={values[fixed[0]]}: the model is the checkpoint's; leave {', '.join(fixed)} out")
     machine = {key: values[key] for key in ("cpu_threads", "deterministic") if key in values}
     env = processes.start(Config(**machine))
@@ -91,15 +82,16 @@ def main(argv: list[str]) -> int:
         print(f"reading {options.checkpoint}", file=sys.stderr, flush=True)
         processes.warn_if_busy(env.device, env.threads)
     try:
-        source = processes.on_rank_0(ckpt.find, options.checkpoint)
+        place = options.checkpoint
+        source = processes.on_rank_0(huggingface.source if is_hf(Path(place)) else ckpt.find, place)
         cfg = dataclasses.replace(source.cfg, **values)
         devices.check_precision(cfg, env.device)
         processes.on_each_node(env, data.unpack, cfg)
         dataset = data.open_dataset(cfg)
         if not dataset.num_eval_samples:
             raise DataError(f"eval_files={cfg.eval_files} holds nothing out; set eval_files=1 or more")
-        apart = ", documents apart" if cfg.mask_documents else ""
-        windows = f"{len(dataset.eval_ids(cfg.eval_samples)):,} windows of {cfg.sequence_length:,}"
+        count = len(dataset.eval_ids(cfg.eval_samples))
+        windows = f"{count:,} windows of {cfg.sequence_length:,}"
         if env.main:
             print(f"{source}, on {windows} of {cfg.data_dir}", file=sys.stderr, flush=True)
         scores = by_shard(source, dataset, cfg, env)
@@ -111,17 +103,16 @@ def main(argv: list[str]) -> int:
     if not env.main:
         return 0
     whole = Score(*(sum(values) for values in zip(*scores.values(), strict=True)))
+    shown = scores if options.per_shard else {}
     if seen(source, cfg, dataset):
         print("note: the run held out other data; what is read here may have been trained on", file=sys.stderr)
     if options.json:
         report = {"checkpoint": str(source.path), "step": source.state.get("step"), "data_dir": cfg.data_dir}
-        report |= {"windows": len(dataset.eval_ids(cfg.eval_samples)), "sequence_length": cfg.sequence_length}
-        report |= {"mask_documents": cfg.mask_documents, **figures(whole)}
-        if options.per_shard:
-            report["shards"] = {shard: figures(found) for shard, found in scores.items()}
-        print(json.dumps(report))
-        return 0
-    print(f"{source}\n{cfg.data_dir}: {windows}{apart}\n{line(whole)}")
-    if options.per_shard:
-        print("\n".join(f"{shard}: {line(found)}" for shard, found in scores.items()))
+        report |= {"windows": count, "sequence_length": cfg.sequence_length, "mask_documents": cfg.mask_documents}
+        parts = {"shards": {shard: figures(found) for shard, found in shown.items()}} if shown else {}
+        print(json.dumps({**report, **figures(whole), **parts}))
+    else:
+        apart = ", documents apart" if cfg.mask_documents else ""
+        print(f"{source}\n{cfg.data_dir}: {windows}{apart}\n{line(whole)}")
+        print(*(f"{shard}: {line(found)}\n" for shard, found in shown.items()), sep="", end="")
     return 0

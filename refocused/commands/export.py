@@ -19,14 +19,14 @@ import ckpt
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters
 from refocused import files, locks
-from refocused.checkpoint import manifest
-from refocused.checkpoint.folder import DTYPES, Source, load, shards
-from refocused.checkpoint.huggingface import read_weights, write_configs, write_weights
+from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint.huggingface import write_configs, write_weights
 from refocused.checkpoint.manifest import CheckpointError
-from refocused.checkpoint.weights import Weights
+from refocused.checkpoint.source import Source
+from refocused.checkpoint.weights import DTYPES, fill, load
 from refocused.entry import here
 from refocused.run import processes
-from refocused.shards import tokenizers
+from refocused.shards import spelling, tokenizers
 from refocused.shards.shard import DataError
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -39,22 +39,16 @@ def fixed_tokens(cfg: Config) -> Tensor:
 
 @torch.inference_mode()
 def check(model: GPTNeoX, folder: Path, dtype: torch.dtype) -> float:
-    """Read the folder back into the model; the largest difference of logits from before. Raises CheckpointError.
-
-    Every weight must be the checkpoint's, rounded to dtype; what differs in the logits is this rounding.
-    """
+    """Read the folder back into the model, and compare; the largest difference of logits. Raises CheckpointError."""
     idx = fixed_tokens(model.cfg)
     before, rounded = model(idx), {name: p.to(dtype) for name, p in model.named_parameters()}
-    weights = read_weights(folder, model.cfg.tie_word_embeddings)
-    weights.check(model)
-    weights.fill(model)
-    changed = [name for name, p in model.named_parameters() if not torch.equal(p, rounded[name].float())]
-    after = model(idx)
-    if changed or not after.isfinite().all():
+    fill(model, folder)
+    if changed := [name for name, p in model.named_parameters() if not torch.equal(p, rounded[name].float())]:
+        raise CheckpointError(f"what was written differs from the checkpoint: {', '.join(changed[:4])}")
+    after = model(idx)  # another one than before by the rounding to dtype alone
+    if not after.isfinite().all():
         raise CheckpointError(
-            f"what was written differs from the checkpoint: {', '.join(changed[:4])}"
-            if changed
-            else f"logits are not finite in {str(dtype).removeprefix('torch.')}; a wider --dtype may hold the weights"
+            f"logits are not finite in {str(dtype).removeprefix('torch.')}; a wider --dtype may hold the weights"
         )
     return (after - before).abs().max().item()
 
@@ -82,25 +76,21 @@ def card(source: Source, dtype: str) -> str:
     """README.md of the exported folder: the facts of the run, and how to load it."""
     cfg, state = source.cfg, source.state
     total, body = num_parameters(cfg)
-    run, trained_on = state.get("run", {}), state.get("data", {})
     known = tokenizers.fits(cfg.tokenizer, cfg.vocab_size)
-    tokenizer = f"{known.size:,} ids, {known.identity}" if known else "not known"
-    facts = [
-        ("architecture", f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)"),
-        ("shape", f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads"),
-        ("tokenizer", tokenizer),
-        ("vocabulary", f"{cfg.vocab_size:,} ids"),
-        ("context", f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}"),
-        ("checkpoint", source.path.name),
-        ("optimizer steps", f"{state['step']:,}"),
-        ("tokens seen", f"{state['tokens']:,}" if "tokens" in state else None),
-        ("last training loss", f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else None),
-        ("data fingerprint", trained_on.get("fingerprint")),
-        ("weights", f"{dtype}, from fp32"),
-        ("made with", f"torch {run['torch']}" if "torch" in run else None),
-        ("code", run.get("git_commit")),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts if value)
+    facts = {
+        "architecture": f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)",
+        "shape": f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads",
+        "tokenizer": f"{known.size:,} ids, {known.identity}" if known else "not known",
+        "vocabulary": f"{cfg.vocab_size:,} ids",
+        "context": f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}",
+        "checkpoint": f"{source.path.name}, step {state['step']:,}",
+        "tokens seen": f"{state['tokens']:,}" if "tokens" in state else None,
+        "last training loss": f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else None,
+        "data fingerprint": source.trained_on,
+        "weights": f"{dtype}, from fp32",
+        "code": state.get("run", {}).get("git_commit"),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -127,17 +117,19 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 
 def write_tokenizer(cfg: Config, folder: Path) -> str:
     """The files of the tokenizer that the model was trained with, if that is known; a line that says which it is."""
-    without = "without tokenizer files"
     if not cfg.tokenizer:
-        return f"{without}: the checkpoint does not know which tokenizer made the ids that it was trained on"
-    known = tokenizers.find(cfg.tokenizer)
-    if known.size > cfg.vocab_size:
-        return f"{without}: tokenizer={known.name} has {known.size:,} ids, the model {cfg.vocab_size:,}: not the one"
+        return (
+            "without tokenizer files: the checkpoint does not know which tokenizer made the ids that it was trained on"
+        )
+    known, length = tokenizers.find(cfg.tokenizer), cfg.max_position_embeddings
     try:
-        for name, content in known.files(cfg.max_position_embeddings).items():
+        if known.size > cfg.vocab_size:
+            raise DataError(f"tokenizer={known.name} has {known.size:,} ids, the model {cfg.vocab_size:,}: not the one")
+        written = known.files(length) if isinstance(known, tokenizers.File) else spelling.files(known, length)
+        for name, content in written.items():
             (folder / name).write_bytes(content)
-    except DataError as error:
-        return f"{without}: {error}"
+    except DataError as error:  # a vocabulary that cannot be fetched, too
+        return f"without tokenizer files: {error}"
     return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}"
 
 
@@ -157,12 +149,8 @@ def coming(out: Path) -> Iterator[Path]:
     out = out.absolute()
     check_free(out)
     folder = out.with_name(f".making-{os.fsencode(out.name)[:100].decode(errors='ignore')}")
-    if (
-        os.path.lexists(folder)
-        and not (folder / locks.FILLING).exists()
-        and (folder.is_symlink() or any(folder.iterdir()))
-    ):
-        raise ConfigError(f"{folder} is in the way and not this program's; move it, or name another folder than {out}")
+    if os.path.lexists(folder) and not (folder / locks.FILLING).exists():
+        check_free(folder)  # else it is not this program's
     try:
         with locks.filling(folder, wait=False):
             made = folder / "made"
@@ -191,17 +179,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     check_free(args.out)
     processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")
-    absent = [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]
-    if absent:
+    if absent := [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]:
         way = here(f"pip install {' '.join(absent)}")
         raise ConfigError(f"--onnx needs packages that are not here: `{way}`")
     source = ckpt.find(args.checkpoint)
-    if source.is_hf:
-        raise CheckpointError(f"{source.path} is a Hugging Face folder already")
     if args.torch:
         with coming(args.out) as file:  # every tensor, weights and optimizer state by their names, with the state
-            weights = Weights(source.path, shards(source.path), str)
-            torch.save({"tensors": {key: weights[key] for key in weights}, "state": source.state}, file)
+            saved = tensors.saved_parts(source.path)
+            torch.save({"tensors": {key: tensors.whole(saved[key]) for key in saved}, "state": source.state}, file)
             manifest.check_unchanged(source.path)
         print(f"{source} -> {args.out}, for torch.load")
         return 0
@@ -215,9 +200,6 @@ def main(argv: list[str]) -> int:
         print(write_tokenizer(source.cfg, folder))
         if args.onnx:
             difference = write_onnx(model, folder / "onnx/model.onnx")
-            print(
-                f"onnxruntime: logits differ from ours by at most {difference:.1e}; in optimum load it with use_cache=False"
-            )
-        difference = check(model, folder, dtype)
-        print(f"read back: logits differ from the checkpoint's by at most {difference:.1e}")
+            print(f"onnxruntime: logits differ by at most {difference:.1e}; in optimum load it with use_cache=False")
+        print(f"read back: logits differ from the checkpoint's by at most {check(model, folder, dtype):.1e}")
     return 0

@@ -15,10 +15,10 @@ import torch
 
 import configs
 from configs import Config, ConfigError
-from refocused.checkpoint import manifest, tensors
-from refocused.checkpoint.folder import Source, advice, hf_source, load
-from refocused.checkpoint.huggingface import MODEL_KEYS, is_hf
+from refocused.checkpoint import huggingface, manifest, tensors
 from refocused.checkpoint.manifest import CheckpointError
+from refocused.checkpoint.source import Source, advice, is_hf
+from refocused.checkpoint.weights import load
 from refocused.commands.export import check_free, coming
 from refocused.entry import here
 from refocused.run import processes
@@ -31,7 +31,7 @@ def read(place: str, config: str | None) -> Source:
     if is_hf(path):
         if config:
             raise ConfigError(f"{place} has a config.json, which says what model it is; leave --config out")
-        return hf_source(path)
+        return huggingface.source(path)
     if not config or not path.is_dir():
         raise CheckpointError(advice(place) or f"{place} has no config.json: not a Hugging Face folder")
     cfg, _ = configs.load([config])
@@ -50,21 +50,16 @@ def main(argv: list[str]) -> int:
     source = read(args.folder, args.config)
     cfg, model = source.cfg, load(source)
     state: dict[str, Any] = {"step": 0, "eos_token_id": source.end, "config": dataclasses.asdict(cfg)}
-    state["run"] = {"torch": torch.__version__}
     if not args.config:
         state["imported_from"] = source.path.name  # so its tokenizer is the one beside it, or not known
     final = manifest.name(0, 0, 0)
-    known = tokenizers.find(cfg.tokenizer) if cfg.tokenizer else None
-    files = known.files(cfg.max_position_embeddings) if isinstance(known, tokenizers.File) else {}
     with coming(args.out) as folder:
-        tensors.save_alone(folder / final, tensors.state_tree(model), state, files=files)
+        tensors.save_alone(folder / final, tensors.state_tree(model), state, files=tokenizers.own_files(cfg))
     print(f"{source} -> {args.out / final}")
     if args.config:
         left = [path.name for path in sorted(source.path.iterdir()) if not path.name.endswith(".safetensors")]
-        print(
-            f"weights alone come along: the optimizer and the schedule start fresh at step 0, without {', '.join(left)}"
-        )
-    elif known:
+        print(f"weights alone come along: optimizer and schedule start fresh at step 0, without {', '.join(left)}")
+    elif cfg.tokenizer:
         tokenizer = shlex.quote(str(args.out))
         print(f"make shards for it with: {here(f'python data.py tokenize TEXTS SHARDS --tokenizer {tokenizer}')}")
     else:
@@ -76,7 +71,7 @@ def main(argv: list[str]) -> int:
 def train_command(start: Path, cfg: Config, config: str | None) -> str:
     """A whole command that trains from an imported checkpoint: what differs from the config file that it starts from."""
     base, _ = configs.load([config or str(configs.DEMO)])
-    keys = [key for key in (*MODEL_KEYS, "sequence_length") if getattr(base, key) != getattr(cfg, key)]
+    keys = [key for key in (*huggingface.MODEL_KEYS, "sequence_length") if getattr(base, key) != getattr(cfg, key)]
     places = {"init_from": start, "output_dir": f"out/{start.name}", "logging_dir": f"logs/{start.name}"}
     if not config:
         places |= {"data_dir": "SHARDS", "tokenizer": start if cfg.tokenizer else "none"}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +17,11 @@ from refocused.shards.tokenizers import fits
 
 
 class Score(NamedTuple):
-    """What a model makes of a text: sums over targets of all ranks, the losses in nats."""
+    """Sums over the targets of all ranks, the losses in nats."""
 
     loss: float
-    tokens: float
     text_loss: float  # of the targets that stand for bytes: without end-of-text and what else is no text
+    tokens: float
     bytes: float  # 0 where no tokenizer says
 
     @property
@@ -45,45 +45,34 @@ def byte_table(tokenizer: str | None, vocab_size: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def score(
-    model: torch.nn.Module, blocks: Iterable[tuple[Tensor, Tensor]], lengths: Tensor | None, cfg: Config,
-    env: processes.Env, stop: StopSignal | None = None,
+def evaluate(
+    model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal | None = None,
+    ids: np.ndarray | None = None, each_batch: Callable[[], object] = lambda: None,
 ) -> Score | None:  # fmt: skip
-    """The score of a model that is in eval mode on blocks x, y (B, T), as many on every rank; lengths: byte_table.
+    """The score of a model on the data.Dataset's fixed held-out windows; None when a stop was asked for. Collective.
 
-    None when a stop was asked for meanwhile. Collective.
+    ids: some of these windows alone. each_batch is called after every batch.
     """
+    model.eval()
+    ids = dataset.eval_ids(cfg.eval_samples) if ids is None else ids
+    lengths = byte_table(cfg.tokenizer, cfg.vocab_size)
     # MPS has no fp64
     loss = torch.zeros(2, device=env.device, dtype=torch.float32 if env.device.type == "mps" else torch.float64)
-    tokens = size = 0
-    for x, y in blocks:
+    tokens, size, stopped = 0, 0, False
+    # every rank has as many batches as the others, so that they meet in max_over_ranks()
+    for x, y in dataset.blocks(ids, cfg.per_device_train_batch_size, env.rank, env.world_size):  # (B, T) each
         with strategy.autocast(cfg, env):
             losses = model(x.to(env.device), y.to(env.device), reduction="none")  # (B, T)
         of_text = torch.zeros_like(y) if lengths is None else lengths[y.clamp(min=0)] * (y >= 0)
         loss += torch.stack((losses.sum(), losses[(of_text > 0).to(env.device)].sum()))
         tokens, size = tokens + int((y >= 0).sum()), size + int(of_text.sum())
-        if stop is not None and any(processes.max_over_ranks(stop.since > 0)):
-            return None
-    counts = torch.tensor([tokens, size], device=env.device, dtype=loss.dtype)
-    both, text, tokens, size = processes.all_reduce(torch.cat((loss, counts))).tolist()
-    return Score(both, tokens, text, size)
-
-
-def evaluate(
-    model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal | None = None,
-    ids: np.ndarray | None = None, counted: Callable[[Iterator], Iterable] = iter,
-) -> Score | None:  # fmt: skip
-    """The score of a model on the data.Dataset's fixed held-out windows; None when a stop was asked for. Collective.
-
-    ids: some of these windows alone; counted: what passes the batches on and counts them.
-    """
-    model.eval()
-    ids = dataset.eval_ids(cfg.eval_samples) if ids is None else ids
-    blocks = counted(dataset.blocks(ids, cfg.per_device_train_batch_size, env.rank, env.world_size))
-    found = score(model, blocks, byte_table(cfg.tokenizer, cfg.vocab_size), cfg, env, stop)
+        each_batch()
+        if stopped := stop is not None and any(processes.max_over_ranks(stop.since > 0)):
+            break
     model.train()
     strategy.reshard(model)
-    return found
+    counts = torch.tensor([tokens, size], device=env.device, dtype=loss.dtype)
+    return None if stopped else Score(*processes.all_reduce(torch.cat((loss, counts))).tolist())
 
 
 @torch.no_grad()

@@ -9,11 +9,9 @@ import torch.nn.functional as F
 
 from configs import Config, ConfigError
 from model import GPTNeoX, rotary_tables
-from refocused.checkpoint import folder
+from refocused.checkpoint.weights import DTYPES
 from refocused.run import exits, strategy
 from refocused.shards import tokenizers
-
-GREEDY = 1e-6  # a temperature below it leaves no choice, and may divide beyond what a float can hold
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Options:
                 raise ConfigError(f"{key}={getattr(self, key)} must be at least {number}, and finite")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.dtype not in ("auto", *folder.DTYPES):
-            raise ConfigError(f"dtype={self.dtype} is none of auto, {', '.join(folder.DTYPES)}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ConfigError(f"dtype={self.dtype} is none of auto, {', '.join(DTYPES)}")
 
 
 class NotFinite(ValueError):
@@ -52,11 +50,10 @@ class NotFinite(ValueError):
 
 
 class Cache:
-    """Keys and values of the tokens read so far, for a batch whose rows end at the same slot.
+    """Keys and values of the tokens read so far, for a batch whose rows end at the same slot."""
 
-    Shorter rows begin with `padding` (B,) empty slots. A row that begins at slot 3 has its first token at position 3:
-    rotary attention sees differences of positions only.
-    """
+    # Shorter rows begin with `padding` (B,) empty slots. So one that begins at slot 3 has its first token at position 3,
+    # which changes nothing: rotary attention sees differences of positions only.
 
     def __init__(self, model: GPTNeoX, slots: int, padding: torch.Tensor):
         cfg, like = model.cfg, model.embed_in.weight
@@ -103,19 +100,18 @@ def advance(model: GPTNeoX, idx: torch.Tensor, cache: Cache) -> torch.Tensor:
 def prefill(model: GPTNeoX, rows: list[list[int]], slots: int) -> tuple[torch.Tensor, Cache]:
     """Read the rows, flush right, into a new cache with room for `slots` tokens; the logits that follow, and it."""
     T = max(map(len, rows))
-    padding = torch.tensor([T - len(row) for row in rows])
     idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=model.embed_in.weight.device)
-    cache = Cache(model, slots, padding)
+    cache = Cache(model, slots, torch.tensor([T - len(row) for row in rows]))
     return advance(model, idx, cache), cache
 
 
 def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -> torch.Tensor:
     """A token (B,) for each row of logits (B, V). Raises NotFinite."""
-    greedy = options.temperature < GREEDY
+    greedy = options.temperature < 1e-6  # the quotient might be more than a float holds
     logits = logits if greedy else logits / options.temperature
     if not logits.isfinite().all():
         raise NotFinite(
-            "the model's logits are not finite: its weights are damaged, or dtype= is too narrow; try dtype=fp32"
+            "the model's logits are not finite: weights are damaged, or dtype= is too narrow; try dtype=fp32"
         )
     if greedy:
         return logits.argmax(dim=-1)
@@ -136,11 +132,9 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue each prompt (token ids, not empty); yields each step's token of every row, None once a row has ended.
 
-    A row ends before the token `end`. When a text fills the window, its older part is forgotten and the rest read
-    again.
+    A row ends before the token `end`. When a text fills the window, its older part is forgotten and the rest read again.
     """
-    device = model.embed_in.weight.device
-    generator = torch.Generator(device).manual_seed(options.seed)
+    generator = torch.Generator(model.embed_in.weight.device).manual_seed(options.seed)
     window = options.window or model.cfg.max_position_embeddings
     rows, running = [list(prompt) for prompt in prompts], [True] * len(prompts)
     cache: Cache | None = None

@@ -1,8 +1,23 @@
 """A tiktoken.Encoding as the tokenizer.json of Hugging Face."""
 
+import hashlib
 from typing import Any
 
-from refocused.shards.tokenizers import byte_letters
+from refocused.shards.tokenizers import FILE, OURS, SETTINGS, Encoding, as_json, settings
+
+
+def byte_letters() -> list[str]:
+    """The printable letter for each byte by which a byte-level BPE writes its tokens (as OpenAI's GPT-2 encoder)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def files(encoding: Encoding, max_length: int) -> dict[str, bytes]:
+    """{file name: content} by which Transformers loads it."""
+    content = as_json(tokenizer_json(encoding.name, encoding.known))
+    ours = [encoding.name, hashlib.sha256(content).hexdigest()]
+    return {FILE: content, SETTINGS: as_json(settings("<|endoftext|>", max_length, {}) | {OURS: ours})}
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

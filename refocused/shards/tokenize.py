@@ -23,7 +23,8 @@ from refocused.shards import prepare, readers
 from refocused.shards.find import find_sources
 from refocused.shards.readers import PACKED, Rules, documents, kind
 from refocused.shards.shard import DataError
-from refocused.shards.tokenizers import find
+from refocused.shards.spelling import byte_letters
+from refocused.shards.tokenizers import Encoding, File, Tokenizer, find
 
 DEFAULT_FIELDS = ["text"]
 BATCH = 1 << 20  # bytes of text that a thread encodes at once; shards end where a batch ends
@@ -86,7 +87,7 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
 
     def encode(batch: Batch) -> tuple[Batch, np.ndarray]:
         parts = [np.empty(0, dtype)]
-        ids = known.encode_documents([text for text, _ in batch.texts], batch.counts)
+        ids = encode_documents(known, [text for text, _ in batch.texts], batch.counts)
         for tokens, (_, complete) in zip(ids, batch.texts, strict=True):
             parts += [tokens.astype(dtype), np.array(end if complete else [], dtype)]
         tokens = np.concatenate(parts)
@@ -128,6 +129,37 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
         raise DataError(f"the {len(paths)} files of {source} hold no text: {totals['skipped']} documents were skipped")
     say_what_was_met(totals, rules, any(kind(file, rules.fields) == "txt" for file in files), known.name)
     return totals
+
+
+def encode_documents(known: Tokenizer, texts: list[str], counts: Counter) -> list[np.ndarray]:
+    """The ids of texts, in which special tokens are ordinary text. counts: of what the tokenizer has no token for."""
+    if isinstance(known, Encoding):
+        return [known.known.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    model = known.json["model"]
+    unknown = model.get("unk_id") if model.get("type") == "Unigram" else known.vocab.get(model.get("unk_token"))
+    whole = model.get("byte_fallback") or (known.byte_level and known.vocab.keys() >= {*byte_letters()})
+    try:
+        found = known.plain.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # such as a word that a WordLevel without unk_token does not have
+        raise DataError(f"{known.file} cannot encode the text: {error}") from error
+    if model.get("type") == "BPE" and unknown is None and not whole:
+        counts["dropped"] += sum(dropped(known, text) for text in texts)
+    ids = [np.array(encoding.ids, np.uint32) for encoding in found]
+    if unknown is not None:
+        counts["unknown"] += sum(int((tokens == unknown).sum()) for tokens in ids)
+    return ids
+
+
+def dropped(known: File, text: str) -> int:
+    """How many letters of a text, or bytes where these are the alphabet, a BPE passes over."""
+    if known.plain.normalizer:
+        text = known.plain.normalizer.normalize_str(text)
+    if known.plain.pre_tokenizer:
+        text = "".join(piece for piece, _ in known.plain.pre_tokenizer.pre_tokenize_str(text))
+    first, last = (known.json["model"].get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+    return sum(
+        n for letter, n in Counter(text).items() if not {letter, first + letter, letter + last} & known.vocab.keys()
+    )
 
 
 def say_what_was_met(totals: Counter, rules: Rules, txt: bool, tokenizer: str) -> None:

@@ -1,17 +1,14 @@
 """The tokenizers: tiktoken's by their names, any other by its Hugging Face tokenizer.json; and how Transformers knows them."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-import re
 import shlex
-from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from configs import Config, ConfigError, nearest
 from refocused.entry import here
@@ -33,16 +30,13 @@ LARGEST = 1 << 24  # of an id; there is no vocabulary of millions
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 OURS = "tokenizer_of_the_run"  # in the settings that are written: [name, SHA-256 of the tokenizer.json beside them]
 # what a file of other content than meant comes to
-MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+MALFORMED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Encoding:
-    """One of tiktoken's, or "byte", which needs no download.
+    """One of tiktoken's, or "byte", which needs no download."""
 
-    name: for a reader; identity: by which shards and checkpoints know it; end: id of end-of-text; size: ids are below it.
-    """
-
-    single_bytes: frozenset[int] = frozenset()
+    # name: for a reader; identity: by which shards and checkpoints know it; end: id of end-of-text; size: of the vocabulary
 
     def __init__(self, name: str):
         self.name = self.identity = name
@@ -54,13 +48,8 @@ class Encoding:
         import tiktoken
 
         if self.name == "byte":
-            return tiktoken.Encoding(
-                name="byte",
-                pat_str=r"(?s:.)",
-                mergeable_ranks={bytes([i]): i for i in range(256)},
-                special_tokens={"<|endoftext|>": 256},
-                explicit_n_vocab=257,
-            )
+            ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+            return tiktoken.Encoding("byte", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
         try:
             return tiktoken.get_encoding(self.name)
         except Exception as error:  # whatever its HTTP client raises
@@ -77,10 +66,6 @@ class Encoding:
         """The ids of a prompt; special tokens in it are these tokens, as in Transformers."""
         return self.known.encode(text, allowed_special="all")
 
-    def encode_documents(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
-        """The ids of texts in which special tokens are but text. counts: of what the tokenizer has no token for."""
-        return [self.known.encode_to_numpy(text, disallowed_special=()) for text in texts]
-
     def decode(self, ids: list[int]) -> str:
         """The text; ids that only pad the vocabulary decode to nothing."""
         return self.known.decode([i for i in ids if i in self.ids])
@@ -91,14 +76,6 @@ class Encoding:
         for token, rank in self.known._mergeable_ranks.items():
             lengths[rank] = len(token)
         return lengths
-
-    def files(self, max_length: int) -> dict[str, bytes]:
-        """{file name: content} by which Transformers loads it."""
-        from refocused.shards.spelling import tokenizer_json  # only an export writes it
-
-        content = as_json(tokenizer_json(self.name, self.known))
-        ours = [self.name, hashlib.sha256(content).hexdigest()]
-        return {FILE: content, SETTINGS: as_json(settings("<|endoftext|>", max_length, {}) | {OURS: ours})}
 
 
 class File:
@@ -134,16 +111,14 @@ class File:
         token = text_of(self.own.get("eos_token"))
         if token in self.vocab:
             return self.vocab[token]
-        try:
+        by_model: Any = None
+        with contextlib.suppress(*MALFORMED):
             by_model = beside(self.file, "config.json").get("eos_token_id")
-        except MALFORMED:
-            by_model = None
         by_model = by_model[0] if isinstance(by_model, list) and by_model else by_model
         if type(by_model) is int and by_model in self.vocab.values():
             return by_model
-        for token in ENDS:
-            if token in self.added:
-                return self.vocab[token]
+        if usual := [self.vocab[token] for token in ENDS if token in self.added]:
+            return usual[0]
         special = ", ".join(list(self.added)[:5]) or "none"
         raise ConfigError(
             f"{self.file} does not say which token ends a text (its special tokens: {special}); name it in a file "
@@ -153,10 +128,8 @@ class File:
     @cached_property
     def identity(self) -> str:
         digest = hashlib.sha256(self.content).hexdigest()
-        for name in ENCODINGS:
-            if self.own.get(OURS) == [name, digest]:
-                return name  # an export of it
-        return f"sha256:{digest}, end-of-text {self.end}"
+        exported = [name for name in ENCODINGS if self.own.get(OURS) == [name, digest]]
+        return exported[0] if exported else f"sha256:{digest}, end-of-text {self.end}"
 
     def load(self) -> Any:
         """A tokenizers.Tokenizer. Raises DataError."""
@@ -178,38 +151,13 @@ class File:
 
     @cached_property
     def plain(self) -> Any:
+        """One to which special tokens are ordinary text."""
         known = self.load()
-        known.encode_special_tokens = True  # as text
+        known.encode_special_tokens = True
         return known
 
     def encode(self, text: str) -> list[int]:
         return self.known.encode(text, add_special_tokens=False).ids
-
-    def encode_documents(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
-        model = self.json["model"]
-        unknown = model.get("unk_id") if model.get("type") == "Unigram" else self.vocab.get(model.get("unk_token"))
-        whole = model.get("byte_fallback") or (self.byte_level and self.vocab.keys() >= {*byte_letters()})
-        try:
-            found = self.plain.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # such as a word that a WordLevel without unk_token does not have
-            raise DataError(f"{self.file} cannot encode the text: {error}") from error
-        if model.get("type") == "BPE" and unknown is None and not whole:
-            counts["dropped"] += sum(map(self._dropped, texts))
-        ids = [np.array(encoding.ids, np.uint32) for encoding in found]
-        if unknown is not None:
-            counts["unknown"] += sum(int((tokens == unknown).sum()) for tokens in ids)
-        return ids
-
-    def _dropped(self, text: str) -> int:
-        """How many letters of a text, or bytes where these are the alphabet, a BPE passes over."""
-        if self.plain.normalizer:
-            text = self.plain.normalizer.normalize_str(text)
-        if self.plain.pre_tokenizer:
-            text = "".join(piece for piece, _ in self.plain.pre_tokenizer.pre_tokenize_str(text))
-        first, last = (self.json["model"].get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix"))
-        return sum(
-            n for letter, n in Counter(text).items() if not {letter, first + letter, letter + last} & self.vocab.keys()
-        )
 
     @property
     def byte_level(self) -> bool:
@@ -218,11 +166,6 @@ class File:
 
     def decode(self, ids: list[int]) -> str:
         return self.known.decode(ids, skip_special_tokens=False)
-
-    @cached_property
-    def single_bytes(self) -> frozenset[int]:
-        """Ids such as <0xE4> that stand for a byte: a run of them is decoded as a whole, or not at all."""
-        return frozenset(i for token, i in self.vocab.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))
 
     def byte_lengths(self) -> list[int]:
         """For a byte-level BPE, in which each letter of a token is a byte."""
@@ -244,39 +187,6 @@ class File:
 
 
 Tokenizer = Encoding | File
-
-
-class Stream:
-    """Ids -> text as they come: all that add and close return is one decode of all ids.
-
-    The first token of a decode loses its blank in most formats, so new ids are decoded behind those that came before.
-    No more of these are kept than the last few: nothing that a decoder does reaches further than a token back.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.context = 0  # so many of self.ids were complete before the last text
-        self.shown = 0  # so many letters of self.ids' text are returned already
-
-    def add(self, ids: list[int]) -> str:
-        """What has become certain. A letter whose bytes are not all there is not: it would come out as U+FFFD."""
-        ids = [i for i in ids if i < self.tokenizer.size]  # others only pad a model's vocabulary
-        self.ids += ids
-        if not ids or ids[-1] in self.tokenizer.single_bytes:
-            return ""
-        text = self.tokenizer.decode(self.ids)
-        certain = text.removesuffix("\ufffd")
-        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
-        # an empty text is no context: the blank of the next token would count as the first one's
-        if certain == text and (shown := len(self.tokenizer.decode(self.ids[self.context :]))):
-            self.ids = self.ids[self.context :]
-            self.context, self.shown = len(self.ids), shown
-        return new
-
-    def close(self) -> str:
-        """The rest, whole or not."""
-        return self.tokenizer.decode(self.ids)[self.shown :]
 
 
 @functools.cache
@@ -306,11 +216,8 @@ def separator(cfg: Config) -> int | None:
     if not cfg.mask_documents:
         return None
     if not cfg.tokenizer:
-        raise ConfigError(
-            "mask_documents needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer"
-        )
-    end = find(cfg.tokenizer).end
-    if end >= cfg.vocab_size:
+        raise ConfigError("mask_documents needs the id of end-of-text, unknown with tokenizer=none; name the tokenizer")
+    if (end := find(cfg.tokenizer).end) >= cfg.vocab_size:
         raise ConfigError(
             f"mask_documents=true: end-of-text of tokenizer={cfg.tokenizer} is {end}, which a model with "
             f"vocab_size={cfg.vocab_size} never sees; name the shards' tokenizer"
@@ -388,10 +295,3 @@ def settings(end: str, max_length: int, own: dict[str, Any]) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **kept,
     }
-
-
-def byte_letters() -> list[str]:
-    """The printable letter for each byte by which a byte-level BPE writes its tokens (as OpenAI's GPT-2 encoder)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]

@@ -11,9 +11,9 @@ from card import losses, trace
 
 import ckpt
 import configs
-from refocused.checkpoint import folder as folders
 from refocused.checkpoint import manifest, tensors
 from refocused.checkpoint.saver import Saver
+from refocused.checkpoint.weights import load as load_model
 from refocused.run import processes
 
 SLOWLY = """import time as _time
@@ -59,7 +59,7 @@ def killed_and_resumed(run, start, name: str, *keys: str, cold: dict | None = No
     other = [s["step"] for s in trace(resumed) if (s["loss_hex"], s["grad_norm_hex"]) != usual[s["step"]]]
     said += f", from step {other[0]} on not the uninterrupted run's" if other else ""
     ends = [ckpt.find(str(r.log.parent / "out")) for r in (whole, resumed)]
-    first, second = (folders.load(source).state_dict() for source in ends)
+    first, second = (load_model(source).state_dict() for source in ends)
     same = all(torch.equal(first[key], second[key]) for key in first)
     same = same and ends[0].state.get("scaler") == ends[1].state.get("scaler")
     for r in (whole, resumed):  # those of all cases would fill a disk
