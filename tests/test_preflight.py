@@ -32,7 +32,7 @@ def test_memory_that_a_layout_takes(monkeypatch, tmp_path):
 
     assert per_parameter(env()) == (16, 12) and per_parameter(env(), "async_save=false") == (16, 0)
     assert per_parameter(env(world=2)) == (32, 12) and per_parameter(env(world=2), "parallel=fsdp") == (16, 12)
-    assert per_parameter(env(world=4, local=2), "parallel=fsdp", "shard_size=2") == (16, 12)
+    assert per_parameter(env(world=4, local=2), "parallel=fsdp", "shard_size=2") == (16, 6)
     assert per_parameter(env("cuda", world=8, local=4)) == (0, 6)
     assert per_parameter(env("cuda"), "parallel=fsdp", "cpu_offload=true") == (16, 0)
     (tmp_path / "limit").write_text("1000000\n")

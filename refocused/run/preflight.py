@@ -96,8 +96,8 @@ def check_same_run(state: dict[str, Any], cfg: Config, global_batch: int) -> Non
 def host_bytes(cfg: Config, env: Env) -> dict[str, float]:
     """What the processes of this machine keep in its memory at least: {for what: bytes}."""
     gpu, size = env.device.type == "cuda", checkpoint_bytes(cfg)
-    share = env.local_world_size / (cfg.shard_size or env.world_size)  # of one model; ddp's saves are shared out too
-    copies = env.local_world_size if cfg.parallel == "ddp" else share
+    share = env.local_world_size / env.world_size  # of what is saved
+    copies = env.local_world_size / (1 if cfg.parallel == "ddp" else cfg.shard_size or env.world_size)  # of the model
     kept = {"full": 1, "none": 8}.get(cfg.activation_checkpointing, 4)  # tensors of hidden_size per block, at least
     tokens = cfg.per_device_train_batch_size * cfg.sequence_length * env.local_world_size
     of_token = cfg.num_hidden_layers * kept * cfg.hidden_size * (4 if cfg.mixed_precision == "no" else 2)
