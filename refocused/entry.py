@@ -130,7 +130,7 @@ def open_streams() -> None:
     """Streams that nothing fails on: a closed one (`>&-`) leads nowhere, an ASCII one gets escapes for other letters."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open takes the lowest free number
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))
         elif mode == "w" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
