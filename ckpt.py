@@ -104,21 +104,26 @@ class Checkpoints:
             log(self.bucket.bring_together(cfg, functools.partial(processes.on_each_node, env)))
         if self.bucket and (found := processes.on_rank_0(self.bucket.find, cfg)):  # what is newer there comes down
             processes.on_each_node(env, self.bucket.pull, cfg, found)
-        self.choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
-        if path := self.choice.path:
+        self.choice, own = processes.on_rank_0(self._choose)
+        if own:  # each node has it by a path of its own: links of output_dir are resolved
+            self.choice = self.choice._replace(path=Path(cfg.output_dir, str(self.choice.name)))
+        if self.choice.path:
             if "data" not in self.choice.state:
                 raise CheckpointError(
                     "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
                 )
-            # else it is another run's, and so are its logs; nodes whose folders differ need not agree, so rank 0 decides
-            own = path.parent == Path(cfg.output_dir)
             get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
             processes.on_each_node(env, selection.bring, self.choice, get, but_rank_0=True)
-            if self.bucket:
-                log(processes.on_rank_0(lambda: self.bucket.restore_logs(cfg) if own else ""))
+            if self.bucket and own:
+                log(processes.on_rank_0(self.bucket.restore_logs, cfg))
         elif cfg.init_from:
             self.source = beginning(cfg.init_from, cfg)
         return self.choice
+
+    def _choose(self) -> tuple[Choice, bool]:
+        """(the checkpoint, whether it is one in output_dir: else it is another run's, and so are its logs)"""
+        choice = selection.choose(self.cfg.output_dir, self.cfg.resume)
+        return choice, choice.path is not None and choice.path.parent == Path(self.cfg.output_dir)
 
     def load(self, tree: dict[str, Tensor]) -> str:
         """Fill the tree with the chosen checkpoint, or a fresh run's weights with init_from's; be ready to save it.
