@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def two_hosts():
     """(prefixes that run a command on host 0 and 1, their addresses, the address of this side); joined by a bridge."""
     tag = f"t{os.getpid() % 10**6}"
+    net = f"10.77.{os.getpid() % 256}"  # two suites on one machine are not in each other's way
     ip = shutil.which("ip") if os.geteuid() == 0 else None
     names = [f"{tag}n0", f"{tag}n1"]
 
@@ -32,19 +33,19 @@ def two_hosts():
         return subprocess.run([ip, *words], capture_output=True).returncode == 0
 
     def make() -> bool:
-        done = run("link", "add", tag, "type", "bridge") and run("addr", "add", "10.77.0.254/24", "dev", tag)
+        done = run("link", "add", tag, "type", "bridge") and run("addr", "add", f"{net}.254/24", "dev", tag)
         done = done and run("link", "set", tag, "up")
         for i, name in enumerate(names):
             done = done and run("netns", "add", name)
             done = done and run("link", "add", f"{tag}v{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
             done = done and run("link", "set", f"{tag}v{i}", "master", tag, "up")
-            done = done and run("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
+            done = done and run("-n", name, "addr", "add", f"{net}.{i + 1}/24", "dev", "eth0")
             done = done and run("-n", name, "link", "set", "eth0", "up") and run("-n", name, "link", "set", "lo", "up")
         return done
 
     try:
         if ip and make():
-            yield [[ip, "netns", "exec", name] for name in names], ["10.77.0.1", "10.77.0.2"], "10.77.0.254"
+            yield [[ip, "netns", "exec", name] for name in names], [f"{net}.1", f"{net}.2"], f"{net}.254"
         else:  # two agents on one host, each with its own directory
             yield [[], []], ["127.0.0.1", "127.0.0.1"], "127.0.0.1"
     finally:
