@@ -1,6 +1,7 @@
 """Checkpoints between a folder and a bucket that is a real HTTP server; the checkpoints here hold random bytes."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from launch import GUARD, until
 from saves import config, save
 
 import ckpt
-from configs import Config, ConfigError
+from configs import ConfigError
 from refocused import locks
 from refocused.bucket import gcs, remote, start, sync
 from refocused.checkpoint import atomic, manifest, selection
@@ -560,21 +561,18 @@ def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
     remote.publish(place, here)
     save_id = manifest.read_manifest(here)["save_id"]
     cfg, there = config(tmp_path / "b"), tmp_path / "b" / here.name
-    start.bring(cfg, there, save_id)
-    assert content(there) == content(here)
-    damages = (
+    damage = (
         lambda: (there / "shard-00000-00001.safetensors").write_bytes(b"0" * 300_000),
-        lambda: save(cfg.output_dir, 10),
+        lambda: save(there.parent, 10),
     )
-    for damage in damages:
-        damage()
-        start.bring(cfg, there, save_id)
+    for spoil in (lambda: None, *damage):
+        spoil()
+        selection.bring(selection.Choice(there, {}, [], save_id), functools.partial(start.pull, cfg))
         assert content(there) == content(here)
     other = manifest.read_manifest(save(tmp_path / "c", 10))["save_id"]
-    alone = Config(output_dir=str(tmp_path / "c"))
     for folder, what in (("c", f"is save {other}"), ("d", "is no directory")):
         with pytest.raises(manifest.CheckpointError, match=f"lacks the checkpoint that rank 0 loads, .*{what}"):
-            start.bring(alone, tmp_path / folder / here.name, save_id)
+            selection.bring(selection.Choice(tmp_path / folder / here.name, {}, [], save_id))
 
 
 def test_find(server, place, tmp_path, capsys):
