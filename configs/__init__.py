@@ -465,7 +465,8 @@ def _theirs(word: str) -> str | None:
     """What to write here for a word of another trainer, if it is one."""
     from configs._others import OTHERS
 
-    return OTHERS.get(word.lower().replace("-", "_"))
+    ours = OTHERS.get(word.lower().replace("-", "_"))
+    return ours and re.sub("`(python .+?)`", lambda match: f"`{here(match[1])}`", ours)
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:

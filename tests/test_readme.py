@@ -27,6 +27,8 @@ from launch import GUARD
 from safetensors.torch import load_file
 from test_gcs import free_port
 
+from configs import _others
+
 BIN = Path(sys.executable).parent
 # the demo, in seconds
 SHORT = "cpu_threads=1 max_steps=4 warmup_steps=1 eval_steps=4 eval_samples=8 logging_steps=2 save_steps=2"
@@ -324,7 +326,7 @@ def test_every_hint_is_known():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("refocused/**/*.py")]:
         tree = ast.parse(path.read_text())
         heads = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef)]
-        documents = {ast.get_docstring(n, clean=False) for n in heads}
+        documents = {ast.get_docstring(n, clean=False) for n in heads} | {_others.TABLE}  # here() has what it says
         texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         found = [text for text in texts if wild.search(text) and text not in documents]
         assert found == [], path
