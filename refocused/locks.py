@@ -44,7 +44,10 @@ class Lock:
         self.fd = os.open(self.path, FLAGS, 0o666)
         try:
             self.kernel = self._ask_kernel()
-            owner, _, rest = os.pread(self.fd, 1 << 12, 0).decode(errors="replace").partition("\n")
+            content = os.pread(self.fd, 1 << 12, 0)
+            if content.strip(b"\0\n") and not content.startswith(b"host "):
+                raise FileExistsError(errno.EEXIST, f"{self.path} is not a lock of this program; move it away")
+            owner, _, rest = content.decode(errors="replace").partition("\n")
             if (leader and owner == leader) or (not self.kernel and self._lives(owner, rest)):
                 raise Taken(self.path, owner)
             os.ftruncate(self.fd, 0)

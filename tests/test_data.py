@@ -238,6 +238,12 @@ def test_what_another_set_means_for_a_resume(tmp_path):
     cfg = config(tmp_path, allow_change=True, max_files=2)
     lines = Dataset.open(cfg).check_same(state, cfg)
     assert "60.0%" not in lines[0] and lines[1] == "trained on before and held out now: tokenized_cleaned_001.npz"
+    state["data"]["manifest"] = [
+        *before.manifest[:2],
+        before.manifest[2] | {"tokens": 5},
+    ]  # the tail of 001 was held out
+    cfg = config(tmp_path, allow_change=True)
+    assert "held out before and trained on now: tokenized_cleaned_001.npz" in Dataset.open(cfg).check_same(state, cfg)
 
 
 # ---- the tokenizer

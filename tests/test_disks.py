@@ -134,6 +134,51 @@ def test_another_systems_checkpoints(tmp_path):
     assert {"note"} <= {path.name for path in next(tmp_path.glob("*.before-*")).iterdir()}
 
 
+def test_files_of_somebody_where_a_command_writes(shards, tmp_path):
+    """A user's file, folder or unfinished line under a name that a run, prepare, tokenize, demo, export, pull or the logs
+    would take: the command refuses or goes around it, and every byte is there afterwards."""
+    out, logs, made, texts = (tmp_path / name for name in ("out", "logs", "made", "texts"))
+    theirs = {
+        out / ".tmp-deadbeef-mynotes/n.txt": b"notes",
+        logs / "trace.jsonl": b'{"my": "log"}',
+        made / "a.npz": b"not a shard",
+        made / "tokenized_cleaned_00001.npz": b"mine",
+        tmp_path / ".making-hf/photos/a.jpg": b"photo",
+        tmp_path / ".making-hf/.filling": b"host x, pid 1\n",
+        tmp_path / "locked/.lock": b"another program's\n",
+        tmp_path / "weights.pt": b"theirs",
+    }
+    for path, content in theirs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    texts.mkdir()
+    (texts / "a.txt").write_text("once upon a time")
+    np.savez_compressed(texts / "a.npz", input_ids=np.ones((2, 8), np.int32))
+    (tmp_path / "config.py").write_text("seed = 1")
+    train = ["train.py", tmp_path / "config.py", *TINY, f"data_dir={shards}", "warmup_steps=1"]
+    own = [*train, f"output_dir={out}", f"logging_dir={logs}"]
+    run([*own, "max_steps=1"], {})
+    (taken := out / "checkpoint-epoch0-step2-files0").write_bytes(b"a file")
+    run([*own, "max_steps=2", "resume=latest"], {})
+    run([*train, f"output_dir={tmp_path}/locked", f"logging_dir={tmp_path}/other"], {}, 2)
+    said = run(["data.py", "prepare", texts, made, "--vocab_size", "9", "--end_of_text", "8"], {}, 66)
+    assert "a.npz was not made by this command, and stays" in said
+    said = run(["data.py", "tokenize", texts / "a.txt", made, "--tokenizer", "byte"], {}, 66)
+    assert "tokenized_cleaned_00001.npz was not made from these sources and stays" in said
+    run(["ckpt.py", "export", out, tmp_path / "weights.pt", "--torch"], {}, 2)
+    run(["ckpt.py", "export", out, tmp_path / "hf"], {})
+    for path, content in theirs.items():
+        assert path.name == ".filling" or path.read_bytes().startswith(content), path
+    [moved] = out.glob(f"{taken.name}.before-*")
+    assert moved.read_bytes() == b"a file" and taken.is_dir()
+    demo = tmp_path / "demo"
+    run(["data.py", "demo", demo], {})
+    (shard := sorted(demo.rglob("*.npz"))[0]).write_bytes(b"replaced by somebody")
+    run(["data.py", "demo", demo], {})
+    [aside] = tmp_path.glob("demo.before-*")
+    assert (aside / shard.relative_to(demo)).read_bytes() == b"replaced by somebody" and shard.stat().st_size > 100
+
+
 def test_what_cannot_be_read_for_a_moment_stays(odd, shards, tmp_path):
     """One EIO for state.json of the newest checkpoint, right behind its commit: it is there, and so is the one before."""
     env = odd("eio", tmp_path) | {"ODD_EIO": f"/{manifest.name(0, 6, 0)}/"}

@@ -42,6 +42,8 @@ WHOLE = environment.variables(1, 4, 29500)
         ("MASTER_PORT", "MASTER_PORT is not"),
         ("MASTER_PORT=99999", "MASTER_PORT=99999 must be a whole number from 1 to 65535"),
         ("MASTER_PORT=0", "MASTER_PORT=0 must be"),
+        ("GROUP_WORLD_SIZE=", "GROUP_WORLD_SIZE is empty"),
+        ("TORCHELASTIC_RESTART_COUNT=x", "TORCHELASTIC_RESTART_COUNT=x must be"),
     ],
 )
 def test_launch_variables_are_whole(change, words):

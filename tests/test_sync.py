@@ -272,6 +272,14 @@ def test_what_others_put_there_stays(server, place, tmp_path, capsys):
     assert ckpt.main(["list", "gs://bucket/run"]) == 66
     assert f"{manifest.name(0, 1250, 0)}/0123456789abcdef/notes.txt: no save of this trainer" in capsys.readouterr().out
     assert {path: server.data(f"run/{path}") for path in old} == old
+    with pytest.raises(SystemExit, match="2"):  # the newest is never deleted
+        ckpt.main(["prune", "gs://bucket/run", "--keep", "-1"])
+    another = save(tmp_path / "c", 40)
+    held = (another / manifest.MANIFEST).read_bytes()
+    assert ckpt.main(["pull", f"gs://bucket/run/{another.name}", str(tmp_path / "c")]) != 0
+    assert (
+        another / manifest.MANIFEST
+    ).read_bytes() == held and "is complete and another save" in capsys.readouterr().err
     server.put("run/OWNER.json", b"[]")
     save(tmp_path / "a", 50)
     refused = sync.Syncer(config(tmp_path / "a"))

@@ -54,6 +54,8 @@ def prune_command(argv: list[str]) -> int:
     parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
     parser.add_argument("--damaged", action="store_true", help="also damaged ones that are newer or kept for ever")
     args = parser.parse_args(argv)
+    if min(args.keep, args.keep_every) < 0:
+        parser.error("--keep and --keep-every must not be negative")
     for line in prune(open_url(args.url)[0], args.keep, args.keep_every, args.damaged):
         print(line)
     return 0

@@ -191,7 +191,9 @@ def publish(place: Place, folder: Path, commit: bool = True, replace: bool = Fal
     return True
 
 
-def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wait: bool = False) -> Path:
+def fetch(
+    place: Place, name: str, folder: Path, save_id: str | None = None, wait: bool = False, keep: bool = False
+) -> Path:
     """A checkpoint from the bucket to folder/name, complete and verified or not at all. Raises CheckpointError.
 
     What an interrupted call fetched is used. One of that name that is damaged or another save is replaced at the end.
@@ -210,9 +212,12 @@ def fetch(place: Place, name: str, folder: Path, save_id: str | None = None, wai
         with contextlib.suppress(CheckpointError):  # not here, or damaged
             if local.verify(final)["save_id"] == manifest["save_id"]:
                 return final
+            if keep:
+                raise gcs.Conflict(f"{final} is complete and another save; it stays: name another folder")
         coming = folder / f".pull-{manifest['save_id']}-{name}"
         for stale in folder.glob(".pull-*"):
-            if stale != coming and re.fullmatch(r"\.pull-[0-9a-f]{8,64}-(.+)", stale.name):
+            match = re.fullmatch(r"\.pull-[0-9a-f]{8,64}-(.+)", stale.name)
+            if stale != coming and match and local.parse(match[1]):
                 files.remove(stale)
         coming.mkdir(exist_ok=True)
         todo = {coming / f: obj for f, obj in listed(manifest, objects).items() if not (coming / f).exists()}
@@ -297,4 +302,4 @@ def pull(url: str, folder: Path | None = None) -> Path:
         if not good:
             raise CheckpointError(f"{place} has no complete checkpoint")
         name = good[0]
-    return fetch(place, name, folder or Path("out/pulled", str(place).removeprefix("gs://")))
+    return fetch(place, name, folder or Path("out/pulled", str(place).removeprefix("gs://")), keep=folder is not None)

@@ -65,7 +65,7 @@ def take_place(folder: Path, final: Path, save_id: str) -> None:
     """Give a complete folder its final name. An older save of that name is deleted once it is replaced; what is not
     known to be one is renamed and stays."""
     aside = None
-    if final.is_dir() or final.is_symlink():  # a directory that is not empty cannot be replaced by a rename
+    if os.path.lexists(final):  # a directory that is not empty cannot be replaced by a rename
         aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
         if reason := not_ours(final):
             aside = final.with_name(f"{final.name}.before-{save_id}")
@@ -82,7 +82,7 @@ def not_ours(path: Path) -> str:
     try:
         others = {entry for entry in os.listdir(path) if entry != MANIFEST} - read_manifest(path)["files"].keys()
     except CheckpointError as error:
-        return f"is not known to be this program's ({error})"
+        return f"is not known to be this program's ({str(error).removeprefix(f'{path} ')})"
     except OSError as error:
         return f"cannot be read ({why(error)})"
     return f"has {min(others)} in it, which no save wrote" if others else ""
@@ -116,7 +116,10 @@ def recover(output_dir: str | os.PathLike) -> None:
     for entry in sorted(os.listdir(output_dir)):
         path, match = Path(output_dir, entry), UNFINISHED.fullmatch(entry)
         if match and entry.startswith(TEMPORARY):
-            files.remove(path)
+            if manifests.parse(match[1]) or match[1] in ("probe", ".starts"):
+                files.remove(path)
+            else:
+                files.name_once(path, f"{path} stays: no save of this program has such a name")
         elif match and manifests.parse(match[1]):
             final = path.with_name(match[1])
             delete(path) if os.path.lexists(final) else os.rename(path, final)

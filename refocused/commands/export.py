@@ -133,10 +133,11 @@ def write_tokenizer(cfg: Config, folder: Path) -> str:
     return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}"
 
 
-def check_free(out: Path) -> None:
-    """Raise ConfigError unless `out` is absent or an empty folder."""
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is {'not empty' if out.is_dir() else 'no folder'}; name a new one")
+def check_free(out: Path, for_file: bool = False) -> None:
+    """Raise ConfigError unless `out` is absent or, where a folder is to be made, an empty one."""
+    if os.path.lexists(out) and (for_file or out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+        what = "there already" if for_file else "not empty" if out.is_dir() else "no folder"
+        raise ConfigError(f"{out} is {what}; name a new one")
 
 
 @contextlib.contextmanager
@@ -163,7 +164,10 @@ def coming(out: Path) -> Iterator[Path]:
                 os.rename(made, out)
                 files.sync_folder(out.parent)
             finally:
-                files.remove(folder)
+                files.remove(made)
+                files.remove(folder / locks.FILLING)
+                with contextlib.suppress(OSError):  # what else is in it is somebody's
+                    folder.rmdir()
     except locks.Taken as error:
         raise ConfigError(f"{out} is being made by {error.owner}; wait for it, or name another one") from None
 
@@ -177,7 +181,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--onnx", action="store_true", help="an ONNX graph too, fp32")
     parser.add_argument("--torch", action="store_true", help="OUT is instead one file, with all state, for torch.load")
     args = parser.parse_args(argv)
-    check_free(args.out)
+    check_free(args.out, args.torch)
     processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")
     if absent := [package for package in ONNX_PACKAGES if args.onnx and not importlib.util.find_spec(package)]:
         way = here(f"pip install {' '.join(absent)}")

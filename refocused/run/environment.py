@@ -61,12 +61,12 @@ def read(env: Mapping[str, str]) -> Launch:
         )
     return Launch(
         rank, world, local_rank, local_world,
-        nodes=int(env.get("GROUP_WORLD_SIZE", 1)),
+        nodes=number("GROUP_WORLD_SIZE", 1, world) if "GROUP_WORLD_SIZE" in env else 1,
         address=(text("MASTER_ADDR"), number("MASTER_PORT", int(world > 1), 65535)),
         torchrun="TORCHELASTIC_RUN_ID" in env,
         torchruns_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        max_restarts=int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)),
-        restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        max_restarts=number("TORCHELASTIC_MAX_RESTARTS", 0, 10**6) if "TORCHELASTIC_MAX_RESTARTS" in env else 0,
+        restarts=number("TORCHELASTIC_RESTART_COUNT", 0, 10**6) if "TORCHELASTIC_RESTART_COUNT" in env else 0,
         error_file=env.get("TORCHELASTIC_ERROR_FILE", ""),
     )  # fmt: skip
 

@@ -5,7 +5,6 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -83,7 +82,9 @@ def make(folder: Path) -> None:
             first = last
         files.create(building / made_file.name, json.dumps(made, indent=1).encode())
         if folder.exists():
-            shutil.rmtree(folder)
+            aside = folder.with_name(f"{folder.name}.before-{building.name[5:21]}")
+            files.name_once(aside, f"{folder} was damaged or changed: it is {aside.name} now")
+            os.rename(folder, aside)
         os.rename(building, folder)
         files.sync_folder(folder.parent)
     finally:

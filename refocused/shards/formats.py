@@ -325,8 +325,9 @@ class TokenFile:
         return 2 * sum(inside) > len(inside)
 
     def _pairs(self, which: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The first PAIRS of these rows, each with the row behind it, without their padding."""
-        wanted, at = np.flatnonzero(which)[:PAIRS], 0
+        """PAIRS of these rows, spread evenly, each with the row behind it, without their padding."""
+        wanted, at = np.flatnonzero(which), 0
+        wanted = wanted[np.unique(np.linspace(0, len(wanted) - 1, min(PAIRS, len(wanted)), dtype=int))]
         for block in self._items():
             rows = block.reshape(-1, self.width)
             for i in wanted[(wanted >= at) & (wanted < at + len(rows) - 1)] - at:

@@ -110,7 +110,10 @@ def after_change(
     )
     files = state["config"].get("eval_files", KEYS["eval_files"].default)
     old = {(shard["crc32"], shard["tokens"]): shard["path"] for shard in state["data"]["manifest"]}
-    held = dict([*old.items()][-files:]) if files else {}  # of a single shard, its tail
+    held = dict([*old.items()][-files:]) if files else {}
+    long = [key for key in old if key[1] > state["config"]["sequence_length"]]
+    if held and long and (not held.keys() & {*long} or held.keys() >= {*long}):  # as Dataset divides its last long one
+        held = {long[-1]: old[long[-1]]}
     lines = [
         f"data or order are other ones: this run begins {at['epoch_fraction']:.1%} into epoch {at['epoch']} of them, and "
         "reads what comes before that only in the next epoch"

@@ -126,6 +126,9 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
         if (twin := made.setdefault(mapped_name(path), path)) != path:
             raise DataError(f"{path} and {twin} would become one shard; rename one of them")
     with locks.filling(target):
+        for name in made:
+            if os.path.lexists(target / name) and "report" not in read_note(target / name):
+                raise DataError(f"{target / name} was not made by this command, and stays; name another folder")
         return convert_all(source, target, paths, workers, vocab_size=vocab_size, end_of_text=end_of_text, **options)
 
 

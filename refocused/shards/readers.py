@@ -59,7 +59,9 @@ def kind(file: Path, fields: list[str]) -> str:
     inner = name.with_suffix("") if name.suffix in PACKED else name
     if inner.suffix == ".json":
         with opened(file, 0) as stream, contextlib.suppress(ValueError, RecursionError):
-            line = stream.readline(1 << 24)
+            line = b"\n"
+            while line and not line.strip():
+                line = stream.readline(1 << 24).removeprefix(b"\xef\xbb\xbf")
             if line.lstrip().startswith(b"["):
                 return "array"
             first = parsed(line)

@@ -205,6 +205,9 @@ def finished(target: Path, settings: dict[str, Any]) -> tuple[Counter, Place]:
             break
         prepare.add(totals, {**note["report"], "kept": 1})
         start = tuple(note["next"])
+    for file in sorted(target.glob("tokenized_cleaned_*")):
+        if prepare.read_note(file).get("sources") != settings["sources"]:
+            raise DataError(f"{file} was not made from these sources and stays; name another folder, or empty this one")
     return totals, start
 
 
