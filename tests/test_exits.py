@@ -202,7 +202,7 @@ def test_a_first_collective_that_hangs_names_what_to_try(faulty):
 )
 def test_a_hang_is_found(faulty, limit, words):
     """Rank 1 is stopped in mid-run: rank 0 names it, after stacks, or the exchange that failed; both leave with 70."""
-    run = faulty("max_steps=1000000", "logging_steps=50", f"watchdog_seconds={limit}", FAULT0="brief")
+    run = faulty("max_steps=1000000", "logging_steps=50", f"watchdog_seconds={limit}", FAULT0="brief", FAULT1="brief")
     run.wait_for("Step 50: ")
     run.signal(signal.SIGSTOP, rank=1)
     run.ranks[0].join(GUARD)

@@ -96,7 +96,7 @@ NODE = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE"
 def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):
     """Flags that mean nothing, a port that is taken, nodes that do not come; PET_* variables and gpu without one work."""
     (tmp_path / "script.py").write_text(
-        "import os\nprint('world', os.environ['WORLD_SIZE'])\n'DIE' in os.environ and os._exit(1)"
+        "import os\nos.write(1, f'world {os.environ[\"WORLD_SIZE\"]}\\n'.encode())\n'DIE' in os.environ and os._exit(1)"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
         port, free = server.getsockname()[1], environment.free_port()

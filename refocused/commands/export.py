@@ -156,6 +156,7 @@ def coming(out: Path) -> Iterator[Path]:
         with locks.filling(folder, wait=False):
             made = folder / "made"
             files.remove(made)
+            files.remove_stale(folder)
             try:
                 yield made
                 for path in [made, *made.rglob("*")]:
