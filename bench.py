@@ -7,8 +7,10 @@ python bench.py report logs/demo --price 3.5                  # pictures of runs
 python bench.py losses logs/demo/trace.jsonl other.jsonl      # the first step in which two runs differ
 """
 
+import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 from refocused import entry
 
 COMMANDS = {

@@ -15,8 +15,10 @@ checkpoints.close(log)
 python ckpt.py list | verify | pull | push | prune | export | import | average | eval
 """
 
+import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 from refocused import entry  # before all others: it says what this machine lacks
 
 BUCKET, HERE = "refocused.bucket.commands", "refocused.commands"
@@ -42,7 +44,6 @@ if __name__ == "__main__":  # before the imports below, torch above all, which `
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path

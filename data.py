@@ -10,14 +10,16 @@ to save. The order is uniform over the whole set; the price is that every sample
     python data.py demo | download | tokenize | prepare | verify | bench
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 from refocused import entry  # before all others: it says what this machine lacks
 
 # isort: split
 import hashlib
 import json
-import os
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator

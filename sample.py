@@ -5,14 +5,16 @@ python sample.py configs/production.py resume=NAME prompt=FILE:prompts.txt tempe
 python sample.py resume=EXPORTED_FOLDER max_new_tokens=500
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 from refocused import entry  # before all others: it says what this machine lacks
 
 # isort: split
 import dataclasses
 import functools
-import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path

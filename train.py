@@ -4,8 +4,10 @@ torchrun --standalone --nproc_per_node=2 train.py configs/demo.py
 torchrun --standalone --nproc_per_node=2 train.py configs/production.py max_steps=50000 resume=latest
 """
 
+import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 from refocused import entry  # before all others: it says what this machine lacks
 
 # isort: split
