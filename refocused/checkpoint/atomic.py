@@ -24,7 +24,7 @@ from refocused.checkpoint.manifest import FORMAT, MANIFEST, STATE, CheckpointErr
 from refocused.files import why
 
 TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is writing, or will put back if it dies
-UNFINISHED = re.compile(r"\.(?:tmp|old)-[0-9a-f]{8,64}-(.+)")
+UNFINISHED = re.compile(r"\.(?:tmp|old)-[0-9a-f]{16,64}-(.+)")
 
 Files = Mapping[str, bytes]  # by name
 
@@ -65,7 +65,7 @@ def take_place(folder: Path, final: Path, save_id: str) -> None:
     """Give a complete folder its final name. An older save of that name is deleted once it is replaced; what is not
     known to be one is renamed and stays."""
     aside = None
-    if os.path.lexists(final):  # a directory that is not empty cannot be replaced by a rename
+    if final.is_dir() or final.is_symlink():  # a directory that is not empty cannot be replaced by a rename
         aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
         if reason := not_ours(final):
             aside = final.with_name(f"{final.name}.before-{save_id}")
@@ -116,10 +116,7 @@ def recover(output_dir: str | os.PathLike) -> None:
     for entry in sorted(os.listdir(output_dir)):
         path, match = Path(output_dir, entry), UNFINISHED.fullmatch(entry)
         if match and entry.startswith(TEMPORARY):
-            if manifests.parse(match[1]) or match[1] in ("probe", ".starts"):
-                files.remove(path)
-            else:
-                files.name_once(path, f"{path} stays: no save of this program has such a name")
+            files.remove(path)
         elif match and manifests.parse(match[1]):
             final = path.with_name(match[1])
             delete(path) if os.path.lexists(final) else os.rename(path, final)
