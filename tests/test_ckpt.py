@@ -626,7 +626,7 @@ def test_links_are_unlinked_and_their_targets_untouched(alone, tmp_path):
         shutil.move(save(out, step), far)
         (out / manifest.name(0, step, 1)).symlink_to(Path("../far", manifest.name(0, step, 1)))
     (far / "note").write_text("mine")
-    for entry in (".tmp-0123456789abcdef-link", ".tmp-link", ".old-00ab0123-" + manifest.name(0, 9, 1)):
+    for entry in (".tmp-0123456789abcdef-link", ".tmp-link", ".old-0123456789ab0123-" + manifest.name(0, 9, 1)):
         (out / entry).symlink_to(far)
     (out / ".tmp-0123456789abcdef-file").touch()
     foreign = [".old-", ".old-x", ".tmp-link", ".tmp-x"]  # not names that a save gives
