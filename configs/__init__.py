@@ -5,7 +5,6 @@
 Precedence: dataclass default < config file < command line. Values are parsed by the declared type, never evaluated.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -175,23 +174,6 @@ OPTIMIZER = ["optimizer", "adam_moments"]  # what its optimizer's tensors are
 LARGEST = 1 << 53  # of a whole number: JSON readers elsewhere hold numbers as doubles
 types_of = functools.cache(typing.get_type_hints)  # {key: type} of a dataclass
 
-# keys that there were: (default, what to write instead); a checkpoint from then may still hold them
-REMOVED: dict[str, tuple[typing.Any, str]] = {
-    "collective_timeout_seconds": (600.0, "leave it out, it is twice watchdog_seconds and at least 600"),
-    "muon_momentum": (0.95, "leave it out, Muon's momentum is 0.95"),
-    "background_upload": (True, "leave it out, uploads run behind training and the end of a run waits for the last"),
-    "upload_megabytes_per_second": (0.0, "leave it out, or limit the network outside of the run (tc, trickle)"),
-    "histogram_steps": (0, "leave it out, TensorBoard shows scalars and text"),
-    "check_replicas_steps": (0, "leave it out, each save compares the model's copies"),
-    "muon_steps": (5, "leave it out, Muon takes 5 Newton-Schulz steps"),
-    "muon_learning_rate": (0.0, "leave it out, Muon's updates have AdamW's scale and take learning_rate"),
-    "reduce_every_micro_step": (False, "leave it out; for less memory activation_checkpointing, or adam_moments=bf16"),
-    "spike_sigma": (0.0, "write spikes=report or skip, for what is 6 deviations above the last 128 steps"),
-    "spike_action": ("report", "write spikes=report or spikes=skip"),
-    "allow_data_change": (False, "write allow_change=true"),
-    "allow_batch_change": (False, "write allow_change=true"),
-}
-
 CHOICES = {
     "hidden_act": ("gelu", "gelu_new", "gelu_fast", "relu"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "warmup_stable_decay"),
@@ -315,15 +297,10 @@ def bucket_problem(name: str) -> str:
 
 def prefix_problem(path: str) -> str:
     """Why nothing is to be written below this path of a bucket, or ""; empty for the bucket itself."""
-    parts = path.removesuffix("/").split("/")
-    return (
-        "has a control character" if not path.isprintable()
-        else "names a place with gs://; the bucket is bucket_name" if path.startswith("gs:")
-        else "has an empty part or a slash at its beginning" if path and "" in parts
-        else "has a part . or .." if {".", ".."} & set(parts)
-        else "is longer than 700 bytes" if len(path.encode(errors="replace")) > 700
-        else ""
-    )  # fmt: skip
+    wrong = path and {"", ".", ".."} & {*path.removesuffix("/").split("/")} or path.startswith("gs:")
+    if wrong or not path.isprintable() or len(path.encode(errors="replace")) > 700:
+        return "has a gs://, a control character, a part that is empty or . or .., or more than 700 bytes"
+    return ""
 
 
 def step_ranges(key: str, text: str) -> list[range]:
@@ -409,31 +386,30 @@ def read_file(path: Path) -> tuple[dict[str, typing.Any], dict[str, str]]:
     space: dict[str, typing.Any] = {"__file__": str(path), "__name__": path.stem}
     before = sys.path[:]
     try:
-        for owner, line, key in source.in_classes(path):
-            require(
-                key not in KEYS,
-                f"{path}:{line}: what class {owner} sets is not read; {key} is assigned at the top level of the file, as "
-                f"`{key} = {getattr(Config, key, 0)!r}` (a class of another purpose is called _{owner})",
-            )
         sys.path.append(str(path.parent.absolute()))  # a module beside it is found
         exec(compile(path.read_bytes(), str(path), "exec"), space)  # bytes: UTF-8 whatever the locale
         places = source.assigned(path, KEYS.keys())
-    except ConfigError:
-        raise
     except (Exception, SystemExit) as error:
         way = "; a file beside this one is imported by its name alone, as `from base import *`"
-        raise ConfigError(
-            f"{source.line_of(error, path)} does not run: {type(error).__name__}: {error}"
-            f"{way * isinstance(error, ImportError)}"
-        ) from error
+        where = f"{source.line_of(error, path)} does not run: {type(error).__name__}: {error}"
+        raise ConfigError(where + way * isinstance(error, ImportError)) from error
     finally:
         sys.path[:] = before
     of_keys = {str(path), *(place.rpartition(":")[0] for name, place in places.items() if name in KEYS)}
     found, mistakes = {}, []
     for name, value in space.items():
         place = places.get(name, f"{path}:?" if name in KEYS else "")
+        if name.startswith("_"):
+            continue
+        if (
+            isinstance(value, type)
+            and value.__module__ == path.stem
+            and (lost := [k for k in vars(value) if k in KEYS])
+        ):
+            way = f"{lost[0]} is assigned at the top level of the file"
+            mistakes.append(f"{path}: what class {name} sets is not read; {way}")
         kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-        if name.startswith("_") or isinstance(value, kinds) or place.rpartition(":")[0] not in of_keys:
+        if isinstance(value, kinds) or place.rpartition(":")[0] not in of_keys:
             continue
         try:
             require(
@@ -453,8 +429,6 @@ def _known(key: str, owner: type = Config, file: bool = False) -> str:
     """The key, if there is one of this name. Raises ConfigError with what to write instead."""
     if key in types_of(owner):
         return key
-    if owner is Config and key in REMOVED:
-        raise ConfigError(f"{key} is no longer a key: {REMOVED[key][1]}")
     if owner is Config and (ours := _theirs(key)):
         raise ConfigError(f"unknown key {key!r}; {f'did you mean {ours}?' if ours in KEYS else f'here: {ours}'}")
     way = "a helper's name begins with _" if file else f"`{here('python train.py --help')}` lists them"
@@ -499,14 +473,15 @@ def convert(key: str, value: typing.Any, owner: type = Config) -> typing.Any:
         value = os.fspath(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is int and abs(value) > LARGEST:
-        require(kind is float, f"{key} is beyond 2**53 = {LARGEST}: no count or seed is so large")
-        return float(value) if abs(value) < 1e300 else math.inf
-    if kind is float and type(value) is int:
-        return float(value)
+    whole = type(value) is int
     require(
-        type(value) is kind, f"{key}={value!r:.80} is a {type(value).__name__}; {key} wants {type_name(key, owner)}"
+        kind is float or not whole or abs(value) <= LARGEST,
+        f"{key} is beyond 2**53 = {LARGEST}: no count or seed is so large",
     )
+    if kind is float and whole:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    wanted = f"{key}={value!r:.80} is a {type(value).__name__}; {key} wants {type_name(key, owner)}"
+    require(type(value) is kind, wanted)
     require(value == value, f"{key}={value} is not a number")
     return expand(key, value) if owner is Config and key in PATHS else value
 
@@ -522,21 +497,20 @@ def expand(key: str, path: str) -> str:
 def parse(key: str, text: str, owner: type = Config) -> typing.Any:
     """A command line's text as the type that the dataclass declares: 1e6, 25_000 are good ints; true/false; none."""
     kind, optional = _kind(_known(key, owner), owner)
-    word, value = text.strip().lower(), None
+    word = text.strip().lower()
     if word == "none" and optional:
         return None
-    if kind is bool and word in ("true", "false"):
-        return word == "true"
-    if kind is str:
-        return convert(key, text, owner)
-    if kind in (int, float):
-        whole = kind is int and re.fullmatch(r"[+-]?[\d_]+", word)
-        with contextlib.suppress(ValueError):
-            value = int(word[:4000]) if whole else float(word)
-        if value is not None:
-            return convert(key, value, owner)
-    hint = " (true or false)" if kind is bool else ""
-    raise ConfigError(f"{key}={text:.80} is not a {type_name(key, owner)}{hint}; its default is {getattr(owner, key)}")
+    try:
+        value = (
+            text if kind is str
+            else {"true": True, "false": False}[word] if kind is bool
+            else int(word[:4000]) if kind is int and re.fullmatch(r"[+-]?[\d_]+", word)
+            else float(word)
+        )  # fmt: skip
+    except (KeyError, ValueError):
+        hint = f"{' (true or false)' * (kind is bool)}; its default is {getattr(owner, key)}"
+        raise ConfigError(f"{key}={text:.80} is not a {type_name(key, owner)}{hint}") from None
+    return convert(key, value, owner)
 
 
 def to_json(cfg: Config) -> str:
@@ -562,7 +536,9 @@ def check_same_model(
 
 def removed(old: dict[str, typing.Any]) -> list[tuple[str, typing.Any, str]]:
     """(key, its value, what to write instead) for each removed key that a checkpoint's config had changed."""
-    return [(k, old[k], instead) for k, (default, instead) in REMOVED.items() if k in old and old[k] != default]
+    from configs._others import GONE, OTHERS
+
+    return [(k, old[k], OTHERS[k]) for k, was in GONE.items() if k in old and str(old[k]).lower() != was]
 
 
 def describe(owner: type = Config) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -603,9 +579,5 @@ def key_table(owner: type = Config) -> list[str]:
 
 def show_changes(cfg: Config, origins: dict[str, str]) -> str:
     """The keys that something set, with value, origin and, where it differs, the default."""
-    lines = []
-    for key, origin in origins.items():
-        value, default = getattr(cfg, key), KEYS[key].default
-        was = "" if value == default else f"  (default {default})"
-        lines.append(f"  {key} = {value}  [{origin}]{was}")
-    return "\n".join(lines)
+    set_by = [(key, getattr(cfg, key), KEYS[key].default, origin) for key, origin in origins.items()]
+    return "\n".join(f"  {k} = {new}  [{by}]" + f"  (default {was})" * (new != was) for k, new, was, by in set_by)

@@ -1,4 +1,7 @@
-"""Words of nanoGPT, Hugging Face, litgpt, Megatron and GPT-NeoX -> what to write here; docs/migrating.md says more."""
+"""Words of nanoGPT, Hugging Face, litgpt, Megatron and GPT-NeoX, and keys of the past -> what to write here.
+
+docs/migrating.md says more of the first.
+"""
 
 TABLE = """
 batch_size micro_batch_size train_batch_size -> per_device_train_batch_size
@@ -37,7 +40,29 @@ device -> leave it out, the visible GPUs are taken (CUDA_VISIBLE_DEVICES)
 config config_file -> the file alone, as `train.py configs/production.py`
 """
 
-OTHERS: dict[str, str] = {}
+# keys that there were, with their defaults; a checkpoint from then may still hold them
+REMOVED = """
+collective_timeout_seconds=600.0 -> leave it out, it is twice watchdog_seconds and at least 600
+muon_momentum=0.95 -> leave it out, Muon's momentum is 0.95
+background_upload=true -> leave it out, uploads run behind training and the end of a run waits for the last
+upload_megabytes_per_second=0.0 -> leave it out, or limit the network outside of the run (tc, trickle)
+histogram_steps=0 -> leave it out, TensorBoard shows scalars and text
+check_replicas_steps=0 -> leave it out, each save compares the model's copies
+muon_steps=5 -> leave it out, Muon takes 5 Newton-Schulz steps
+muon_learning_rate=0.0 -> leave it out, Muon's updates have AdamW's scale and take learning_rate
+reduce_every_micro_step=false -> leave it out; for less memory activation_checkpointing, or adam_moments=bf16
+spike_sigma=0.0 -> spikes=report or skip, for what is 6 deviations above the last 128 steps
+spike_action=report -> spikes=report or spikes=skip
+allow_data_change=false -> allow_change=true
+allow_batch_change=false -> allow_change=true
+"""
+
+OTHERS: dict[str, str] = {}  # {word: what to write}
+GONE: dict[str, str] = {}  # {removed key: its default}
 for _line in TABLE.strip().splitlines():
     _names, _, _ours = _line.partition(" -> ")
     OTHERS |= dict.fromkeys(_names.split(), _ours)
+for _line in REMOVED.strip().splitlines():
+    _names, _, _ours = _line.partition(" -> ")
+    _key, _, GONE[_key] = _names.partition("=")
+    OTHERS[_key] = _ours

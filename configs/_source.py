@@ -40,17 +40,6 @@ def assigned(path: Path, keys: Set[str], seen: tuple[str, ...] = ()) -> dict[str
     return places
 
 
-def in_classes(path: Path) -> list[tuple[str, int, str]]:
-    """(class, line, name) for what the classes of a file assign; one whose name begins with _ is of another purpose."""
-    found = []
-    for owner in ast.parse(path.read_bytes(), str(path)).body:
-        if isinstance(owner, ast.ClassDef) and not owner.name.startswith("_"):
-            for statement in owner.body:
-                targets = getattr(statement, "targets", [getattr(statement, "target", None)])
-                found += [(owner.name, statement.lineno, t.id) for t in targets if isinstance(t, ast.Name)]
-    return found
-
-
 def line_of(error: BaseException, path: Path) -> str:
     """file:line of the config file, or of one beside it, that an error comes from."""
     if isinstance(error, SyntaxError) and error.filename:
