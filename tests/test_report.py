@@ -140,6 +140,20 @@ def test_what_a_user_can_get_wrong(tmp_path, capsys):
     assert bench.main(["report", str(write(tmp_path / "empty", [], '{"st'))]) == 66
 
 
+def test_somebodys_file_stays(tmp_path, capsys):
+    """A report.html that no report was, in the folder that takes it: exit 2, as it was, and no picture beside it; a
+    report's own is replaced."""
+    pytest.importorskip("matplotlib")
+    folder = write(tmp_path / "run", [step(1), step(2)])
+    mine = folder / "report.html"
+    mine.write_text("<h1>mine</h1>")
+    assert bench.main(["report", str(folder)]) == 2 and f"{mine} was not written by" in capsys.readouterr().err
+    assert mine.read_text() == "<h1>mine</h1>" and not (folder / "report.png").exists()
+    mine.unlink()
+    for _ in range(2):
+        assert bench.main(["report", str(folder)]) == 0
+
+
 def test_without_matplotlib(tmp_path):
     """Where it is not installed: one line with the command that installs it, exit 2."""
     folder = write(tmp_path / "run", [step(1)])

@@ -2,9 +2,8 @@
 
     python bench.py report LOGDIR [LOGDIR ...] [out=FOLDER] [--price DOLLARS]
 
-Loss, learning rate, throughput and gradient norm over the step, along the branch that the last run was on; checkpoints,
-resumes, evaluations, spikes, steps that were not finite and steps that were skipped are marked. A table says what the
-time of all runs went to, with the price of an hour also in dollars, and in which keys the configs differ.
+The panels follow the branch that the last run was on. A table gives what the time of all runs went to, with a price also
+in dollars, and the keys in which the configs differ.
 """
 
 import argparse
@@ -12,6 +11,7 @@ import base64
 import html
 import io
 import math
+import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ MARKS = {  # kind: its name in the legend, its shape, and at which height of eac
     "bad": ("not finite", "x", 0.97),
     "skip": ("skipped", "v", 0.97),
 }
+WRITER = "bench.py report"  # stands near the beginning of both files: others of these names are somebody's
 PLACES = ("output_dir", "logging_dir", "resume")  # in which two runs always differ
 
 Node = tuple[dict[str, Any], Any]  # a line of a trace and the node before it, None at the beginning
@@ -159,14 +160,11 @@ def read(folder: Path) -> Run:
 
 
 def label(runs: list[Run]) -> None:
-    """Name the runs by the shortest ends of their paths that tell them apart."""
-    paths = [Path(run.name).absolute().parts for run in runs]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-    for run, name in zip(runs, names, strict=True):
-        run.name = name
+    """Name the runs by what is left of their paths below the folder that all are in."""
+    paths = [Path(run.name).absolute() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths])
+    for run, path in zip(runs, paths, strict=True):
+        run.name = str(path.relative_to(common))
 
 
 def bins(series: dict[int, float], count: int = BINS) -> list[tuple[float, float, float, float]]:
@@ -187,9 +185,7 @@ def draw(runs: list[Run]) -> bytes:
     figure.subplots_adjust(left=0.05, right=0.985, top=0.96, bottom=0.13, wspace=0.12, hspace=0.15)
     axes = dict(zip(PANELS, figure.subplots(2, 2, sharex=True).flat, strict=True))
     for key, ax in axes.items():
-        across = {
-            "transform": ax.get_xaxis_transform()
-        }  # heights in units of the axis: to be seen whatever the curve does
+        across = {"transform": ax.get_xaxis_transform()}  # heights in units of the axis, whatever the curve does
         for i, run in enumerate(runs):
             colour = f"C{i % 10}"
             if curve := bins(run.series[key]):
@@ -209,8 +205,6 @@ def draw(runs: list[Run]) -> bytes:
         ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes["grad_norm"].set_yscale("log")
-    axes["grad_norm"].yaxis.set_major_formatter("{x:g}")
-    axes["grad_norm"].yaxis.set_minor_formatter("{x:g}")
     axes["tokens_per_second"].yaxis.set_major_formatter(EngFormatter())
     axes["tokens_per_second"].set_ylim(bottom=0)
     for ax in figure.axes[2:]:
@@ -222,7 +216,7 @@ def draw(runs: list[Run]) -> bytes:
             handles.append(Line2D([], [], color="gray", label=name, **style))
     figure.legend(handles=handles, loc="lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", metadata={"Software": WRITER})
     return buffer.getvalue()
 
 
@@ -265,9 +259,9 @@ def page(runs: list[Run], png: bytes, price: float) -> str:
     )
     title = html.escape(", ".join(run.name for run in runs))
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8"><meta name="generator" content="{WRITER}"><title>{title}</title>
 <style>
-body {{ font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1400px; padding: 0 1em }}
+body {{ font: 15px/1.4 sans-serif; margin: 2em }}
 img {{ width: 100% }}
 th, td {{ text-align: left; padding: .25em 1.5em .25em 0; border-bottom: 1px solid #ddd; vertical-align: top }}
 </style>
@@ -280,23 +274,33 @@ th, td {{ text-align: left; padding: .25em 1.5em .25em 0; border-bottom: 1px sol
 """
 
 
+def write(out: Path, files: dict[str, bytes]) -> None:
+    """Write the files into `out`. Raises ConfigError where one of a name is there that no report was."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / name for name in files):
+        if path.exists() and WRITER.encode() not in path.read_bytes()[:1000]:
+            way = (
+                f"name another folder with --out, or move it away if it is a report of before {WRITER!r} marked its own"
+            )
+            raise ConfigError(f"{path} was not written by {WRITER} and is not replaced; {way}")
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py report", description="Pictures of runs, from their traces.")
     parser.add_argument("LOGDIR", nargs="+", type=Path, help="the logging_dir of a run")
-    parser.add_argument("--out", type=Path, help="a folder for report.png and report.html; the first LOGDIR if absent")
+    parser.add_argument("--out", type=Path, help="a folder for report.png and report.html (default: the first LOGDIR)")
     parser.add_argument("--price", type=float, default=0.0, help="dollars that an hour of all machines together costs")
     args = parser.parse_args([f"--{a}" if a.startswith(("out=", "price=")) else a for a in argv])
-    folders, out = args.LOGDIR, args.out or args.LOGDIR[0]
+    out = args.out or args.LOGDIR[0]
+    runs = [read(folder) for folder in args.LOGDIR]
+    label(runs)
     try:
-        runs = [read(folder) for folder in folders]
-        label(runs)
         png = draw(runs)
+        write(out, {"report.png": png, "report.html": page(runs, png, args.price).encode()})
     except ImportError as error:
         raise ConfigError(f"pictures need matplotlib: `{here('pip install matplotlib')}`") from error
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "report.png").write_bytes(png)
-        (out / "report.html").write_text(page(runs, png, args.price), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"out={out} cannot be written: {error.strerror}") from error
     for run in runs:
