@@ -232,7 +232,7 @@ def _check(cfg: Config) -> None:
             "checkpoint_bucket_path=; `data.py download` and `ckpt.py pull` fetch from one",
         )
     wrong = cfg.bucket_name is not None and bucket_problem(cfg.bucket_name)
-    require(not wrong, f"bucket_name={cfg.bucket_name!r:.200} {wrong}")
+    require(not wrong, f"bucket_name={cfg.bucket_name!r:.200} {wrong}; none stands for no bucket")
     wrong = prefix_problem(cfg.checkpoint_bucket_path)
     require(not wrong, f"checkpoint_bucket_path={cfg.checkpoint_bucket_path!r:.200} {wrong}; write it as runs/one")
     step_ranges("skip_steps", cfg.skip_steps)
@@ -292,7 +292,9 @@ def bucket_problem(name: str) -> str:
     """Why no bucket can have this name, or ""."""
     if re.fullmatch(r"[a-z0-9](?!.*\.\.)[a-z0-9._-]{1,220}[a-z0-9]", name):
         return ""
-    return "has a gs:// or a slash; write the name alone" if "/" in name else "is no bucket's name; none for no bucket"
+    if "/" in name:
+        return "has a gs:// or a slash; write the name alone"
+    return "is no bucket's name: that has 3 or more of a-z, 0-9, -, _ and ., with a letter or digit at both ends"
 
 
 def prefix_problem(path: str) -> str:

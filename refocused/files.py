@@ -187,5 +187,9 @@ def probe(folder: str | os.PathLike, maps: bool = False) -> None:
         trial = moved
         if path.exists() or (trial / "file").read_bytes() != b"22":
             raise OSError(errno.EIO, "what is written there does not come back")
+    except OSError as error:  # calls that a disk can do without are named above, and raise nothing
+        if error.errno in UNKNOWN:
+            raise OSError(error.errno, f"its disk does not rename files and folders ({why(error)})") from error
+        raise
     finally:
         remove(trial)

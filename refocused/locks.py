@@ -1,7 +1,7 @@
 """One lock for a folder: a file in it that names its owner by host and pid.
 
 The kernel drops the lock when its process ends. On a disk without locks only the file protects: it keeps out other
-processes of this machine. Of another machine's process it only names the last one.
+processes that this one sees. Of another machine's or container's processes it only names the last one.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Lock:
 
     def __init__(self, path: Path, leader: str | None = None):
         self.path = Path(os.path.realpath(path.parent), path.name)  # once: a link on the way may be turned later
-        self.me = f"host {socket.gethostname()}, pid {os.getpid()}"
+        self.me = f"{_machine()}, pid {os.getpid()}"
         self.content = f"{self.me}\n{_began(os.getpid())} {secrets.token_hex(8)}\n".encode()
         self.fd = os.open(self.path, FLAGS, 0o666)
         try:
@@ -75,13 +76,13 @@ class Lock:
         return True
 
     def _lives(self, owner: str, rest: str) -> bool:
-        """Whether the owner is another process of this machine that still runs."""
-        host, _, pid = owner.removeprefix("host ").rpartition(", pid ")
+        """Whether the owner is another process of this machine, or container, that still runs."""
+        machine, _, pid = owner.rpartition(", pid ")
         began = rest.partition(" ")[0]
-        if host and host != socket.gethostname():
+        if machine and machine != _machine():
             text = f"{self.path.parent} was last used by {owner}; nothing here can tell whether it runs"
             files.name_once(self.path, text)
-        return host == socket.gethostname() and pid != str(os.getpid()) and began != "" and _began(pid) == began
+        return machine == _machine() and pid != str(os.getpid()) and began != "" and _began(pid) == began
 
     def intact(self) -> bool:
         """Whether the file still says what this lock wrote; one that cannot be read at the moment does."""
@@ -96,6 +97,14 @@ class Lock:
         if self.intact():  # who waits for it finds that its file is gone, and makes a new one
             files.remove(self.path)
         os.close(self.fd)
+
+
+def _machine() -> str:
+    """The host, and where its pids count: containers can share the host's name, and each counts pids from 1."""
+    known = ""
+    with contextlib.suppress(OSError):
+        known = os.readlink("/proc/self/ns/pid") + Path("/proc/sys/kernel/random/boot_id").read_text()
+    return f"host {socket.gethostname()} ({zlib.crc32(known.encode()):08x})"
 
 
 def _began(pid: int | str) -> str:

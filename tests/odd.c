@@ -1,8 +1,8 @@
 /* A disk that lacks something, for what lies below the folder ODD_DIR.
 
-   cc -shared -fPIC -o odd.so odd.c -ldl;  LD_PRELOAD=odd.so ODD=flock,dirsync,chmod,mmap,rmdir,eio ODD_DIR=/x command
+   cc -shared -fPIC -o odd.so odd.c -ldl;  LD_PRELOAD=odd.so ODD=flock,dirsync,chmod,mmap,rmdir,rename,eio ODD_DIR=/x command
    flock: no locks; dirsync: no fsync of folders; chmod: no modes; mmap: files cannot be mapped; rmdir: a folder that is
-   called .tmp-... is never empty; eio: the first opening of state.json in the folder ODD_EIO fails. */
+   called .tmp-... is never empty; rename: none of folders; eio: the first opening of state.json in the folder ODD_EIO fails. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -69,6 +69,11 @@ int rmdir(const char *path) {
 
 int unlinkat(int at, const char *path, int flags) {
     return flags & AT_REMOVEDIR && kept(path) && lacks("rmdir", path) ? fails(ENOTEMPTY) : REAL(unlinkat)(at, path, flags);
+}
+
+int rename(const char *from, const char *to) {
+    struct stat s;
+    return lacks("rename", from) && !stat(from, &s) && S_ISDIR(s.st_mode) ? fails(ENOSYS) : REAL(rename)(from, to);
 }
 
 static int broken(const char *path) {

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch import Run, on_ranks
+from launch import Run, on_ranks, until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -190,17 +190,19 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
 
 
 def _one_node_fails(rank: int, fails: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
-    """Two nodes without a shared disk; one cannot give its part the checkpoint's name: both say why, and neither keeps
-    anything of it, or would wait for the rest."""
+    """Two nodes without a shared disk; one cannot write its manifest: both say why, and neither keeps anything of it, or
+    would wait for the rest."""
     atomic.lock(folder)
     saver = Saver(folder)
-    if rank == fails:
-        (folder / manifest.name(0, 1, 1)).touch()  # no folder can take a file's place
-    saver.save(manifest.name(0, 1, 1), tree, {})
+    saver.save(manifest.name(0, 1, 1), tree, {}, validated=False)
+    if rank == fails:  # a file lies where the manifest will go, before the save is confirmed on any rank
+        until(lambda: list(folder.glob(".tmp-*/*.safetensors")))
+        (next(folder.glob(".tmp-*")) / manifest.MANIFEST).touch()
+    dist.barrier()
+    saver.confirm(True)
     error = saver.close()
-    assert error and "saving checkpoint-epoch0-step1-files1: " in error and "NotADirectoryError" in error
-    assert "(rank 1)" in error or fails == 0
-    assert sorted(os.listdir(folder)) == [".lock", *[manifest.name(0, 1, 1)] * (rank == fails)]  # the file
+    assert error and "saving checkpoint-epoch0-step1-files1: FileExistsError" in error and f"(rank {fails})" in error
+    assert os.listdir(folder) == [".lock"]
 
 
 def test_every_layout_loads_into_every_other(tmp_path):
@@ -637,7 +639,9 @@ def test_links_are_unlinked_and_their_targets_untouched(alone, tmp_path):
     assert choose(out, manifest.name(0, 2, 1)).state["step"] == 2
     (out / manifest.name(0, 9, 1)).unlink()  # put back: a link is a checkpoint too
     save(out, 3)
+    atomic.deleted.clear()
     save(out, 4, save_total_limit=1)
+    assert f"{manifest.name(0, 2, 1)} (the link alone: what it leads to stays)" in atomic.deleted
     assert sorted(os.listdir(out)) == [".lock", *foreign, manifest.name(0, 4, 1)]
     assert {path: path.is_file() and path.read_bytes() for path in far.rglob("*")} == before
     other = tmp_path / "other"

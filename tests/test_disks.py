@@ -79,7 +79,7 @@ def test_everything_on_a_disk_that_lacks_everything(odd, shards, tmp_path):
 @pytest.mark.parametrize("lacks", ["", "flock"])
 def test_a_second_run(odd, tmp_path, lacks):
     """Another process of this machine is kept out while the first lives, and not after it was killed; so it is where
-    flock is refused. There another machine's owner is only named."""
+    flock is refused. There another machine's or container's owner is only named."""
     code = (
         "import sys; from refocused.checkpoint import atomic; atomic.lock(sys.argv[1]); print('has it', flush=True); "
     )
@@ -92,14 +92,24 @@ def test_a_second_run(odd, tmp_path, lacks):
     first = start()
     try:
         assert first.stdout.readline() == "has it\n"
-        assert f"is in use by host {os.uname().nodename}, pid {first.pid}; " in start().communicate()[1]
+        assert f"is in use by {locks._machine()}, pid {first.pid}; " in start().communicate()[1]
     finally:
         first.kill()
     assert ("Lustre: -o flock" in first.communicate()[1]) == bool(lacks)
     assert start().communicate()[0] == "has it\n"
-    (tmp_path / ".lock").write_text("host elsewhere, pid 1\n1 00\n")
-    out, said = start().communicate()
-    assert out == "has it\n" and ("was last used by host elsewhere, pid 1" in said) == bool(lacks)
+    # this process lives: its pid in another container, which has the same host name, says nothing here
+    container = locks._machine()[:-9] + "00000000)"
+    for owner in ("host elsewhere, pid 1", f"{container}, pid {os.getpid()}"):
+        (tmp_path / ".lock").write_text(f"{owner}\n{locks._began(os.getpid())} 00\n")
+        out, said = start().communicate()
+        assert out == "has it\n" and (f"was last used by {owner}" in said) == bool(lacks)
+
+
+def test_a_disk_that_renames_no_folders(odd, tmp_path):
+    """No checkpoint could appear there: the start says so in words."""
+    said = run(["-c", f"from refocused.checkpoint import atomic; atomic.lock({str(tmp_path)!r})"],
+               odd("rename", tmp_path), 1)  # fmt: skip
+    assert f"output_dir={tmp_path} cannot be written: its disk does not rename files and folders (Function not" in said
 
 
 def test_another_systems_checkpoints(tmp_path):
@@ -117,10 +127,13 @@ def test_another_systems_checkpoints(tmp_path):
         choose(tmp_path, "latest")
     atomic.lock(tmp_path)
     for step in range(2, 22):
-        if step == 7:  # the name is taken: theirs moves aside
+        if step == 9:  # a file, to which the same happens below
+            (tmp_path / manifest.name(0, step, 1)).write_bytes(b"a file")
+            before[manifest.name(0, step, 1)] = b"a file"
+        if step in (7, 9):  # the name is taken: theirs moves aside
             made = save(tmp_path / "elsewhere", step, generation=manifest.generation(tmp_path) + 1)
             atomic.take_place(made, tmp_path / made.name, "ab" * 8)
-        newest = made.name if step == 7 else save(tmp_path, step).name
+        newest = made.name if step in (7, 9) else save(tmp_path, step).name
         if step == 11:
             (tmp_path / newest / "NOTES.txt").write_text("look at this one")
         atomic.prune(tmp_path, newest, 2, 10)
@@ -130,8 +143,8 @@ def test_another_systems_checkpoints(tmp_path):
     assert steps == [10, 11, 19, 20, 21]  # 11 has a note in it
     assert (tmp_path / manifest.name(0, 11, 1) / "NOTES.txt").read_text() == "look at this one"
     moved = {re.sub(r"^(checkpoint-[^/]+)\.before-[0-9a-f]+", r"\1", name): b for name, b in contents(tmp_path).items()}
-    assert before.items() <= moved.items() and len(list(tmp_path.glob("*.before-*"))) == 1
-    assert {"note"} <= {path.name for path in next(tmp_path.glob("*.before-*")).iterdir()}
+    assert before.items() <= moved.items() and len(list(tmp_path.glob("*.before-*"))) == 2
+    assert list(tmp_path.glob("*.before-*/note"))
 
 
 def test_files_of_somebody_where_a_command_writes(shards, tmp_path):
@@ -141,6 +154,7 @@ def test_files_of_somebody_where_a_command_writes(shards, tmp_path):
     theirs = {
         out / ".tmp-deadbeef-mynotes/n.txt": b"notes",
         logs / "trace.jsonl": b'{"my": "log"}',
+        tmp_path / "noted/.output_dir": b"where my outputs are",
         made / "a.npz": b"not a shard",
         made / "tokenized_cleaned_00001.npz": b"mine",
         tmp_path / ".making-hf/photos/a.jpg": b"photo",
@@ -160,6 +174,8 @@ def test_files_of_somebody_where_a_command_writes(shards, tmp_path):
     run([*own, "max_steps=1"], {})
     run([*own, "max_steps=2", "resume=latest"], {})
     run([*train, f"output_dir={tmp_path}/locked", f"logging_dir={tmp_path}/other"], {}, 2)
+    said = run([*train, f"output_dir={tmp_path}/new", f"logging_dir={tmp_path}/noted"], {}, 2)
+    assert f"{tmp_path}/noted/.output_dir is not of this program; move it away" in said
     said = run(["data.py", "prepare", texts, made, "--vocab_size", "9", "--end_of_text", "8"], {}, 66)
     assert "a.npz was not made by this command, and stays" in said
     said = run(["data.py", "tokenize", texts / "a.txt", made, "--tokenizer", "byte"], {}, 66)

@@ -172,7 +172,7 @@ def test_hostile_names(name, tmp_path):
     assert gcs.local_path(tmp_path, "a/b..c/ü d.npz") == tmp_path / "a/b..c/ü d.npz"
 
 
-BAD_PLACES = [(name, "x") for name in ("demo/", "/demo", "demo_", "gs://demo", "demo/runs", "../b", "a..b")]
+BAD_PLACES = [(name, "x") for name in ("demo/", "/demo", "demo_", "gs://demo", "demo/runs", "../b", "a..b", "b")]
 BAD_PLACES += [
     ("demo", path) for path in ("gs://demo/run", "a\nb", "/", "/a", "../a", "a/./b", "a//b", "a\0b", "x" * 800)
 ]

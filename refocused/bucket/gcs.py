@@ -355,8 +355,12 @@ def split(url: str) -> tuple[str, str]:
     """("bucket", "prefix") of gs://bucket/prefix; the prefix has no slash at either end."""
     name, _, prefix = url.removeprefix("gs://").partition("/")
     prefix = prefix.strip("/")
-    if not url.startswith("gs://") or (wrong := bucket_problem(name) or prefix_problem(prefix)):
-        raise BucketError(f"{url!r} {wrong if url.startswith('gs://') else 'is no place'}; write gs://BUCKET/PREFIX")
+    wrong = "is no place"
+    if url.startswith("gs://"):
+        no_bucket = bucket_problem(name)
+        wrong = f"cannot be: {name!r} {no_bucket}" if no_bucket else prefix_problem(prefix)
+    if wrong:
+        raise BucketError(f"{url!r} {wrong}; write gs://BUCKET/PREFIX")
     return name, prefix
 
 

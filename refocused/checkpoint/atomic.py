@@ -65,7 +65,7 @@ def take_place(folder: Path, final: Path, save_id: str) -> None:
     """Give a complete folder its final name. An older save of that name is deleted once it is replaced; what is not
     known to be one is renamed and stays."""
     aside = None
-    if final.is_dir() or final.is_symlink():  # a directory that is not empty cannot be replaced by a rename
+    if os.path.lexists(final):  # a rename replaces neither a file nor a directory that is not empty
         aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
         if reason := not_ours(final):
             aside = final.with_name(f"{final.name}.before-{save_id}")
@@ -79,6 +79,8 @@ def take_place(folder: Path, final: Path, save_id: str) -> None:
 
 def not_ours(path: Path) -> str:
     """Why a folder is not known to be a checkpoint of this program and nothing else; "" if it is."""
+    if not path.is_dir():
+        return "is no directory"
     try:
         others = {entry for entry in os.listdir(path) if entry != MANIFEST} - read_manifest(path)["files"].keys()
     except CheckpointError as error:
@@ -144,8 +146,10 @@ def prune(
     last = max((selection.key(m) for m in ours if m["name"] == newest), default=None)
     for old in ours:
         kept = old["name"] in keep or old["save_id"] in waiting or (keep_every and old["step"] % keep_every == 0)
-        if last and not kept and selection.key(old) <= last and delete(Path(output_dir, old["name"])):
-            deleted.append(old["name"])
+        path = Path(output_dir, old["name"])
+        note = " (the link alone: what it leads to stays)" * path.is_symlink()
+        if last and not kept and selection.key(old) <= last and delete(path):
+            deleted.append(old["name"] + note)
 
 
 def _may_be_complete(path: Path) -> bool:

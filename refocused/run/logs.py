@@ -37,6 +37,8 @@ def check_folder(logging_dir: str, output_dir: str) -> None:
         owner = os.open(folder / OWNER, PLAIN, 0o666)
         try:
             other = os.pread(owner, 1 << 16, 0)
+            if other.strip(b"\0") and (not other.startswith(b"/") or b"\n" in other):
+                raise FileExistsError(errno.EEXIST, f"{folder / OWNER} is not of this program; move it away")
             instead = f"the run in {os.fsdecode(other) or 'another folder'}; give this run a folder of its own"
             if os.fsencode(folder) != mine:  # else it is locked already
                 _held.append(locks.Lock(folder / ".lock"))
