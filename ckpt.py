@@ -184,10 +184,7 @@ class Checkpoints:
 
     def news(self) -> str:
         """What to note in the log: the saves that have become checkpoints since this was asked last, and what went."""
-        saved = [f"saved {self._saver.news.popleft()}" for _ in range(len(self._saver.news))]
-        gone = [atomic.deleted.popleft() for _ in range(len(atomic.deleted))]
-        noted = [files.notes.popleft() for _ in range(len(files.notes))]
-        return "\n".join([*saved, *([f"deleted {', '.join(gone)}"] if gone else []), *noted])
+        return "\n".join(files.notes.popleft() for _ in range(len(files.notes)))
 
     def poll(self) -> tuple[bool, bool]:
         """Of this process, without waiting: (save_seconds have passed since the last save, the last save failed).
@@ -195,10 +192,9 @@ class Checkpoints:
         Saves that take longer than that follow one another without a pause, and training waits for none.
         """
         late = self.env.main and 0 < self.cfg.save_seconds < time.monotonic() - self._saved_at
-        under_way = self._saver.busy or (
-            self._syncer is not None and self._syncer.has_pending(self._saver.last_generation)
-        )
-        return late and not under_way, self._saver.poll() is not None
+        if self._syncer and self._syncer.has_pending(self._saver.last_generation):
+            late = False
+        return late and not self._saver.busy, self._saver.poll() is not None
 
     def failure(self) -> str | None:
         """Why the last save failed, once all ranks know that it has."""
@@ -211,17 +207,15 @@ class Checkpoints:
 
     def close(self, log: Callable[[str], None]) -> tuple[str | None, str | None]:
         """Wait for the last save and its upload; why the first failed, why the second is not in the bucket, or None."""
-        failure = self._saver.close()
+        failure, reason = self._saver.close(), None
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
             log(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
-        reason = None
         if syncer and not syncer.close(deadline):
-            reason = syncer.failure or f"the upload was not finished after {deadline:g} s"
+            reason = syncer.failure  # flush() has set it
         reasons: list[str | None] = [None] * self.env.world_size
         dist.all_gather_object(reasons, reason, group=processes.long_group)
-        missing = "; ".join(dict.fromkeys(filter(None, reasons))) or None
-        return failure, missing
+        return failure, "; ".join(dict.fromkeys(filter(None, reasons))) or None
 
 
 def beginning(place: str, cfg: Config) -> "Source":

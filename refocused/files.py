@@ -35,7 +35,7 @@ class DiskError(ValueError):
 
 
 _named: set[Any] = set()
-notes: deque[str] = deque()  # what was named, until somebody takes it for a log
+notes: deque[str] = deque()  # what was named, saved and deleted, until somebody takes it for a log
 
 
 def why(error: OSError) -> str:

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ckpt
 from configs import ConfigError
-from refocused import locks
+from refocused import files, locks
 from refocused.checkpoint import atomic, manifest, selection, tensors
 from refocused.checkpoint.saver import Saver
 from refocused.checkpoint.selection import choose
@@ -639,9 +639,9 @@ def test_links_are_unlinked_and_their_targets_untouched(alone, tmp_path):
     assert choose(out, manifest.name(0, 2, 1)).state["step"] == 2
     (out / manifest.name(0, 9, 1)).unlink()  # put back: a link is a checkpoint too
     save(out, 3)
-    atomic.deleted.clear()
+    files.notes.clear()
     save(out, 4, save_total_limit=1)
-    assert f"{manifest.name(0, 2, 1)} (the link alone: what it leads to stays)" in atomic.deleted
+    assert f"deleted {manifest.name(0, 2, 1)} (the link alone: what it leads to stays)" in files.notes
     assert sorted(os.listdir(out)) == [".lock", *foreign, manifest.name(0, 4, 1)]
     assert {path: path.is_file() and path.read_bytes() for path in far.rglob("*")} == before
     other = tmp_path / "other"

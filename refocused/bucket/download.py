@@ -10,12 +10,10 @@ ready and noted in the index; a file in DEST that the index does not describe is
 
 import contextlib
 import fnmatch
-import io
 import json
 import os
 import sys
 import threading
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +58,9 @@ def main(argv: list[str]) -> int:
             "also from below it"
         )
     if "--list" in argv:
-        show(bucket, shards)
+        for path, obj in shards.items():
+            print(f"{obj.size:>16,}  {path}")
+        print(f"{len(shards):,} files, {sum(obj.size for obj in shards.values()):,} bytes")
     else:
         if not folders and origins.get("data_dir", "configs/demo.py") == "configs/demo.py":
             raise configs.ConfigError("no folder for the shards: name one, or a config file or data_dir=... that does")
@@ -89,28 +89,6 @@ def choose(bucket: gcs.Bucket, prefix: str, pattern: str, max_files: int = -1) -
                 shards[path] = obj
     chosen = sorted(shards)[: max_files if max_files >= 0 else None]
     return {path: shards[path] for path in chosen}, refused
-
-
-def show(bucket: gcs.Bucket, shards: Shards) -> None:
-    """Print what a download would bring. Tokens are extrapolated from the largest file's zip directory."""
-    for path, obj in shards.items():
-        print(f"{obj.size:>16,}  {path}")
-    size = sum(obj.size for obj in shards.values())
-    largest = max(shards.values(), key=lambda obj: obj.size)
-    tokens = count_tokens(bucket.tail(largest, 64 << 10)) / max(1, largest.size) * size
-    estimate = f"about {tokens:,.0f} tokens, padding included" if tokens else "unknown number of tokens"
-    print(f"{len(shards):,} files, {size:,} bytes, {estimate}")
-
-
-def count_tokens(tail: bytes) -> int:
-    """How many token ids an .npz holds, by its zip directory, the last bytes; 0 if unclear."""
-    try:
-        # Offsets in the directory count from the file's start, which zipfile corrects by itself.
-        sizes = {entry.filename: entry.file_size - 128 for entry in zipfile.ZipFile(io.BytesIO(tail)).infolist()}
-    except zipfile.BadZipFile:
-        return 0
-    packed = any(name.startswith(("attention_mask", "sequence_lengths")) for name in sizes)  # then ids are int32
-    return sizes.get("input_ids.npy", sizes.get("tokens.npy", 0)) // (4 if packed else 2)
 
 
 def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Config) -> None:
@@ -183,20 +161,18 @@ class Index:
 
     def __init__(self, folder: Path):
         self.folder, self.lock = folder, threading.Lock()
-        self.entries: dict[str, list[dict[str, Any]]] = {}
+        self.entries: list[dict[str, Any]] = []
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / INDEX).read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a killed run's is torn
-                    entry = json.loads(line)
-                    self.entries.setdefault(entry["path"], []).append(entry)
+                with contextlib.suppress(ValueError, TypeError, RecursionError):  # a killed run's is torn
+                    self.entries.append({**json.loads(line)})
 
     def entry(self, path: str, file: Path) -> dict[str, Any]:
         """The line that describes the file as it is; {} if none does. Before a file is replaced both have one."""
-        for entry in reversed(self.entries.get(path, [])):
-            if has_size(file, entry.get("size")) and not file.is_symlink():
-                if file.stat().st_mtime_ns == entry.get("mtime_ns") or files.digest(file)["crc32c"] == entry.get(
-                    "crc32c"
-                ):
+        for entry in reversed(self.entries):
+            if entry.get("path") == path and has_size(file, entry.get("size")) and not file.is_symlink():
+                unchanged = file.stat().st_mtime_ns == entry.get("mtime_ns")
+                if unchanged or files.digest(file)["crc32c"] == entry.get("crc32c"):
                     return entry
         return {}
 

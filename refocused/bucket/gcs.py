@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 from google_crc32c import Checksum
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from configs import bucket_problem, prefix_problem
 from refocused import files
@@ -142,12 +143,6 @@ class Bucket:
         self._receive(obj, sink)
         return sink.getvalue()
 
-    def tail(self, obj: Object, count: int) -> bytes:
-        """An object's last bytes, unchecked: for a look at a file's directory."""
-        blob = self.bucket.blob(obj.name, generation=obj.generation)
-        what = {"start": max(0, obj.size - count), "raw_download": True, "checksum": None, **self.limits}
-        return self._persist(f"read {self.url(obj.name)}", lambda attempt: blob.download_as_bytes(**what))
-
     def create(self, name: str, data: bytes, generation: int = 0) -> int:
         """Write a small object whose present generation is as given (0: there is none); returns the new generation.
 
@@ -185,7 +180,7 @@ class Bucket:
 
         return self._persist(f"write {self.url(name)}", call, {412: exists})
 
-    def download(self, obj: Object, path: Path, progress: Progress | None = None) -> None:
+    def download(self, obj: Object, path: Path, progress: Progress = lambda count: None) -> None:
         """One object to a file that appears complete and verified or not at all.
 
         Bytes go to `<name>.<generation>.part`, which a later call continues.
@@ -204,28 +199,47 @@ class Bucket:
             raise BucketError(f"{part}: {files.why(error)}; once that is mended it goes on from there") from None
         files.sync_folder(path.parent)
 
-    def sha256(self, obj: Object, progress: Progress | None = None) -> str:
-        """The SHA-256 of an object's bytes, which are all read and not kept."""
-        return self._receive(obj, None, progress).sha.hexdigest()
+    def sha256(self, obj: Object, progress: Progress) -> str:
+        """The SHA-256 of an object's bytes, which are all read and not kept. Raises Gone."""
 
-    def _receive(self, obj: Object, file: BinaryIO | None, progress: Progress | None = None) -> "_Sink":
+        def call(attempt: int) -> str:
+            sha, crc = hashlib.sha256(), Checksum()
+            with self.bucket.blob(obj.name, generation=obj.generation).open(
+                "rb", raw_download=True, **self.limits
+            ) as file:
+                while data := file.read(CHUNK):
+                    sha.update(data)
+                    crc.update(data)
+                    progress(len(data))
+            if _base64(crc) != obj.crc32c:
+                raise _WrongBytes
+            return sha.hexdigest()
+
+        return self._persist(f"read {self.url(obj.name)}", call, {404: lambda: self._gone(obj)})
+
+    def _receive(self, obj: Object, file: BinaryIO, progress: Progress = lambda count: None) -> None:
         """The object's bytes behind those that file already holds; on return size and CRC-32C are the listed ones."""
         blob = self.bucket.blob(obj.name, generation=obj.generation)
-        sink = _Sink(file, obj, progress)
+        progress(file.seek(0, os.SEEK_END))
 
         def call(attempt: int) -> None:
-            if sink.size < obj.size:
+            if (start := file.seek(0, os.SEEK_END)) < obj.size:
+                sink = CallbackIOWrapper(progress, file, "write")
                 # Of a download that was cut and continued the client compares no checksum.
-                blob.download_to_file(sink, start=sink.size, raw_download=True, checksum=None, **self.limits)
-            if sink.size != obj.size or _base64(sink.crc) != obj.crc32c:
-                sink.restart()
-                raise _WrongBytes("the bytes do not have the checksum that the server lists")
+                blob.download_to_file(sink, start=start, raw_download=True, checksum=None, **self.limits)
+            size, crc = file.tell(), Checksum()
+            file.seek(0)
+            while data := file.read(READ_SIZE):
+                crc.update(data)
+            if size != obj.size or _base64(crc) != obj.crc32c:
+                file.truncate(0)
+                progress(-size)
+                raise _WrongBytes
 
-        def gone() -> None:
-            raise Gone(f"{self.url(obj.name)} was deleted or replaced in the meantime; start again")
+        self._persist(f"read {self.url(obj.name)}", call, {404: lambda: self._gone(obj)})
 
-        self._persist(f"read {self.url(obj.name)}", call, {404: gone})
-        return sink
+    def _gone(self, obj: Object) -> None:
+        raise Gone(f"{self.url(obj.name)} was deleted or replaced in the meantime; start again")
 
     def delete(self, name: str, generation: int) -> None:
         """Delete exactly that generation; good if it is already gone. Raises Conflict if it is another one now."""
@@ -264,41 +278,7 @@ class Bucket:
 
 
 class _WrongBytes(Exception):
-    pass
-
-
-class _Sink:
-    """Takes a body: counts it, sums it, and refuses more than was listed (so an inflated or endless one ends here).
-
-    Without a file it keeps no bytes, but their SHA-256.
-    """
-
-    def __init__(self, file: BinaryIO | None, obj: Object, progress: Progress | None):
-        self.file, self.obj, self.progress = file, obj, progress or (lambda count: None)
-        self.size, self.crc, self.sha = 0, Checksum(), hashlib.sha256()
-        if file:
-            file.seek(0)
-            while data := file.read(READ_SIZE):
-                self.crc.update(data)
-                self.size += len(data)
-        self.progress(self.size)
-
-    def write(self, data: bytes) -> int:
-        if self.size + len(data) > self.obj.size:
-            self.restart()
-            raise _WrongBytes(f"the server sends more than the {self.obj.size:,} bytes that it lists")
-        self.file.write(data) if self.file else self.sha.update(data)
-        self.crc.update(data)
-        self.size += len(data)
-        self.progress(len(data))
-        return len(data)
-
-    def restart(self) -> None:
-        if self.file:
-            self.file.seek(0)
-            self.file.truncate()
-        self.progress(-self.size)
-        self.size, self.crc, self.sha = 0, Checksum(), hashlib.sha256()
+    """What came has another size or CRC-32C than the server lists."""
 
 
 def part_of(path: Path, obj: Object) -> Path:
@@ -410,7 +390,7 @@ def _explain(error: BaseException, place: str) -> tuple[str, int]:
     if isinstance(error, RefreshError):
         return f"the credentials could not be refreshed; {LOGIN}", MANY if error.retryable else 1
     if isinstance(error, _WrongBytes):
-        return str(error), FEW
+        return "the bytes do not have the checksum that the server lists", FEW
     role = f"grant it roles/storage.objectUser on {place} (objectViewer to read)"
     reasons = {
         400: ("400, the server refused the request or the bytes' checksum", FEW),

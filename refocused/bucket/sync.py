@@ -232,7 +232,7 @@ class Syncer:
                 self._check_owner()
                 try:
                     delete(self._place, remote, objects)
-                    atomic.deleted.append(f"{self.where}/{remote.name}")
+                    files.notes.append(f"deleted {self.where}/{remote.name}")
                 except gcs.BucketError as error:  # no permission, a retention policy: what was to be saved is saved
                     files.name_once((self.token, "old"), f"old checkpoints stay in the bucket: {error}")
                     break

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import time
-from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ TEMPORARY, ASIDE = ".tmp-", ".old-"  # prefixes of directories that a save is wr
 UNFINISHED = re.compile(r"\.(?:tmp|old)-[0-9a-f]{16,64}-(.+)")
 
 Files = Mapping[str, bytes]  # by name
-
-deleted: deque[str] = deque()  # names, until somebody takes them for a log
 
 
 def unfinished(final: Path, save_id: str) -> Path:
@@ -149,7 +146,7 @@ def prune(
         path = Path(output_dir, old["name"])
         note = " (the link alone: what it leads to stays)" * path.is_symlink()
         if last and not kept and selection.key(old) <= last and delete(path):
-            deleted.append(old["name"] + note)
+            files.notes.append(f"deleted {old['name']}{note}")
 
 
 def _may_be_complete(path: Path) -> bool:

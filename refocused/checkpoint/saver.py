@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ class Saver:
     like any others until a loss is computed with them.
 
     generation: the highest of any save that the run knows of. files: what else every checkpoint holds, by name.
-    stall_seconds: for which the last save() held training up; write_seconds: until it was complete.
+    stall_seconds: for which the last save() held training up.
     """
 
     def __init__(
@@ -53,10 +52,9 @@ class Saver:
         self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.owner = self.rank == 0 or atomic.holds(output_dir)  # of its disk: the one process that names what is on it
-        self.stall_seconds = self.write_seconds = 0.0
+        self.stall_seconds = 0.0
         self.last: str | None = None  # name of the last complete save
         self.last_generation = 0  # and its number; 0 while this run has none
-        self.news: deque[str] = deque()  # names of saves that are complete and that nobody has been told of yet
         self._host = _Host()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
@@ -82,7 +80,7 @@ class Saver:
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
         need = sum(t.nbytes for t in tree.values())
         more = {manifest.STATE: text.encode(), **self.files}
-        self._saving = self._thread.submit(self._write, start, name, part, source, more, need)
+        self._saving = self._thread.submit(self._write, name, part, source, more, need)
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
@@ -132,7 +130,7 @@ class Saver:
             self._saving.result()
             self._saving = None
 
-    def _write(self, start: float, name: str, part: Tree, source: Tree, more: dict[str, bytes], need: int) -> None:
+    def _write(self, name: str, part: Tree, source: Tree, more: dict[str, bytes], need: int) -> None:
         final = self.output_dir / name
         try:
             save_id = on_all_ranks(self.group, self._begin, need)[0]
@@ -152,8 +150,7 @@ class Saver:
                     atomic.withdraw(final, save_id)
                 raise
             self.last, self.last_generation = name, self.generation
-            self.news.append(name)
-            self.write_seconds = time.perf_counter() - start
+            files.notes.append(f"saved {name}")
             if self.rank == 0:
                 atomic.prune(self.output_dir, name, self.save_total_limit, self.keep_every)
         except Exception as error:
