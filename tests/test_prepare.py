@@ -1,9 +1,7 @@
 """Preparing, unpacking, tokenizing and verifying shards: real files and real processes, compared with plain numpy."""
 
 import dataclasses
-import errno
 import json
-import multiprocessing.synchronize
 import os
 import re
 import resource
@@ -41,8 +39,23 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=GUARD, **options)
 
 
+def here(capsys, *arguments) -> tuple[int, str, str]:
+    """The command in this process: exit code, stdout, stderr."""
+    try:
+        code = data.main([str(argument) for argument in arguments])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    return code, *capsys.readouterr()
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def flip(file: Path, at: int) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[at] ^= 1
+    file.write_bytes(damaged)
 
 
 def stream_of(file: Path, **options) -> tuple[list[int], dict]:
@@ -52,21 +65,30 @@ def stream_of(file: Path, **options) -> tuple[list[int], dict]:
     return tokens, report
 
 
+def config(folder: Path, cache: Path, **changes) -> Config:
+    return dataclasses.replace(Config(), data_dir=str(folder), cache_dir=str(cache), sequence_length=16, **changes)
+
+
 # ---- formats
 
+WITHOUT: list[dict] = [{}, {"attention_mask": None}, {"sequence_lengths": None}]
 
-@pytest.mark.parametrize("without", [(), ("attention_mask",), ("sequence_lengths",)])
+
+@pytest.mark.parametrize("without", WITHOUT, ids=["both", "lengths", "mask"])
 def test_padding_is_dropped(tmp_path, without):
-    """A padded file of several blocks against its rows put together one by one; the pad value never appears."""
+    """A padded file of several blocks against its rows put together one by one; the pad value never appears.
+
+    Rows of length zero are skipped and counted.
+    """
     rng = np.random.default_rng(0)
-    rows = [rng.integers(0, 1000, rng.integers(1, 701)) for _ in range(3000)] + [rng.integers(0, 1000, 700)]
-    file = tmp_path / "a.npz"
-    shards.write_padded(file, rows, 700, pad=-7, **dict.fromkeys(without))
+    rows = [rng.integers(0, 1000, rng.integers(0, 701)) for _ in range(3000)] + [rng.integers(0, 1000, 700), []]
+    file, filled = tmp_path / "a.npz", [row for row in rows if len(row)]
+    shards.write_padded(file, rows, 700, pad=-7, **without)
     assert len(rows) * 700 * 4 > 2 * formats.BLOCK
     tokens, report = stream_of(file)
-    assert tokens == shards.rows_to_stream(rows, 700).tolist()
-    assert report["documents"] == 3001 and report["padding"] == 3001 * 700 - sum(map(len, rows))
-    assert report["largest_id"] == END
+    assert tokens == shards.rows_to_stream(filled, 700).tolist()
+    assert report["documents"] == len(filled) and report["skipped"] == len(rows) - len(filled) > 1
+    assert report["padding"] == len(rows) * 700 - sum(map(len, rows)) and report["largest_id"] == END
 
 
 def test_streams_and_full_rows_stay_as_they_are(tmp_path):
@@ -80,10 +102,10 @@ def test_streams_and_full_rows_stay_as_they_are(tmp_path):
     for name in ("rows.npz", "train.bin", "u2.npz", "u4.npz", "i4.npz"):
         found, report = stream_of(tmp_path / name)
         assert found == tokens.tolist() and report["documents"] == (tokens == END).sum()
-    totals = prepare.prepare(tmp_path, tmp_path / "out", V, END, workers=1)
+    totals = prepare.prepare(tmp_path, tmp_path / "out", V, END)
     assert totals["files"] == 5 and totals["tokens"] == 15000
     shard = Shard.open(tmp_path / "out", "train.npz")
-    assert shard.stream.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.tokens == tokens).all()
+    assert shard.stream.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.stream == tokens).all()
     assert TokenFile(tmp_path / "u4.npz", 65536, END).out_dtype == np.uint16
     assert TokenFile(tmp_path / "u4.npz", 65537, END).out_dtype == np.uint32
 
@@ -95,37 +117,35 @@ def bin_of(dtype: str, head: bytes = b"", tokens: np.ndarray = TOKENS):
     return lambda folder: (folder / "train.bin").write_bytes(head + tokens.astype(dtype).tobytes())
 
 
-def megatron(folder: Path, code: int = 4, dtype: str = "<i4"):
+def megatron(folder: Path, code: int = 4, dtype: str = "<i4", tokens: np.ndarray = TOKENS):
     """As Megatron's IndexedDatasetBuilder writes 30 documents of 100 tokens."""
-    bin_of(dtype)(folder)
+    bin_of(dtype, tokens=tokens)(folder)
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, 30, 31) + np.full(30, 100, "<i4").tobytes()
     index += (np.arange(30, dtype="<i8") * 100 * np.dtype(dtype).itemsize).tobytes()
-    index += np.arange(31, dtype="<i8").tobytes()
-    (folder / "train.idx").write_bytes(index)
+    (folder / "train.idx").write_bytes(index + np.arange(31, dtype="<i8").tobytes())
 
 
-def llm_c(magic: int, dtype: str, count: int = 3000):
-    return bin_of(dtype, np.array([magic, 1, count] + [0] * 253, "<i4").tobytes())
+def llm_c(magic: int, dtype: str):
+    return bin_of(dtype, np.array([magic, 1, 3000] + [0] * 253, "<i4").tobytes())
 
 
-def saved(save, dtype, name: str):
+def saved(save, dtype, name: str = "tokenized_cleaned_0.npz"):
     arrays = {"arr" if save is np.save else "input_ids": TOKENS.astype(dtype)}
     return lambda folder: save(folder / name, **arrays)
 
 
 def linked(folder: Path):
-    shards.write_mapped(folder.parent / "disk", [])
     write_shard(folder.parent / "disk/tokenized_cleaned_0.npz", np.dtype("<u2"), [TOKENS], {})
     for name in ("here", "there", "disk"):
         (folder / name).symlink_to(folder.parent / "disk")
     (folder.parent / "disk/up").symlink_to(folder)
 
 
-def write_npy(file: Path, version: tuple[int, int]):
-    with open(file, "wb") as stream:
+def version_3(folder: Path):
+    with open(folder / "train.npy", "wb") as stream:
         np.lib.format.write_array(stream, TOKENS.astype("<i4"), (2, 0))
         stream.seek(6)
-        stream.write(bytes(version))
+        stream.write(bytes((3, 0)))
 
 
 FOREIGN = {
@@ -138,47 +158,44 @@ FOREIGN = {
     "llm.c": llm_c(20240520, "<u2"),
     "llm.c, Llama 3": llm_c(20240801, "<u4"),
     ".npy": saved(np.save, "<i8", "train.npy"),
-    ".npy, version 3": lambda folder: write_npy(folder / "train.npy", (3, 0)),
+    ".npy, version 3": version_3,
     "big-endian .npy": saved(np.save, ">u2", "train.npy"),
-    "int64 .npz": saved(np.savez, "<i8", "tokenized_cleaned_0.npz"),
-    "int16 .npz": saved(np.savez_compressed, "<i2", "tokenized_cleaned_0.npz"),
-    "big-endian .npz": saved(np.savez, ">i4", "tokenized_cleaned_0.npz"),
+    "int64 .npz": saved(np.savez, "<i8"),
+    "int16 .npz": saved(np.savez_compressed, "<i2"),
+    "big-endian .npz": saved(np.savez, ">i4"),
     "a linked tree": linked,
-    "a cache inside": saved(np.savez_compressed, "<i4", "tokenized_cleaned_0.npz"),
+    "a cache inside": saved(np.savez_compressed, "<i4"),
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_every_format_gives_the_tokens_that_are_in_it(tmp_path, kind):
     """verify and training on tokens in somebody else's file: the same ones, or a sentence that names prepare; then those."""
-    folder, out = tmp_path / "set", tmp_path / "set/prepared"
+    folder, out, cache = tmp_path / "set", tmp_path / "set/prepared", tmp_path / "set/cache"
     folder.mkdir()
     FOREIGN[kind](folder)
     settings = {"tokenizer": "byte", "vocab_size": 257, "eval_files": 0}
-    cache = tmp_path / "set/cache"
 
     def trains_on(place: Path) -> bool:
         for _ in range(2):  # the second start finds what the first one left
             dataset = open_dataset(config(place, cache, **settings))
-            assert [shard.num_tokens for shard in dataset.shards] == [3000]
-            assert dataset.notes == []
+            assert [shard.num_tokens for shard in dataset.shards] == [3000] and dataset.notes == []
             windows = dataset.gather(np.arange(dataset.num_samples))
             assert windows[:, :-1].ravel().tolist() == TOKENS[: 187 * 16].tolist()
-        return True
+        return verify.verify(place, 257) == 0
 
     if kind.endswith((".npz", "tree", "inside")):
         assert trains_on(folder)
-        assert verify.verify(folder, 257, workers=1) == 0
         return
     with pytest.raises(DataError, match=r"no \.npz file; `python data.py prepare SRC DST` makes shards of its 1 such"):
         verify.verify(folder, 257)
     with pytest.raises(DataError, match=r"is no .npz; `python data.py prepare"):
         open_dataset(config(folder, cache, tokenized_file_pattern="train.[bBnN]*", **settings))
-    assert prepare.prepare(folder, out, 257, 256, workers=1)["tokens"] == 3000
-    again = prepare.prepare(folder, out, 257, 256, workers=1)  # its own output is no source
+    assert prepare.prepare(folder, out, 257, 256)["tokens"] == 3000
+    again = prepare.prepare(folder, out, 257, 256)  # its own output is no source
     assert (again["files"], again["kept"], again["tokens"]) == (1, 1, 3000)
     os.rename(out / "train.npz", out / "tokenized_cleaned_0.npz")
-    assert trains_on(out) and verify.verify(out, 257, workers=1) == 0 and not cache.exists()
+    assert trains_on(out) and not cache.exists()
 
 
 NONE_OF_IT = [
@@ -189,11 +206,7 @@ NONE_OF_IT = [
     (bin_of("<u2", tokens=TOKENS * 0), 257, "unclear how wide"),
     (llm_c(20240520, "<u4"), 65536, "13024 bytes; 3000 tokens of uint16 from byte 1024 on"),
     (bin_of("|u1", tokens=TOKENS[:9] % 256), 257, "has 9 bytes"),
-    (
-        lambda folder: [megatron(folder), bin_of("<i4", tokens=TOKENS[1:])(folder)],
-        257,
-        "11996 bytes; 3000 tokens of int32",
-    ),
+    (lambda folder: megatron(folder, tokens=TOKENS[1:]), 257, "11996 bytes; 3000 tokens of int32"),
     (lambda folder: [bin_of("<u2")(folder), (folder / "train.idx").write_bytes(b"TNTIDX")], 257, "no Megatron index"),
     (lambda folder: np.save(folder / "a.npy", np.array([None, 1])), 257, "pickled objects"),
     (lambda folder: np.save(folder / "a.npy", np.ones(9)), 257, "dtype <f8"),
@@ -213,24 +226,6 @@ def test_what_a_file_holds_is_clear_or_it_is_refused(tmp_path, save, vocab_size,
         assert TokenFile(file, 1000, 256, bin_dtype="uint32").held == 3000
 
 
-def test_empty_documents_are_skipped(tmp_path):
-    """Rows of length zero, by lengths or by the mask, against the stream of the others; they are counted.
-
-    One long row among short ones is refused with the option named, and converted with it.
-    """
-    rows = [np.arange(3), np.arange(0), np.arange(8), np.arange(5), np.arange(0)]
-    expected = shards.rows_to_stream([row for row in rows if len(row)], 8).tolist()
-    for without in ({}, {"attention_mask": None}, {"sequence_lengths": None}):
-        shards.write_padded(tmp_path / "a.npz", rows, 8, **without)
-        tokens, report = stream_of(tmp_path / "a.npz")
-        assert tokens == expected and (report["documents"], report["skipped"], report["padding"]) == (3, 2, 24)
-    rows = [np.arange(1, 3)] * 2000 + [np.arange(5000)]
-    shards.write_padded(tmp_path / "a.npz", rows, 5000)
-    with pytest.raises(DataError, match="larger --max_ratio"):
-        stream_of(tmp_path / "a.npz")
-    assert stream_of(tmp_path / "a.npz", max_ratio=2000)[0] == shards.rows_to_stream(rows, 5000).tolist()
-
-
 def windows(text: np.ndarray, width: int, step: int, to_the_end: bool) -> list[np.ndarray]:
     """A long text as rows that overlap: a window each `step` tokens, up to the one that reaches its end or to the end."""
     starts = range(0, len(text) if to_the_end else max(1, len(text) - width + step), step)
@@ -240,7 +235,7 @@ def windows(text: np.ndarray, width: int, step: int, to_the_end: bool) -> list[n
 @pytest.mark.parametrize("to_the_end", [False, True])
 @pytest.mark.parametrize("step", [48, 24, 64])
 @pytest.mark.parametrize("ends", [[END], []], ids=["with end-of-text", "without"])
-def test_rows_of_long_texts(tmp_path, ends, step, to_the_end):
+def test_rows_of_long_texts(tmp_path, capsys, ends, step, to_the_end):
     """Windows of texts of any length, as tokenizers cut them, against the texts: each token once, one end-of-text each.
 
     The shares of rows that ended so and that overlapped are right, and --overlap 0 keeps all; with lengths, mask or both.
@@ -250,31 +245,27 @@ def test_rows_of_long_texts(tmp_path, ends, step, to_the_end):
     texts = [np.array([*rng.integers(0, END, size), *(ends or [7])]) for size in sizes]
     short = np.array([*rng.integers(0, END, 89), *(ends or [7])])
     texts += [short, short[step:]]  # the second is no window of the first
-    rows = [row for text in texts for row in windows(text, 96, step, to_the_end)]
     cut = [windows(text, 96, step, to_the_end) for text in texts]
-    expected = [token for text, rows in zip(texts, cut, strict=True) for token in (*text, *windows_end(rows, ends))]
-    for without in ({}, {"attention_mask": None}, {"sequence_lengths": None}):
+    rows = [row for parts in cut for row in parts]
+    expected = []
+    for text, parts in zip(texts, cut, strict=True):  # an end-of-text follows a short last row that has none
+        expected += [*text, *([END] if not ends and len(parts[-1]) < 96 else [])]
+    for without in WITHOUT:
         shards.write_padded(tmp_path / "in/a.npz", rows, 96, pad=5, **without)
         tokens, report = stream_of(tmp_path / "in/a.npz")
         assert tokens == expected
         assert report["rows"] == len(rows) and report["ended"] == sum(row[-1] == END for row in rows)
-        assert report["repeats"] == len(rows) - len(texts) and report["repeated"] == sum(map(len, rows)) - sum(
-            map(len, texts)
-        )
+        repeated = sum(map(len, rows)) - sum(map(len, texts))
+        assert (report["repeats"], report["repeated"]) == (len(rows) - len(texts), repeated)
     kept = stream_of(tmp_path / "in/a.npz", overlap=0)[0]
     assert len(kept) == sum(map(len, rows)) + sum(len(row) < 96 and row[-1] != END for row in rows)
-    out = run("prepare", tmp_path / "in", tmp_path / "out", "--workers", 1)
+    code, out, _ = here(capsys, "prepare", tmp_path / "in", tmp_path / "out")
     ended, repeats = report["ended"] / len(rows), report["repeats"] / len(rows)
     said = f"of {len(rows):,} rows {ended:.1%} ended with end-of-text, and {repeats:.1%}"
     said += f" began with the end of the row before: {report['repeated']:,}"
-    assert out.returncode == 0 and said in out.stdout, out
+    assert code == 0 and said in out
     notes = Dataset.open(config(tmp_path / "out", tmp_path, tokenized_file_pattern="a.npz")).notes
     assert len(notes) == 1 and notes[0].startswith(said)
-
-
-def windows_end(rows: list[np.ndarray], ends: list[int]) -> list[int]:
-    """What follows a text's last row: an end-of-text where it has none and is shorter than the width."""
-    return [END] if not ends and len(rows[-1]) < 96 else []
 
 
 def alike(kind: str) -> list[np.ndarray]:
@@ -325,20 +316,6 @@ def test_overlap_that_is_named_or_not_padded(tmp_path):
     assert "rows of 1 of 1 shards begin with the last 48 tokens of the row before" in note and "prepare" in note
 
 
-def test_without_shared_memory(tmp_path, monkeypatch, capsys):
-    """A machine on which no lock of a process pool can be made, against verify's own work in one process."""
-    shards.write_mapped(tmp_path, [100, 100])
-
-    def refuse(*args, **more):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
-    assert verify.verify(tmp_path, V) == 0
-    out = capsys.readouterr()
-    assert "working in one process: /dev/shm cannot be written (Read-only file system)" in out.err
-    assert "0 wrong" in out.out
-
-
 # ---- bad input
 
 
@@ -347,12 +324,6 @@ ROWS = [np.arange(1, 4), np.arange(1, 9), np.arange(1, 6)]
 
 def padded(**arrays):
     return lambda file: shards.write_padded(file, ROWS, 8, **arrays)
-
-
-def mask(row: int, *ones: int) -> np.ndarray:
-    found = (np.arange(8) < np.array([[3], [8], [5]])).astype(np.int32)
-    found[row] = [i in ones for i in range(8)]
-    return found
 
 
 def ids(value: int) -> np.ndarray:
@@ -373,30 +344,11 @@ def declared(size: int):
     return save
 
 
-def claimed_shape(file: Path):
-    """A header whose shape is larger than what was deflated after it."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("input_ids.npy", "w") as member:
-        header = {"descr": "<i4", "fortran_order": False, "shape": (10**12,)}
-        np.lib.format.write_array_header_1_0(member, header)
-        member.write(bytes(4000))
+def member(content: bytes, packing: int = zipfile.ZIP_DEFLATED):
+    return lambda file: zipfile.ZipFile(file, "w", packing).writestr("input_ids.npy", content)
 
 
-def long_header(file: Path):
-    """A header that says it is 2 GB long, in 2 MB of zeros deflated."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("input_ids.npy", b"\x93NUMPY\2\0" + (1 << 31).to_bytes(4, "little") + bytes(1 << 21))
-
-
-def flipped(file: Path):
-    shards.write_padded(file, [np.random.default_rng(0).integers(0, V, 500)] * 2, 500)
-    damaged = bytearray(file.read_bytes())
-    damaged[200] ^= 8
-    file.write_bytes(damaged)
-
-
-def cut(file: Path):
-    shards.write_padded(file, ROWS, 8)
-    file.write_bytes(file.read_bytes()[:-40])
+CLAIMS = b"\x93NUMPY\1\0v\0" + b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000,)}".ljust(117) + b"\n"
 
 
 def stored(**arrays):
@@ -404,14 +356,9 @@ def stored(**arrays):
     return lambda file: np.savez(file, **arrays)
 
 
-def changed(change):
-    """A stored shard whose bytes are others."""
-
-    def save(file: Path):
-        stored()(file)
-        file.write_bytes(change(file.read_bytes()))
-
-    return save
+def changed(change, save=None):
+    """A file whose bytes are others."""
+    return lambda file: [(save or stored())(file), file.write_bytes(change(file.read_bytes()))]
 
 
 def encrypted(content: bytes) -> bytes:
@@ -425,19 +372,15 @@ def twice(file: Path):
         archive.writestr("input_ids.npy", b"")
 
 
-def lzma(file: Path):
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive, archive.open("input_ids.npy", "w") as member:
-        np.lib.format.write_array(member, np.arange(10, dtype=np.int32))
-
-
+noise = np.random.default_rng(0).integers(0, V, 1000)
+flipped = changed(lambda content: content[:200] + bytes([content[200] ^ 8]) + content[201:],
+                  lambda file: shards.write_padded(file, [noise[:500], noise[500:]], 500))  # fmt: skip
+cut = changed(lambda content: content[:-40], padded())
 BAD = [  # no shards at all, for whoever opens them
     (stored(input_ids=np.array([1, "x", None], object)), "pickled objects"),
     (stored(input_ids=np.zeros(100, np.float32)), "dtype <f4"),
     (stored(input_ids=np.asfortranarray(np.ones((20, 30), np.int32))), "Fortran order; a shard is a 1-D stream or 2-D"),
-    (
-        stored(input_ids=np.ones((2, 3, 4), np.int32)),
-        "shape (2, 3, 4) in C order; a shard is a 1-D stream or 2-D rows in C",
-    ),
+    (stored(input_ids=np.ones((2, 3, 4), np.int32)), "shape (2, 3, 4) in C order; a shard is a 1-D stream or 2-D rows"),
     (stored(arr_0=np.ones(9, int), arr_1=np.ones(9, int)), "exactly one of input_ids and tokens"),
     (stored(input_ids=ids(1), tokens=ids(1)), "holds input_ids, tokens; a shard holds exactly one of"),
     (stored(ids=np.ones(100, np.int32)), "save it as np.savez(file, input_ids=tokens)"),
@@ -447,31 +390,31 @@ BAD = [  # no shards at all, for whoever opens them
     (changed(lambda content: content.replace(b"(5000,)", b"(9000,)")), "damaged or ends early: input_ids.npy"),
     (changed(encrypted), "encrypted"),
     (twice, "names a member twice"),
-    (lambda file: zipfile.ZipFile(file, "w").writestr("input_ids.npy", b"not numpy"), "no readable .npy header"),
+    (member(b"not numpy", zipfile.ZIP_STORED), "no readable .npy header"),
 ]
+LEFT_PADDED = np.array([[1] * 3 + [0] * 5, [0, 1, 1, 1] + [0] * 4, [1] * 5 + [0] * 3])
 BAD_SOURCES = [
     (padded(input_ids=ids(-1)), "id -1 at row 2, column 4"),
     (padded(input_ids=ids(60000)), "id 60000 at row 2, column 4; vocab_size=50257"),
     (padded(input_ids=np.ones(24, np.int32)), "one dimension, which attention_mask does not fit"),
-    (lambda file: np.savez(file, input_ids=np.ones((3, 0), np.int32)), "rows of length zero"),
+    (stored(input_ids=np.ones((3, 0), np.int32)), "rows of length zero"),
     (padded(sequence_lengths=np.array([3, 9, 5])), "row 1 has length 9; a row has 0 to 8 tokens"),
     (padded(sequence_lengths=np.array([3, 8, 0])), "row 2 has length 0 and 5 ones in attention_mask"),
     (padded(sequence_lengths=np.array([3, -1, 5])), "row 1 has length -1"),
     (padded(sequence_lengths=None, attention_mask=np.zeros((3, 8), np.int32)), "all of its 3 rows are empty"),
     (padded(input_ids=ids(-1).astype(np.int64)), "id -1 at row 2, column 4"),
     (padded(input_ids=ids(1).astype(np.uint64) + np.uint64(1 << 63)), "id 9223372036854775809 at row 0, column 0"),
-    (lambda file: np.savez(file, input_ids=np.full(9, 70000)), "id 70000 at token 0"),
+    (stored(input_ids=np.full(9, 70000)), "id 70000 at token 0"),
     (padded(sequence_lengths=np.array([3, 8])), "sequence_lengths has shape (2,) beside tokens of shape (3, 8)"),
     (padded(sequence_lengths=np.array([3, 8, 4])), "row 2 has length 4 and 5 ones in attention_mask"),
-    (padded(sequence_lengths=None, attention_mask=mask(1, 1, 2, 3)), "row 1 has length 3 and 3 ones"),  # left-padded
+    (padded(sequence_lengths=None, attention_mask=LEFT_PADDED), "row 1 has length 3 and 3 ones"),
     (padded(attention_mask=np.ones((3, 7), np.int32)), "attention_mask has shape (3, 7)"),
     (padded(sequence_lengths=np.ones(3)), "sequence_lengths.npy holds dtype <f8"),
-    (lambda file: np.savez_compressed(file, input_ids=np.zeros(10**6, np.int32)), "a ratio over 200"),
     (declared(10**9), "claims 1000000000 bytes; its shape (1000,) and int32 make 4128"),
     (declared(200), "damaged or ends early: input_ids.npy"),
-    (claimed_shape, "shape (1000000000000,) and int32 make 4000000000128"),
-    (long_header, "no readable .npy header"),
-    (lzma, "packed by method 14, not deflate"),
+    (member(CLAIMS + bytes(4000)), "shape (1000000000000,) and int32 make 4000000000128"),
+    (member(b"\x93NUMPY\2\0" + (1 << 31).to_bytes(4, "little") + bytes(1 << 21)), "no readable .npy header"),  # 2 GB
+    (member(CLAIMS, zipfile.ZIP_LZMA), "packed by method 14, not deflate"),
     (flipped, "damaged or ends early: input_ids.npy"),
     (cut, "not an .npz file or ends early"),
     (lambda file: file.write_bytes(b"123"), "not an .npz file"),
@@ -483,47 +426,48 @@ def test_bad_source(tmp_path, save, message):
     """Opening and converting a bad file against an error with its name and the reason; nothing is left of it."""
     (tmp_path / "in").mkdir()
     save(tmp_path / "in/bad.npz")
+    settings = {"vocab_size": V, "end_of_text": END}
+    uses = [lambda: prepare.convert(tmp_path / "in/bad.npz", tmp_path / "out", "bad.npz", settings)]
     if (save, message) in BAD:
+        uses.append(lambda: Shard.open(tmp_path / "in", "bad.npz"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for use in uses:
         with pytest.raises(DataError) as caught:
-            Shard.open(tmp_path / "in", "bad.npz")
+            use()
         assert message in str(caught.value) and "bad.npz" in str(caught.value) and caught.value.exit_code == 66
         assert not isinstance(caught.value, PackedShard)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError) as caught:
-        prepare.convert(tmp_path / "in/bad.npz", tmp_path / "out", "bad.npz", {"vocab_size": V, "end_of_text": END})
-    assert message in str(caught.value) and "bad.npz" in str(caught.value)
     assert content(tmp_path / "out") == {}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "memory grew by 100 MB"
 
 
-def test_one_bad_file_does_not_stop_the_others(tmp_path):
+def test_one_bad_file_does_not_stop_the_others(tmp_path, capsys):
     """A set with two bad files among good ones: both are named, exit code 66, the others are there and right."""
     expected = shards.write_seed_shards(tmp_path / "in", files=6)
     cut(tmp_path / "in/bad_1.npz")
     flipped(tmp_path / "in/bad_2.npz")
-    out = run("prepare", tmp_path / "in", tmp_path / "out")
-    assert out.returncode == 66 and "2 of 8 files failed" in out.stderr
-    assert "bad_1.npz is not an .npz" in out.stderr and "bad_2.npz is damaged" in out.stderr
+    code, _, said = here(capsys, "prepare", tmp_path / "in", tmp_path / "out")
+    assert code == 66 and "2 of 8 files failed" in said
+    assert "bad_1.npz is not an .npz" in said and "bad_2.npz is damaged" in said
     for path, stream in expected.items():
-        assert (Shard.open(tmp_path / "out", path).tokens == stream).all()
+        assert (Shard.open(tmp_path / "out", path).stream == stream).all()
     assert set(content(tmp_path / "out")) == set(expected)
 
 
 def test_usage_errors(tmp_path, capsys):
     """Wrong folders and options against messages; exit code 66 for data, 2 for the command line."""
     shards.write_seed_shards(tmp_path / "in", files=1)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a.TXT").write_text("text")
-    IN, OUT, TEXTS = tmp_path / "in", tmp_path / "out", tmp_path / "texts"
+    IN, OUT, TEXTS, EMPTY = (tmp_path / name for name in ("in", "out", "texts", "empty"))
+    EMPTY.mkdir()
+    TEXTS.mkdir()
+    (TEXTS / "a.TXT").write_text("text")
     tokenizes = "`python data.py tokenize SRC DST` makes shards of its 1 such as a.TXT"
     for arguments, code, message in (
         (("prepare", tmp_path / "nowhere", OUT), 66, "nowhere is no file and no folder"),
-        (("prepare", tmp_path / "empty", OUT), 66, "have no .npz, .npy or .bin file"),
+        (("prepare", EMPTY, OUT), 66, "have no .npz, .npy or .bin file"),
         (("prepare", TEXTS, OUT), 66, tokenizes),
         (("tokenize", IN, OUT), 66, "`python data.py prepare SRC DST` makes shards of its 1"),
         (("verify", TEXTS), 66, tokenizes),
-        (("bench", tmp_path / "empty"), 66, "have no .npz file"),
+        (("bench", EMPTY), 66, "have no .npz file"),
         (("tokenize", "gs://b/texts", OUT), 2, "gs://b/texts is in a bucket, and this reads from a disk"),
         (("verify", "gs:/b/texts"), 2, "`gcloud storage cp -r gs://BUCKET/PREFIX DEST` other files"),
         (("prepare", IN, IN), 66, "is the source"),
@@ -532,15 +476,13 @@ def test_usage_errors(tmp_path, capsys):
         (("prepare", IN), 2, "DST"),
         (("prepare", IN, OUT, "--fats"), 2, "--fats"),
         (("prepare", IN, OUT, "--workers", -1), 2, "--workers: -1 is not at least 1"),
-        (("verify", IN, "--workers", 0), 2, "--workers: 0 is not at least 1"),
         (("tokenize", IN, OUT, "--shard_tokens", 0), 2, "--shard_tokens: 0 is not"),
     ):
-        try:
-            found = data.main([str(argument) for argument in arguments])
-        except SystemExit as error:  # argparse's own
-            found = error.code
-        said = capsys.readouterr().err
+        found, _, said = here(capsys, *arguments)
         assert (found, message in said) == (code, True), said
+
+
+# ---- interruptions
 
 
 def test_disk_full(tmp_path):
@@ -553,29 +495,20 @@ def test_disk_full(tmp_path):
     assert content(tmp_path / "out") == {}
 
 
-# ---- interruptions
-
-
 def test_killed_and_restarted(tmp_path):
-    """Five SIGKILLs while 40 files are prepared, then a run to the end, against the bytes of an uninterrupted run."""
+    """Three SIGKILLs while 40 files are prepared, then a run to the end, against the bytes of an uninterrupted run."""
     expected = shards.write_seed_shards(tmp_path / "in", files=40, rows=60, width=600)
-    assert run("prepare", tmp_path / "in", tmp_path / "whole").returncode == 0
-    for kill in range(1, 6):
+    prepare.prepare(tmp_path / "in", tmp_path / "whole", V, END)
+    for kill in range(1, 4):
         command = [sys.executable, ROOT / "data.py", "prepare", tmp_path / "in", tmp_path / "out", "--workers", "2"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(content_names(tmp_path / "out")) < 6 * kill:
+        while len([*(tmp_path / "out").rglob("[!.]*.npz")]) < 10 * kill:
             assert process.poll() is None, "the run ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    out = run("prepare", tmp_path / "in", tmp_path / "out")
-    assert out.returncode == 0, out.stderr
-    assert int(out.stdout.split("(")[1].split()[0]) >= 30, out.stdout  # were there already
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    totals = prepare.prepare(tmp_path / "in", tmp_path / "out", V, END)
+    assert totals["kept"] >= 30 and content(tmp_path / "out") == content(tmp_path / "whole")
     assert set(content(tmp_path / "out")) == set(expected)
-
-
-def content_names(folder: Path) -> list[str]:
-    return [name for _, _, names in os.walk(folder) for name in names if name.endswith(".npz")]
 
 
 def test_done_and_intact_is_kept_everything_else_redone(tmp_path):
@@ -586,14 +519,11 @@ def test_done_and_intact_is_kept_everything_else_redone(tmp_path):
     whole = content(tmp_path / "out")
     again = prepare.prepare(*arguments)
     assert again["kept"] == 4 and again["documents"] == 200 and again["padding"] > 0
-    victim = tmp_path / "out" / min(whole)
-    damaged = bytearray(whole[min(whole)])
-    damaged[500] ^= 1
-    victim.write_bytes(damaged)
+    flip(tmp_path / "out" / min(whole), 500)
     assert prepare.prepare(*arguments)["kept"] == 3 and content(tmp_path / "out") == whole
     shards.write_padded(tmp_path / "in" / max(whole), ROWS, 8)
     assert prepare.prepare(*arguments)["kept"] == 3
-    assert (Shard.open(tmp_path / "out", max(whole)).tokens == shards.rows_to_stream(ROWS, 8)).all()
+    assert (Shard.open(tmp_path / "out", max(whole)).stream == shards.rows_to_stream(ROWS, 8)).all()
     assert prepare.prepare(tmp_path / "in", tmp_path / "out", 70000, END, 1)["kept"] == 0
     assert Shard.open(tmp_path / "out", max(whole)).stream.dtype == np.uint32
 
@@ -601,24 +531,14 @@ def test_done_and_intact_is_kept_everything_else_redone(tmp_path):
 # ---- training on what is not mapped
 
 
-def config(folder: Path, cache: Path, **changes) -> Config:
-    return dataclasses.replace(Config(), data_dir=str(folder), cache_dir=str(cache), sequence_length=16, **changes)
-
-
 def test_unpacked_once_and_never_again(tmp_path):
     """Two processes that open a compressed set at once: one unpacks, both see the same; later calls write nothing."""
     expected = shards.write_seed_shards(tmp_path / "in", files=5)
-    code = f"""
-import dataclasses, data
-from configs import Config
-if __name__ == "__main__":
-    cfg = Config(data_dir={str(tmp_path / "in")!r}, cache_dir={str(tmp_path / "cache")!r}, sequence_length=16)
-    dataset = data.open_dataset(cfg)
-    print(dataset.fingerprint, dataset.num_samples)
-"""
-    (tmp_path / "job.py").write_text(code)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    jobs = [subprocess.Popen([sys.executable, tmp_path / "job.py"], text=True, **pipes) for _ in range(2)]
+    keys = f"data_dir={str(tmp_path / 'in')!r}, cache_dir={str(tmp_path / 'cache')!r}, sequence_length=16"
+    code = f"import data; from configs import Config; d = data.open_dataset(Config({keys}));"
+    code += "print(d.fingerprint, d.num_samples)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    jobs = [subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) for _ in range(2)]
     outputs = [job.communicate(timeout=GUARD) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] and sum("unpacking 5 shards" in err for _, err in outputs) == 1
@@ -646,15 +566,13 @@ def test_a_cache_of_an_older_version(tmp_path):
         tokens = np.array(([1, 2, END] if "_a" in file.name else [1, 2, 3]) + [END]).tolist() * 60
         note = {key: value for key, value in read_note(file).items() if key != "rule"}
         write_shard(file, np.dtype("<u2"), [tokens], note)
-    before = Dataset.open(cfg, data.cache_folder(cfg))
-    assert [text for text in before.notes if "2 of 2 shards were unpacked by an older version" in text]
-    after = open_dataset(cfg)
-    assert after.shards[0].tokens.tolist() == [1, 2, END] * 60
+    before, after = Dataset.open(cfg, data.cache_folder(cfg)), open_dataset(cfg)
+    assert after.shards[0].stream.tolist() == [1, 2, END] * 60
     changed = data.explain_change(before.manifest, after.manifest)
     assert changed.startswith("changed 1: tokenized_cleaned_a.npz (tokens 240 -> 180, crc32")
 
 
-def test_without_a_tokenizer(tmp_path):
+def test_without_a_tokenizer(tmp_path, capsys):
     """tokenizer=none: packed shards without padding are unpacked; padded ones are refused, and the command is named."""
     (tmp_path / "a").mkdir()
     np.savez_compressed(tmp_path / "a/tokenized_cleaned_0.npz", np.arange(900) % 65)
@@ -666,30 +584,24 @@ def test_without_a_tokenizer(tmp_path):
     name = "x" * 245 + ".npz"
     (tmp_path / "c").mkdir()
     os.rename(tmp_path / "a/tokenized_cleaned_0.npz", tmp_path / "c" / name)
-    out = run("prepare", tmp_path / "c", tmp_path / "d", "--vocab_size", 65, "--end_of_text", 0, "--workers", 1)
-    assert out.returncode == 0 and " tokenizer=none vocab_size=65 " in out.stdout, out
-    assert (tmp_path / "d" / name).exists()
+    code, out, _ = here(capsys, "prepare", tmp_path / "c", tmp_path / "d", "--vocab_size", 65, "--end_of_text", 0)
+    assert code == 0 and " tokenizer=none vocab_size=65 " in out and (tmp_path / "d" / name).exists()
 
 
-# ---- verify
-
-
-def test_verify_names_what_is_wrong(tmp_path):
+def test_verify_names_what_is_wrong(tmp_path, capsys):
     """A flipped byte, a truncated file, an id of 60000 and a copy, each named; exit code 66; 0 once they are gone."""
     shards.write_mapped(tmp_path, [20000] * 6)
     files = sorted(tmp_path.rglob("*.npz"))
-    damaged = bytearray(files[0].read_bytes())
-    damaged[30000] ^= 1
-    files[0].write_bytes(damaged)
+    flip(files[0], 30000)
     os.truncate(files[1], 10000)
     tokens = np.zeros(20000)
     tokens[77] = 60000
     write_shard(files[2], np.dtype("<u2"), [tokens], {})
     files[4].write_bytes(files[3].read_bytes())
     shards.write_seed_shards(tmp_path / "packed", files=2)  # verified as they are
-    out = run("verify", tmp_path)
-    lines = {line.split()[0]: line for line in out.stdout.splitlines()}
-    assert out.returncode == 66 and "8 shards" in out.stdout and "4 wrong" in out.stdout
+    code, out, _ = here(capsys, "verify", tmp_path)
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 66 and "8 shards" in out and "4 wrong" in out
     for file, words in (
         (files[0], "Bad CRC-32"),
         (files[1], "ends early"),
@@ -697,15 +609,31 @@ def test_verify_names_what_is_wrong(tmp_path):
         (files[4], f"same content as {files[3].relative_to(tmp_path)}"),
         (files[5], "ok"),
     ):
-        assert words in lines[str(file.relative_to(tmp_path))], out.stdout
-    fast = run("verify", tmp_path, "--fast")
-    assert fast.returncode == 66 and "2 wrong" in fast.stdout  # a flipped byte and an id need reading
+        assert words in lines[str(file.relative_to(tmp_path))], out
+    code, out, _ = here(capsys, "verify", tmp_path, "--fast")
+    assert code == 66 and "2 wrong" in out  # a flipped byte and an id need reading
     for file in files[:3] + files[4:5]:
         file.unlink()
-    assert run("verify", tmp_path).returncode == 0
+    assert here(capsys, "verify", tmp_path)[0] == 0
 
 
 # ---- tokenize
+
+
+def tokens_in(folder: Path) -> list[int]:
+    return np.concatenate([Shard.open(folder, name).stream for name in sorted(content(folder))]).tolist()
+
+
+def byte_ids(documents: list[str]) -> list[int]:
+    return [token for document in documents for token in (*document.encode(), 256)]
+
+
+def drop_shards(folder: Path, kept: int) -> dict[str, bytes]:
+    """All but the first shards away, as if the run was killed there; what was there."""
+    made = content(folder)
+    for name in sorted(made)[kept:]:
+        (folder / name).unlink()
+    return made
 
 
 def write_texts(folder: Path) -> list[str]:
@@ -720,44 +648,30 @@ def write_texts(folder: Path) -> list[str]:
     return ["one whole document\n", *texts, "A title\n\nand a text"]
 
 
-FIELDS = ["body", "title", "selftext"]
-
-
-def tokens_in(folder: Path) -> list[int]:
-    return np.concatenate([Shard.open(folder, name).stream for name in sorted(content(folder))]).tolist()
-
-
 def test_tokenize(tmp_path):
     """Shards of text files against the byte encoding of each document; stopped and continued, the same bytes."""
-    expected_documents = write_texts(tmp_path / "in")
-    arguments = ("byte", Rules(FIELDS), 5000)
-    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=3)
-    encoding = find("byte").known
-    expected = [token for document in expected_documents for token in [*encoding.encode_ordinary(document), 256]]
-    names = sorted(content(tmp_path / "out"))
-    assert tokens_in(tmp_path / "out") == expected and len(names) == totals["files"] > 3
-    assert (totals["documents"], totals["tokens"]) == (len(expected_documents), len(expected))
-    assert totals["largest_id"] == 256
-    whole = content(tmp_path / "out")
-    for name in names[2:]:  # as if killed while the third was written
-        (tmp_path / "out" / name).unlink()
-    (tmp_path / "out" / f".tmp-0123456789abcdef-{names[2]}").write_bytes(b"half")
-    assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments, workers=1)["kept"] == 2
-    assert content(tmp_path / "out") == whole
-    damaged = bytearray(whole[names[1]])
-    damaged[-2000] ^= 1
-    (tmp_path / "out" / names[1]).write_bytes(damaged)
-    assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments)["kept"] == 1
-    assert content(tmp_path / "out") == whole
+    documents, rules = write_texts(tmp_path / "in"), Rules(["body", "title", "selftext"])
+
+    def again(shard_tokens: int = 5000, workers: int = 1) -> Counter:
+        return tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", rules, shard_tokens, workers)
+
+    totals, expected = again(workers=3), byte_ids(documents)
+    assert tokens_in(tmp_path / "out") == expected and len(content(tmp_path / "out")) == totals["files"] > 3
+    assert (totals["documents"], totals["tokens"], totals["largest_id"]) == (len(documents), len(expected), 256)
+    whole = drop_shards(tmp_path / "out", 2)
+    (tmp_path / "out/.tmp-0123456789abcdef-tokenized_cleaned_00002.npz").write_bytes(b"half")
+    assert again()["kept"] == 2 and content(tmp_path / "out") == whole
+    flip(tmp_path / "out/tokenized_cleaned_00001.npz", -2000)
+    assert again()["kept"] == 1 and content(tmp_path / "out") == whole
     with pytest.raises(DataError, match="made from other shard_tokens; name another folder"):
-        tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(FIELDS), 6000)
+        again(6000)
     source = tmp_path / "in/b/comments.jsonl"  # a redaction of equal size, its time put back
     before = source.stat()
     source.write_text(source.read_text().replace("number 7 ", "number X "))
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert source.stat().st_size == before.st_size
     with pytest.raises(DataError, match="made from other sources; name another folder"):
-        tokenize.tokenize(tmp_path / "in", tmp_path / "out", *arguments)
+        again()
 
 
 def test_tokenize_by_a_file(tmp_path, monkeypatch):
@@ -775,6 +689,7 @@ def test_tokenize_by_a_file(tmp_path, monkeypatch):
     content = {"model": large, "added_tokens": [{"id": 9, "content": "</s>", **special}]}
     content["pre_tokenizer"] = {"type": "Whitespace"}
     (tmp_path / "large/tokenizer.json").write_text(json.dumps(content))
+    first = "tokenized_cleaned_00000.npz"
     for name, end, dtype in (("own", 0, "uint16"), ("large", 9, "uint32")):
         known = Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
         known.no_truncation()
@@ -782,27 +697,25 @@ def test_tokenize_by_a_file(tmp_path, monkeypatch):
         known.encode_special_tokens = True
         tokenize.tokenize(tmp_path / "in", tmp_path / f"{name} out", str(tmp_path / name), Rules([]), 4000)
         assert tokens_in(tmp_path / f"{name} out") == [*known.encode(words, add_special_tokens=False).ids, end]
-        first = Shard.open(tmp_path / f"{name} out", "tokenized_cleaned_00000.npz")
-        assert first.stream.dtype == dtype and find(str(tmp_path / name)).identity == first.tokenizer[0]
-        assert first.tokenizer[1] == f"{name}/tokenizer.json"
+        shard = Shard.open(tmp_path / f"{name} out", first)
+        assert shard.stream.dtype == dtype
+        assert shard.tokenizer == (find(str(tmp_path / name)).identity, f"{name}/tokenizer.json")
     shutil.copytree(tmp_path / "own", tmp_path / "moved")
     again = tokenize.tokenize(tmp_path / "in", tmp_path / "own out", str(tmp_path / "moved"), Rules([]), 4000)
     assert again["kept"] == again["files"], "it is the same tokenizer"
     with pytest.raises(DataError, match="made from other tokenizer"):
         tokenize.tokenize(tmp_path / "in", tmp_path / "own out", "byte", Rules([]), 4000)
 
-    args = ["prepare", str(tmp_path / "large out"), str(tmp_path / "prepared")]
-    assert prepare.main([*args[1:], "--vocab_size", "80000"]) == 0
-    name = "tokenized_cleaned_00000.npz"
-    assert Shard.open(tmp_path / "prepared", name).tokenizer == Shard.open(tmp_path / "large out", name).tokenizer
+    assert prepare.main([str(tmp_path / "large out"), str(tmp_path / "prepared"), "--vocab_size", "80000"]) == 0
+    assert Shard.open(tmp_path / "prepared", first).tokenizer == Shard.open(tmp_path / "large out", first).tokenizer
     shards.write_padded(tmp_path / "bucket/a.npz", [np.arange(50)], 64)
-    for command, maker in (
-        ([], None),
-        (["--tokenizer", "byte"], None),
+    ends = ["--end_of_text", "0", "--vocab_size", "64"]
+    for more, maker in (
+        (ends, None),
+        (["--tokenizer", "byte", *ends], None),
         (["--tokenizer", "r50k_base"], ("r50k_base",) * 2),
     ):
-        ends = [] if maker else ["--end_of_text", "0", "--vocab_size", "64"]
-        assert prepare.main([str(tmp_path / "bucket"), str(tmp_path / "p"), *command, *ends]) == 0
+        assert prepare.main([str(tmp_path / "bucket"), str(tmp_path / "p"), *more]) == 0
         assert Shard.open(tmp_path / "p", "a.npz").tokenizer == maker, "what nobody named is not known"
 
 
@@ -838,8 +751,7 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
     rng = np.random.default_rng(0)
     parts = [*"word~ ~ ~\n~\n\n~it's~ 12~.~naïve~日本語~\t~\r\n~🙂~\u3000".split("~"), "x" * 40]
     words = "".join(rng.choice(parts, 20_000)) + " end\n"
-    marks = sorted(rng.integers(0, len(words), 40), reverse=True)
-    for place in marks:
+    for place in sorted(rng.integers(0, len(words), 40), reverse=True):
         words = words[:place] + "\n<|endoftext|>\n" + words[place:]
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + words.encode())
@@ -850,9 +762,7 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
     found = tokens_in(tmp_path / "out")
     assert encoding.decode(found) == encoding.decode(expected)
     assert found == expected and totals["documents"] == len(whole) and totals["files"] > 5
-    made = content(tmp_path / "out")
-    for name in sorted(made)[3:]:
-        (tmp_path / "out" / name).unlink()
+    made = drop_shards(tmp_path / "out", 3)
     assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000)["kept"] == 3
     assert content(tmp_path / "out") == made
 
@@ -878,15 +788,14 @@ def test_texts_as_people_have_them(tmp_path, name):
     data = b"\xef\xbb\xbf\n" * ("bom" in name) + data
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(packed(name, data))
-    plain = ".txt" in name.lower()
-    texts = [data.decode()] if plain else [json.loads(line)["text"] for line in lines]
-    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
-    assert totals["documents"] == len(texts)
-    assert tokens_in(tmp_path / "out") == [t for document in texts for t in [*document.encode(), 256]]
-    made = content(tmp_path / "out")
-    for path in sorted(made)[2:]:
-        (tmp_path / "out" / path).unlink()
-    tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", Rules(["text"]), 3000)
+    texts = [data.decode()] if ".txt" in name.lower() else [json.loads(line)["text"] for line in lines]
+
+    def tokenized(target: str) -> Counter:
+        return tokenize.tokenize(tmp_path / "in", tmp_path / target, "byte", Rules(["text"]), 3000)
+
+    assert tokenized("out")["documents"] == len(texts) and tokens_in(tmp_path / "out") == byte_ids(texts)
+    made = drop_shards(tmp_path / "out", 2)
+    tokenized("out")
     assert content(tmp_path / "out") == made
     broken = [(packed(name, data)[:-20], "ended before")] if readers.PACKED.get(Path(name).suffix.lower()) else []
     broken += [(packed(name, data) + b"more", "no gzip; cut it off")] if name.endswith(".gz") else []
@@ -894,7 +803,7 @@ def test_texts_as_people_have_them(tmp_path, name):
     for content_, message in broken:
         (tmp_path / "in" / name).write_bytes(content_)
         with pytest.raises(DataError, match=f"{name}.* ?{message}"):
-            tokenize.tokenize(tmp_path / "in", tmp_path / "cut", "byte", Rules(["text"]), 10**6)
+            tokenized(f"cut{len(content_)}")
 
 
 TEXTS = ["    return x\n", " \t\n", "\u3000wide\r\n\r\n", "\ufeffbom", "\x00\x1f", "plain", "[deleted] by me", "\n"]
@@ -907,15 +816,14 @@ def test_a_text_is_what_its_file_says(tmp_path, monkeypatch, capsys, tokenizer):
     shards.use_gpt2(tmp_path, monkeypatch)
     if tokenizer == "file":
         shards.own_tokenizer(tmp_path, TEXTS, 300)
-    known = find(str(tmp_path) if tokenizer == "file" else tokenizer)
+        tokenizer = str(tmp_path)
+    known = find(tokenizer)
     (tmp_path / "in").mkdir()
-    gone = ["", "[deleted]", " [removed]\n"]
-    records = [{"text": text} for text in (*TEXTS, *gone)]
+    records = [{"text": text} for text in (*TEXTS, "", "[deleted]", " [removed]\n")]
     (tmp_path / "in/a.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "in/b.json").write_text(json.dumps(records, indent=1))
     (tmp_path / "in/c.txt").write_bytes("<mark>".join(TEXTS[:1] + TEXTS[5:7]).encode())
-    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", known.name if tokenizer != "file" else str(tmp_path),
-                               Rules(["text"], "<mark>"), 10**6)  # fmt: skip
+    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", tokenizer, Rules(["text"], "<mark>"), 10**6)
     marked = [text.rstrip("\n") for text in TEXTS[:1] + TEXTS[5:7]]
     ids = tokenize.encode_documents(known, [*TEXTS, *TEXTS, *marked], Counter())
     assert tokens_in(tmp_path / "out") == [token for document in ids for token in (*document.tolist(), known.end)]
@@ -940,46 +848,35 @@ RECORDS = [
 @pytest.mark.parametrize("record,words,usual", RECORDS, ids=[words for _, words, _ in RECORDS])
 def test_records_without_text(tmp_path, capsys, record, words, usual):
     """A hole is skipped and said with its line; a line that cannot be read stops the work, or with --on_error skip too."""
-    (tmp_path / "a.jsonl").write_bytes("\n".join(['{"text": "one"}', record, HALF]).encode("latin-1"))
-    expected = [*b"one", 256, *"cut \ufffd".encode(), 256]
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_bytes("\n".join(['{"text": "one"}', record, HALF]).encode("latin-1"))
     if not usual:
         with pytest.raises(DataError) as caught:
-            tokenize.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"]), 100)
-        assert f"{tmp_path}/a.jsonl line 2: " in str(caught.value) and words in str(caught.value)
+            tokenize.tokenize(source, out, "byte", Rules(["text"]), 100)
+        assert f"{source} line 2: " in str(caught.value) and words in str(caught.value)
         assert "--on_error skip" in str(caught.value)
-    totals = tokenize.tokenize(tmp_path / "a.jsonl", tmp_path / "out", "byte", Rules(["text"], "", not usual), 100)
-    assert f"skipped {tmp_path}/a.jsonl line 2: " in (said := capsys.readouterr().err) and words in said
-    assert tokens_in(tmp_path / "out") == expected and (totals["documents"], totals["skipped"]) == (2, 1)
+    totals = tokenize.tokenize(source, out, "byte", Rules(["text"], "", not usual), 100)
+    assert f"skipped {source} line 2: " in (said := capsys.readouterr().err) and words in said
+    assert tokens_in(out) == byte_ids(["one", "cut \ufffd"]) and (totals["documents"], totals["skipped"]) == (2, 1)
 
 
-def test_tokenize_command(tmp_path):
+def test_tokenize_command(tmp_path, capsys):
     """The command on Reddit-like lines, then training's view of its shards, and its words and errors."""
     write_texts(tmp_path / "in/x")
     (tmp_path / "in/x/c.jsonl").unlink()
     (tmp_path / "in/x/notes.json").write_text("{}")
-    (tmp_path / "in/x/stories.txt").write_text("One.\n<|endoftext|>\n  Two.\n<|endoftext|>\n")
-    command = ("tokenize", tmp_path / "in", tmp_path / "out", "--tokenizer", "byte", "--fields", "body")
-    out = run(*command)
-    assert out.returncode == 0 and "1 shards (0 were there)" in out.stdout and "302 documents" in out.stdout, out.stderr
-    assert "2 empty or bad ones" in out.stdout
-    assert "train on it: python " in out.stdout and f"data_dir={tmp_path}/out " in out.stdout
-    assert f"left out, {KINDS}: x/n" in out.stderr
-    assert "note: 302 times <|endoftext|> became ordinary text; in .txt files --split '<|endoftext|>'" in out.stderr
-    stories = next((tmp_path / "in/x").glob("s*.txt"))
-    alone = run("tokenize", stories, tmp_path / "alone", "--tokenizer", "byte", "--split", "<|endoftext|>")
-    assert alone.returncode == 0 and "2 documents" in alone.stdout and "note" not in alone.stderr, alone.stderr
-    assert tokens_in(tmp_path / "alone") == [*b"One.", 256, *b"  Two.", 256]
+    (stories := tmp_path / "in/x/stories.txt").write_text("One.\n<|endoftext|>\n  Two.\n<|endoftext|>\n")
+    common = ("--tokenizer", "byte")
+    code, out, said = here(capsys, "tokenize", tmp_path / "in", tmp_path / "out", *common, "--fields", "body")
+    assert code == 0 and "1 shards (0 were there)" in out and "302 documents" in out, said
+    assert "2 empty or bad ones" in out
+    assert "train on it: python " in out and f"data_dir={tmp_path}/out " in out
+    assert f"left out, {KINDS}: x/n" in said
+    assert "note: 302 times <|endoftext|> became ordinary text; in .txt files --split '<|endoftext|>'" in said
+    code, out, said = here(capsys, "tokenize", stories, tmp_path / "alone", *common, "--split", "<|endoftext|>")
+    assert code == 0 and "2 documents" in out and "note" not in said
+    assert tokens_in(tmp_path / "alone") == byte_ids(["One.", "  Two."])
     assert Dataset.open(config(tmp_path / "out", tmp_path / "cache", vocab_size=257, tokenizer="byte")).num_samples > 9
-
-
-def tokenizing(capsys, source: Path, *more: str) -> tuple[int, str]:
-    """The command in this process; (exit code, stderr)."""
-    target = source.parent / f"{source.name} out{len(list(source.parent.iterdir()))}"
-    try:
-        code = data.main(["tokenize", str(source), str(target), "--tokenizer", "byte", *more])
-    except SystemExit as error:  # argparse's own
-        code = error.code
-    return code, capsys.readouterr().err
 
 
 LONG = '{"text": "b", "n": ' + "9" * 4301 + "}\n"
@@ -987,8 +884,11 @@ TWO = {"a.jsonl": b'{"title": "T", "selftext": "b"}\n'}
 KINDS = "no .txt, .jsonl or .json file (of lines or one array; also as .gz, .bz2, .xz or .zst)"
 PARQUET = "pandas.read_parquet('a.parquet').to_json('a.parquet.jsonl', orient='records', lines=True)"
 NOWHERE = "the mark is nowhere in them, in which backslashes are no escapes: bash has $'\\n\\n' for"
+UTF_16 = '{"text": "x"}\n'.encode("utf-16")
 WORDS = [  # files, arguments, exit code, what is said
-    ({"bad.txt": b"\xff\xfe"}, "", 66, "bad.txt byte 0: not UTF-8 text"),
+    ({"bad.txt": b"a\xff"}, "", 66, "bad.txt byte 1: not UTF-8 text"),
+    ({"a.jsonl": UTF_16}, "--on_error=skip", 66, "is UTF-16; `iconv -f UTF-16 -t UTF-8 a.jsonl > NEW`"),
+    ({"a.txt": UTF_16}, "", 66, "is UTF-16; `iconv -f UTF-16 -t UTF-8 a.txt > NEW`"),
     ({"e.jsonl": b'{"body": ""}\n\n'}, "--fields=body", 66, "hold no text: 1 documents were skipped"),
     ({"e.txt": b""}, "", 66, "hold no text"),
     ({"a.pdf": b"x"}, "", 66, f"have {KINDS}, but 1 others such as a.pdf"),
@@ -1012,14 +912,15 @@ WORDS = [  # files, arguments, exit code, what is said
 @pytest.mark.parametrize("files,arguments,code,words", WORDS, ids=range(len(WORDS)))
 def test_what_the_sources_have_not_is_said(tmp_path, capsys, files, arguments, code, words):
     """Fields, marks and kinds of files that are named or expected and not there: an error, or a word; a file alone."""
+    (tmp_path / "in").mkdir()
     for name, text in files.items():
-        (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(text)
     words_of = [word.replace("_", " ") if "fields" in word else word for word in arguments.split()]
-    found, said = tokenizing(capsys, tmp_path / "in", *words_of)
+    out = (tmp_path / "out", "--tokenizer", "byte")
+    found, _, said = here(capsys, "tokenize", tmp_path / "in", *out, *words_of)
     assert found == code and words in said and ("note:" not in said or words), said
     if len(files) == 1 and "have no" in words:
-        found, said = tokenizing(capsys, tmp_path / "in" / name)
+        found, _, said = here(capsys, "tokenize", tmp_path / "in" / name, *out)
         assert found == 66 and f"{name} is {KINDS}" in said and "subfolders" not in said, said
 
 
@@ -1032,26 +933,21 @@ def test_what_a_tokenizer_has_no_token_for_is_counted(tmp_path, capsys):
     levels = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     lost = "note: {} letters or bytes are lost: t/tokenizer.json has no token for them"
     (tmp_path / "t").mkdir()
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jsonl").write_text(json.dumps({"text": "ab 世界 cd €é"}))
-    unknown, words = (
-        model | {"vocab": vocab | {"<unk>": 9}, "unk_token": "<unk>"},
-        {"type": "WordLevel", "vocab": vocab},
-    )
-    for content, message in (
+    (source := tmp_path / "a.jsonl").write_text(json.dumps({"text": "ab 世界 cd €é"}))
+    for i, (content, message) in enumerate((
         ({"model": model}, lost.format(4)),
         ({"model": model, "pre_tokenizer": levels, "decoder": levels}, lost.format(14)),  # three blanks
-        ({"model": unknown}, "4 times the token for unknown text stands"),
-        ({"model": words | {"unk_token": "?"}}, "tokenizer.json cannot encode the text"),
-    ):
+        ({"model": model | {"vocab": vocab | {"<unk>": 9}, "unk_token": "<unk>"}}, "4 times the token for unknown text"),
+        ({"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "?"}}, "tokenizer.json cannot encode the text"),
+    )):  # fmt: skip
         (tmp_path / "t/tokenizer.json").write_text(json.dumps({"added_tokens": [end], **content}))
         find.cache_clear()
-        code, said = tokenizing(capsys, tmp_path / "in", "--tokenizer", str(tmp_path / "t"))
+        code, _, said = here(capsys, "tokenize", source, tmp_path / f"{i}", "--tokenizer", tmp_path / "t")
         assert message in said and code == 66 * ("cannot" in message), said
 
 
-def test_bench_runs(tmp_path):
+def test_bench_runs(tmp_path, capsys):
     """The bench command on a small set against the line it promises; no speed is asserted."""
     shards.write_mapped(tmp_path, [200_000] * 2)
-    out = run("bench", tmp_path, "--sequence_length", 128, "--workers", 1, "--seconds", 0.1)
-    assert out.returncode == 0 and re.fullmatch(r"[\d.]+M tok/s by 1 workers from 2 shards\n", out.stdout), out
+    code, out, _ = here(capsys, "bench", tmp_path, "--sequence_length", 128, "--workers", 1, "--seconds", 0.1)
+    assert code == 0 and re.fullmatch(r"[\d.]+M tok/s by 1 workers from 2 shards\n", out), out

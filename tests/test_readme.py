@@ -224,8 +224,6 @@ def ground(copy) -> Path:
         (copy / folder / "a.txt").write_text("Once upon a time there was a text, and it was long enough.\n" * 400)
     np.savez_compressed(copy / "SRC/a.npz", input_ids=np.arange(50000, dtype=np.int32)[None])
     np.arange(50000, dtype=np.uint16).tofile(copy / "SRC/b.bin")
-    (copy / "zeros").mkdir()
-    np.savez_compressed(copy / "zeros/a.npz", input_ids=np.zeros((1, 10**6), np.int32))
     (copy / "pickled").mkdir()
     shutil.copy(copy / "exported/first/config.json", copy / "pickled")
     torch.save(load_file(copy / "exported/first/model.safetensors"), copy / "pickled/pytorch_model.bin")
@@ -278,7 +276,6 @@ PROVOKED = [
     ),
     ("python data.py * SRC DST", "python data.py verify TEXTS", 66),
     ("python data.py prepare SRC DST", "python train.py data_dir=SRC tokenized_file_pattern=b.bin", 66),
-    ("python data.py prepare SRC DST --max_ratio *", "python data.py prepare zeros DST2", 66),
     ("python train.py configs/demo.py *", "python data.py tokenize TEXTS data/texts --tokenizer byte", 0),
     ("python -c", "python ckpt.py import pickled OUT2", 66),
 ]

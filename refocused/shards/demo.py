@@ -59,38 +59,28 @@ def make(folder: Path) -> None:
         if all(is_intact(folder, path) and f"{Shard.open(folder, path).crc32:08x}" == made[path] for path in made):
             print(f"{folder} is there and intact")
             return
-        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-        if others := sorted(there - {*made, made_file.name}):
-            why = f"is damaged and has {others[0]}, which is not the demo's"
-            raise DataError(f"{folder} {why}; move that, or name another folder")
-    begin = time.perf_counter()
+        raise DataError(f"{folder} was damaged or changed; remove it, or name another folder")
+    begin, building, made = time.perf_counter(), files.beside(folder), {}
     documents = sorted(demo_documents(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
     ends = np.cumsum([len(text) + 1 for _, text in documents])
-    cuts = [int(ends[-1] * (1 - DEMO_HELD_OUT) * i / DEMO_SHARDS) for i in range(1, DEMO_SHARDS + 1)] + [int(ends[-1])]
-    building = files.beside(folder)
+    cuts = [ends[-1] * (1 - DEMO_HELD_OUT) * i // DEMO_SHARDS for i in range(1, DEMO_SHARDS + 1)]
+    lasts = [0, *np.searchsorted(ends, cuts, "right").tolist(), len(documents)]
     try:
-        first, made = 0, {}
-        for i, cut in enumerate(cuts):
-            last = int(np.searchsorted(ends, cut, "right"))
-            chunks = [
-                np.append(np.frombuffer(text, np.uint8).astype(np.uint16), END) for _, text in documents[first:last]
-            ]
+        for i, (first, last) in enumerate(zip(lasts, lasts[1:], strict=False)):
+            texts = (np.frombuffer(text, np.uint8).astype("<u2") for _, text in documents[first:last])
             part = f"text/{i:02d}" if i < DEMO_SHARDS else "validation/00"  # sorts last, so it is held out
             path = f"{part}/tokenized_cleaned_{part.replace('/', '_')}.npz"
-            write_shard(building / path, np.dtype("<u2"), chunks, {"tokenizer": "byte"})
+            write_shard(
+                building / path, np.dtype("<u2"), (np.append(text, END) for text in texts), {"tokenizer": "byte"}
+            )
             made[path] = f"{Shard.open(building, path).crc32:08x}"
-            first = last
         files.create(building / made_file.name, json.dumps(made, indent=1).encode())
-        if folder.exists():
-            aside = folder.with_name(f"{folder.name}.before-{building.name[5:21]}")
-            files.name_once(aside, f"{folder} was damaged or changed: it is {aside.name} now")
-            os.rename(folder, aside)
         os.rename(building, folder)
         files.sync_folder(folder.parent)
     finally:
         files.remove(building)
     seconds = time.perf_counter() - begin
-    print(f"{folder}: {len(documents):,} documents, {ends[-1]:,} tokens in {len(cuts)} shards, {seconds:.1f} s")
+    print(f"{folder}: {len(documents):,} documents, {ends[-1]:,} tokens in {len(made)} shards, {seconds:.1f} s")
 
 
 def main(argv: list[str]) -> int:

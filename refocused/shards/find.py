@@ -41,13 +41,11 @@ def find_files(folder: str | Path, pattern: str = "*", but: Iterable[str | Path]
 
 
 def identity(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
+    return (status := os.stat(path)).st_dev, status.st_ino
 
 
 def refuse(error: OSError) -> None:
-    foreign = isinstance(error, PermissionError) and os.stat(error.filename).st_uid != os.geteuid()
-    if not foreign:
+    if not isinstance(error, PermissionError) or os.stat(error.filename).st_uid == os.geteuid():
         raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     print(f"left out {error.filename}, another user's: {error.strerror}", file=sys.stderr)
 
@@ -55,9 +53,9 @@ def refuse(error: OSError) -> None:
 def local_path(text: str) -> Path:
     """An argument's type: a file or folder on a disk."""
     if text.startswith("gs:/"):
-        ways = f"`{entry.here('python data.py download')} gs://BUCKET/PREFIX DEST` brings shards, and `gcloud storage cp -r "
-        ways += "gs://BUCKET/PREFIX DEST` other files"
-        raise argparse.ArgumentTypeError(f"{text} is in a bucket, and this reads from a disk; {ways}")
+        ways = f"`{entry.here('python data.py download')} gs://BUCKET/PREFIX DEST` brings shards, and `gcloud storage cp -r"
+        why = f"{text} is in a bucket, and this reads from a disk; {ways} gs://BUCKET/PREFIX DEST` other files"
+        raise argparse.ArgumentTypeError(why)
     return Path(text)
 
 

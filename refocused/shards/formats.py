@@ -14,16 +14,19 @@ from typing import IO, Any
 
 import numpy as np
 
-from refocused.entry import here
 from refocused.shards import shard
 from refocused.shards.notes import LEAST_OVERLAP, PAIRS, ROWS, overlap_of
 from refocused.shards.shard import BLOCK, INTEGERS, DataError, npy_header
 
-MAX_RATIO = 200  # of inflated to deflated size of the token array
 MASKS = ("|b1", *INTEGERS)
 RULE = 2  # by which rows become a stream: what was made by an older one is made again
 FLAT = (".bin", ".npy")
 KINDS = (".npz", *FLAT)
+BIN_DTYPES = ("uint16", "uint32", "int32", "int64")
+HEADER = 1024  # bytes: 256 int32, of which magic, version, number of tokens
+HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's and modded-nanogpt's magic numbers: GPT-2, Llama 3
+MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+FEW = 32  # tokens; fewer do not show what they are
 
 
 @contextmanager
@@ -52,10 +55,7 @@ class TokenFile:
     """A file of tokens in any of the formats, opened by its headers; its tokens are streamed block by block.
 
     The bucket's own format is `input_ids` [rows, width] padded on the right, with `sequence_lengths` [rows] or
-    `attention_mask` [rows, width] or both. Its padding is dropped. A row shorter than the width is followed by one
-    end-of-text unless it ends with it; an empty row is skipped. What a row of any 2-D array repeats of the row before is
-    dropped. Anything else (1-D, .npy, .bin) is a stream as it is. Integers of any width and byte order are narrowed once
-    all are ids. Raises DataError.
+    `attention_mask` [rows, width] or both. docs/data.md has the rules by which rows become a stream. Raises DataError.
 
     end_of_text: None where no tokenizer is known; then nothing may be padded. overlap: how many tokens a row repeats of
     the row before; None: as found.
@@ -66,12 +66,10 @@ class TokenFile:
         file: Path,
         vocab_size: int,
         end_of_text: int | None,
-        max_ratio: float = MAX_RATIO,
         bin_dtype: str | None = None,
         overlap: int | None = None,
     ):
-        self.file, self.vocab_size, self.end_of_text, self.max_ratio = file, vocab_size, end_of_text, max_ratio
-        self.overlap = overlap
+        self.file, self.vocab_size, self.end_of_text, self.overlap = file, vocab_size, end_of_text, overlap
         self.out_dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.members: dict[str, zipfile.ZipInfo] = {}  # of an .npz
         self.member: zipfile.ZipInfo | None = None  # the one of the tokens
@@ -101,17 +99,10 @@ class TokenFile:
         self.identity = zip_identity(self.members)
         member = self.member = shard.token_member(self.members, self.file)
         self.shape, self.dtype = self._header(stream, member, INTEGERS)
-        packed = max(1, min(member.compress_size, self.size))
-        if member.file_size > self.max_ratio * packed:
-            raise DataError(
-                f"{self.file}: {member.filename} claims {member.file_size} bytes out of {packed}, a ratio "
-                f"over {self.max_ratio:g}; if that is honest padding, with a larger --max_ratio: "
-                f"`{here(f'python data.py prepare SRC DST --max_ratio {2 * member.file_size // packed}')}`"
-            )
         self.padding = [name for name in shard.PADDING_ARRAYS if name in self.members]
         if self.padding and len(self.shape) == 1:
             raise DataError(f"{self.file}: {member.filename} has one dimension, which {self.padding[0]} does not fit")
-        for name in self.padding:  # bounded by the token array's shape, so their own ratio does not matter
+        for name in self.padding:
             shape, _ = self._header(stream, self.members[name], MASKS)
             if shape != (self.shape if name == "attention_mask" else self.shape[:1]):
                 raise DataError(f"{self.file}: {name} has shape {shape} beside tokens of shape {self.shape}")
@@ -149,12 +140,10 @@ class TokenFile:
             dtype = np.dtype(bin_dtype).newbyteorder("<") if bin_dtype else self._guess(head)
             count = self.size // dtype.itemsize
         self.shape, self.dtype, self.offset = shape or (count,), dtype, offset
-        count = int(np.prod(self.shape))
-        if self.size != offset + count * dtype.itemsize:
-            raise DataError(
-                f"{file} has {self.size} bytes; {count} tokens of {dtype.name} from byte {offset} on make "
-                f"{offset + count * dtype.itemsize}"
-            )
+        needed = offset + int(np.prod(self.shape)) * dtype.itemsize
+        if self.size != needed:
+            what = f"{int(np.prod(self.shape))} tokens of {dtype.name} from byte {offset} on make {needed}"
+            raise DataError(f"{file} has {self.size} bytes; {what}")
         crc = 0
         stream.seek(0)
         while block := stream.read(BLOCK):
@@ -181,35 +170,33 @@ class TokenFile:
             )
         return np.dtype(f"<u{width}")
 
-    def _blocks(self, name: str, multiple: int) -> Iterator[np.ndarray]:
-        member = self.members[name]
-        with open(self.file, "rb") as file, open_member(file, member, self.file) as stream:
-            shape, dtype = npy_header(stream, self.file, name, MASKS)
-            yield from read_blocks(stream, dtype, int(np.prod(shape)), self.file, multiple)
+    def _blocks(self, member: zipfile.ZipInfo | None, multiple: int) -> Iterator[np.ndarray]:
+        """All items of a member, or of a file that is no zip, padding too, in blocks of a multiple of so many."""
+        with open(self.file, "rb") as file:
+            if member is None:
+                file.seek(self.offset)
+                yield from read_blocks(file, self.dtype, int(np.prod(self.shape)), self.file, multiple)
+                return
+            with open_member(file, member, self.file) as stream:
+                shape, dtype = npy_header(stream, self.file, member.filename, MASKS)
+                yield from read_blocks(stream, dtype, int(np.prod(shape)), self.file, multiple)
 
-    def _items(self) -> Iterator[np.ndarray]:
-        """All items, padding too, in blocks of whole rows."""
-        if self.member is not None:
-            yield from self._blocks(self.member.filename.removesuffix(".npy"), self.width)
-        else:
-            with open(self.file, "rb") as stream:
-                stream.seek(self.offset)
-                yield from read_blocks(stream, self.dtype, int(np.prod(self.shape)), self.file, self.width)
+    def _masks(self) -> Iterator[np.ndarray]:
+        for block in self._blocks(self.members["attention_mask"], self.width):
+            yield block.reshape(-1, self.width) != 0
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per row of a 2-D array without padding, int64 [rows]."""
         if "sequence_lengths" in self.padding:
-            lengths = np.concatenate(list(self._blocks("sequence_lengths", 1))).astype(np.int64)
+            lengths = np.concatenate(list(self._blocks(self.members["sequence_lengths"], 1))).astype(np.int64)
         elif self.padding:
-            masks = self._blocks("attention_mask", self.width)
-            lengths = np.concatenate([(block.reshape(-1, self.width) != 0).sum(1) for block in masks])
+            lengths = np.concatenate([mask.sum(1) for mask in self._masks()])
         else:
             lengths = np.full(self.shape[0], self.width)
         if (bad := np.flatnonzero((lengths < 0) | (lengths > self.width))).size:
-            raise DataError(
-                f"{self.file}: row {bad[0]} has length {lengths[bad[0]]}; a row has 0 to {self.width} tokens"
-            )
+            rule = f"a row has 0 to {self.width} tokens"
+            raise DataError(f"{self.file}: row {bad[0]} has length {lengths[bad[0]]}; {rule}")
         if not lengths.any():
             raise DataError(f"{self.file}: all of its {len(lengths)} rows are empty")
         return lengths
@@ -217,8 +204,7 @@ class TokenFile:
     def _check_mask(self) -> None:
         """The mask is ones for each row's length, then zeros."""
         row = 0
-        for block in self._blocks("attention_mask", self.width):
-            mask = block.reshape(-1, self.width) != 0
+        for mask in self._masks():
             lengths = self.lengths[row : row + len(mask)]
             wrong = (mask != (np.arange(self.width) < lengths[:, None])).any(1)
             if wrong.any():
@@ -251,7 +237,7 @@ class TokenFile:
         report["largest_id"] = seen = 0
         if "attention_mask" in self.padding:
             self._check_mask()
-        for block in self._items():
+        for block in self._blocks(self.member, self.width):
             real: Any = True
             if self.padding:
                 lengths = self.lengths[seen // self.width : (seen + len(block)) // self.width]
@@ -295,12 +281,12 @@ class TokenFile:
             # a window that lies inside a shorter one adds nothing: the end is marked behind that one
             marked = (0 < lengths) & (lengths < width) & ~ended & ~((begins == lengths) & follows_short)
             filled, repeats = int(np.count_nonzero(lengths)), int(np.count_nonzero(begins))
-            found = {
-                "skipped": len(rows) - filled, "padding": block.size - int(lengths.sum()), "rows": filled,
-                "ended": int(ended.sum()), "repeats": repeats, "repeated": int(begins.sum()),
-            }  # fmt: skip
-            for key, count in found.items():
+            counts = (filled, int(ended.sum()), repeats, int(begins.sum()))
+            for key, count in zip(ROWS, counts, strict=True):
                 report[key] += count
+            report["skipped"] += len(rows) - filled
+            report["padding"] += block.size - int(lengths.sum())
+            report["documents"] += (filled - repeats) * bool(self.padding)
             if not overlap and not self.padding:
                 yield block
             else:
@@ -310,7 +296,6 @@ class TokenFile:
                     wide[marked, lengths[marked]] = self.end_of_text
                     report["largest_id"] = max(report["largest_id"], self.end_of_text)
                 yield wide[(begins[:, None] <= column) & (column < (lengths + marked)[:, None])]
-            report["documents"] += (filled - repeats) * bool(self.padding)
             before, at = rows[-1:], at + len(rows)
 
     def _find_overlap(self) -> int:
@@ -328,7 +313,7 @@ class TokenFile:
         """PAIRS of these rows, spread evenly, each with the row behind it, without their padding."""
         wanted, at = np.flatnonzero(which), 0
         wanted = wanted[np.unique(np.linspace(0, len(wanted) - 1, min(PAIRS, len(wanted)), dtype=int))]
-        for block in self._items():
+        for block in self._blocks(self.member, self.width):
             rows = block.reshape(-1, self.width)
             for i in wanted[(wanted >= at) & (wanted < at + len(rows) - 1)] - at:
                 yield rows[i, : self.lengths[at + i]], rows[i + 1, : self.lengths[at + i + 1]]
@@ -350,15 +335,6 @@ def repeated(rows: np.ndarray, lengths: np.ndarray, step: int, inner: bool) -> n
 
 def zip_identity(members: dict[str, zipfile.ZipInfo]) -> dict[str, str]:
     return {name: f"{member.CRC:08x}" for name, member in sorted(members.items())}
-
-
-# ---- .bin
-
-BIN_DTYPES = ("uint16", "uint32", "int32", "int64")
-HEADER = 1024  # bytes: 256 int32, of which magic, version, number of tokens
-HEADERS = {20240520: "<u2", 20240801: "<u4"}  # llm.c's and modded-nanogpt's magic numbers: GPT-2, Llama 3
-MEGATRON_DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-FEW = 32  # tokens; fewer do not show what they are
 
 
 def megatron_index(file: Path) -> tuple[np.dtype, int]:

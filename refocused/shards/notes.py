@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import KEYS
 from refocused.entry import here
-from refocused.shards.shard import PADDING_ARRAYS, PREPARE, Shard
+from refocused.shards.shard import PREPARE, Shard
 
 HELD_OUT_TAIL = 0.05  # of a shard that is divided
 ROWS = ("rows", "ended", "repeats", "repeated")  # in the report of a shard that was made of a 2-D array
@@ -74,12 +74,6 @@ def oddities(trained_on: Sequence[Shard], held_out: Sequence[Shard], T: int) -> 
     counts = {key: sum(n for report in reports if type(n := report.get(key)) is int) for key in ROWS}
     if text := shares(counts):
         notes.append(text)
-    made = ((shard, source) for shard in shards if isinstance(source := shard.note.get("source"), dict))
-    if old := [shard.path for shard, source in made if "rule" not in shard.note and {*source} & {*PADDING_ARRAYS}]:
-        notes.append(
-            f"{len(old)} {of_all} were unpacked by an older version, which wrote a second end-of-text where a row had one, and "
-            f"windows that overlap twice; `{way}` makes them anew: {listed(old)}"
-        )
     firsts = [shard.rows(PAIRS + 1) for shard in shards if len(shard.shape) == 2]
     if found := [n for rows in firsts if (n := overlap_of(zip(rows, rows[1:], strict=False)))]:
         notes.append(

@@ -1,24 +1,20 @@
-"""Foreign shards -> shards that are read in place; and what the commands that make shards have in common."""
+"""Foreign shards -> shards that are mapped as they are; and what the commands that make shards have in common."""
 
 import argparse
 import contextlib
 import fnmatch
 import io
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from multiprocessing.connection import wait
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +27,7 @@ from refocused import entry, files, locks
 from refocused.entry import here
 from refocused.shards import shard
 from refocused.shards.find import find_files, find_sources, local_path
-from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, MAX_RATIO, RULE, TokenFile, zip_identity
+from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, RULE, TokenFile, zip_identity
 from refocused.shards.notes import shares
 from refocused.shards.shard import BLOCK, DataError, Shard, WriteError
 from refocused.shards.tokenizers import HELP, find
@@ -39,9 +35,14 @@ from refocused.shards.tokenizers import HELP, find
 ALIGNMENT = 64  # of the first token in a file that is written here
 IN_MEMORY = 1 << 27  # bytes of tokens; a larger shard waits in a temporary file for its number of tokens
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
+WAYS = {  # what others keep text in, and one line that turns it into what is read
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz"), "tar xf {0}"), ".zip": "unzip {0}",
+    **{f".{kind}": f"python -c \"import pandas; pandas.read_{kind}('{{0}}').to_json('{{0}}.jsonl', orient='records', "
+       "lines=True)\"" for kind in ("parquet", "csv")},
+}  # fmt: skip
 
 
-# ---- writing a shard
+# ---- a shard
 
 
 def write_shard(path: Path, dtype: np.dtype, chunks: Iterable[np.ndarray], note: dict[str, Any]) -> None:
@@ -59,8 +60,8 @@ def write_shard(path: Path, dtype: np.dtype, chunks: Iterable[np.ndarray], note:
             for chunk in chunks:
                 tokens.write(np.ascontiguousarray(chunk, dtype).data)
             size = tokens.tell()
-            shape = {"descr": dtype.str, "fortran_order": False, "shape": (size // dtype.itemsize,)}
             header = io.BytesIO()  # numpy pads it to a multiple of 64 bytes
+            shape = {"descr": dtype.str, "fortran_order": False, "shape": (size // dtype.itemsize,)}
             np.lib.format.write_array_header_1_0(header, shape)
             entry = zipfile.ZipInfo("input_ids.npy", (1980, 1, 1, 0, 0, 0))
             entry.external_attr = 0o644 << 16
@@ -82,24 +83,18 @@ def write_shard(path: Path, dtype: np.dtype, chunks: Iterable[np.ndarray], note:
 
 def read_note(path: Path) -> dict[str, Any]:
     """The note of a shard that write_shard made, {} for any other file and for none."""
-    try:
-        if not path.is_file():  # a FIFO would wait for a writer
-            return {}
-        with open(path, "rb") as file:
-            return shard.zip_note(file)
-    except OSError:
-        return {}
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a FIFO would wait for a writer
+            with open(path, "rb") as file:
+                return shard.zip_note(file)
+    return {}
 
 
 def is_intact(folder: Path, path: str) -> bool:
     """Whether this is a mapped shard whose content has the checksum that its zip directory names. Reads all of it."""
-    try:
-        Shard.open(folder, path)
-        for _ in TokenFile(Path(folder, path), 1 << 32, None).read({}):
-            pass
-        return True
-    except DataError:
-        return False
+    with contextlib.suppress(DataError, OSError):
+        return Shard.open(folder, path).has_its_checksum()
+    return False
 
 
 # ---- foreign shards
@@ -119,7 +114,7 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
     paths = [path for path in everything if path.lower().endswith(KINDS)]
     if not paths:
         raise DataError(absent(named, ".npz, .npy or .bin file", everything))
-    if Path(target).resolve() == Path(source).resolve():
+    if target.resolve() == source.resolve():
         raise DataError(f"{target} is the source; mapped shards need a folder of their own")
     made: dict[str, str] = {}
     for path in paths:
@@ -130,13 +125,6 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
             if os.path.lexists(target / name) and "report" not in read_note(target / name):
                 raise DataError(f"{target / name} was not made by this command, and stays; name another folder")
         return convert_all(source, target, paths, workers, vocab_size=vocab_size, end_of_text=end_of_text, **options)
-
-
-WAYS = {  # what others keep text in, and one line that turns it into what is read
-    **dict.fromkeys((".tar", ".tar.gz", ".tgz"), "tar xf {0}"), ".zip": "unzip {0}",
-    **{f".{kind}": f"python -c \"import pandas; pandas.read_{kind}('{{0}}').to_json('{{0}}.jsonl', orient='records', "
-       "lines=True)\"" for kind in ("parquet", "csv")},
-}  # fmt: skip
 
 
 def others(paths: list[str]) -> str:
@@ -159,11 +147,28 @@ def absent(source: Path, kinds: str, paths: list[str]) -> str:
     return f"{source} and its subfolders have no {kinds}{way}"
 
 
-def convert_all(source: Path, target: Path, paths: list[str], workers: int, **settings) -> Counter:
-    """convert for these paths, the target being locked."""
+def convert_all(source: Path, target: Path, paths: list[str], workers: int, **settings: Any) -> Counter:
+    """convert for these paths by several threads, the target being locked; the summed reports."""
     files.remove_stale(target)
-    jobs = [(source / path, target, path, settings) for path in paths]
-    return run_jobs(convert, jobs, workers, f"preparing {target}")
+    totals, errors, what = Counter(dict.fromkeys(TOTALS, 0)), [], f"preparing {target}"
+    # inflating, checksums and numpy release the GIL
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(paths), desc=what, unit="file") as bar:
+        try:
+            jobs = [pool.submit(convert, source / path, target, path, settings) for path in paths]
+            for job in as_completed(jobs):
+                try:
+                    add(totals, job.result())
+                except WriteError:  # the disk is full or read-only: the others would fail alike
+                    raise
+                except DataError as error:
+                    errors.append(str(error))
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if errors:
+        raise DataError("\n".join([f"{what}: {len(errors)} of {len(paths)} files failed", *sorted(errors)]))
+    return totals
 
 
 def convert(file: Path, target: Path, path: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +176,12 @@ def convert(file: Path, target: Path, path: str, settings: dict[str, Any]) -> di
 
     settings: TokenFile's arguments; and maker, (identity, name) of the tokenizer that the shard notes, else the file's.
     """
-    settings = dict(settings)
-    maker = settings.pop("maker", None) or shard.made_with(read_note(file))
-    source, path = TokenFile(file, **settings), mapped_name(path)
-    old, note = read_note(target / path), source.note
+    maker = settings.get("maker") or shard.made_with(read_note(file))
+    source = TokenFile(file, **{key: value for key, value in settings.items() if key != "maker"})
+    path, note = mapped_name(path), source.note
     if maker:
         note |= {"tokenizer": maker[0], "tokenizer_name": maker[1]}
+    old = read_note(target / path)
     if note.items() <= old.items() and is_intact(target, path):
         return {**old["report"], "kept": 1}
     report: dict[str, Any] = {}
@@ -188,52 +193,11 @@ def mapped_name(path: str) -> str:
     return path[:-4] + ".npz" if path.lower().endswith(FLAT) else path
 
 
-def run_jobs(work: Callable[..., dict[str, Any]], jobs: list[tuple], workers: int, what: str) -> Counter:
-    """work(*job) for each job in several processes, with a bar; the summed reports, or a DataError of all errors."""
-    totals = Counter(dict.fromkeys(TOTALS, 0))
-    errors = []
-    with process_pool(workers, len(jobs)) as pool, tqdm(total=len(jobs), desc=what, unit="file") as bar:
-        for future in as_completed([pool.submit(work, *job) for job in jobs]):
-            try:
-                report = future.result()
-            except WriteError:  # the disk is full or read-only: the others would fail alike
-                pool.shutdown(cancel_futures=True)
-                raise
-            except DataError as error:
-                errors.append(str(error))
-            else:
-                add(totals, report)
-            bar.update()
-    if errors:
-        raise DataError("\n".join([f"{what}: {len(errors)} of {len(jobs)} files failed", *sorted(errors)]))
-    return totals
-
-
 def add(totals: Counter, report: dict[str, int]) -> None:
     """One more file's report."""
     largest = max(totals["largest_id"], report.get("largest_id", 0))
     totals.update({"files": 1, **report})
     totals["largest_id"] = largest
-
-
-def process_pool(workers: int, jobs: int) -> Executor:
-    context = multiprocessing.get_context("spawn")  # a fork copies other threads' locks in whatever state they are
-    try:
-        return ProcessPoolExecutor(min(workers or os.cpu_count() or 1, jobs), context, die_with_parent)
-    except OSError as error:  # its locks are files there
-        print(f"working in one process: /dev/shm cannot be written ({error.strerror})", file=sys.stderr)
-        return ThreadPoolExecutor(1)
-
-
-def die_with_parent() -> None:
-    """Otherwise a pool's worker outlives a parent that was killed, and writes on beside its successor.
-
-    A Ctrl-C, which reaches both, is the parent's to answer.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_text: int | None) -> None:
@@ -266,12 +230,12 @@ def is_unpacked(source: Path, target: Path) -> bool:
 # ---- command line
 
 
-def announce(totals: Counter, folder: Path, tokenizer: str, vocab_size: int | None, seconds: float) -> None:
-    """Print what was made, and how to train on it."""
+def announce(totals: Counter, folder: Path, tokenizer: str, vocab_size: int | None, begin: float) -> None:
+    """Print what was made since `begin`, and how to train on it."""
     print(
         f"{totals['files']} shards ({totals['kept']} were there), {totals['tokens']:,} tokens, {totals['padding']:,} "
         f"padding dropped, {totals['documents']:,} documents, {totals['skipped']:,} empty or bad ones skipped, largest "
-        f"id {totals['largest_id']}, {seconds:.1f} s"
+        f"id {totals['largest_id']}, {time.perf_counter() - begin:.1f} s"
     )
     if text := shares(totals):
         print(text)
@@ -308,9 +272,9 @@ def common_arguments(*folders: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     for folder in folders:
         parser.add_argument(folder, type=local_path)
-    parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP}; {Config.tokenizer} unless said")
-    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; the tokenizer's")
-    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="so many at once")
+    parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP}; by default {Config.tokenizer}")
+    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; by default the tokenizer's")
+    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="threads; by default one a core")
     return parser
 
 
@@ -320,8 +284,7 @@ def main(argv: list[str]) -> int:
         parents=[common_arguments("SRC", "DST")],
     )  # fmt: skip
     parser.add_argument("--bin_dtype", choices=BIN_DTYPES, help="of .bin files; by default what their content shows")
-    parser.add_argument("--end_of_text", type=int, help="id between documents; the tokenizer's")
-    parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
+    parser.add_argument("--end_of_text", type=int, help="id between documents; by default the tokenizer's")
     parser.add_argument("--overlap", type=int, help="tokens that a row repeats of the row before; by default as found")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
@@ -330,10 +293,10 @@ def main(argv: list[str]) -> int:
     vocab_size, end_of_text = args.vocab_size or known.size, known.end if args.end_of_text is None else args.end_of_text
     named = args.tokenizer and args.end_of_text is None  # what nobody named is not known
     totals = prepare(
-        args.SRC, args.DST, vocab_size, end_of_text, args.workers, max_ratio=args.max_ratio, bin_dtype=args.bin_dtype,
-        overlap=args.overlap, maker=(known.identity, known.name) if named else None,
+        args.SRC, args.DST, vocab_size, end_of_text, args.workers, bin_dtype=args.bin_dtype, overlap=args.overlap,
+        maker=(known.identity, known.name) if named else None,
     )  # fmt: skip
     if not args.tokenizer and (args.vocab_size or args.end_of_text is not None):
         tokenizer = "none"  # its ids are not those of the default
-    announce(totals, args.DST, tokenizer, vocab_size, time.perf_counter() - begin)
+    announce(totals, args.DST, tokenizer, vocab_size, begin)
     return 0

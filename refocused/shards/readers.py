@@ -74,7 +74,7 @@ def kind(file: Path, fields: list[str]) -> str:
 
 
 @contextmanager
-def opened(path: Path, start: int) -> Iterator[IO[bytes]]:
+def opened(path: Path, start: int) -> Iterator[Any]:
     """The file's (inflated) bytes from `start` on. Raises DataError."""
     suffix = path.suffix.lower()
     errors: list[type[Exception]] = [OSError, EOFError, zlib.error]
@@ -107,10 +107,15 @@ def documents(path: Path, rules: Rules, start: int = 0, line: int = 0) -> Iterat
     """The documents of a file from a piece's end and line on. Raises DataError."""
     what = kind(path, rules.fields)
     with opened(path, 0 if what == "array" else start) as stream:
+        if not start and stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{path} is UTF-16; `iconv -f UTF-16 -t UTF-8 {path.name} > NEW` makes UTF-8 of it")
         if what == "txt":
             yield from text_pieces(stream, path, rules, start, line)
         elif what == "array":
-            yield from array_elements(stream, path, rules, start, line)
+            for row, record in enumerate(whole_array(stream, path)[line:], line + 1):
+                piece = document(record, rules, f"{path} element {row}", start, row)
+                start = piece.end = start + len(piece.text) + 1
+                yield piece
         else:
             for content in stream:
                 start, line = start + len(content), line + 1
@@ -120,16 +125,12 @@ def documents(path: Path, rules: Rules, start: int = 0, line: int = 0) -> Iterat
                     yield Piece("", start, line, False)
 
 
-def array_elements(stream: IO[bytes], path: Path, rules: Rules, at: int, begin: int) -> Iterator[Piece]:
-    """The elements of a .json that is one array, all of which is in memory; the first `begin` were read before."""
+def whole_array(stream: IO[bytes], path: Path) -> list[Any]:
+    """The elements of a .json that is one array, all in memory."""
     try:
-        records = parsed(stream.read())
+        return parsed(stream.read())
     except (BadRecord, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not one whole array: {error}") from error
-    for element, record in enumerate(records[begin:], begin + 1):
-        piece = document(record, rules, f"{path} element {element}", 0, element)
-        at = piece.end = at + len(piece.text) + 1
-        yield piece
 
 
 def document(record: Any, rules: Rules, place: str, end: int, line: int) -> Piece:

@@ -1,5 +1,6 @@
 """One shard: an .npz whose token array is stored, not deflated, so that it is mapped as it is and a sample is a slice."""
 
+import contextlib
 import errno
 import io
 import json
@@ -29,11 +30,12 @@ PREPARE = "python data.py prepare SRC DST"  # what makes shards of other files
 BLOCK = 1 << 22  # bytes handled at once
 MOMENTARY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # what a network's disk may say once and not again
 PAUSES = (1.0, 3.0)  # seconds before asking it again
+CHECKING = threading.Lock()
 T = TypeVar("T")
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on: missing, damaged, of the wrong kind, or changed under our feet."""
+    """Data that cannot be trained on: missing, damaged, of the wrong kind, or changed since it was opened."""
 
     exit_code = 66
 
@@ -126,16 +128,14 @@ def persistently(call: Callable[..., T], *args: Any) -> T:
     return call(*args)
 
 
-def open_file(file: Path) -> int:
-    """A descriptor of a file whose two ends, where all headers are, could be read. Raises OSError."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for begin in (0, max(0, os.fstat(fd).st_size - 4096)):
-            os.pread(fd, 4096, begin)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+def open_file(file: Path) -> IO[bytes]:
+    """A file whose two ends, where all headers are, could be read. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(file, "rb"))
+        for begin in (0, max(0, os.fstat(stream.fileno()).st_size - 4096)):
+            os.pread(stream.fileno(), 4096, begin)
+        stack.pop_all()
+        return stream
 
 
 @dataclass
@@ -158,9 +158,6 @@ class Unmapped:
         return found
 
 
-CHECKING = threading.Lock()
-
-
 @dataclass(eq=False)
 class Shard:
     """One file with tokens stored back to back, mapped. Holds the map's file descriptor until it is garbage."""
@@ -174,74 +171,27 @@ class Shard:
     offset: int  # of the first token
     size: int  # of the file, with its time of change: a file that differs from what was opened is not read
     mtime_ns: int
-    stream: "np.ndarray | Unmapped"  # all tokens, read-only and 1-D
+    stream: np.ndarray | Unmapped  # all tokens, read-only and 1-D
 
     @classmethod
     def open(cls, folder: str | Path, path: str) -> "Shard":
         """Opens folder/path by reading headers only. Raises PackedShard, or DataError where it is no shard at all."""
         file = Path(folder, path)
         try:
-            fd = persistently(open_file, file)
+            stream = persistently(open_file, file)
         except OSError as error:
             few = "; `ulimit -n` is the limit: raise it, or make fewer and larger shards"
             hint = few if error.errno in (errno.EMFILE, errno.ENFILE) else ""
             raise DataError(f"cannot read {file}: {error.strerror}{hint}") from error
         try:
-            status = os.fstat(fd)
-            with open(fd, "rb", closefd=False) as stream:
-                shape, dtype, begin, offset, member = cls._find_tokens(stream, file, status.st_size)
+            with stream:  # the map has a descriptor of its own
+                status = os.fstat(stream.fileno())
+                shape, dtype, begin, offset, crc32 = find_tokens(stream, file, status.st_size)
                 note = zip_note(stream)
-            tokens = cls._tokens(fd, file, int(np.prod(shape)), dtype, offset)
+                tokens = map_tokens(stream.fileno(), file, int(np.prod(shape)), dtype, offset)
         except OSError as error:  # such as a header that would lie before the file's first byte
             raise DataError(f"{file} is damaged or ends early: {error}") from error
-        finally:
-            os.close(fd)  # the map has one of its own
-        size, time_ns = status.st_size, status.st_mtime_ns
-        return cls(path, file, shape, member.CRC, note, begin, offset, size, time_ns, tokens)
-
-    @staticmethod
-    def _tokens(fd: int, file: Path, count: int, dtype: np.dtype, offset: int) -> "np.ndarray | Unmapped":
-        try:
-            mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-            mapped.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 KiB for every window of 2
-        except OSError as error:
-            if error.errno in files.NO_MAP:
-                slow = "shards are read instead, which takes longer"
-                files.lack(file.parent, f"cannot map files ({files.why(error)}): {slow}")
-                return Unmapped(file, dtype, count, offset)
-            limits = "; `ulimit -n`, `ulimit -v` and the kernel's vm.max_map_count bound how many shards are open"
-            raise DataError(f"cannot map {file}: {error.strerror}{limits}") from error
-        return np.ndarray(count, dtype, mapped, offset)
-
-    @staticmethod
-    def _find_tokens(
-        stream: IO[bytes], file: Path, size: int
-    ) -> tuple[tuple[int, ...], np.dtype, int, int, zipfile.ZipInfo]:
-        if file.suffix.lower() in (".bin", ".npy"):
-            raise DataError(f"{file} is no .npz; `{here(PREPARE)}` makes shards of .bin and .npy files")
-        members = zip_members(stream, file)
-        member = token_member(members, file)
-        padding = [name for name in PADDING_ARRAYS if name in members]
-        way = f"`{here(PREPARE)}` makes shards to be read in place"
-        if member.compress_type != zipfile.ZIP_STORED or padding:
-            why = f"padded (it has {' and '.join(padding)})" if padding else "compressed"
-            raise PackedShard(f"{file} is {why}; {way}")
-        stream.seek(member.header_offset)
-        local = stream.read(30)  # the directory's own name and extra lengths may differ from the local ones
-        if len(local) < 30 or local[:4] != b"PK\3\4":
-            raise DataError(f"{file} is damaged: no local header for {member.filename}")
-        begin = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
-        stream.seek(begin)
-        shape, dtype = npy_header(stream, file, member.filename)
-        offset = stream.tell()
-        length = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if offset - begin + length != member.file_size or offset + length > size:
-            need = f"{member.filename} of shape {shape} and {dtype} needs {length} bytes at {offset}"
-            have = f"the member has {member.file_size} bytes and the file {size}"
-            raise DataError(f"{file} is damaged or ends early: {need}, {have}")
-        if dtype.str not in DTYPES:
-            raise PackedShard(f"{file} holds {dtype.name} ({dtype.str}); {way}")
-        return shape, dtype, begin, offset, member
+        return cls(path, file, shape, crc32, note, begin, offset, status.st_size, status.st_mtime_ns, tokens)
 
     @property
     def tokenizer(self) -> tuple[str, str] | None:
@@ -251,11 +201,6 @@ class Shard:
     @property
     def num_tokens(self) -> int:
         return len(self.stream)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """All tokens in the array's own shape."""
-        return self.stream[:].reshape(self.shape)
 
     def rows(self, most: int) -> np.ndarray:
         """The first rows of a 2-D array."""
@@ -272,7 +217,7 @@ class Shard:
             if (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns):
                 return
             with CHECKING:
-                if now.st_size == self.size and (now.st_mtime_ns == self.mtime_ns or self._has_its_checksum()):
+                if now.st_size == self.size and (now.st_mtime_ns == self.mtime_ns or self.has_its_checksum()):
                     self.mtime_ns = now.st_mtime_ns
                     return
         except OSError as error:
@@ -283,7 +228,8 @@ class Shard:
             f"{later:+.3f} s; put the old file back, or start a new run on the new data"
         )
 
-    def _has_its_checksum(self) -> bool:
+    def has_its_checksum(self) -> bool:
+        """Whether the whole content is what the zip directory says. Raises OSError."""
         crc, left = 0, self.offset - self.begin + self.num_tokens * self.stream.dtype.itemsize
         with open(self.file, "rb") as file:  # and not the map: the name may lead to another file by now
             file.seek(self.begin)
@@ -295,3 +241,45 @@ class Shard:
         """What identifies its content, without reading it. The path is the same in every locale."""
         path = os.fsencode(self.path).decode("utf-8", "surrogateescape")
         return {"path": path, "tokens": self.num_tokens, "dtype": self.stream.dtype.name, "crc32": f"{self.crc32:08x}"}
+
+
+def map_tokens(fd: int, file: Path, count: int, dtype: np.dtype, offset: int) -> np.ndarray | Unmapped:
+    try:
+        mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # or the kernel reads 128 KiB for every window of 2
+    except OSError as error:
+        if error.errno in files.NO_MAP:
+            slow = "shards are read instead, which takes longer"
+            files.lack(file.parent, f"cannot map files ({files.why(error)}): {slow}")
+            return Unmapped(file, dtype, count, offset)
+        limits = "; `ulimit -n`, `ulimit -v` and the kernel's vm.max_map_count bound how many shards are open"
+        raise DataError(f"cannot map {file}: {error.strerror}{limits}") from error
+    return np.ndarray(count, dtype, mapped, offset)
+
+
+def find_tokens(stream: IO[bytes], file: Path, size: int) -> tuple[tuple[int, ...], np.dtype, int, int, int]:
+    """(shape, dtype, where the .npy begins, where its tokens begin, CRC-32 of the .npy) of an .npz of `size` bytes."""
+    if file.suffix.lower() in (".bin", ".npy"):
+        raise DataError(f"{file} is no .npz; `{here(PREPARE)}` makes shards of .bin and .npy files")
+    members, way = zip_members(stream, file), f"`{here(PREPARE)}` makes shards to be read in place"
+    member = token_member(members, file)
+    padding = [name for name in PADDING_ARRAYS if name in members]
+    if member.compress_type != zipfile.ZIP_STORED or padding:
+        why = f"padded (it has {' and '.join(padding)})" if padding else "compressed"
+        raise PackedShard(f"{file} is {why}; {way}")
+    stream.seek(member.header_offset)
+    local = stream.read(30)  # the directory's own name and extra lengths may differ from the local ones
+    if len(local) < 30 or local[:4] != b"PK\3\4":
+        raise DataError(f"{file} is damaged: no local header for {member.filename}")
+    begin = member.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
+    stream.seek(begin)
+    shape, dtype = npy_header(stream, file, member.filename)
+    offset, length = stream.tell(), int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if offset - begin + length != member.file_size or offset + length > size:
+        raise DataError(
+            f"{file} is damaged or ends early: {member.filename} of shape {shape} and {dtype} needs {length} bytes at "
+            f"{offset}, the member has {member.file_size} bytes and the file {size}"
+        )
+    if dtype.str not in DTYPES:
+        raise PackedShard(f"{file} holds {dtype.name} ({dtype.str}); {way}")
+    return shape, dtype, begin, offset, member.CRC

@@ -42,14 +42,9 @@ def tokenizer_json(name: str, known: Any) -> dict[str, Any]:
         return "".join(letters[b] for b in token)
 
     old = name not in ("cl100k_base", "o200k_base")  # whose pattern is GPT-2's, or any byte by itself
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": old and name != "byte",
-    }
-    # Oniguruma takes {1,3}+ for a repetition of its own
-    pattern = {"Regex": known._pat_str.replace("{1,3}+", "{1,3}")}
+    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = old and name != "byte"
+    pattern = {"Regex": known._pat_str.replace("{1,3}+", "{1,3}")}  # Oniguruma takes {1,3}+ for a repetition of its own
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     specials = sorted(known._special_tokens.items(), key=lambda item: item[1])

@@ -49,8 +49,7 @@ def batches(files: list[Path], rules: Rules, start: Place, size: int) -> Iterato
         for piece in documents(files[i], rules, *place[1:]):
             batch.size += piece.end - batch.next[1]
             batch.next = (i, piece.end, piece.line)
-            if piece.counts:
-                batch.counts.update(piece.counts)
+            batch.counts.update(piece.counts)
             if piece.text or piece.complete:
                 batch.texts.append((piece.text, piece.complete))
             if batch.size >= size:
@@ -77,7 +76,7 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
     paths = [path for path in everything if kind(source / path, rules.fields)]
     if not paths:
         raise DataError(prepare.absent(named, readers.READ, everything))
-    if left := [path for path in everything if path not in {*paths}]:
+    if left := sorted({*everything} - {*paths}):
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         print(f"left out, no {readers.READ}: {', '.join(left[:5])}{more}{prepare.others(left)}", file=sys.stderr)
     known = find(tokenizer)
@@ -105,11 +104,11 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
             "tokenizer": known.identity, "fields": rules.fields, "split": rules.split, "shard_tokens": shard_tokens,
             "on_error": "skip" if rules.skip_errors else "stop", "rule": readers.RULE,
         }  # fmt: skip
-        totals, start = finished(target, settings)
-        report, parts, begin = Counter(dict.fromkeys(prepare.TOTALS[2:], 0)), [], start
-        cut = batches(files, rules, start, min(BATCH, shard_tokens))
+        totals, begin = finished(target, settings)
+        cut = batches(files, rules, begin, min(BATCH, shard_tokens))
+        report, parts = Counter(dict.fromkeys(prepare.TOTALS[2:], 0)), []
         inflated = any(path.lower().endswith(tuple(PACKED)) for path in paths)
-        todo = None if inflated else sum(file.stat().st_size for file in files[start[0] :]) - start[1]
+        todo = None if inflated else sum(file.stat().st_size for file in files[begin[0] :]) - begin[1]
         with tqdm(total=todo, desc=f"tokenizing {source}", unit="B", unit_scale=True) as bar:
             for batch, tokens in in_order(pool, encode, cut, 2 * threads):
                 parts.append(tokens)
@@ -117,10 +116,8 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
                 report["largest_id"] = max(report["largest_id"], int(tokens.max(initial=0)))
                 last = batch.next[0] == len(files)
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
-                    note = {**settings, "tokenizer_name": known.name}
-                    note |= {"begin": begin, "next": batch.next, "report": report}
-                    file = target / shard_name(totals["files"])
-                    prepare.write_shard(file, dtype, parts, note)
+                    note = {**settings, "tokenizer_name": known.name, "begin": begin, "next": batch.next}
+                    prepare.write_shard(target / shard_name(totals["files"]), dtype, parts, note | {"report": report})
                     prepare.add(totals, report)
                     begin, parts, report = batch.next, [], Counter(dict.fromkeys(prepare.TOTALS[2:], 0))
                 bar.update(batch.size)
@@ -165,9 +162,9 @@ def dropped(known: File, text: str) -> int:
 def say_what_was_met(totals: Counter, rules: Rules, txt: bool, tokenizer: str) -> None:
     """What the sources did not have, or had and is not as it may seem. Raises DataError where no line had a field."""
     mark, records, notes = readers.END_OF_TEXT, totals["records"], []
-    unmet = ", ".join(name for name in rules.fields if not totals[readers.FIELD.format(name)])
-    none = f"none of {records:,} lines has the field {unmet} (--fields)"
-    if records and not any(totals[readers.FIELD.format(name)] for name in rules.fields):
+    unmet = [name for name in rules.fields if not totals[readers.FIELD.format(name)]]
+    none = f"none of {records:,} lines has the field {', '.join(unmet)} (--fields)"
+    if records and unmet == rules.fields:
         raise DataError(f"{none}; name one that they have")
     if records and unmet:
         notes.append(none)
@@ -234,11 +231,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a line that cannot be read")
     parser.add_argument("--shard_tokens", type=entry.positive, default=1 << 26, help="tokens per shard, about")
     args = parser.parse_args(argv)
-    begin = time.perf_counter()
-    rules = Rules(args.fields, args.split, args.on_error == "skip")
+    begin, rules = time.perf_counter(), Rules(args.fields, args.split, args.on_error == "skip")
     tokenizer = args.tokenizer or str(Config.tokenizer)
     totals = tokenize(args.SRC, args.DST, tokenizer, rules, args.shard_tokens, args.workers)
-    prepare.announce(totals, args.DST, tokenizer, args.vocab_size, time.perf_counter() - begin)
+    prepare.announce(totals, args.DST, tokenizer, args.vocab_size, begin)
     return 0
 
 

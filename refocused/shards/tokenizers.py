@@ -1,6 +1,7 @@
 """The tokenizers: tiktoken's by their names, any other by its Hugging Face tokenizer.json; and how Transformers knows them."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -16,13 +17,9 @@ from refocused.shards.shard import DataError, Shard
 
 # {name: (id of end-of-text, number of ids)}, known without the vocabulary, which has to be fetched for all but byte
 ENCODINGS = {
-    "gpt2": (50256, 50257),
-    "byte": (256, 257),
-    "r50k_base": (50256, 50257),
-    "p50k_base": (50256, 50281),
-    "cl100k_base": (100257, 100277),
-    "o200k_base": (199999, 200019),
-}
+    "gpt2": (50256, 50257), "byte": (256, 257), "r50k_base": (50256, 50257), "p50k_base": (50256, 50281),
+    "cl100k_base": (100257, 100277), "o200k_base": (199999, 200019),
+}  # fmt: skip
 HELP = f"{', '.join(ENCODINGS)}, or a tokenizer.json, or a folder that has one"
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # what models call it, where nothing says so
@@ -34,9 +31,10 @@ MALFORMED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionErr
 
 
 class Encoding:
-    """One of tiktoken's, or "byte", which needs no download."""
+    """One of tiktoken's, or "byte", which needs no download.
 
-    # name: for a reader; identity: by which shards and checkpoints know it; end: id of end-of-text; size: of the vocabulary
+    name: for a reader; identity: by which shards and checkpoints know it; end: id of end-of-text; size: of the vocabulary
+    """
 
     def __init__(self, name: str):
         self.name = self.identity = name
@@ -101,6 +99,8 @@ class File:
             if not all(type(token) is str for token in self.vocab):
                 raise ValueError("its vocabulary has tokens that are no text")
             self.own = {**beside(file, "special_tokens_map.json"), **beside(file, SETTINGS)}
+            decoder = self.json.get("decoder")
+            self.byte_level = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
         except MALFORMED as error:
             raise ConfigError(f"{file} is no tokenizer.json: {type(error).__name__}: {error}") from error
         self.size = max(self.vocab.values()) + 1
@@ -108,15 +108,13 @@ class File:
     @cached_property
     def end(self) -> int:
         """By the settings beside it, else a model's config.json there, else a special token that is usually called so."""
-        token = text_of(self.own.get("eos_token"))
-        if token in self.vocab:
+        if (token := text_of(self.own.get("eos_token"))) in self.vocab:
             return self.vocab[token]
-        by_model: Any = None
         with contextlib.suppress(*MALFORMED):
             by_model = beside(self.file, "config.json").get("eos_token_id")
-        by_model = by_model[0] if isinstance(by_model, list) and by_model else by_model
-        if type(by_model) is int and by_model in self.vocab.values():
-            return by_model
+            by_model = by_model[0] if isinstance(by_model, list) else by_model
+            if type(by_model) is int and by_model in self.vocab.values():
+                return by_model
         if usual := [self.vocab[token] for token in ENDS if token in self.added]:
             return usual[0]
         special = ", ".join(list(self.added)[:5]) or "none"
@@ -131,7 +129,8 @@ class File:
         exported = [name for name in ENCODINGS if self.own.get(OURS) == [name, digest]]
         return exported[0] if exported else f"sha256:{digest}, end-of-text {self.end}"
 
-    def load(self) -> Any:
+    @cached_property
+    def known(self) -> Any:
         """A tokenizers.Tokenizer. Raises DataError."""
         try:
             import tokenizers
@@ -146,23 +145,14 @@ class File:
         return known
 
     @cached_property
-    def known(self) -> Any:
-        return self.load()
-
-    @cached_property
     def plain(self) -> Any:
         """One to which special tokens are ordinary text."""
-        known = self.load()
-        known.encode_special_tokens = True
-        return known
+        plain = copy.deepcopy(self.known)
+        plain.encode_special_tokens = True
+        return plain
 
     def encode(self, text: str) -> list[int]:
         return self.known.encode(text, add_special_tokens=False).ids
-
-    @property
-    def byte_level(self) -> bool:
-        decoder = self.json.get("decoder")
-        return isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
 
     def decode(self, ids: list[int]) -> str:
         return self.known.decode(ids, skip_special_tokens=False)
@@ -198,17 +188,14 @@ def find(name: str) -> Tokenizer:
     if name in ENCODINGS:
         return Encoding(name)
     path = Path(os.path.expanduser(name))
-    try:
-        candidates = [path, path / FILE, *sorted(path.glob(f"checkpoint-*/{FILE}"))[-1:]]
-        found = [candidate for candidate in candidates if candidate.is_file()]
-    except OSError:  # a name that is too long, a folder that may not be read
-        found = []
-    if not found:
-        raise ConfigError(
-            f"tokenizer={name} is none of {', '.join(ENCODINGS)}, no tokenizer.json and no folder that has one"
-            f"{nearest(name, ENCODINGS)}; each checkpoint of a run keeps a copy of the run's file"
-        )
-    return File(found[0])
+    with contextlib.suppress(OSError):  # a name that is too long, a folder that may not be read
+        for candidate in (path, path / FILE, *sorted(path.glob(f"checkpoint-*/{FILE}"))[-1:]):
+            if candidate.is_file():
+                return File(candidate)
+    raise ConfigError(
+        f"tokenizer={name} is none of {', '.join(ENCODINGS)}, no tokenizer.json and no folder that has one"
+        f"{nearest(name, ENCODINGS)}; each checkpoint of a run keeps a copy of the run's file"
+    )
 
 
 def separator(cfg: Config) -> int | None:
@@ -251,12 +238,11 @@ def check_shards(shards: list[Shard], cfg: Config) -> str | None:
     if others and not cfg.allow_change:
         identity, name = others[0].tokenizer or ("", "")
         theirs = name if identity == name else f"{name} ({identity})"
-        mine = "" if ours.identity == cfg.tokenizer else f" ({ours.identity})"
         keys = f"tokenizer={name} vocab_size={ENCODINGS[name][1]}" if name in ENCODINGS else "tokenizer= to its path"
         way = here(f"python data.py tokenize SRC DST --tokenizer {shlex.quote(cfg.tokenizer)}")
         raise DataError(
             f"{len(others)} of {len(shards)} shards of {cfg.data_dir}, such as {others[0].path}, were made with {theirs}, "
-            f"this run has tokenizer={cfg.tokenizer}{mine}, to which their ids are other text; set {keys}, "
+            f"this run has tokenizer={cfg.tokenizer}, to which their ids are other text; set {keys}, "
             f"or make them anew with `{way}`; allow_change=true trains on them all the same"
         )
     return ours.identity
@@ -288,10 +274,7 @@ def settings(end: str, max_length: int, own: dict[str, Any]) -> dict[str, Any]:
     kept = {"chat_template": own["chat_template"]} if own.get("chat_template") else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
-        **tokens,
-        "eos_token": end,
+        **tokens, "eos_token": end,
         "model_input_names": ["input_ids", "attention_mask"],  # else Transformers 4 makes token_type_ids
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        **kept,
-    }
+        "model_max_length": max_length, "clean_up_tokenization_spaces": False, **kept,
+    }  # fmt: skip

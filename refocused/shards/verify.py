@@ -2,6 +2,8 @@
 
 import argparse
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,13 @@ from tqdm import tqdm
 
 from configs import Config
 from refocused.shards.find import find_files
-from refocused.shards.formats import MAX_RATIO, TokenFile
-from refocused.shards.prepare import common_arguments, others, process_pool
+from refocused.shards.formats import TokenFile
+from refocused.shards.prepare import common_arguments, others
 from refocused.shards.shard import DTYPES, DataError, Shard
 from refocused.shards.tokenizers import find
 
 
-def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, max_ratio: float = MAX_RATIO) -> int:
+def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 1) -> int:
     """Prints a table of all shards below folder with what is wrong with them; returns 66 if anything is, else 0.
 
     Wrong: a damaged file, an id outside the vocabulary, the content of another file once more. fast: headers only.
@@ -23,16 +25,15 @@ def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, 
     paths = find_files(folder, "*.npz")
     if not paths:
         raise DataError(f"{folder} and its subfolders have no .npz file{others(find_files(folder))}")
-    with process_pool(workers, len(paths)) as pool:
-        jobs = [pool.submit(examine, folder, path, vocab_size, fast, max_ratio) for path in paths]
-        rows = [job.result() for job in tqdm(jobs, desc=f"verifying {folder}", unit="file")]
+    job = partial(examine, folder, vocab_size=vocab_size, fast=fast)
+    with ThreadPoolExecutor(workers) as pool:
+        rows = list(tqdm(pool.map(job, paths), total=len(paths), desc=f"verifying {folder}", unit="file"))
     first: dict[Any, str] = {}
-    for path, row in zip(paths, rows, strict=True):
-        if (twin := first.setdefault(row.get("content", path), path)) != path:
-            row["wrong"] = f"{Path(folder, path)} has the same content as {twin}"
     longest = max(len(path) for path in paths)
     print(f"{'shard':<{longest}}  {'tokens':>14}  {'dtype':<6}  {'max id':>6}  state")
     for path, row in zip(paths, rows, strict=True):
+        if (twin := first.setdefault(row.get("content", path), path)) != path:
+            row["wrong"] = f"{Path(folder, path)} has the same content as {twin}"
         tokens = f"{row['tokens']:,}" if "tokens" in row else "-"
         state = row.get("wrong") or ("headers ok" if fast else "ok")
         print(f"{path:<{longest}}  {tokens:>14}  {row.get('dtype', '-'):<6}  {row.get('largest_id', '-'):>6}  {state}")
@@ -41,20 +42,19 @@ def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 0, 
     return DataError.exit_code if wrong else 0
 
 
-def examine(folder: Path, path: str, vocab_size: int, fast: bool, max_ratio: float) -> dict[str, Any]:
+def examine(folder: Path, path: str, vocab_size: int, fast: bool) -> dict[str, Any]:
     """A row of verify: tokens, dtype, largest_id, content (equal for equal arrays) and wrong, as far as it got."""
     row: dict[str, Any] = {}
     try:
-        source = TokenFile(Path(folder, path), vocab_size, 0, max_ratio)
+        source = TokenFile(Path(folder, path), vocab_size, 0)
         row |= {"tokens": source.held, "dtype": source.dtype.name}
         assert source.member is not None
         row["content"] = (source.member.CRC, source.shape, source.dtype.str)
         stored = source.member.compress_type == zipfile.ZIP_STORED
         if stored and not source.padding and source.dtype.str in DTYPES:
             Shard.open(folder, path)
-        if not fast:
-            for _ in source.read(row):
-                pass
+        for _ in () if fast else source.read(row):
+            pass
     except DataError as error:
         row["wrong"] = str(error)
     return row
@@ -66,7 +66,6 @@ def main(argv: list[str]) -> int:
         parents=[common_arguments("DIR")],
     )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="headers only")
-    parser.add_argument("--max_ratio", type=float, default=MAX_RATIO, help="refuse what inflates by more")
     args = parser.parse_args(argv)
     vocab_size = args.vocab_size or find(args.tokenizer or str(Config.tokenizer)).size
-    return verify(args.DIR, vocab_size, args.fast, args.workers, args.max_ratio)
+    return verify(args.DIR, vocab_size, args.fast, args.workers)
