@@ -1,0 +1,254 @@
+"""deploy/: the files say what the exit codes mean, their keys exist, and the runs that they start are the same runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from launch import GUARD, TINY, Launch, train, until
+from shards import use_gpt2
+from test_readme import blocks
+from test_readme import copy as tree  # noqa: F401
+from test_resume import newest, steps, tensors
+from test_sync import WatchedGCS
+
+import configs
+from refocused.run import exits
+from refocused.run.environment import free_port
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+FINAL = sorted(exits.FINAL)
+AGAIN = sorted({value for key, value in vars(exits).items() if key.isupper() and isinstance(value, int)} - {0, *FINAL})
+SKY, KUBERNETES, SLURM = (ROOT / "deploy" / name for name in ("skypilot.yaml", "trainjob.yaml", "slurm.sh"))
+
+
+def keys(words: list[str]) -> None:
+    """The config file and the keys behind train.py are known and fit each other. Raises ConfigError."""
+    configs.load(words[words.index("train.py") + 1 :])
+
+
+def check_sky(text: str) -> None:
+    """What SkyPilot's own schema lets pass: unknown keys inside job_recovery, and codes that mean something else."""
+    task = yaml.safe_load(text)
+    recovery = task["resources"]["job_recovery"]
+    assert recovery.keys() == {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
+    assert recovery["recover_on_exit_codes"] == AGAIN
+    gpus = task["resources"]["accelerators"].partition(":")[2]
+    told = {"NUM_NODES": "1", "NODE_RANK": "0", "NODE_IPS": "10.0.0.1", "NUM_GPUS_PER_NODE": gpus}
+    known = {**task["envs"], **{f"SKYPILOT_{name}": value for name, value in told.items()}}
+    command = re.sub(r"\$(\w+)", lambda name: known[name[1]], task["run"].replace("\\\n", " "))
+    keys(command.split())
+
+
+def check_kubernetes(text: str) -> None:
+    runtime, job = yaml.safe_load_all(text)
+    spec = runtime["spec"]["template"]["spec"]
+    [node] = spec["replicatedJobs"]
+    one, pod = node["template"]["spec"], node["template"]["spec"]["template"]["spec"]
+    [rule] = one["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FINAL}}
+    assert one["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    [mends] = spec["failurePolicy"]["rules"]
+    assert (mends["action"], mends["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert pod["terminationGracePeriodSeconds"] == 300
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    [container] = pod["containers"]
+    assert {m["mountPath"]: volumes[m["name"]] for m in container["volumeMounts"]} == {
+        "/mnt/run": {},
+        "/dev/shm": {"medium": "Memory"},
+    }
+    trainer = job["spec"]["trainer"]
+    assert trainer["command"][:3] == ["python", "-m", "refocused.run.launch"]
+    assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    keys(trainer["command"] + trainer["args"])
+
+
+MISTAKES = """check_sky|70, 74, 75|70, 75
+check_sky|recover_on|recovers_on
+check_sky|save_seconds|save_second
+check_sky|path=$RUN|path=$RUM
+check_kubernetes|2, 65|2, 64
+check_kubernetes|65, 66|65
+check_kubernetes|action: FailJob|action: FailIndex
+check_kubernetes|FailJobSet|RestartJobSet
+check_kubernetes|Seconds: 300|Seconds: 30
+check_kubernetes|medium: Memory|medium: ''
+check_kubernetes|gpu: 8|gpu: 4
+check_kubernetes|save_seconds|save_second
+check_kubernetes|production_8gpu.py]|production8.py]"""
+
+
+@pytest.mark.parametrize("check, file", [(check_sky, SKY), (check_kubernetes, KUBERNETES)])
+def test_files_say_what_exit_codes_mean(check, file):
+    """The codes are those of exits.py, the keys those of Config; each planted mistake is found."""
+    text = file.read_text()
+    check(text)
+    for name, right, wrong in (line.split("|") for line in MISTAKES.splitlines()):
+        if name == check.__name__:
+            assert right in text
+            with pytest.raises((AssertionError, ValueError, KeyError)):
+                check(text.replace(right, wrong))
+
+
+@pytest.mark.slow
+def test_skypilot_takes_the_file():
+    """SkyPilot itself reads the task: `pip install skypilot[gcp]==0.14.1` in an environment of its own."""
+    sky = pytest.importorskip("sky")
+    task = sky.Task.from_yaml(str(SKY))
+    [resources] = task.resources
+    assert resources.use_spot and resources.job_recovery["recover_on_exit_codes"] == AGAIN
+    assert task.num_nodes == 1 and task.envs.keys() == {"BUCKET", "RUN"}
+
+
+def unknown(given, kept, path: str = "") -> list[str]:
+    """Which fields a resource's model has dropped."""
+    if isinstance(given, list):
+        return [word for i, value in enumerate(given) for word in unknown(value, kept[i], f"{path}[{i}]")]
+    if not isinstance(given, dict):
+        return []
+    return [
+        word
+        for key, value in given.items()
+        for word in (unknown(value, kept[key], f"{path}.{key}") if key in kept else [f"{path}.{key}"])
+    ]
+
+
+@pytest.mark.slow
+def test_kubeflow_takes_the_file():
+    """Trainer's own models keep every field and refuse wrong values: `pip install kubeflow-trainer-api==2.3.0`."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    documents = list(yaml.safe_load_all(KUBERNETES.read_text()))
+
+    def dropped(document: dict) -> list[str]:
+        model = getattr(models, f"TrainerV1alpha1{document['kind']}").from_dict(document)
+        return unknown(document, model.to_dict())
+
+    assert [dropped(document) for document in documents] == [[], []]
+    runtime, job = documents
+    job["spec"]["trainer"]["numNode"] = 3
+    assert dropped(job) == [".spec.trainer.numNode"]
+    one = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    one["podFailurePolicy"]["rules"][0]["onExitCodes"]["operator"] = "Is"
+    with pytest.raises(ValueError, match="operator"):
+        dropped(runtime)
+
+
+def test_pods_that_know_only_what_kubeflow_sets(shards, tmp_path):
+    """Two launchers without flags, with PET_* alone: DDP over both; one is killed, both start again: the same bits."""
+
+    def pods(port: int, *args: str) -> list[Launch]:
+        pet = {"NNODES": 2, "NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            Launch(
+                tmp_path, f"data_dir={shards}", "save_steps=10", "lr_scheduler_type=constant", "resume=latest", *args,
+                flags=(), log=tmp_path / f"pod{i}",
+                **{f"PET_{key}": str(value) for key, value in {**pet, "NODE_RANK": i}.items()},
+            )
+            for i in range(2)
+        ]  # fmt: skip
+
+    pair = pods(free_port(), "max_steps=100000")
+    pair[0].wait_for("^Step 20: ")
+    pair[1].send(signal.SIGKILL)
+    assert pair[0].process.wait(GUARD) == 70, pair[0].text
+    end = max(steps(tmp_path)) + 5
+    pair = pods(free_port(), f"max_steps={end}")
+    assert [pod.process.wait(GUARD) for pod in pair] == [0, 0], pair[0].text + pair[1].text
+    assert re.search(r"replayed (\d+) steps, \1 identical", pair[0].text), pair[0].text
+    train(tmp_path / "calm", f"data_dir={shards}", "lr_scheduler_type=constant", f"max_steps={end}", nproc=2)
+    assert steps(tmp_path) == steps(tmp_path / "calm")
+    x, y = tensors(newest(tmp_path)), tensors(newest(tmp_path / "calm"))
+    assert x.keys() == y.keys() and [name for name in x if not (x[name] == y[name]).all()] == []
+
+
+def stand_ins(folder: Path, *names: str) -> str:
+    """A PATH on which the programs of these names are those of standins.py."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).symlink_to(ROOT / "tests/standins.py")
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_slurm(shards, tmp_path):
+    """Two tasks with what SLURM sets. SIGUSR1: saved, 75, into the queue again; the next start is the same run and ends
+    with 0. A mistake ends with 2 and is not started again."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    (tmp_path / "config.py").write_text("seed = 42")
+    told = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+        "PATH": stand_ins(tmp_path / "bin", "srun", "scontrol"),
+    }
+    queue, log = tmp_path / "queue", tmp_path / "log"
+
+    def job(*args: str) -> subprocess.Popen:
+        command = [str(SLURM), "config.py", *TINY, f"data_dir={shards}", "lr_scheduler_type=constant", *args]
+        with log.open("wb") as out:
+            return subprocess.Popen(
+                [*command, "output_dir=out", "logging_dir=logs"], cwd=tmp_path, stdout=out, stderr=out,
+                env={**os.environ, **told, "MASTER_PORT": str(free_port())},
+            )  # fmt: skip
+
+    first = job("max_steps=100000")
+    until(lambda: "Step 9: " in log.read_text() or first.poll() is not None)
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+    assert first.wait(GUARD) == 75 and queue.read_text() == "requeue 7\n", log.read_text()
+    end = max(steps(tmp_path)) + 5
+    assert job(f"max_steps={end}").wait(GUARD) == 0, log.read_text()
+    assert job("max_steps=-1").wait(GUARD) == 2 and queue.read_text() == "requeue 7\n", log.read_text()
+    train(tmp_path / "calm", f"data_dir={shards}", "lr_scheduler_type=constant", f"max_steps={end}", nproc=2)
+    assert steps(tmp_path) == steps(tmp_path / "calm")
+
+
+SMALL = """from configs.demo import *
+hidden_size, num_hidden_layers, intermediate_size, sequence_length, parallel, tokenizer = 32, 2, 64, 32, "fsdp", "gpt2"
+vocab_size, max_steps, save_steps, eval_steps, logging_steps, cpu_threads = 50257, 120, 10, 60, 10, 1
+max_position_embeddings, eval_samples, logging_dir, output_dir = 64, 8, "logs/production_8gpu", "checkpoints/production_8gpu"
+data_dir = "data/tokenized"
+"""
+
+
+@pytest.mark.slow
+def test_a_week_on_spot_machines(tree, tmp_path, monkeypatch):  # noqa: F811
+    """docs/cloud.md from top to bottom: parquet in a bucket, two machines of SkyPilot, of which one is killed, two pods
+    on new disks, of which one is killed, and their restart; evaluation, export and card. Every replayed step is the same."""
+    path = stand_ins(tmp_path / "bin", "sky", "kubectl", "gcloud", "docker", "hf")
+    (tree / "configs/production_8gpu.py").write_text(SMALL)
+    for file in (SKY, KUBERNETES):
+        text = (
+            file.read_text()
+            .replace("global_batch_size=256", "global_batch_size=8")
+            .replace("shard_size=8", "shard_size=1")
+        )
+        (tree / "deploy" / file.name).write_text(text.replace("29500", str(free_port())))
+    monkeypatch.setenv("PORT", str(free_port()))
+    use_gpt2(tmp_path, monkeypatch)
+    script = (
+        "\n".join(["set -ex", *blocks("docs/cloud.md")])
+        .replace("my-bucket", "bucket")
+        .replace("gs://$BUCKET/text", "text")
+    )
+    with WatchedGCS() as server, (tmp_path / "log").open("w") as log:
+        lines = (json.dumps({"text": f"The document {i} says {i * i}. " * 30}) for i in range(600))
+        (tree / "text").mkdir()
+        (tree / "text/a.jsonl").write_text("\n".join(lines))
+        page = subprocess.Popen(
+            ["bash", "-c", script], cwd=tree, stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, "PATH": path, "STORAGE_EMULATOR_HOST": server.url},
+        )  # fmt: skip
+        for name in ("machines", "pods"):
+            until((tree / name).exists)
+            before = len(server.commits)
+            until(lambda before=before: len(server.commits) > before + 1 or page.poll() is not None)
+            assert page.poll() is None, (tmp_path / "log").read_text()
+            os.killpg(json.loads((tree / name).read_text())[1], signal.SIGKILL)
+        assert page.wait(GUARD) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert len(re.findall(r"replayed (\d+) steps, \1 identical", said)) >= 2 and "not the same run" not in said, said
