@@ -27,7 +27,13 @@ from launch import GUARD
 from safetensors.torch import load_file
 from test_gcs import free_port
 
-from configs import _others
+import bench
+import ckpt
+import configs
+import data
+from configs import _others, types_of
+from configs._others import OTHERS
+from refocused.run.generation import Options
 
 BIN = Path(sys.executable).parent
 # the demo, in seconds
@@ -45,8 +51,9 @@ LEFT_OUT = {
     r"make (lint|test)|pytest|test_golden": "the suite itself, and its storms",
     r"bench\.py step|bench\.py losses HEAD|bench\.py losses tests": "minutes of measuring",
     r"gs://(BUCKET|my-bucket|demo)": "needs a bucket: test_bucket_recipe and test_bucket_download run them on a server",
-    r"config/x\.py|convert_hf_to_gguf": "another project's command",
-    r"^pip install|setup\.sh$": "installs, from a network (test_setup.py)",
+    r"config/x\.py|convert_hf_to_gguf|launch\.py --config": "another project's command",
+    r"FILE\.py": "needs a folder that Accelerate wrote (test_export.py)",
+    r"^pip install|setup\.sh": "installs, from a network (test_setup.py), or looks at the machine (test_machine_check)",
     r"kill -TERM|--kills": "a storm of signals (test_resume.py)",
     r"fake.gcs|checkpoint_bucket_path": "a recipe: test_bucket_recipe",
     r"\.\.\.|\|verify\|": "a pattern, no command",
@@ -60,7 +67,7 @@ MEANS = {
     "DIR_OR_CHECKPOINT": "out/demo",
     "list DIR": "list out/demo",
     "bench DIR": "bench data/demo",
-    r"CONFIG\.py|configs/x\.py": "configs/demo.py",
+    r"CONFIG\.py": "configs/demo.py",
     "KEYS": "",
     "--gpus N --memory GB": "--gpus 2 --memory 24",
     r"out/trunk/checkpoint-epoch0-step20000-files9": "out/trunk/checkpoint-epoch0-step4-files0",
@@ -77,10 +84,11 @@ def commands(page: str) -> list[str]:
     """The commands of a page's blocks, with those of its text behind them."""
     joined = [re.sub(r"\\\n *", "", block) for block in blocks(page)]
     lines = [line.strip() for block in joined for line in block.splitlines()]
-    prose = re.sub(r"(?:^    .+\n)+|```.*?```", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    prose = re.sub(r"(?:^    [^\n]+\n)+|```.*?```", "", (ROOT / page).read_text(), flags=re.M | re.S)
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     lines = [re.sub(r"   +.*|  +# .*", "", line) for line in lines if PROGRAM.match(line)]
-    return [line for line in lines if not line.endswith("refocused.run.launch")]  # a name, no command
+    named = "refocused.run.launch", "ckpt.py average", "bench.py report"  # by their names alone
+    return [line for line in dict.fromkeys(lines) if not line.endswith(named)]
 
 
 def left_out(line: str) -> bool:
@@ -147,6 +155,40 @@ def test_pages_are_found():
     everything = [line for lines in found.values() for line in lines]
     assert [pattern for pattern in LEFT_OUT if not any(re.search(pattern, line) for line in everything)] == []
     assert {"make train", 'python sample.py prompt="import "', "tensorboard --logdir logs"} <= set(found["README.md"])
+
+
+def named(page: str) -> Iterator[str]:
+    """What the page names and is not there: links and their sections, files, modules, tests, commands, config keys."""
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for path, _, section in (link.partition("#") for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text)):
+        file = folder / path if path else ROOT / page
+        titles = re.findall("^#+ (.+)", file.read_text(), re.M) if section and file.exists() else []
+        anchors = {"", *(re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles)}
+        yield from [f"{path}#{section}"] * (not file.exists() or section not in anchors)
+    if page == "LOG.md":  # a log names what was
+        return
+    for path in re.findall(r"(?<![\w/.])(?:refocused|configs|tests|docs|deploy)/[\w/-]+\.\w+", text):
+        yield from [path] * (not (ROOT / path).exists() and path != "configs/mine.py")  # the reader's own
+    for module in re.findall(r"\brefocused(?:\.\w+)+", text):
+        yield from [module] * (not list(ROOT.glob(f"{module.replace('.', '/')}*")))
+    for file, name in re.findall(r"\b(test_\w+\.py)(?:::(\w+))?", text):
+        path = next(ROOT.glob(f"tests/**/{file}"), None)
+        yield from [f"{file}::{name}"] * (path is None or f"def {name}" not in path.read_text())
+    for program, words in re.findall(r"\b(ckpt|data|bench)\.py ([a-z]+(?:\|[a-z]+)*)", text):
+        known = {"ckpt": ckpt, "data": data, "bench": bench}[program].COMMANDS
+        yield from (f"{program}.py {word}" for word in words.split("|") if word not in known)
+    known = {*configs.KEYS, *types_of(Options), *(OTHERS if page == "docs/migrating.md" else ())}
+    for settings in re.findall(r"`((?:[a-z]\w*=[^`\s]*\s*)+)`", text):
+        yield from (f"{key}=" for key in re.findall(r"(\w+)=", settings) if key not in known)
+
+
+def test_pages_name_what_is_there():
+    """Nothing that a page names is missing, and a link on another page leads to each of them."""
+    pages = [*PAGES, "LOG.md"]
+    assert [f"{page}: {missing}" for page in pages for missing in named(page)] == []
+    links = {page: re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()) for page in pages}
+    led_to = {(page, os.path.relpath((ROOT / page).parent / link, ROOT)) for page in pages for link in links[page]}
+    assert [page for page in pages[1:] if not any((other, page) in led_to for other in pages if other != page)] == []
 
 
 def test_five_minutes(copy):
