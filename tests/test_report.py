@@ -98,8 +98,8 @@ def test_bins_keep_the_mean_and_the_range():
     assert len(points) == 500 and points[0][2:] == (0.0, 20.0) and points[-1][3] == 9999.0
 
 
-def test_picture_and_page_of_a_resumed_run(shards, tmp_path):
-    """A real run, stopped and resumed, beside a written one: marks as the run made them, one PNG, one page with it inside."""
+def test_picture_and_figures_of_a_resumed_run(shards, tmp_path, capsys):
+    """A real run, stopped and resumed, beside a written one: marks as the run made them, one PNG, the figures of both."""
     pytest.importorskip("matplotlib")
     args = [f"data_dir={shards}", "eval_steps=4", "save_steps=3", "resume=latest", "sample_tokens=0"]
     train(tmp_path / "a", *args, "max_steps=7", "warmup_steps=0", "lr_scheduler_type=constant")
@@ -111,11 +111,12 @@ def test_picture_and_page_of_a_resumed_run(shards, tmp_path):
     assert run.marks["checkpoint"] == [3, 6, 7, 9, 10] and run.marks["resume"] == [7] and 8 in run.eval_loss
     out = tmp_path / "out"
     assert report.main([*map(str, logs), f"out={out}"]) == 0
-    page = (out / "report.html").read_text()
-    assert (out / "report.png").read_bytes().startswith(PNG) and "data:image/png;base64," in page
-    assert re.search(r"<th>resumes</th><td>1 \(step 7\)</td><td>0</td>", page)
-    assert not re.search(r'(src|href)="(?!data:)', page)
-    assert "became training" in page and "<th>data_dir</th>" not in page
+    assert (out / "report.png").read_bytes().startswith(PNG)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"a/logs\n  steps: 1 to 10\n(  .*\n)+  resume: 1 \(step 7\)\n(  .*\n)*b/logs\n  steps: 1 to 2\n", said
+    )
+    assert "became training" in said
 
 
 def test_configs_are_compared(tmp_path):
@@ -123,9 +124,8 @@ def test_configs_are_compared(tmp_path):
     configs = [{"learning_rate": 1e-3, "seed": seed, "output_dir": str(seed)} for seed in (1, 2)]
     begins = [{"event": "start", "step": 0, **more} for more in ({"config": configs[0]}, {"config": configs[1]}, {})]
     runs = [report.read(write(tmp_path / str(i), [begin, step(1)])) for i, begin in enumerate(begins)]
-    page = report.page(runs, PNG, 0.0)
-    assert "<th>seed</th><td>1</td><td>2</td><td>-</td>" in page
-    assert "learning_rate" not in page and "output_dir" not in page
+    report.label(runs)
+    assert report.differences(runs) == ["seed: 1 (0), 2 (1)"]
 
 
 def test_what_a_user_can_get_wrong(tmp_path, capsys):
@@ -141,14 +141,13 @@ def test_what_a_user_can_get_wrong(tmp_path, capsys):
 
 
 def test_somebodys_file_stays(tmp_path, capsys):
-    """A report.html that no report was, in the folder that takes it: exit 2, as it was, and no picture beside it; a
-    report's own is replaced."""
+    """A report.png of somebody in the folder that takes one: exit 2, and it is as it was; a report's own is replaced."""
     pytest.importorskip("matplotlib")
     folder = write(tmp_path / "run", [step(1), step(2)])
-    mine = folder / "report.html"
-    mine.write_text("<h1>mine</h1>")
+    mine = folder / "report.png"
+    mine.write_bytes(PNG + b"mine")
     assert bench.main(["report", str(folder)]) == 2 and f"{mine} was not written by" in capsys.readouterr().err
-    assert mine.read_text() == "<h1>mine</h1>" and not (folder / "report.png").exists()
+    assert mine.read_bytes() == PNG + b"mine"
     mine.unlink()
     for _ in range(2):
         assert bench.main(["report", str(folder)]) == 0

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +59,12 @@ def ours(cfg: Config, gate: Gate) -> None:
     train.train(cfg, {}, processes.start(cfg), Dataset.open(cfg), StopSignal(), gate.tick)
 
 
-class Windows(torch.utils.data.Dataset):
-    """Windows of T + 1 tokens of the benchmark's shard, in memory."""
-
-    def __init__(self, cfg: Config):
-        with np.load(next(Path(cfg.data_dir).glob("*.npz"))) as shard:
-            self.tokens = shard["input_ids"].astype(np.int64)
-        self.length = cfg.sequence_length
-
-    def __len__(self):
-        return (len(self.tokens) - 1) // self.length
-
-    def __getitem__(self, i):
-        return torch.from_numpy(self.tokens[i * self.length : (i + 1) * self.length + 1])
+def read_windows(cfg: Config) -> torch.Tensor:
+    """The benchmark's shard in memory, as windows of T + 1 tokens."""
+    with np.load(next(Path(cfg.data_dir).glob("*.npz"))) as shard:
+        return torch.from_numpy(shard["input_ids"].astype(np.int64)).unfold(
+            0, cfg.sequence_length + 1, cfg.sequence_length
+        )
 
 
 def seed(cfg: Config, gate: Gate) -> None:
@@ -90,12 +82,16 @@ def seed(cfg: Config, gate: Gate) -> None:
     model = torch.compile(model) if cfg.compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, cfg.warmup_steps, cfg.max_steps)
-    loader = torch.utils.data.DataLoader(
-        Windows(cfg), cfg.per_device_train_batch_size, shuffle=True, num_workers=2, drop_last=True
+    loader: Any = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(read_windows(cfg)),
+        cfg.per_device_train_batch_size,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
     )
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     model.train()
-    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    for [batch] in itertools.chain.from_iterable(itertools.repeat(loader)):
         with accelerator.accumulate(model):
             ids = batch[:, :-1].contiguous()
             accelerator.backward(model(input_ids=ids, labels=ids).loss)
@@ -108,40 +104,31 @@ def seed(cfg: Config, gate: Gate) -> None:
             gate.tick()
 
 
-class GPT2Block(nn.Module):
-    def __init__(self, cfg):
-        super().__init__()
-        C = cfg.hidden_size
-        self.heads = cfg.num_attention_heads
-        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.up, self.down = nn.Linear(C, cfg.intermediate_size), nn.Linear(cfg.intermediate_size, C)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.ln1(x)).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.ln2(x))))
-
-
 class GPT2(nn.Module):
     """GPT-2's shape with GPT-NeoX's matrix sizes: learned positions, sequential residual, an untied head."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.positions = nn.Embedding(cfg.sequence_length, cfg.hidden_size)
-        self.blocks = nn.ModuleList(GPT2Block(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = nn.LayerNorm(cfg.hidden_size)
-        self.head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        C, inner, self.heads = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
+        self.tokens, self.positions = nn.Embedding(cfg.vocab_size, C), nn.Embedding(cfg.sequence_length, C)
+        linears = {"qkv": (C, 3 * C), "proj": (C, C), "up": (C, inner), "down": (inner, C)}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in linears.items()})
+            for _ in range(cfg.num_hidden_layers)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(2 * cfg.num_hidden_layers + 1))
+        self.head = nn.Linear(C, cfg.vocab_size, bias=False)
         self.apply(lambda m: nn.init.normal_(m.weight, std=0.02) if isinstance(m, nn.Linear | nn.Embedding) else None)
 
     def forward(self, idx, targets):
-        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))
-        for block in self.blocks:
-            x = block(x)
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            heads = block["qkv"](self.norms[2 * i](x)).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in heads)  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["proj"](y.transpose(1, 2).flatten(2))
+            x = x + block["down"](F.gelu(block["up"](self.norms[2 * i + 1](x))))
+        return F.cross_entropy(self.head(self.norms[-1](x)).flatten(0, 1), targets.flatten())
 
 
 def nanogpt(cfg: Config, gate: Gate) -> None:
@@ -151,15 +138,14 @@ def nanogpt(cfg: Config, gate: Gate) -> None:
     model = GPT2(cfg).to(where)
     compiled = torch.compile(model) if cfg.compile_model else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
-    tokens, T = torch.from_numpy(Windows(cfg).tokens), cfg.sequence_length
-    accumulation = cfg.gradient_accumulation_steps
+    windows, accumulation = read_windows(cfg), cfg.gradient_accumulation_steps
     dtype = devices.DTYPES[cfg.mixed_precision]
     while True:
         for _ in range(accumulation):
-            starts = torch.randint(len(tokens) - T - 1, (cfg.per_device_train_batch_size,))
-            windows = torch.stack([tokens[i : i + T + 1] for i in starts]).to(where, non_blocking=True)
+            chosen = torch.randint(len(windows), (cfg.per_device_train_batch_size,))
+            batch = windows[chosen].to(where, non_blocking=True)
             with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
-                loss = compiled(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()) / accumulation
+                loss = compiled(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) / accumulation
             loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
         optimizer.step()
@@ -200,13 +186,10 @@ def floor(cfg: Config, gate: Gate) -> None:
             gate.tick()
 
 
-CONTENDERS: dict[str, Callable[[Config, Gate], None]] = dict(ours=ours, seed=seed, nanogpt=nanogpt, floor=floor)
-
-
 def main(argv: list[str]) -> None:
     """`peers.py NAME CONFIG.py [key=value ...]`: one contender, told by bench.py over its standard input."""
     gate = Gate()
-    CONTENDERS[argv[0]](configs.load(argv[1:])[0], gate)
+    {"ours": ours, "seed": seed, "nanogpt": nanogpt, "floor": floor}[argv[0]](configs.load(argv[1:])[0], gate)
 
 
 if __name__ == "__main__":

@@ -97,20 +97,6 @@ def time_table(cfg: Config, world: int, price: float | None, chosen: gpus.GPU | 
     return table("|GPU|GB|fits|s per step|tokens/s|MFU|hours|$ per GPU-hour|cost, $", rows)
 
 
-def wish(cfg: Config, world: int, steps_per_second: float, *links: Any) -> str:
-    """What a wished-for speed asks of each GPU, as a multiple of its peak and of what is predicted for it."""
-    tokens, verdicts = tokens_per_step(cfg, world), []
-    need = steps_per_second * tokens * neox.flops_per_token(cfg) / world
-    for name, gpu in GPUS.items():
-        share, seconds = need / gpu.peak, speed.step(cfg, world, Machine.of(name, gpu, *links)).seconds
-        asked = f"{share:.1f} times its peak" if share > 1 else f"MFU {share:.0%}"
-        verdicts.append(f"{name}: {asked}, {steps_per_second * seconds:.1f} times what is predicted")
-    return (
-        f"{steps_per_second:g} steps/s of {tokens:,} tokens on {world} GPUs need {need / 1e12:,.0f} TFLOP/s "
-        f"of each; " + "; ".join(verdicts)
-    )
-
-
 def checkpoints(cfg: Config) -> str:
     """Bytes of one checkpoint and of all that are kept or written."""
     size = optim.checkpoint_bytes(cfg)
@@ -168,21 +154,8 @@ def bottleneck(result: search.Result, world: int) -> str:
     return text
 
 
-def missing(result: search.Result, world: int, node: int) -> str:
-    """What would make a layout fit, where none does."""
-    if not (f := result.starved):
-        return "more GPUs, or larger ones"
-    host = math.ceil(f.host * min(world, node) / GIB)
-    return f"{layout(f.cfg, world)} would, with --host-memory {host}; or more GPUs, or larger ones"
-
-
-def affordable(
-    cfg: Config, world: int, seconds: float, price: float | None, budget: float | None, limit: float | None
-) -> str:
-    """What can be trained for so many dollars, or within so many hours."""
-    limits = [(f"${budget:g}", budget / price / world)] if budget and price else []
-    limits += [(f"{limit:g} h", limit)] if limit else []
-    name, hours = min(limits, key=lambda pair: pair[1])
+def affordable(cfg: Config, world: int, seconds: float, name: str, hours: float) -> str:
+    """What a step of so many seconds can train in so many hours."""
     steps = int(hours * 3600 / seconds)
     tokens = steps * tokens_per_step(cfg, world)
     return (
@@ -192,7 +165,7 @@ def affordable(
     )
 
 
-def hours(text: str) -> float:
+def hours_in(text: str) -> float:
     """An argument's type: 48h, 2d or 90m as hours."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd]?)", text)
     if not match or not float(match[1]):
@@ -204,19 +177,18 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="bench.py plan", description="Memory, time and cost, before they are paid.")
     add = found.add_argument
     add("config", help="a config file, e.g. configs/production.py")
-    add("--gpus", type=positive, help="default: the config's num_processes")
+    add("--gpus", type=positive, help="how many (default: the config's num_processes)")
     add("--gpu", help=f"one of {', '.join(GPUS)}")
-    add("--per-node", type=positive, default=8, help="GPUs of a node, where there are more")
-    add("--memory", type=positive_number, help="GB of each GPU, as sold; default: the smallest known kind that it fits")
-    add("--host-memory", type=positive_number, default=64, help="GiB of a node, for cpu_offload")
+    add("--per-node", type=positive, default=8, help="GPUs of a node (default: %(default)s)")
+    add("--memory", type=positive_number, help="GB of each GPU, as sold (default: the smallest GPU that fits)")
+    add("--host-memory", type=positive_number, default=64, help="GiB of a node, for cpu_offload (default: %(default)s)")
     add("--link", type=positive_number, help="GB/s that a GPU sends within a node, instead of the table's")
     add("--network", type=positive_number, help="GB/s that a node sends, instead of the table's")
     add("--price", type=positive_number, help="$ per GPU and hour, instead of the table's")
-    add("--search", action="store_true", help="the fastest layouts of the same step that fit")
-    add("--budget", type=positive_number, help="$: what the fastest layout trains for that")
-    add("--deadline", type=hours, help="as 48h: what the fastest layout trains in that time")
+    add("--search", action="store_true", help="list the fastest layouts of the same step that fit")
+    add("--budget", type=positive_number, help="$: how much the fastest layout trains for that")
+    add("--deadline", type=hours_in, help="48h, 2d or 90m: how much the fastest layout trains in that time")
     add("--calibrate", action="store_true", help="measure this machine first and plan for it")
-    add("--steps-per-second", type=positive_number, help="a wished-for speed to hold against the hardware")
     return found
 
 
@@ -283,8 +255,6 @@ def main(argv: list[str]) -> int:
     lines += [f"saves     {checkpoints(cfg)}"]
     sent = speed.step(cfg, world, Machine("", 1, 1)).sent
     lines += [f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step"]
-    if options.steps_per_second:
-        lines += [f"wish      {wish(cfg, world, options.steps_per_second, *links)}"]
     plan = words.fitted("\n".join(lines), WIDTH + 1)
     print(f"\n{plan}\n\n{memory_table(cfg, world)}\n")
     say(
@@ -299,18 +269,21 @@ def main(argv: list[str]) -> int:
         say(f"measured here: {rates}. Seconds of a step: " + ", ".join(f"{k} {v:.3g}" for k, v in shares(step).items()))
     else:
         print(time_table(cfg, world, options.price, gpu, *links) + "\n")
+        apart = " Documents apart: flash attention, all pairs counted." * cfg.mask_documents
         say(
             f"By the formulas of refocused/run/speed.py: products at {speed.REACHED:.0%} of the best measured rate, or of "
             f"{speed.CEILING:.0%} of the dense bf16 peak; links as in refocused/run/gpus.py; prices "
-            f"{'given' if options.price else 'assumed'}."
-            + " Documents apart: flash attention, all pairs counted."
-            * cfg.mask_documents
+            f"{'given' if options.price else 'assumed'}.{apart}"
         )
     if not machine or not searching:
         return 0
     result = search.search(cfg, world, machine, usable * GIB, options.host_memory * GIB)
     if not result.fastest:
-        say(f"none of {result.looked} layouts fits {usable:.1f} GiB: {missing(result, world, node)}")
+        way = "more GPUs, or larger ones"
+        if f := result.starved:
+            host = math.ceil(f.host * min(world, node) / GIB)
+            way = f"{layout(f.cfg, world)} would, with --host-memory {host}; or {way}"
+        say(f"none of {result.looked} layouts fits {usable:.1f} GiB: {way}")
         return 0
     print(f"\nthe fastest of {result.looked} layouts of the same step that fit {usable:.1f} GiB:\n")
     print(fastest_table(result, cfg, world, machine, price) + "\n")
@@ -318,7 +291,10 @@ def main(argv: list[str]) -> int:
     print()
     for i, fast in enumerate(result.fastest, 1):
         print(f"{i}: {command(options.config, options.settings, original, fast.cfg, world, node)}")
-    if options.budget or options.deadline:
-        best = result.fastest[0]
-        say(affordable(best.cfg, world, best.step.seconds, price, options.budget, options.deadline))
+    limits = [(options.deadline, f"{options.deadline:g} h")] if options.deadline else []
+    if options.budget and price:
+        limits.append((options.budget / price / world, f"${options.budget:g}"))
+    if limits:
+        hours, name = min(limits)
+        say(affordable(cfg, world, result.fastest[0].step.seconds, name, hours))
     return 0

@@ -1,14 +1,12 @@
-"""Pictures of one or several runs, from the trace.jsonl in their logging_dir: report.png and report.html.
+"""Runs in a picture and in figures, from the trace.jsonl in their logging_dir: report.png, and lines on the screen.
 
     python bench.py report LOGDIR [LOGDIR ...] [out=FOLDER] [--price DOLLARS]
 
-The panels follow the branch that the last run was on. A table gives what the time of all runs went to, with a price also
+The panels follow the branch that the last run was on. The lines give what the time of all runs went to, with a price also
 in dollars, and the keys in which the configs differ.
 """
 
 import argparse
-import base64
-import html
 import io
 import math
 import os
@@ -39,7 +37,7 @@ MARKS = {  # kind: its name in the legend, its shape, and at which height of eac
     "bad": ("not finite", "x", 0.97),
     "skip": ("skipped", "v", 0.97),
 }
-WRITER = "bench.py report"  # stands near the beginning of both files: others of these names are somebody's
+WRITER = "bench.py report"  # stands near the beginning of its picture: another report.png is somebody's
 PLACES = ("output_dir", "logging_dir", "resume")  # in which two runs always differ
 
 Node = tuple[dict[str, Any], Any]  # a line of a trace and the node before it, None at the beginning
@@ -221,92 +219,62 @@ def draw(runs: list[Run]) -> bytes:
 
 
 def figures(run: Run, price: float) -> dict[str, str]:
-    """A run in a few words, for the table; price: dollars per hour, 0 for none."""
+    """A run in a few words; price: dollars per hour, 0 for none."""
 
     def listed(steps: list[int]) -> str:
         shown = "..., " * (len(steps) > 5) + ", ".join(f"{s:,}" for s in steps[-5:])
-        return f"{len(steps)} (step {shown})" if steps else "0"
+        return f"{len(steps)} (step {shown})" if steps else ""
 
     loss, norm = bins(run.series["loss"], 100), bins(run.series["grad_norm"], 1)
     speeds = [v for v in run.series["tokens_per_second"].values() if math.isfinite(v)]
     steps = run.series["loss"] or run.series["lr"]
     best = min(run.eval_loss.items(), key=lambda item: item[1], default=None)
-    return {
-        "run": run.name,
-        "steps": f"{min(steps):,} to {max(steps):,}" if steps else "-",
-        "loss, mean of the last hundredth": f"{loss[-1][1]:.4f}" if loss else "-",
-        "best held-out loss": f"{best[1]:.4f} (step {best[0]:,})" if best else "-",
-        "tokens per second, median": f"{statistics.median(speeds):,.0f}" if speeds else "-",
-        "gradient norm, mean and largest": f"{norm[0][1]:.3g}, {norm[0][3]:.3g}" if norm else "-",
-        **{f"{name}s" if kind in ("checkpoint", "resume", "spike") else name: listed(run.marks[kind])
-           for kind, (name, *_) in MARKS.items() if kind != "eval"},
-        "unreadable lines": f"{run.skipped}",
-        "time of all runs": sentence(run.seconds, price) if run.seconds else "-",
-    }  # fmt: skip
+    marks = {name: listed(run.marks[kind]) for kind, (name, *_) in MARKS.items() if kind != "eval"}
+    found = {
+        "steps": f"{min(steps):,} to {max(steps):,}" if steps else "",
+        "loss, mean of the last hundredth": f"{loss[-1][1]:.4f}" if loss else "",
+        "best held-out loss": f"{best[1]:.4f} (step {best[0]:,})" if best else "",
+        "tokens per second, median": f"{statistics.median(speeds):,.0f}" if speeds else "",
+        "gradient norm, mean and largest": f"{norm[0][1]:.3g}, {norm[0][3]:.3g}" if norm else "",
+        **marks,
+        "unreadable lines skipped": f"{run.skipped or ''}",
+        "time of all runs": sentence(run.seconds, price) if run.seconds else "",
+    }
+    return {name: value for name, value in found.items() if value}
 
 
-def page(runs: list[Run], png: bytes, price: float) -> str:
-    """One HTML page that needs no other file: the picture, and a table with a column per run and the keys that differ."""
-    columns = [figures(run, price) for run in runs]
-    known = [run.config for run in runs if run.config]
-    for key in dict.fromkeys(key for config in known for key in config if key not in PLACES):
-        if any(config.get(key) != known[0].get(key) for config in known):
-            for column, run in zip(columns, runs, strict=True):
-                column[key] = str(run.config.get(key, "-"))
-    rows = "\n".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(column[name])}</td>' for column in columns)}</tr>"
-        for name in columns[0]
-    )
-    title = html.escape(", ".join(run.name for run in runs))
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="generator" content="{WRITER}"><title>{title}</title>
-<style>
-body {{ font: 15px/1.4 sans-serif; margin: 2em }}
-img {{ width: 100% }}
-th, td {{ text-align: left; padding: .25em 1.5em .25em 0; border-bottom: 1px solid #ddd; vertical-align: top }}
-</style>
-<h1>{title}</h1>
-<img alt="loss, learning rate, throughput and gradient norm" src="data:image/png;base64,{base64.b64encode(png).decode()}">
-<table>
-{rows}
-</table>
-</html>
-"""
-
-
-def write(out: Path, files: dict[str, bytes]) -> None:
-    """Write the files into `out`. Raises ConfigError where one of a name is there that no report was."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (out / name for name in files):
-        if path.exists() and WRITER.encode() not in path.read_bytes()[:1000]:
-            way = (
-                f"name another folder with --out, or move it away if it is a report of before {WRITER!r} marked its own"
-            )
-            raise ConfigError(f"{path} was not written by {WRITER} and is not replaced; {way}")
-    for name, content in files.items():
-        (out / name).write_bytes(content)
+def differences(runs: list[Run]) -> list[str]:
+    """A line for each key in which configs differ, with the value of each run whose trace has its config."""
+    known = [run for run in runs if run.config]
+    keys = dict.fromkeys(key for run in known for key in run.config if key not in PLACES)
+    values = {key: [str(run.config.get(key, "-")) for run in known] for key in keys}
+    return [
+        f"{key}: {', '.join(f'{value} ({run.name})' for run, value in zip(known, found, strict=True))}"
+        for key, found in values.items()
+        if len(set(found)) > 1
+    ]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py report", description="Pictures of runs, from their traces.")
+    parser = argparse.ArgumentParser(prog="bench.py report", description="Runs in a picture and in figures.")
     parser.add_argument("LOGDIR", nargs="+", type=Path, help="the logging_dir of a run")
-    parser.add_argument("--out", type=Path, help="a folder for report.png and report.html (default: the first LOGDIR)")
+    parser.add_argument("--out", type=Path, help="a folder for report.png (default: the first LOGDIR)")
     parser.add_argument("--price", type=float, default=0.0, help="dollars that an hour of all machines together costs")
     args = parser.parse_args([f"--{a}" if a.startswith(("out=", "price=")) else a for a in argv])
-    out = args.out or args.LOGDIR[0]
+    out = (args.out or args.LOGDIR[0]) / "report.png"
     runs = [read(folder) for folder in args.LOGDIR]
     label(runs)
     try:
+        if out.exists() and WRITER.encode() not in out.read_bytes()[:1000]:
+            raise ConfigError(f"{out} was not written by {WRITER} and stays; name another folder with --out")
         png = draw(runs)
-        write(out, {"report.png": png, "report.html": page(runs, png, args.price).encode()})
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(png)
     except ImportError as error:
         raise ConfigError(f"pictures need matplotlib: `{here('pip install matplotlib')}`") from error
     except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
     for run in runs:
-        cut = f", {run.skipped} unreadable lines skipped" if run.skipped else ""
-        print(f"{run.name}: {len(run.series['loss']):,} steps{cut}")
-        if run.seconds:
-            print(f"  {sentence(run.seconds, args.price)}")
-    print(f"{out / 'report.png'} and {out / 'report.html'}")
+        print(run.name, *(f"  {name}: {value}" for name, value in figures(run, args.price).items()), sep="\n")
+    print(*differences(runs), out, sep="\n")
     return 0

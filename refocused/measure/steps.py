@@ -105,17 +105,11 @@ def start(name: str, folder: Path, settings: list[str]) -> Contender:
 
 def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
     """A config file, and a shard of random tokens for it; the config."""
-    keys = {
-        **keys,
-        "intermediate_size": 4 * keys["hidden_size"],
-        "gradient_accumulation_steps": 1,
-        "data_dir": str(folder / "data"),
-        "max_steps": 100_000,
-        "logging_steps": 10,
-        "save_steps": 0,
-        "async_save": False,  # its second copy of model and optimizer is the price of saves that the peers don't do
-        "dataloader_num_workers": 1,
-    }
+    keys |= dict(
+        intermediate_size=4 * keys["hidden_size"], gradient_accumulation_steps=1, data_dir=str(folder / "data"),
+        max_steps=100_000, logging_steps=10, save_steps=0, dataloader_num_workers=1,
+        async_save=False,  # its second copy of model and optimizer is the price of saves that the peers don't do
+    )  # fmt: skip
     (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     cfg, _ = configs.load([str(folder / "config.py"), *settings])
     (folder / "data").mkdir()
@@ -163,18 +157,19 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     peak = gpus.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    widest = 0.0
+    spreads = []
     for name, row in rows.items():
         kind, _, rest = name.partition("-")
         shares = [f"{row['rate'] / rows[k]['rate']:.2f}" if k in rows else "n/a" for k in ("seed", "floor")]
         costs = ["", ""] if kind == "floor" else [f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"]
         world = int(rest.rpartition("-")[2] or 1)
         mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world / peak:.1%}" if peak else "n/a"
-        spread = (max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"])
-        widest = max(widest, spread)
+        spreads.append((max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"]))
         label = NAMES[kind] + (f" ({rest.replace('-', ' on ')} processes)" if rest else "")
-        lines.append("| " + " | ".join([label, f"{row['rate']:,.0f}", *shares, *costs, f"{spread:.0%}", mfu]) + " |")
-    if widest > TRUSTED:
+        lines.append(
+            "| " + " | ".join([label, f"{row['rate']:,.0f}", *shares, *costs, f"{spreads[-1]:.0%}", mfu]) + " |"
+        )
+    if (widest := max(spreads)) > TRUSTED:
         lines += ["", f"Not to be trusted: a spread of {widest:.0%} is above {TRUSTED:.0%}. Again on an idle machine."]
     return "\n".join(lines)
 
@@ -196,10 +191,19 @@ def hardware() -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
-    parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="all: but large, which wants 80 GB")
-    parser.add_argument("--contenders", default="ours,seed,nanogpt,floor", help="also muon, ours-ddp-N, muon-fsdp-N")
-    parser.add_argument("--rounds", type=positive, help=f"unless given: {ROUNDS}")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn")
+    parser.add_argument(
+        "--size",
+        choices=[*SIZES, "all"],
+        default="all",
+        help="all: small, medium and wide (default); large takes a GPU of 80 GB",
+    )
+    parser.add_argument(
+        "--contenders",
+        default="ours,seed,nanogpt,floor",
+        help="of these and muon, ours-ddp-N, muon-fsdp-N (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=positive, help=f"turns of each contender (default by size: {ROUNDS})")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn (default: %(default)s)")
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
