@@ -27,6 +27,7 @@ import shards
 import torch
 from launch import GUARD
 
+import data
 from configs import Config, ConfigError
 from data import Dataset, Loader, explain_change, permutation
 from refocused.run import words
@@ -72,29 +73,20 @@ def test_shard_maps_what_numpy_wrote(tmp_path, dtype, name, shape):
         assert shard.crc32 == archive.getinfo(f"{name}.npy").CRC
 
 
-def test_written_shards_are_aligned_and_reproducible(tmp_path):
-    """Two writes of the same tokens against each other, numpy's reading and 64-byte alignment."""
-    tokens = np.arange(1000) % 300
-    for name in ("a.npz", "b.npz"):
-        write_shard(tmp_path / name, np.dtype("<u2"), [tokens[:700], tokens[700:]], {"k": 1})
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    assert (np.load(tmp_path / "a.npz")["input_ids"] == tokens).all()
-    assert Shard.open(tmp_path, "a.npz").offset % 64 == 0
+PACKED = {
+    "is compressed": lambda file: np.savez_compressed(file, input_ids=np.arange(99, dtype=np.int32)),
+    "is padded": lambda file: np.savez(file, input_ids=np.ones((3, 4), "<i4"), sequence_lengths=np.array([1, 2, 4])),
+    "holds int64": lambda file: np.savez(file, input_ids=np.arange(99)),
+    "holds int32 .>i4": lambda file: np.savez(file, input_ids=np.arange(99, dtype=">i4")),
+}
 
 
-def test_shards_that_cannot_be_mapped_say_how_to_prepare_them(tmp_path):
+@pytest.mark.parametrize("why", PACKED)
+def test_shards_that_cannot_be_mapped_say_how_to_prepare_them(tmp_path, why):
     """The bucket's format, compressed or not, and other integers, against an error of its kind that names the command."""
-    np.savez_compressed(tmp_path / "a.npz", input_ids=np.arange(99, dtype=np.int32))
-    np.savez(tmp_path / "b.npz", input_ids=np.ones((3, 4), np.int32), sequence_lengths=np.array([1, 2, 4]))
-    np.savez(tmp_path / "c.npz", input_ids=np.arange(99))
-    np.savez(tmp_path / "d.npz", input_ids=np.arange(99, dtype=">i4"))
-    whys = ("is compressed", "is padded", "holds int64", "holds int32 .>i4")
-    for name, why in zip("abcd", whys, strict=True):
-        with pytest.raises(PackedShard, match=f"{why}.*data.py prepare"):
-            Shard.open(tmp_path, f"{name}.npz")
-    np.arange(99, dtype="<u2").tofile(tmp_path / "e.bin")
-    with pytest.raises(DataError, match="e.bin is no .npz; `python data.py prepare"):
-        Shard.open(tmp_path, "e.bin")
+    PACKED[why](tmp_path / "a.npz")
+    with pytest.raises(PackedShard, match=f"{why}.*data.py prepare"):
+        Shard.open(tmp_path, "a.npz")
 
 
 # ---- order
@@ -184,15 +176,11 @@ def test_the_last_long_shard_holds_out_its_tail(tmp_path, lengths):
     assert max(read) + T <= min(start for _, start in moving.locate(moving.eval_ids(9)))
 
 
-def test_max_files_takes_the_first(folder):
-    """max_files=3 against the first three paths, the third held out."""
-    dataset = Dataset.open(config(folder, max_files=3))
+def test_max_files_and_position(folder, dataset):
+    """max_files=3 against the first three paths, the third held out; where a run stands after so many samples."""
+    first = Dataset.open(config(folder, max_files=3))
     paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.npz"))
-    assert [s.path for s in dataset.shards] == paths[:2] and [s.path for s in dataset.eval_shards] == paths[2:3]
-
-
-def test_position(dataset):
-    """Epoch, fraction, files and next sample at a few counts against their definitions."""
+    assert [s.path for s in first.shards] == paths[:2] and [s.path for s in first.eval_shards] == paths[2:3]
     n = dataset.num_samples
     assert dataset.position(0)["epoch"] == 0 and dataset.position(n)["epoch"] == 1
     at = dataset.position(n + n // 2)
@@ -520,12 +508,12 @@ def test_an_id_outside_the_vocabulary(tmp_path, dtype, bad):
         dataset.gather(np.arange(dataset.num_samples))
 
 
-def rewrite(file: Path):
-    content = file.read_bytes()
-    file.write_bytes(content[:-900] + bytes(100) + content[-800:])  # of the same size
-
-
-CHANGES = [rewrite, Path.unlink, lambda file: os.truncate(file, 500), lambda file: os.truncate(file, 10**6)]
+CHANGES = {
+    "rewritten": lambda file: file.write_bytes((old := file.read_bytes())[:-900] + bytes(100) + old[-800:]),
+    "removed": Path.unlink,
+    "cut": lambda file: os.truncate(file, 500),
+    "grown": lambda file: os.truncate(file, 10**6),
+}
 
 
 @pytest.fixture
@@ -540,7 +528,7 @@ def test_a_file_that_changes_while_training(file_and_ids, dataset, change):
     """Reading after a file was replaced, removed, cut or grown, against an error that names it, in the loader too."""
     file, ids = file_and_ids
     dataset.gather(np.array(ids))
-    change(file)
+    CHANGES[change](file)
     with pytest.raises(DataError, match="part_1/tokenized_cleaned_004.npz (changed|was there)"):
         dataset.gather(np.array(ids[-1:]))
     loader = Loader(dataset, 0, 1000, 4, micro_batch=4, workers=2)
@@ -695,14 +683,13 @@ def test_gpt2_vocabulary_that_cannot_be_had(tmp_path):
 # ---- the demo's set
 
 
-def test_demo(tmp_path):
+def test_demo(tmp_path, capsys):
     """Two builds of the demo's set against each other; an intact one is kept, a damaged one or another folder is refused;
     what a killed one left goes."""
 
     def demo(name: str) -> str:
-        command = [sys.executable, str(ROOT / "data.py"), "demo", str(tmp_path / name)]
-        out = subprocess.run(command, capture_output=True, text=True, timeout=GUARD)
-        return out.stdout if out.returncode == 0 else f"{out.returncode} {out.stderr}"
+        code = data.main(["demo", str(tmp_path / name)])
+        return f"{code} {''.join(capsys.readouterr())}"
 
     (tmp_path / ".tmp-0123456789abcdef-a" / "text").mkdir(parents=True)
     assert "7 shards" in demo("a") and "7 shards" in demo("b")

@@ -136,40 +136,27 @@ def npz(**arrays: np.ndarray) -> bytes:
 
 
 ROWS = np.arange(40, dtype=np.int32).reshape(4, 10)
-SHARDS = [
+SHARDS = st.sampled_from([
     npz(input_ids=np.arange(300, dtype=np.uint16)),
     npz(input_ids=ROWS, sequence_lengths=np.array([10, 3, 5, 1], np.int32)),
     npz(input_ids=ROWS, attention_mask=(np.arange(10) < np.array([[10], [3], [5], [1]])).astype(np.int32)),
-]
-
-
-@FUZZ
-@given(st.sampled_from(SHARDS).flatmap(mutated_bytes))
-def test_shard(place, data):
-    (place / "shard.npz").write_bytes(data)
-    in_own_words(lambda: Shard.open(place, "shard.npz").check_unchanged())
-
-
-@FUZZ
-@given(st.sampled_from(SHARDS).flatmap(mutated_bytes))
-def test_foreign_shard(place, data):
-    (place / "source.npz").write_bytes(data)
-    in_own_words(lambda: [chunk.size for chunk in TokenFile(place / "source.npz", 1 << 16, 0).chunks({})])
-
-
-@FUZZ
-@given(st.one_of(st.binary(max_size=3000), mutated_bytes(np.arange(900, dtype="<u4").tobytes())))
-def test_bin(place, data):
-    (place / "source.bin").write_bytes(data)
-    in_own_words(lambda: [chunk.size for chunk in TokenFile(place / "source.bin", 1 << 16, 0).chunks({})])
-
-
+]).flatmap(mutated_bytes)  # fmt: skip
 STATE = {
     "step": 10, "samples_seen": 40, "tokens": 1280, "global_batch": 4, "best_loss": 2.0, "loss": 2.5, "eval_loss": None,
     "recent_losses": [2.5], "scaler": {}, "spike_window": None, "config": json.loads(configs.to_json(configs.Config())),
     "data": {"fingerprint": "00", "manifest": [{"path": "a", "tokens": 1, "dtype": "uint16", "crc32": 1}], "position": {}},
     "run": {"git_commit": None, "torch": "2", "python": "3", "device": "cpu", "world_size": 1},
 }  # fmt: skip
+HF = {"model_type": "gpt_neox", "vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+      "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64, "rotary_pct": 0.25,
+      "layer_norm_eps": 1e-5,
+      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, "eos_token_id": 0,
+      "tie_word_embeddings": False, "use_parallel_residual": True, "attention_bias": True,
+      "initializer_range": 0.02}  # fmt: skip
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"},
+             "added_tokens": [{"id": 3, "content": "</s>", "special": True, "normalized": False}]}  # fmt: skip
+SETTINGS = {"eos_token": {"content": "</s>"}, "unk_token": None, "chat_template": "x", tokenizers.OURS: ["byte", "00"]}
+LINE = {"step": 3, "loss": 2.0, "loss_hex": "0x1p+1", "grad_norm": 1.0, "grad_norm_hex": "0x1p+0", "samples": "00"}
 
 
 def write_checkpoint(where: Path, state: bytes, part: bytes) -> Path:
@@ -179,7 +166,6 @@ def write_checkpoint(where: Path, state: bytes, part: bytes) -> Path:
     final.mkdir()
     (final / "shard-00000-00000.safetensors").write_bytes(part)
     (final / manifest.STATE).write_bytes(state)
-    files = {path.name: manifest.digest(path) for path in final.iterdir()}
     content = {
         "format": manifest.FORMAT,
         "name": final.name,
@@ -187,8 +173,8 @@ def write_checkpoint(where: Path, state: bytes, part: bytes) -> Path:
         "step": 10,
         "generation": 1,
         "time": 1,
-        "files": files,
     }
+    content["files"] = {path.name: manifest.digest(path) for path in final.iterdir()}
     (final / manifest.MANIFEST).write_bytes(manifest.encode_manifest(content))
     return final
 
@@ -199,6 +185,73 @@ def part(place) -> bytes:
     weights = {"model.a": torch.zeros(2, 3), "model.b": torch.ones(3, 2)}
     save_file(weights, place / "part", {"DCP_SHARDING_INFO": json.dumps(where), "format": "pt"})
     return (place / "part").read_bytes()
+
+
+def mutated(good: dict) -> st.SearchStrategy[bytes]:
+    """The JSON of `good`, changed as an object or as bytes."""
+    return st.one_of(mutated_json(good).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(good).encode()))
+
+
+def use_shard(place: Path, data: bytes) -> None:
+    (place / "shard.npz").write_bytes(data)
+    Shard.open(place, "shard.npz").check_unchanged()
+
+
+def use_source(name: str) -> Callable[[Path, bytes], None]:
+    def use(place: Path, data: bytes) -> None:
+        (place / name).write_bytes(data)
+        for _ in TokenFile(place / name, 1 << 16, 0).chunks({}):
+            pass
+
+    return use
+
+
+def use_hf_config(place: Path, content: bytes) -> None:
+    (place / "config.json").write_bytes(content)
+    huggingface.source(place)
+
+
+def use_tokenizer(place: Path, files: tuple[bytes, Any]) -> None:
+    (place / tokenizers.FILE).write_bytes(files[0])
+    (place / tokenizers.SETTINGS).write_text(json.dumps(files[1]))
+    known = tokenizers.File(place / tokenizers.FILE)
+    assert 0 <= known.end < known.size and known.identity
+    assert json.loads(known.files(64)[tokenizers.SETTINGS])["model_max_length"] == 64
+    known.byte_lengths()
+
+
+def use_name(place: Path, name: str) -> None:
+    assert gcs.local_path(place, name).resolve().is_relative_to(place.resolve())
+
+
+def use_trace(place: Path, line: bytes) -> None:
+    """Whatever stands in a trace, a run starts; what can be read is compared."""
+    path = place / "trace.jsonl"
+    path.write_bytes(json.dumps({**LINE, "step": 2}).encode() + b"\n" + line + b"\n")
+    assert 2 in Trace(Logs(str(place), str(place)).file(path.name), 1).expected
+
+
+KEYS = st.tuples(st.sampled_from(sorted(configs.KEYS)), st.one_of(SCALARS.map(str), st.text(max_size=20)))
+BIN = st.one_of(st.binary(max_size=3000), mutated_bytes(np.arange(900, dtype="<u4").tobytes()))
+CASES: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], object]]] = {
+    "shard": (SHARDS, use_shard),
+    "foreign shard": (SHARDS, use_source("source.npz")),
+    ".bin": (BIN, use_source("source.bin")),
+    "config.json": (mutated(HF), use_hf_config),
+    "tokenizer.json": (st.tuples(mutated(TOKENIZER), st.just(SETTINGS) | mutated_json(SETTINGS)), use_tokenizer),
+    "command line": (KEYS, lambda place, pair: configs.load(["=".join(pair)])),
+    "object name": (st.one_of(st.text(max_size=40), st.text("./\\\0a", max_size=12)), use_name),
+    "trace": (mutated(LINE), use_trace),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@FUZZ
+@given(st.data())
+def test_parser(place, name, data):
+    strategy, use = CASES[name]
+    case = data.draw(strategy)
+    in_own_words(lambda: use(place, case))
 
 
 def header_changed(part: bytes, header: Any) -> bytes:
@@ -212,10 +265,8 @@ def header_changed(part: bytes, header: Any) -> bytes:
 def test_safetensors(place, part, data):
     (size,) = struct.unpack("<Q", part[:8])
     header = json.loads(part[8 : 8 + size])
-    sharding = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
-    inner = (
-        mutated_json(sharding).map(json.dumps).map(lambda text: {**header, "__metadata__": {"DCP_SHARDING_INFO": text}})
-    )
+    sharding = mutated_json(json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])).map(json.dumps)
+    inner = sharding.map(lambda text: {**header, "__metadata__": {"DCP_SHARDING_INFO": text}})
     changed = st.one_of(mutated_json(header), inner).map(lambda h: header_changed(part, h))
     final = write_checkpoint(place, json.dumps(STATE).encode(), data.draw(st.one_of(mutated_bytes(part), changed)))
     tree = {"model.a": torch.full((2, 3), 7.0), "model.b": torch.full((3, 2), 7.0)}
@@ -223,7 +274,7 @@ def test_safetensors(place, part, data):
 
 
 @FUZZ
-@given(st.one_of(mutated_json(STATE).map(lambda s: json.dumps(s).encode()), mutated_bytes(json.dumps(STATE).encode())))
+@given(mutated(STATE))
 def test_state(place, part, state):
     write_checkpoint(place, state, part)
     in_own_words(lambda: selection.choose(place, "latest"))
@@ -244,72 +295,6 @@ def test_manifest(place, part, data):
     in_own_words(lambda: selection.choose(place, "latest"))
     in_own_words(lambda: commands.list_command([str(place)]))
     in_own_words(lambda: remote.decode(content, final.name, "gs://bucket/it"))
-
-
-HF = {"model_type": "gpt_neox", "vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
-      "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64, "rotary_pct": 0.25,
-      "layer_norm_eps": 1e-5,
-      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, "eos_token_id": 0,
-      "tie_word_embeddings": False, "use_parallel_residual": True, "attention_bias": True,
-      "initializer_range": 0.02}  # fmt: skip
-
-
-@FUZZ
-@given(st.one_of(mutated_json(HF).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(HF).encode())))
-def test_hf_config(place, content):
-    (place / "config.json").write_bytes(content)
-    in_own_words(lambda: huggingface.source(place))
-
-
-TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"},
-             "added_tokens": [{"id": 3, "content": "</s>", "special": True, "normalized": False}]}  # fmt: skip
-SETTINGS = {"eos_token": {"content": "</s>"}, "unk_token": None, "chat_template": "x", tokenizers.OURS: ["byte", "00"]}
-
-
-@FUZZ
-@given(
-    st.one_of(mutated_json(TOKENIZER).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(TOKENIZER).encode())),
-    st.one_of(st.just(SETTINGS), mutated_json(SETTINGS)),
-)
-def test_tokenizer(place, content, settings):
-    (place / tokenizers.FILE).write_bytes(content)
-    (place / tokenizers.SETTINGS).write_text(json.dumps(settings))
-
-    def use() -> None:
-        known = tokenizers.File(place / tokenizers.FILE)
-        assert 0 <= known.end < known.size and known.identity
-        assert json.loads(known.files(64)[tokenizers.SETTINGS])["model_max_length"] == 64
-        known.byte_lengths()
-
-    in_own_words(use)
-
-
-@FUZZ
-@given(st.sampled_from(sorted(configs.KEYS)), st.one_of(SCALARS.map(str), st.text(max_size=20)))
-def test_command_line(key, text):
-    in_own_words(lambda: configs.load([f"{key}={text}"]))
-
-
-@FUZZ
-@given(st.one_of(st.text(max_size=40), st.text("./\\\0a", max_size=12)))
-def test_object_name(place, name):
-    def check() -> None:
-        assert gcs.local_path(place, name).resolve().is_relative_to(place.resolve())
-
-    in_own_words(check)
-
-
-LINE = {"step": 3, "loss": 2.0, "loss_hex": "0x1p+1", "grad_norm": 1.0, "grad_norm_hex": "0x1p+0", "samples": "00"}
-
-
-@FUZZ
-@given(st.one_of(mutated_json(LINE).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(LINE).encode())))
-def test_trace(place, line):
-    """Whatever stands in a trace, a run starts; what can be read is compared."""
-    path = place / "trace.jsonl"
-    path.write_bytes(json.dumps({**LINE, "step": 2}).encode() + b"\n" + line + b"\n")
-    trace = Trace(Logs(str(place), str(place)).file(path.name), 1)
-    assert 2 in trace.expected
 
 
 @pytest.mark.parametrize("file", ["shard.npz", "source.npz", "source.bin", "part.safetensors", "config.json"])

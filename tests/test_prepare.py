@@ -91,25 +91,6 @@ def test_padding_is_dropped(tmp_path, without):
     assert report["padding"] == len(rows) * 700 - sum(map(len, rows)) and report["largest_id"] == END
 
 
-def test_streams_and_full_rows_stay_as_they_are(tmp_path):
-    """1-D arrays of each dtype, rows without padding arrays and nanoGPT's .bin against their own tokens."""
-    tokens = np.random.default_rng(0).integers(0, V, 3000)
-    tokens[[10, 20]] = END
-    np.savez_compressed(tmp_path / "rows.npz", tokens=tokens.reshape(30, 100).astype(np.int32))
-    tokens.astype(np.uint16).tofile(tmp_path / "train.bin")
-    for dtype in ("<u2", "<u4", "<i4"):
-        np.savez_compressed(tmp_path / f"{dtype[1:]}.npz", input_ids=tokens.astype(dtype))
-    for name in ("rows.npz", "train.bin", "u2.npz", "u4.npz", "i4.npz"):
-        found, report = stream_of(tmp_path / name)
-        assert found == tokens.tolist() and report["documents"] == (tokens == END).sum()
-    totals = prepare.prepare(tmp_path, tmp_path / "out", V, END)
-    assert totals["files"] == 5 and totals["tokens"] == 15000
-    shard = Shard.open(tmp_path / "out", "train.npz")
-    assert shard.stream.dtype == np.uint16 and shard.offset % 64 == 0 and (shard.stream == tokens).all()
-    assert TokenFile(tmp_path / "u4.npz", 65536, END).out_dtype == np.uint16
-    assert TokenFile(tmp_path / "u4.npz", 65537, END).out_dtype == np.uint32
-
-
 TOKENS = np.random.default_rng(0).integers(0, 257, 3000)
 
 
@@ -161,6 +142,7 @@ FOREIGN = {
     ".npy, version 3": version_3,
     "big-endian .npy": saved(np.save, ">u2", "train.npy"),
     "int64 .npz": saved(np.savez, "<i8"),
+    "2-D .npz": lambda folder: np.savez_compressed(folder / "tokenized_cleaned_0.npz", tokens=TOKENS.reshape(30, 100)),
     "int16 .npz": saved(np.savez_compressed, "<i2"),
     "big-endian .npz": saved(np.savez, ">i4"),
     "a linked tree": linked,
@@ -179,7 +161,7 @@ def test_every_format_gives_the_tokens_that_are_in_it(tmp_path, kind):
     def trains_on(place: Path) -> bool:
         for _ in range(2):  # the second start finds what the first one left
             dataset = open_dataset(config(place, cache, **settings))
-            assert [shard.num_tokens for shard in dataset.shards] == [3000] and dataset.notes == []
+            assert [shard.num_tokens for shard in dataset.shards] == [3000] and len(dataset.notes) == ("2-D" in kind)
             windows = dataset.gather(np.arange(dataset.num_samples))
             assert windows[:, :-1].ravel().tolist() == TOKENS[: 187 * 16].tolist()
         return verify.verify(place, 257) == 0
@@ -191,7 +173,10 @@ def test_every_format_gives_the_tokens_that_are_in_it(tmp_path, kind):
         verify.verify(folder, 257)
     with pytest.raises(DataError, match=r"is no .npz; `python data.py prepare"):
         open_dataset(config(folder, cache, tokenized_file_pattern="train.[bBnN]*", **settings))
-    assert prepare.prepare(folder, out, 257, 256)["tokens"] == 3000
+    totals = prepare.prepare(folder, out, 257, 256)
+    assert (totals["tokens"], totals["documents"]) == (3000, (TOKENS == 256).sum())
+    shard = Shard.open(out, "train.npz")
+    assert shard.stream.dtype == np.uint16 and shard.offset % 64 == 0
     again = prepare.prepare(folder, out, 257, 256)  # its own output is no source
     assert (again["files"], again["kept"], again["tokens"]) == (1, 1, 3000)
     os.rename(out / "train.npz", out / "tokenized_cleaned_0.npz")
@@ -223,6 +208,7 @@ def test_what_a_file_holds_is_clear_or_it_is_refused(tmp_path, save, vocab_size,
         TokenFile(file, vocab_size, 256)
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
     if "--bin_dtype" in message:
+        assert [TokenFile(file, n, 256, bin_dtype="uint32").out_dtype for n in (65536, 65537)] == ["<u2", "<u4"]
         assert TokenFile(file, 1000, 256, bin_dtype="uint32").held == 3000
 
 
