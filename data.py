@@ -16,7 +16,23 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 from refocused import entry  # before all others: it says what this machine lacks
 
-# isort: split
+COMMANDS = {
+    "demo": ("a small set: the bytes of Python's own sources", "refocused.shards.demo:main"),
+    "download": ("shards from a bucket, ready to be read", "refocused.bucket.download:main"),
+    "tokenize": ("text files -> shards", "refocused.shards.tokenize:main"),
+    "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
+    "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
+    "bench": ("tokens/s of the loader", "refocused.commands.loading:main"),
+}
+
+
+def main(argv: list[str]) -> int:
+    return entry.dispatch("data.py", COMMANDS, argv)
+
+
+if __name__ == "__main__":  # before the imports below, torch above all, which no command but bench needs
+    sys.exit(main(sys.argv[1:]))
+
 import hashlib
 import json
 import resource
@@ -380,24 +396,3 @@ class Loader:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._ahead.clear()
-
-
-# ---- command line
-
-
-COMMANDS = {
-    "demo": ("a small set: the bytes of Python's own sources", "refocused.shards.demo:main"),
-    "download": ("shards from a bucket, ready to be read", "refocused.bucket.download:main"),
-    "tokenize": ("text files -> shards", "refocused.shards.tokenize:main"),
-    "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
-    "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
-    "bench": ("tokens/s of the loader", "refocused.commands.loading:main"),
-}
-
-
-def main(argv: list[str]) -> int:
-    return entry.dispatch("data.py", COMMANDS, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -129,7 +129,16 @@ def test_what_a_run_stands_on():
     assert len(loaded) <= FILES and lines <= LINES, f"{len(loaded)} files, {lines} lines"
 
 
-@pytest.mark.parametrize("line", ["ckpt.py list EMPTY", "ckpt.py --help", "train.py --help", "bench.py --help"])
+WITHOUT_TORCH = [
+    "ckpt.py list EMPTY",
+    "ckpt.py --help",
+    "train.py --help",
+    "bench.py --help",
+    "data.py demo EMPTY/demo",
+]
+
+
+@pytest.mark.parametrize("line", WITHOUT_TORCH)
 def test_without_torch(line, tmp_path):
     """What looks at files, or only says how to call a program, does not load torch: it answers at once."""
     argv = line.replace("EMPTY", str(tmp_path)).split()
