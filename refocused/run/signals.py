@@ -10,12 +10,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 
 from refocused.run.environment import launch
 from refocused.run.exits import STOPPED, leave
 
-PRODUCT = Path("/sys/class/dmi/id/product_name")
+DMI = Path("/sys/class/dmi/id")
 EARLY = "stopped by a signal before the first step: what was saved before stands"
 
 
@@ -84,29 +85,59 @@ class StopSignal:
 
 
 def watch_preemption(ask: Callable[[str], None]) -> None:
-    """On a machine of Google's, a thread of the node's first process calls ask(why) once the machine is to go."""
-    host = os.environ.get("GCE_METADATA_HOST", "")
+    """On a machine of Google's or AWS's, a thread of the node's first process calls ask(why) once the machine is to go."""
+    if launch().local_rank:
+        return
+    google, aws = os.environ.get("GCE_METADATA_HOST", ""), os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "")
     with contextlib.suppress(OSError):
-        if not host and PRODUCT.read_text().startswith("Google"):  # as Google's own libraries find it
-            host = "metadata.google.internal"
-    if host and not launch().local_rank and os.environ.get("NO_GCE_CHECK", "").lower() != "true":
-        threading.Thread(target=wait_for_preemption, args=(host, ask), daemon=True, name="preemption").start()
+        if not google and (DMI / "product_name").read_text().startswith("Google"):  # as Google's own libraries find it
+            google = "metadata.google.internal"
+        if not aws and (DMI / "sys_vendor").read_text().startswith("Amazon EC2"):
+            aws = "http://169.254.169.254"
+    for host, off, notice in ((google, "NO_GCE_CHECK", google_notice), (aws, "AWS_EC2_METADATA_DISABLED", aws_notice)):
+        if host and os.environ.get(off, "").lower() != "true":
+            threading.Thread(target=wait_for_notice, args=(notice, host, ask), daemon=True, name="preemption").start()
 
 
-def wait_for_preemption(host: str, ask: Callable[[str], None], pause: float = 10.0) -> None:
-    """Ask the metadata server, which answers when the value changes, until it says that the machine was preempted."""
-    url = f"http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300&last_etag="
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for its own machine
-    etag = "0"  # none is this, so the first answer comes at once
+def wait_for_notice(notice: Callable[[str], None], host: str, ask: Callable[[str], None], pause: float = 10.0) -> None:
     while True:
         try:
-            request = urllib.request.Request(url + etag, headers={"Metadata-Flavor": "Google"})
-            with opener.open(request, timeout=330) as answer:
-                if answer.read(16).strip() == b"TRUE":
-                    return ask("this machine is being taken away (preempted)")
-                etag = answer.headers.get("ETag") or "0"
-            time.sleep(0.1)  # a server that does not wait must not be asked without end
+            notice(host)
+            return ask("this machine is being taken away (preempted)")
         except OSError as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 404:
                 return None  # this server knows no preemption
             time.sleep(pause)
+
+
+def request(url: str, headers: dict[str, str], method: str = "GET") -> tuple[str, Message]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for its own machine
+    with opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=330) as answer:
+        return answer.read(1 << 12).decode("latin-1").strip(), answer.headers
+
+
+def google_notice(host: str) -> None:
+    """Return once the metadata server says that this machine was preempted; it answers when the value changes."""
+    url, etag = (
+        f"http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300&last_etag=",
+        "0",
+    )
+    while True:  # no etag is "0", so the first answer comes at once
+        value, headers = request(url + etag, {"Metadata-Flavor": "Google"})
+        if value == "TRUE":
+            return
+        etag = headers["ETag"] or "0"
+        time.sleep(0.1)  # a server that does not wait must not be asked without end
+
+
+def aws_notice(host: str, pause: float = 5.0) -> None:
+    """Return once the metadata service (IMDSv2) has an interruption notice for this spot instance, two minutes before."""
+    while True:
+        token, _ = request(f"{host}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+        try:
+            request(f"{host}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+            return
+        except urllib.error.HTTPError as error:
+            if error.code != 404:  # which means that there is no notice
+                raise
+        time.sleep(pause)

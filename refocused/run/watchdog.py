@@ -5,6 +5,7 @@ import datetime
 import faulthandler
 import itertools
 import json
+import os
 import socket
 import statistics
 import sys
@@ -84,13 +85,16 @@ class Watchdog:
         return max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
 
     def heartbeat(self) -> None:
+        store = self.store
         for count in itertools.count():
             if self.starts:
                 self.starts.note()
-            if self.store is not None:
+            if store is not None:
                 mine = [count, progress.collectives, progress.step, socket.gethostname()]
-                with contextlib.suppress(RuntimeError):  # its host is gone; the next collective will tell
-                    self.store.set(f"heartbeat {self.env.rank}", json.dumps(mine))
+                try:
+                    store.set(f"heartbeat {self.env.rank}", json.dumps(mine))
+                except RuntimeError:  # its host is gone, and torch prints a stack at each attempt
+                    store = None
             if self.cfg.watchdog_seconds and self.env.world_size > 1:
                 with contextlib.suppress(Exception):  # a closed stderr
                     faulthandler.dump_traceback_later(self.limit + LATER, exit=True)
@@ -128,7 +132,7 @@ class Watchdog:
         who = "the stacks above say where" if self.store is None else who_is_missing(self.two_looks(2.5 * self.period))
         where = f"rank {self.env.rank} on {socket.gethostname()}"
         when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
-        words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {who}"
+        words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {who}{flight_recorder(self.env.rank, idle)}"
         log_error(words, self.cfg)
         leave(INTERNAL, words, at_once=True)
 
@@ -156,6 +160,17 @@ class Watchdog:
                 if store.check([f"heartbeat {rank}"]):
                     found[rank] = json.loads(store.get(f"heartbeat {rank}"))
         return found
+
+
+def flight_recorder(rank: int, seconds: float) -> str:
+    """Names the file that NCCL's flight recorder has written in the last seconds, if there is one."""
+    names = [os.environ.get(key) for key in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")]
+    names += [os.path.expanduser("~/.cache/torch/comm_lib_trace_rank_"), "/tmp/nccl_trace_rank_"]  # of torch 2.13, 2.11
+    for path in (f"{name}{rank}" for name in names if name):
+        with contextlib.suppress(OSError):
+            if os.path.getmtime(path) > time.time() - seconds:
+                return f"; NCCL's flight recorder: {path}"
+    return ""
 
 
 def who_is_missing(looks: tuple[Heartbeats, Heartbeats] | None) -> str:
