@@ -63,7 +63,7 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
 
 
 def check_precision(cfg: Config, device: torch.device) -> None:
-    """Raise ConfigError for what this kind of device does not have."""
+    """Raises ConfigError for what this kind of device does not have."""
     if device.type == "cpu" and cfg.mixed_precision == "fp16" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise ConfigError("mixed_precision=fp16: this CPU has no fp16 matrix products; use bf16 or no")
     if device.type == "mps" and launch().world_size > 1:
@@ -105,9 +105,7 @@ def tune(cfg: Config, device: torch.device, local_rank: int, local_world_size: i
         inductor.cpp.max_horizontal_fusion_size = 1
         if sys.platform == "linux":
             with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
-                libc = ctypes.CDLL(
-                    None
-                )  # by default each tensor of a step is mapped, zeroed page by page, and unmapped
+                libc = ctypes.CDLL(None)  # by default each tensor of a step is mapped, zeroed by pages, and unmapped
                 libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
                 libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing back to the kernel
     else:

@@ -1,4 +1,4 @@
-"""What an exception means to who watches the terminal: the exit code, the words, and which rank says them."""
+"""What an exception means to the user: the exit code, the message, and which rank prints it."""
 
 import contextlib
 import dataclasses
@@ -26,19 +26,19 @@ GRACE = 5.0  # seconds that another rank is given to speak first
 # gloo's errors have no class of their own; NCCL's and the store's do
 GLOO = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "connectFullMesh",
         "Socket Timeout", "Connection refused", "gloo/transport")  # fmt: skip
-# cuBLAS's words, the driver's and NCCL's, the CPU allocator's; only the caching allocator's error has a class of its own
+# the messages of cuBLAS, of the driver and NCCL, of the CPU allocator; only the caching allocator has an error class
 NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory")
 
 
 def lost_peers(error: BaseException) -> bool:
-    """Whether this is a rank that others left alone, or that cannot reach them."""
+    """Whether other ranks left this one alone, or it cannot reach them."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     return type(error) is RuntimeError and any(sign in str(error) for sign in GLOO)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Exit code and words: a sentence for what a user can cause and for lost peers, a traceback for a bug."""
+    """Exit code and message: a sentence for what a user can cause and for lost peers, a traceback for a bug."""
     if isinstance(error, ValueError) and hasattr(error, "exit_code"):
         return error.exit_code, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):  # before there was a StopSignal
@@ -63,26 +63,17 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def explain_out_of_memory(error: BaseException, cfg: Config) -> str | None:
-    """Of an error for want of memory: what it says and, once per launch, what the plan says that each process needs."""
+    """Of an error for lack of memory: its line, what each process needs according to the plan, and the keys that help.
+
+    The plan is made once per launch. None for other errors.
+    """
     if not (lack := out_of_memory(error)):
         return None
     text = f"error: out of memory: {lack}"
     with contextlib.suppress(RuntimeError):  # the store's host has gone
         if processes.store is not None and processes.store.add("explain", 1) > 1:
             return text
-    return f"{text}\n{memory_needs(cfg, launch_or_alone().world_size)}"
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """The line of the error that says so, if it is of that kind."""
-    lines = [line for line in str(error).splitlines() if any(words in line for words in NO_MEMORY)]
-    if isinstance(error, torch.OutOfMemoryError):
-        return (lines or str(error).splitlines() or [type(error).__name__])[0]
-    return lines[0] if lines and isinstance(error, RuntimeError) else None
-
-
-def memory_needs(cfg: Config, world_size: int) -> str:
-    """What the plan says that each process needs, by kind, and the keys that help."""
+    world_size = launch_or_alone().world_size
     # in a process of its own: this one has a process group, and no memory
     command = [sys.executable, "-m", "refocused.run.memory", json.dumps(dataclasses.asdict(cfg)), str(world_size)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -90,7 +81,7 @@ def memory_needs(cfg: Config, world_size: int) -> str:
     needs = done.stdout.strip() or f"no plan: {done.stderr.strip()[-300:]}"
     B, accumulation = cfg.per_device_train_batch_size, cfg.batch(world_size)[0]
     return (
-        f"{needs}\n"
+        f"{text}\n{needs}\n"
         f"what helps: per_device_train_batch_size={max(1, B // 2)} with gradient_accumulation_steps="
         f"{accumulation * (2 if B > 1 else 1)} (now {B} and {accumulation}), "
         f"activation_checkpointing=full (now {cfg.activation_checkpointing}), parallel=fsdp (now {cfg.parallel}), and with "
@@ -99,34 +90,36 @@ def memory_needs(cfg: Config, world_size: int) -> str:
     )
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """The line of the error that says so, if it is of that kind."""
+    lines = [line for line in str(error).splitlines() if any(sign in line for sign in NO_MEMORY)]
+    if isinstance(error, torch.OutOfMemoryError):
+        return (lines or str(error).splitlines() or [type(error).__name__])[0]
+    return lines[0] if lines and isinstance(error, RuntimeError) else None
+
+
 def say(error: BaseException, speak: Callable[[], None]) -> None:
-    """Call speak, once per launch for what is the same on all ranks: on rank 0, or on others where that fell silent.
+    """Call speak: on each rank, or on rank 0 alone for what is the same on all, if that is still alive.
 
     Rank 0 can be the store's host, so it stays until the others know. A rank that merely lost its peers then waits, so
     that torchrun hears first of the one that knows why.
     """
-    here, store = launch_or_alone(), processes.store
-    rank, shared = here.rank, getattr(error, "same_on_all_ranks", False) and here.world_size > 1
-    if shared and rank and store is None:
+    launch, store, heard = launch_or_alone(), processes.store, False
+    shared = getattr(error, "same_on_all_ranks", False) and launch.world_size > 1
+    if shared and launch.rank and store is None:
         time.sleep(GRACE)  # no group yet: torchrun ends this rank as soon as rank 0 has left
-    heard = shared and rank and store is not None and rank_0_has_spoken(store)
+    elif shared and launch.rank:
+        with contextlib.suppress(RuntimeError):  # rank 0 has not spoken, or the store's host has gone, so nobody knows
+            store.wait(["said"], datetime.timedelta(seconds=GRACE))
+            heard = True
+        with contextlib.suppress(RuntimeError):
+            if store.add("hearing", 1) == launch.world_size - 1:
+                store.set("heard", "1")
     if not heard:
         speak()
-    if store is not None and not rank:
+    if store is not None and not launch.rank:
         with contextlib.suppress(RuntimeError):
             store.set("said", "1")
             store.wait(["heard"] if shared else ["said"], datetime.timedelta(seconds=2 * GRACE))
     if lost_peers(error):
         time.sleep(GRACE / 2)
-
-
-def rank_0_has_spoken(store: dist.Store) -> bool:
-    """Whether rank 0 says in time that it has spoken; once all others have asked, it is told so."""
-    heard = False
-    with contextlib.suppress(RuntimeError):  # it has not, or the store's host has gone, so nobody knows
-        store.wait(["said"], datetime.timedelta(seconds=GRACE))
-        heard = True
-    with contextlib.suppress(RuntimeError):
-        if store.add("hearing", 1) == launch_or_alone().world_size - 1:
-            store.set("heard", "1")
-    return heard

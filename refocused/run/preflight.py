@@ -52,10 +52,8 @@ def git(*words: str) -> str:
 
 def made_by(env: Env) -> dict[str, str | int | None]:
     """What a checkpoint remembers of the run that made it; asked once, at the start."""
-    head, changed = (
-        git("rev-parse", "--verify", "--quiet", "HEAD"),
-        git("status", "--porcelain", "--untracked-files=no"),
-    )
+    head = git("rev-parse", "--verify", "--quiet", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
     return {
         "git_commit": head + "-dirty" * bool(changed) if head else None,
         "torch": torch.__version__,
@@ -100,13 +98,12 @@ def host_bytes(cfg: Config, env: Env) -> dict[str, float]:
     copies = env.local_world_size / (1 if cfg.parallel == "ddp" else cfg.shard_size or env.world_size)  # of the model
     kept = {"full": 1, "none": 8}.get(cfg.activation_checkpointing, 4)  # tensors of hidden_size per block, at least
     tokens = cfg.per_device_train_batch_size * cfg.sequence_length * env.local_world_size
-    of_token = cfg.num_hidden_layers * kept * cfg.hidden_size * (4 if cfg.mixed_precision == "no" else 2)
+    width = 4 if cfg.mixed_precision == "no" else 2
+    activations = tokens * cfg.num_hidden_layers * kept * cfg.hidden_size * width
     return {
         "weights, gradients and moments": copies * (size + 4 * num_parameters(cfg)[0]) * (cfg.cpu_offload or not gpu),
         "the copy that a save is written from (async_save=false needs none)": share * size * cfg.saves_behind,
-        f"the activations of per_device_train_batch_size={cfg.per_device_train_batch_size}": tokens
-        * of_token
-        * (not gpu),
+        f"the activations of per_device_train_batch_size={cfg.per_device_train_batch_size}": activations * (not gpu),
     }
 
 

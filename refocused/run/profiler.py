@@ -20,7 +20,7 @@ class Profiler:
         self.profile: torch.profiler.profile | None = None
 
     def at(self, step: int) -> str | None:
-        """Called before each step; returns a message once the trace is written."""
+        """Called before each step. Returns a message once the trace is written."""
         if step in self.steps and not self.profile:
             kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * self.cuda
             if self.cuda:

@@ -21,9 +21,10 @@ from refocused.run.optim import checkpoint_bytes
 from refocused.run.preflight import Starts
 from refocused.run.processes import Env, progress
 
-# {rank: [count of heartbeats, of collectives, the last step, host], or None before the first one}
-Heartbeats = dict[int, list | None]
-LATER = 60.0  # seconds after the limit in which Python's threads can speak
+Heartbeats = dict[
+    int, list | None
+]  # by rank: [its number, collectives so far, the last step, host]; None before the first
+LATER = 60.0  # seconds after the limit in which Python's threads can report
 
 
 def times(limit: float) -> tuple[float, float]:
@@ -33,16 +34,16 @@ def times(limit: float) -> tuple[float, float]:
 
 
 class Watchdog:
-    """From the start to the last step, threads that see whether the ranks still exchange anything.
+    """From the start to the last save, threads that see whether the ranks still exchange anything.
 
     Every step and every batch of an evaluation calls processes.max_over_ranks. If no call ends for
-    max(watchdog_seconds, 20 median steps), the stacks of all threads go to stderr, then a line with who is missing, by
-    the heartbeats in the store; then the process leaves. In what may take long, as all does before begin(), that limit
-    holds only where a rank has fallen silent; else it is `longest`.
+    max(watchdog_seconds, 20 median steps), the stacks of all threads go to stderr, then a line that names the missing
+    ranks, from the heartbeats in the store; then the process leaves. Before begin(), and in may_take_long(), that limit
+    holds only if a rank has fallen silent; otherwise it is `longest`.
 
-    A collective that hangs fills a GPU's queue, and a launch into a full one keeps the GIL (pytorch#109074), so that no
-    thread here runs: with several ranks faulthandler, which needs no GIL, ends a process without heartbeats, with exit
-    code 1. Its time goes on while a process is stopped.
+    A collective that hangs fills a GPU's queue, and a launch into a full queue keeps the GIL (pytorch#109074), so that
+    no thread here runs. With several ranks faulthandler, which needs no GIL, ends a process without heartbeats, with
+    exit code 1. Its clock also runs while a process is stopped.
     """
 
     def __init__(self, cfg: Config, env: Env, starts: Starts | None):
@@ -55,11 +56,10 @@ class Watchdog:
         progress.long_waits += 1
         if cfg.watchdog_seconds:
             threading.Thread(target=self.watch, daemon=True, name="watchdog").start()
-        self.store = processes.store.clone() if processes.store is not None else None  # a client per thread: one waits
         threading.Thread(target=self.heartbeat, daemon=True, name="heartbeat").start()
 
     def begin(self, step: int) -> None:
-        """The loop begins behind this step."""
+        """The loop begins after this step."""
         progress.step, progress.at = step, time.monotonic()
         self.last = progress.at
         progress.long_waits -= 1
@@ -71,7 +71,7 @@ class Watchdog:
         self.last, progress.step = now, step
 
     def end(self) -> None:
-        """The loop is over; what is left is the last save, at 10 MB/s at least, and its upload."""
+        """The loop is over. What is left is the last save, at 10 MB/s at least, and its upload."""
         progress.long_waits, progress.at = progress.long_waits + 1, time.monotonic()
         self.longest = self.limit + checkpoint_bytes(self.cfg) / 1e7 + self.cfg.upload_deadline_seconds
 
@@ -85,7 +85,7 @@ class Watchdog:
         return max(self.cfg.watchdog_seconds, 20 * statistics.median(list(self.seconds) or [0.0]))
 
     def heartbeat(self) -> None:
-        store = self.store
+        store = processes.store.clone() if processes.store is not None else None  # a client per thread: one waits
         for count in itertools.count():
             if self.starts:
                 self.starts.note()
@@ -114,12 +114,12 @@ class Watchdog:
                     self.abort(time.monotonic() - progress.at)
 
     def peer_is_silent(self) -> bool:
-        """During what may take long: whether another rank, or the store, gives no sign of life for several periods."""
-        if self.store is None:
+        """In what may take long: whether another rank, or the store, gives no sign of life for several periods."""
+        if processes.store is None:
             return False
-        began, begin, pause = progress.at, time.monotonic(), max(2.5 * self.period, min(60.0, self.limit))
+        idle_since, begin, pause = progress.at, time.monotonic(), max(2.5 * self.period, min(60.0, self.limit))
         looks = self.two_looks(pause)
-        if self.over.is_set() or progress.at != began or time.monotonic() - begin > 2 * pause + self.looking:
+        if self.over.is_set() or progress.at != idle_since or time.monotonic() - begin > 2 * pause + self.looking:
             return False  # it has gone on, or this machine was stopped, perhaps with the others
         if looks is None:
             return True
@@ -129,37 +129,39 @@ class Watchdog:
     def abort(self, idle: float) -> None:
         with contextlib.suppress(Exception):  # a closed stderr
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        who = "the stacks above say where" if self.store is None else who_is_missing(self.two_looks(2.5 * self.period))
         where = f"rank {self.env.rank} on {socket.gethostname()}"
         when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
-        words = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {who}{flight_recorder(self.env.rank, idle)}"
-        log_error(words, self.cfg)
-        leave(INTERNAL, words, at_once=True)
+        who = "the stacks above say where"
+        if processes.store is not None:
+            who = who_is_missing(self.two_looks(2.5 * self.period))
+        text = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {who}{flight_recorder(self.env.rank, idle)}"
+        log_error(text, self.cfg)
+        leave(INTERNAL, text, at_once=True)
 
     def two_looks(self, pause: float) -> tuple[Heartbeats, Heartbeats] | None:
         """The heartbeats of all ranks now and after a pause; None if the store does not answer."""
         looks: list[Heartbeats] = []
 
         def look() -> None:
-            looks.append(self.heartbeats())
+            looks.append(heartbeats(self.env.world_size))
             time.sleep(pause)
-            looks.append(self.heartbeats())
+            looks.append(heartbeats(self.env.world_size))
 
         looking = threading.Thread(target=look, daemon=True)  # a store whose host is stopped would hold this thread
         looking.start()
         looking.join(pause + self.looking)
         return (looks[0], looks[1]) if len(looks) == 2 else None
 
-    def heartbeats(self) -> Heartbeats:
-        found: Heartbeats = {}
-        store = processes.store.clone()
-        store.set_timeout(datetime.timedelta(seconds=2))
-        for rank in range(self.env.world_size):
-            found[rank] = None
-            with contextlib.suppress(RuntimeError):
-                if store.check([f"heartbeat {rank}"]):
-                    found[rank] = json.loads(store.get(f"heartbeat {rank}"))
-        return found
+
+def heartbeats(world_size: int) -> Heartbeats:
+    found: Heartbeats = dict.fromkeys(range(world_size))
+    store = processes.store.clone()
+    store.set_timeout(datetime.timedelta(seconds=2))
+    for rank in found:
+        with contextlib.suppress(RuntimeError):
+            if store.check([f"heartbeat {rank}"]):
+                found[rank] = json.loads(store.get(f"heartbeat {rank}"))
+    return found
 
 
 def flight_recorder(rank: int, seconds: float) -> str:
@@ -174,7 +176,7 @@ def flight_recorder(rank: int, seconds: float) -> str:
 
 
 def who_is_missing(looks: tuple[Heartbeats, Heartbeats] | None) -> str:
-    """Who does not answer, or is behind, by two looks at the heartbeats."""
+    """The ranks that do not answer, or are behind, by two looks at the heartbeats."""
     if looks is None:
         return "the store does not answer, so who is missing is not known"
     before, after = looks
