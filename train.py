@@ -30,7 +30,7 @@ import ckpt
 import data
 from configs import Config
 from refocused.checkpoint import manifest, tensors
-from refocused.run import exits, failures, guard, optim, preflight, processes, strategy, words
+from refocused.run import exits, failures, guard, messages, optim, preflight, processes, strategy
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
@@ -92,7 +92,7 @@ def gradients(
 def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, logs: Logs) -> str:
     """Show the plan and what the command line set; returns the plan with every key that something set."""
     where, busy = processes.describe(env, cfg), processes.busy(env.device, env.threads)
-    plan = words.plan(cfg, env.world_size, dataset, where, busy)
+    plan = messages.plan(cfg, env.world_size, dataset, where, busy)
     settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
     logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
     return settings
@@ -117,7 +117,9 @@ def train(
     if cfg.check_hardware and env.device.type == "cuda":
         from refocused.run import hardware
 
-        found = hardware.sniff(cfg, env)  # one slow GPU makes all of them wait: named before hours are paid for
+        found = hardware.measure_devices(
+            cfg, env
+        )  # one slow GPU makes all of them wait: named before hours are paid for
         logs.log(found)
     choice = checkpoints.choose(logs.log)
     state = LoopState.restored(choice.state)
@@ -125,7 +127,7 @@ def train(
         dataset.check_same(choice.state, cfg)
         preflight.check_same_run(choice.state, cfg, global_batch)
     preflight.check_room(cfg, env, state.step)
-    logs.log(words.describe_resume(choice, cfg, dataset))
+    logs.log(messages.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)
     optimizers = optim.make_optimizers(model, cfg)
@@ -192,7 +194,7 @@ def train(
         if not any(state.step + 1 in steps for steps in skips):  # known to be bad: all moves on but the weights
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
             scaler.unscale_(optimizers[0])
-            norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips(optimizers))
+            norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips_in_kernel(optimizers))
             figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
             optim.update(optimizers, scaler, apply, divisor)
             strategy.clear_gradients(model)
@@ -246,8 +248,8 @@ def train(
     unreadable = str(error or "another rank could not read its data, and says why") if due.unreadable else None
     not_finite = health.bad_in_a_row > 0 or save_again
     stopped = time.monotonic() - stop.since if due.stop else None
-    end = words.End(state.step, checkpoints.newest, idle, not_finite, unreadable, failure, missing, stopped)
-    code, text = words.ending(end, cfg)
+    end = messages.End(state.step, checkpoints.newest, idle, not_finite, unreadable, failure, missing, stopped)
+    code, text = messages.ending(end, cfg)
     logs.log(monitor.goodput(done=code == DONE))
     logs.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
@@ -263,7 +265,7 @@ def show(cfg: Config, origins: dict[str, str]) -> int:
     except data.DataError as error:
         dataset = f"not opened: {error}"
     where = f"{world} process{'es' * (world > 1)}, {cfg.parallel}, {cfg.mixed_precision}"
-    print(words.plan(cfg, world, dataset, where))
+    print(messages.plan(cfg, world, dataset, where))
     print(configs.show_changes(cfg, origins))
     return DONE
 
@@ -294,7 +296,7 @@ def main(argv: list[str]) -> int:
             code, text = STOPPED, EARLY
         elif cfg:
             text = failures.explain_out_of_memory(error, cfg) or text
-        failures.say(error, lambda: log_error(text, cfg))
+        failures.report(error, lambda: log_error(text, cfg))
         return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
 
 

@@ -13,7 +13,7 @@ import configs
 import model
 from configs import Config, ConfigError, load
 from configs._others import GONE, OTHERS
-from refocused.run import devices, guard, optim, strategy, words
+from refocused.run import devices, guard, messages, optim, strategy
 
 
 def test_precedence_and_origins(tmp_path):
@@ -243,7 +243,7 @@ def consumers(cfg: Config) -> None:
     optim.make_optimizers(net, cfg)
     assert optim.learning_rate(3, cfg) > 0 and devices.DTYPES[cfg.mixed_precision]
     assert strategy.SHARDED[cfg.parallel] == (cfg.parallel == "fsdp")
-    assert words.plan(cfg, 1, "no data", "a machine")
+    assert messages.plan(cfg, 1, "no data", "a machine")
     if cfg.spikes != "off":
         guard.Spikes(cfg, torch.device("cpu"), None)
 

@@ -30,7 +30,7 @@ from launch import GUARD
 import data
 from configs import Config, ConfigError
 from data import Dataset, Loader, explain_change, permutation
-from refocused.run import words
+from refocused.run import messages
 from refocused.shards import shard as shard_module
 from refocused.shards.find import find_files, find_sources
 from refocused.shards.prepare import read_note, write_shard
@@ -436,7 +436,7 @@ def test_what_is_odd_is_said_in_the_plan(tmp_path):
     assert Dataset.open(config(tmp_path, eval_files=0, max_files=1)).notes == []
     shutil.copy(tmp_path / "part_1/tokenized_cleaned_004.npz", tmp_path / "part_2/tokenized_cleaned_999.npz")
     cfg = config(tmp_path)
-    plan = words.plan(cfg, 1, Dataset.open(cfg), "here")
+    plan = messages.plan(cfg, 1, Dataset.open(cfg), "here")
     short = "part_0/tokenized_cleaned_003.npz, part_1/tokenized_cleaned_001.npz"
     assert f"note      2 of 6 shards have fewer than sequence_length+1=17 tokens and are never read: {short}" in plan
     twin = (

@@ -137,7 +137,7 @@ FAULTS = {
     ),
     "no-data": lambda: at_call(data, "unpack", 1, lambda *_: fail(DataError("made up, on one node"))),
     "quick": lambda: setattr(watchdog, "LATER", 3),
-    "late": lambda: setattr(failures, "say", lambda *args, say=failures.say: (time.sleep(2), say(*args))),
+    "late": lambda: setattr(failures, "report", lambda *args, say=failures.report: (time.sleep(2), say(*args))),
 }
 START = launch._rank
 
@@ -515,7 +515,7 @@ def test_the_slow_one_is_named(tmp_path):
         "rank 2 is slow: product 500 TFLOP/s, the others 700",
         "rank 1 is slow: to GPU 20 GB/s, the others 51",
     ]
-    _, first, *_ = hardware.words(rows[:2], names[:2], "NVIDIA H100 80GB HBM3")
+    _, first, *_ = hardware.describe(rows[:2], names[:2], "NVIDIA H100 80GB HBM3")
     assert first == "rank 0 is slow: product 700 TFLOP/s, such a GPU in good health 794"
     disks = [{"written": 900.0, "read": 2000.0}, {"written": 90.0, "read": 2100.0}]
     assert hardware.slow(disks, ["this", "that"], None) == ["that is slow: written 90 MB/s, the others 900"]

@@ -11,7 +11,7 @@ from test_resume import newest, steps
 
 from configs import Config
 from refocused.checkpoint import manifest, selection
-from refocused.run import words as messages
+from refocused.run import messages
 
 BLOWN = ["learning_rate=1e38", "max_grad_norm=0", "resume=latest"]
 

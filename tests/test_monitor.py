@@ -19,7 +19,7 @@ import data
 from configs import ConfigError, step_ranges
 from refocused.checkpoint import selection
 from refocused.run import gpus
-from refocused.run.words import fitted, plan
+from refocused.run.messages import fitted, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -16,7 +16,7 @@ import bench
 import configs
 import model as neox
 from refocused.measure import calibrate, plan, search
-from refocused.run import gpus, memory, speed, words
+from refocused.run import gpus, memory, messages, speed
 from refocused.run.speed import Machine
 
 SMALL = (
@@ -215,11 +215,11 @@ def test_a_run_says_what_it_expects(shards, tmp_path):
 def test_suspects():
     """Each cause by its sign; with none of them, the link of several GPUs or the clock of one."""
     quiet = {"data": 0.01, "save": 0.0, "retries": 0.0}
-    assert "clock" in words.suspect(0.4, quiet, "", 1) and "link" in words.suspect(0.4, quiet, "", 2)
-    assert "data" in words.suspect(0.4, quiet | {"data": 0.3}, "", 2)
-    assert "3 times" in words.suspect(0.4, quiet | {"retries": 3}, "", 2)
-    assert "saves" in words.suspect(0.4, quiet | {"save": 0.2}, "", 2)
-    sniffed = "measured  ...\nnote      rank 1 is slow: product 300 TFLOP/s, the others 700"
-    assert words.suspect(0.4, quiet, sniffed, 2).startswith("rank 1 is slow: product")
-    sniffed = "note      the disk of out on n2 is slow: written 90 MB/s, the others 900"  # no step waits for it
-    assert "3 times" in words.suspect(0.4, quiet | {"retries": 3}, sniffed, 2)
+    assert "clock" in messages.suspect(0.4, quiet, "", 1) and "link" in messages.suspect(0.4, quiet, "", 2)
+    assert "data" in messages.suspect(0.4, quiet | {"data": 0.3}, "", 2)
+    assert "3 times" in messages.suspect(0.4, quiet | {"retries": 3}, "", 2)
+    assert "saves" in messages.suspect(0.4, quiet | {"save": 0.2}, "", 2)
+    measured = "measured  ...\nnote      rank 1 is slow: product 300 TFLOP/s, the others 700"
+    assert messages.suspect(0.4, quiet, measured, 2).startswith("rank 1 is slow: product")
+    measured = "note      the disk of out on n2 is slow: written 90 MB/s, the others 900"  # no step waits for it
+    assert "3 times" in messages.suspect(0.4, quiet | {"retries": 3}, measured, 2)

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
         scores = by_shard(source, dataset, cfg, env)
     except Exception as error:
         code, text = failures.explain(error)
-        failures.say(error, lambda: print(text, file=sys.stderr, flush=True))
+        failures.report(error, lambda: print(text, file=sys.stderr, flush=True))
         return exits.leave(code, text)
     processes.stop()
     if not env.main:

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     devices = [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
     rows = [hardware.gpu(device) if count else hardware.gpu(device, n=1024) for device in devices]
     name = torch.cuda.get_device_name(0) if count else "CPU"
-    first, *complaints = hardware.words(rows, [str(device) for device in devices], name)
+    first, *complaints = hardware.describe(rows, [str(device) for device in devices], name)
     if count > 1:
         try:
             first += f", all-reduce {measured(count)['all-reduce']:.3g} GB/s"

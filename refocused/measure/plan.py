@@ -17,7 +17,7 @@ import model as neox
 from configs import Config, ConfigError
 from refocused.entry import here, parse_with_settings, positive, positive_number
 from refocused.measure import calibrate, search
-from refocused.run import gpus, optim, preflight, speed, words
+from refocused.run import gpus, messages, optim, preflight, speed
 from refocused.run.gpus import GPUS
 from refocused.run.memory import PROCESS, estimate
 from refocused.run.speed import Machine, Step
@@ -159,7 +159,7 @@ def affordable(cfg: Config, world: int, seconds: float, name: str, hours: float)
     steps = int(hours * 3600 / seconds)
     tokens = steps * tokens_per_step(cfg, world)
     return (
-        f"{name} buys {hours:,.1f} h = {steps:,} steps = {words.count(tokens)} tokens, "
+        f"{name} buys {hours:,.1f} h = {steps:,} steps = {messages.count(tokens)} tokens, "
         f"{tokens / neox.num_parameters(cfg)[0]:.2g} per parameter (Chinchilla, arXiv:2203.15556: about 20), "
         f"{steps / cfg.max_steps:.0%} of the config's {cfg.max_steps:,} steps: max_steps={steps}"
     )
@@ -251,11 +251,11 @@ def main(argv: list[str]) -> int:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
     except ValueError as error:
         dataset = f"not here ({str(error).splitlines()[0]})"
-    lines = [words.plan(cfg, world, dataset, f"{world} x {name}{', planned without one' * (not options.calibrate)}")]
+    lines = [messages.plan(cfg, world, dataset, f"{world} x {name}{', planned without one' * (not options.calibrate)}")]
     lines += [f"saves     {checkpoints(cfg)}"]
     sent = speed.step(cfg, world, Machine("", 1, 1)).sent
     lines += [f"network   {sent / 1e9:.2f} GB sent by each GPU per optimizer step"]
-    plan = words.fitted("\n".join(lines), WIDTH + 1)
+    plan = messages.fitted("\n".join(lines), WIDTH + 1)
     print(f"\n{plan}\n\n{memory_table(cfg, world)}\n")
     say(
         "Predicted from the eager graph. Torch's allocator keeps a pool of memory per stream, so their peaks add up. Not "

@@ -24,7 +24,7 @@ CRASH_LOOP = 78
 
 FINAL = (MISTAKE, NOT_FINITE, NO_DATA, CRASH_LOOP)  # what no restart mends
 
-at_leave: list[Callable[[int, str], None]] = []  # called with code and words, whatever the way out
+at_leave: list[Callable[[int, str], None]] = []  # called with code and message, whatever the way out
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Cause:
     """Why a process ends."""
 
     code: int
-    words: str = ""
+    message: str = ""
     at: float = 0.0  # time.time() of the failure; causes without one keep the order in which they are given
     followed: bool = False  # from what happened elsewhere: peers were lost, or a launcher ended this process
     who: str = ""
@@ -43,8 +43,8 @@ def in_order(causes: Iterable[Cause]) -> list[Cause]:
     return sorted(causes, key=lambda cause: (cause.code not in FINAL, cause.followed, cause.at))
 
 
-def leave(code: int, words: str = "", at_once: bool = False, at: float | None = None, followed: bool = False) -> int:
-    """The last act of every process of a run; its words have been said, and are handed on to torchrun's report.
+def leave(code: int, message: str = "", at_once: bool = False, at: float | None = None, followed: bool = False) -> int:
+    """The last act of every process of a run; its message has been printed, and is handed on to torchrun's report.
 
     at, followed: as a Cause has them; at is now where it is not given.
 
@@ -53,17 +53,17 @@ def leave(code: int, words: str = "", at_once: bool = False, at: float | None = 
     """
     for function in at_leave:
         with contextlib.suppress(Exception):  # what they note matters less than leaving
-            function(code, words)
+            function(code, message)
     if code and (file := launch_or_alone().error_file):
         at = at or time.time()
         extra = {
-            "py_callstack": words or f"exit code {code}",
+            "py_callstack": message or f"exit code {code}",
             "timestamp": str(int(at)),
             "at": at,
             "followed": followed,
         }
         with contextlib.suppress(OSError), open(file, "w") as report:
-            json.dump({"message": {"message": words, "errorCode": code, "extraInfo": extra}}, report)
+            json.dump({"message": {"message": message, "errorCode": code, "extraInfo": extra}}, report)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
             stream.flush()

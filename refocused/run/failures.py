@@ -98,7 +98,7 @@ def out_of_memory(error: BaseException) -> str | None:
     return lines[0] if lines and isinstance(error, RuntimeError) else None
 
 
-def say(error: BaseException, speak: Callable[[], None]) -> None:
+def report(error: BaseException, speak: Callable[[], None]) -> None:
     """Call speak: on each rank, or on rank 0 alone for what is the same on all, if that is still alive.
 
     Rank 0 can be the store's host, so it stays until the others know. A rank that merely lost its peers then waits, so

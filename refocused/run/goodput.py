@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from refocused.run.messages import duration
 from refocused.run.trace import number
-from refocused.run.words import duration
 
 CAUSES = {
     "gap_seconds": "between runs",

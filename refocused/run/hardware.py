@@ -91,7 +91,7 @@ def slow(
     return found
 
 
-def words(rows: list[dict[str, float]], names: list[str], device_name: str) -> list[str]:
+def describe(rows: list[dict[str, float]], names: list[str], device_name: str) -> list[str]:
     """The lowest to highest rates, then a line for each that is slow."""
     spans = {key: sorted(row[key] for row in rows) for key in rows[0]}
     shown = [f"{key} {span[0]:.3g} to {span[-1]:.3g} {UNITS.get(key, 'GB/s')}" for key, span in spans.items()]
@@ -99,11 +99,11 @@ def words(rows: list[dict[str, float]], names: list[str], device_name: str) -> l
     return [", ".join(shown), *slow(rows, names, known.ceiling / 1e12 if known and known.ceiling else None)]
 
 
-def sniff(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
+def measure_devices(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
     """Lines for the plan: the rates of this run's GPUs and disks, and which of them is slow. Collective."""
     rows: list[dict[str, float]] = [{}] * env.world_size
     dist.all_gather_object(rows, gpu(env.device, n, nbytes), group=processes.long_group)
-    line, *complaints = words(rows, [f"rank {rank}" for rank in range(env.world_size)], env.device_name)
+    line, *complaints = describe(rows, [f"rank {rank}" for rank in range(env.world_size)], env.device_name)
     nodes = [node for node in processes.on_each_node(env, of_node, Path(cfg.output_dir), nbytes) if node]
     if disks := {name: rates for name, rates in nodes if rates}:
         write, read = (min(rates[key] for rates in disks.values()) for key in ("written", "read"))

@@ -34,17 +34,17 @@ SILENT = "it left without a word"
 
 def of_failure(rank: int, failure: ProcessFailure) -> Cause:
     """What torchrun knows of a rank that failed."""
-    code, words = failure.exitcode, failure.message
-    if isinstance(words, dict):
-        return of_report(words, f"rank {rank}", code)
+    code, message = failure.exitcode, failure.message
+    if isinstance(message, dict):
+        return of_report(message, f"rank {rank}", code)
     if code == -signal.SIGKILL:
-        words = "it was killed by SIGKILL; out of memory? `dmesg` says so"
+        message = "it was killed by SIGKILL; out of memory? `dmesg` says so"
     elif code > 0:
-        words = SILENT
+        message = SILENT
     if code == 1:  # Python's own for a traceback, and faulthandler's for a process that hangs
-        code, words = INTERNAL, f"{words}; what stands above may say why"
+        code, message = INTERNAL, f"{message}; what stands above may say why"
     ended_by_torchrun = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
-    return Cause(code if code > 0 else INTERNAL, words, failure.timestamp, ended_by_torchrun, f"rank {rank}")
+    return Cause(code if code > 0 else INTERNAL, message, failure.timestamp, ended_by_torchrun, f"rank {rank}")
 
 
 def of_report(report: dict[str, Any], who: str, code: int = INTERNAL) -> Cause:
@@ -70,7 +70,7 @@ def lines(causes: list[Cause]) -> list[str]:
     said: dict[tuple[int, str], str] = {}
     for cause in causes:
         if not cause.followed or causes[0].followed:
-            last = (cause.words.strip().splitlines() or [SILENT])[-1]
+            last = (cause.message.strip().splitlines() or [SILENT])[-1]
             said.setdefault((cause.code, last), f"launch: {cause.who} ended with {cause.code}: {last}")
     return list(said.values())[::-1]
 
@@ -78,15 +78,15 @@ def lines(causes: list[Cause]) -> list[str]:
 def of_torchrun(error: Exception, followed: bool) -> Cause:
     """What torchrun's own failure means: a mistake in its flags, or a node or store that a restart may find again."""
     inner = error.__cause__ if isinstance(error, RendezvousConnectionError) and error.__cause__ else error
-    words = (str(inner).strip().splitlines() or [type(error).__name__])[0]
+    message = (str(inner).strip().splitlines() or [type(error).__name__])[0]
     code = MISTAKE if isinstance(error, ValueError | AssertionError) else INTERNAL
-    if "EADDRINUSE" in words or "in use" in words:
-        code, words = MISTAKE, f"{words}; choose another --master_port or --rdzv_endpoint"
+    if "EADDRINUSE" in message or "in use" in message:
+        code, message = MISTAKE, f"{message}; choose another --master_port or --rdzv_endpoint"
     elif isinstance(error, RendezvousTimeoutError):
-        words = "the other nodes did not come in time; start the command on each of them"
+        message = "the other nodes did not come in time; start the command on each of them"
     elif isinstance(error, RendezvousConnectionError | dist.DistNetworkError):
-        words = f"no answer at the endpoint, so the node that serves it has ended or not begun: {words}"
-    return Cause(code, words, followed=followed, who="torchrun")
+        message = f"no answer at the endpoint, so the node that serves it has ended or not begun: {message}"
+    return Cause(code, message, followed=followed, who="torchrun")
 
 
 def check(args: argparse.Namespace) -> None:

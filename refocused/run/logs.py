@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configs import Config, ConfigError
 from refocused import files, locks
 from refocused.checkpoint import selection
-from refocused.run.words import fitted
+from refocused.run.messages import fitted
 
 LOG, TRACE, OWNER = "train.log", "trace.jsonl", ".output_dir"
 # a link that somebody has planted under one of our names is not followed to what it points at
@@ -118,7 +118,7 @@ def mute(but: tuple[int, ...] = ()) -> None:
 class Logs:
     """What a run says, and the files of its logging_dir. Rank 0 alone speaks and writes.
 
-    What cannot be written is said once, dropped, and tried again by again().
+    What cannot be written is said once, dropped, and tried again by retry().
     """
 
     def __init__(self, logging_dir: str, output_dir: str, main: bool = True):
@@ -145,13 +145,13 @@ class Logs:
         self.files.append(File(self, self.folder / name))
         return self.files[-1]
 
-    def put(self, name: str, content: bytes) -> None:
+    def replace(self, name: str, content: bytes) -> None:
         """A whole file, in the place of what has the name."""
         file = File(self, self.folder / name, os.O_TRUNC)
         file.write(content)
         file.close()
 
-    def again(self) -> None:
+    def retry(self) -> None:
         """At every log line: try again what failed, and make anew what was removed or moved away meanwhile."""
         if not self.main:
             return
@@ -159,7 +159,7 @@ class Logs:
             log_error(f"{self.folder} can be written again; what was written meanwhile is missing")
             self.failed = False
         for file in self.files:
-            file.again()
+            file.retry()
         if not (self.folder / OWNER).exists() or not all(lock.intact() for lock in _held):
             release()
             try:
@@ -208,7 +208,7 @@ class File:
             self.shut = True
             self.logs.fail(error if error.filename else OSError(error.errno, error.strerror, str(self.path)))
 
-    def again(self) -> None:
+    def retry(self) -> None:
         self.shut, same = False, False
         if self.fd >= 0:
             with contextlib.suppress(OSError):

@@ -100,13 +100,13 @@ class Ledger(TorchDispatchMode):
         else:
             entry = self.entries[storage] = Entry(kind, storage.nbytes(), torch.cpu.current_stream())
             self.now[kind, entry.stream] += entry.size
-            weakref.finalize(storage, self.gone, entry)
+            weakref.finalize(storage, self.freed, entry)
 
-    def gone(self, entry: Entry) -> None:
+    def freed(self, entry: Entry) -> None:
         self.now[entry.kind, entry.stream] -= entry.size
 
     def relabel(self, entry: Entry, kind: str) -> None:
-        self.gone(entry)
+        self.freed(entry)
         self.now[kind, entry.stream] += entry.size
         entry.kind = kind
 
@@ -127,10 +127,10 @@ class Ledger(TorchDispatchMode):
         elif func is torch.ops.fsdp.split_with_sizes_copy.default:
             for whole in kwargs["out"]:
                 self.account(whole, "communication")
-        self.look()
+        self.update_peaks()
         return result
 
-    def look(self) -> None:
+    def update_peaks(self) -> None:
         kinds: Counter[str] = Counter()
         pools: Counter[Any] = Counter()
         for (kind, stream), size in self.now.items():

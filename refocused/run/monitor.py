@@ -18,9 +18,9 @@ from refocused.checkpoint.selection import Choice
 from refocused.run import devices, goodput, gpus, processes, strategy
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute
+from refocused.run.messages import count, duration, suspect
 from refocused.run.tensorboard import TensorBoard
 from refocused.run.trace import Diverged, Trace
-from refocused.run.words import count, duration, suspect
 from refocused.shards.shard import DataError
 
 WIDTH = 100  # columns of a step's line
@@ -114,7 +114,9 @@ class Monitor:
         self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpus.peak_flops(env.device_name)
         self.norm, self.stall, self.retries = math.nan, 0.0, 0
         self.slow = 0  # windows in a row that were slower than expected
-        self.held: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = None  # a step's line, see step()
+        self.unwritten: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = (
+            None  # a step's line, see step()
+        )
         self.first = self.at = state.step  # where this run began, and the last step that it knows of
         self.causes, self.strict = differences(start.state, cfg, env.world_size)
         self.trace: Trace | None = None
@@ -169,18 +171,18 @@ class Monitor:
 
     def clock(self, done: bool = False) -> None:
         """Note in the trace what the time of this run went to, up to the last step that is known."""
-        self.touched = self.clocked = time.perf_counter()
+        self.last_sign = self.clocked = time.perf_counter()
         if self.trace:
             line: dict[str, Any] = {"event": "clock", "step": self.at, "from": self.first}
             line["began"] = round(self.began, 1)
-            seconds = {"run_seconds": self.touched - self.born, **self.spent}
+            seconds = {"run_seconds": self.last_sign - self.born, **self.spent}
             line |= {key: round(value, 3) for key, value in seconds.items()} | ({"done": True} if done else {})
             self.trace.write(line)
             self.trace.clocks[str(line["began"])] = line
 
     def goodput(self, done: bool) -> str:
         """At the end, everything saved: the share of the time of all runs so far that became training, in words."""
-        self.spent["end_seconds"] = time.perf_counter() - self.touched
+        self.spent["end_seconds"] = time.perf_counter() - self.last_sign
         self.clock(done)
         return f"time      {goodput.sentence(goodput.goodput(self.trace.clocks.values()))}" if self.trace else ""
 
@@ -199,15 +201,15 @@ class Monitor:
         with console():
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         extra = {"verdict": status} if status else {}
-        self.held = (step, {"loss": loss, "grad_norm": self.norm, "lr": lr}, ids, extra)
+        self.unwritten = (step, {"loss": loss, "grad_norm": self.norm, "lr": lr}, ids, extra)
         if not logs:
             self.record()
-        self.passed(step, proves=not logs)
+        self.advance(step, proves=not logs)
         if status and self.env.main:
             name, windows = f"bad-step-{step}.json", locate(ids)
             report: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(self.norm), "verdict": status}
             report["windows"] = [{"shard": shard, "offset": offset} for shard, offset in windows]
-            self.logs.put(name, json.dumps(report, indent=1).encode())
+            self.logs.replace(name, json.dumps(report, indent=1).encode())
             first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
             self.log(
                 f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. Read {first}, ...; all windows in "
@@ -219,10 +221,10 @@ class Monitor:
         if self.trace:
             self.trace.skipped(step, ids)
         self.log(f"Step {step}: skipped, as skip_steps says")
-        self.passed(step)
+        self.advance(step)
 
-    def passed(self, step: int, proves: bool = True) -> None:
-        self.at, self.touched = step, time.perf_counter()
+    def advance(self, step: int, proves: bool = True) -> None:
+        self.at, self.last_sign = step, time.perf_counter()
         with console():
             self.bar.update(step - self.bar.n)
         if proves:
@@ -230,10 +232,10 @@ class Monitor:
 
     def record(self, **figures: Any) -> None:
         """Write the line that is held, if any."""
-        if self.held and self.trace:
-            step, compared, ids, extra = self.held
+        if self.unwritten and self.trace:
+            step, compared, ids, extra = self.unwritten
             self.trace.record(step, compared, ids, extra | figures)
-        self.held = None
+        self.unwritten = None
 
     def prove(self, step: int, over: bool = False) -> None:
         """Say when a replay has come to its end, and how. over: no step follows, or none that this run makes.
@@ -258,7 +260,7 @@ class Monitor:
 
         waited: seconds that the loader has been waited for so far; status: what else there is to say, such as uploads.
         """
-        self.logs.again()
+        self.logs.retry()
         if not self.state.recent_losses:  # every step was skipped
             return
         loss = self.state.loss = math.fsum(self.state.recent_losses) / len(self.state.recent_losses)
@@ -335,15 +337,15 @@ class Monitor:
                 except DataError as error:
                     self.log(f"no text samples: {error}")
                     self.samples = False
-        self.touched = time.perf_counter()
-        self.begin += self.touched - begin
-        self.spent["eval_seconds"] += self.touched - begin
+        self.last_sign = time.perf_counter()
+        self.begin += self.last_sign - begin
+        self.spent["eval_seconds"] += self.last_sign - begin
 
     def saved(self, step: int, name: str, stall: float) -> None:
         """Note a save that has begun and held training up for `stall` seconds."""
         self.stall += stall
         self.spent["save_seconds"] += stall
-        self.logs.again()
+        self.logs.retry()
         if self.trace:
             self.trace.event("checkpoint", step, name=name, stall_seconds=stall)
         self.clock()

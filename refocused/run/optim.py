@@ -83,7 +83,7 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) ->
     return rate
 
 
-def clips(optimizers: list[torch.optim.Optimizer]) -> bool:
+def clips_in_kernel(optimizers: list[torch.optim.Optimizer]) -> bool:
     """Whether update() takes a divisor: CUDA's fused kernel divides as it reads, which saves a pass over gradients."""
     return all(
         isinstance(o, torch.optim.AdamW) and o.param_groups[0]["params"][0].device.type == "cuda" for o in optimizers

@@ -211,10 +211,10 @@ class Starts:
             self.failed = 0
             self.write(failed=0, step=step, reason="")
 
-    def ended(self, code: int, words: str) -> None:
+    def ended(self, code: int, message: str) -> None:
         """Called as the process leaves."""
         self.note()
         if code in self.CALM or code >= 128:
             self.write(failed=self.failed)
         elif self.state["failed"]:
-            self.write(reason=words)
+            self.write(reason=message)

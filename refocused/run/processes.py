@@ -153,9 +153,9 @@ def first_collective(device: torch.device) -> float | None:
 
     def give_up() -> None:
         where = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        words = f"error: {where}: the first all-reduce was not over in {FIRST_SECONDS:g} s; {ADVICE}"
-        print(words, file=sys.stderr, flush=True)
-        leave(INTERNAL, words, at_once=True)
+        message = f"error: {where}: the first all-reduce was not over in {FIRST_SECONDS:g} s; {ADVICE}"
+        print(message, file=sys.stderr, flush=True)
+        leave(INTERNAL, message, at_once=True)
 
     watch = threading.Timer(FIRST_SECONDS, give_up)
     watch.daemon = True
@@ -201,7 +201,7 @@ def may_take_long() -> Iterator[None]:
         progress.at = time.monotonic()
 
 
-def outcome(function: Callable, args: tuple) -> tuple[Any, Exception | None]:
+def result_or_error(function: Callable, args: tuple) -> tuple[Any, Exception | None]:
     """The result of function(*args), or its error."""
     try:
         return function(*args), None
@@ -216,7 +216,7 @@ def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = Fa
     """
     node, first = socket.gethostname(), env.local_rank == 0
     with may_take_long():
-        mine = outcome(function, args) if first and not (env.main and but_rank_0) else (None, None)
+        mine = result_or_error(function, args) if first and not (env.main and but_rank_0) else (None, None)
         everyone: list[Any] = [None] * env.world_size
         dist.all_gather_object(everyone, (*mine, node, first), group=long_group)
     if without := {node for *_, node, _ in everyone} - {node for *_, node, first in everyone if first}:
@@ -236,7 +236,7 @@ def on_rank_0(function: Callable, *args: Any) -> Any:
     box: list[Any] = [None]
     with may_take_long():
         if dist.get_rank() == 0:
-            box[0] = outcome(function, args)
+            box[0] = result_or_error(function, args)
         dist.broadcast_object_list(box, src=0, group=long_group)
     result, error = box[0]
     if error is not None:

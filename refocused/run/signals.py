@@ -53,7 +53,7 @@ class StopSignal:
             self.since = time.monotonic()
             if speak:
                 what = "after this step" if self.begun else "before the first step"
-                self.write(f"\n{why}{': ' * bool(why)}stopping {what}; again to quit now\n")
+                write_stderr(f"\n{why}{': ' * bool(why)}stopping {what}; again to quit now\n")
 
     def pass_on(self, stopping: float) -> None:
         """Note that another rank was told to stop, if so."""
@@ -73,15 +73,15 @@ class StopSignal:
             if time.monotonic() > self.end:
                 self.ask(f"stop_after_minutes={self.minutes:g} have passed")
             if self.since and not self.begun and time.monotonic() > self.since + self.PATIENCE:
-                self.write(EARLY + "\n")
+                write_stderr(EARLY + "\n")
                 leave(STOPPED, EARLY, at_once=True)
 
-    @staticmethod
-    def write(text: str) -> None:
-        """To stderr, where that can be written at once: a terminal that is held is not waited for."""
-        with contextlib.suppress(OSError):  # a closed one
-            if select.select([], [2], [], 0)[1]:
-                os.write(2, text.encode())
+
+def write_stderr(text: str) -> None:
+    """Write where that can be done at once: a terminal that is held is not waited for."""
+    with contextlib.suppress(OSError):  # a closed one
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, text.encode())
 
 
 def watch_preemption(ask: Callable[[str], None]) -> None:

@@ -132,14 +132,14 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     return "\n".join(lines)
 
 
-def suspect(lost: float, seen: dict[str, float], sniffed: str, world_size: int) -> str:
+def suspect(lost: float, seen: dict[str, float], measured: str, world_size: int) -> str:
     """What to look at first where a share of the expected speed is lost.
 
     seen: shares of the time that data and saves were waited for, and how often the allocator tried again.
     """
     if seen["data"] > lost / 3:
         return f"{seen['data']:.0%} of the time is spent waiting for data: a faster disk, more dataloader_num_workers"
-    notes = [line.removeprefix("note").strip() for line in sniffed.splitlines() if " is slow: " in line]
+    notes = [line.removeprefix("note").strip() for line in measured.splitlines() if " is slow: " in line]
     if slow := [note for note in notes if not note.startswith("the disk of ")]:  # which saves alone wait for
         return slow[0]
     if n := seen["retries"]:
@@ -175,7 +175,7 @@ def ending(end: End, cfg: Config) -> tuple[int, str]:
         (STOPPED, end.stopped is not None and "a signal had asked for a stop"),
     )
     first, *others = exits.in_order(exits.Cause(code, text) for code, text in found if text) or [exits.Cause(DONE)]
-    return first.code, _last_words(first.code, end, cfg) + "".join(f"; also: {other.words}" for other in others)
+    return first.code, _last_words(first.code, end, cfg) + "".join(f"; also: {other.message}" for other in others)
 
 
 def _last_words(code: int, end: End, cfg: Config) -> str:
