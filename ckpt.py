@@ -49,7 +49,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from configs import MODEL, Config, ConfigError, check_same_model
@@ -213,9 +212,7 @@ class Checkpoints:
             log(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
         if syncer and not syncer.close(deadline):
             reason = syncer.failure  # flush() has set it
-        reasons: list[str | None] = [None] * self.env.world_size
-        dist.all_gather_object(reasons, reason, group=processes.long_group)
-        return failure, "; ".join(dict.fromkeys(filter(None, reasons))) or None
+        return failure, "; ".join(dict.fromkeys(filter(None, processes.gather(reason)))) or None
 
 
 def beginning(place: str, cfg: Config) -> "Source":

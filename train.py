@@ -29,7 +29,7 @@ import torch
 import ckpt
 import data
 from configs import Config
-from refocused.checkpoint import manifest, tensors
+from refocused.checkpoint import tensors
 from refocused.run import exits, failures, guard, messages, optim, preflight, processes, strategy
 from refocused.run.devices import Readback, check_compiler
 from refocused.run.evaluate import evaluate, loss_is_finite
@@ -49,23 +49,24 @@ class Due(NamedTuple):
     last: bool = False  # no step follows
     stop: bool = False  # a signal came to one of the ranks
     unreadable: bool = False  # one of them cannot read the next batch
-    save_failed: bool = False  # the last one, behind training
+    save_failed: bool = False  # the last one, which ran behind training
 
 
 def due_after(
-    step: int, cfg: Config, evaluates: bool, stop: StopSignal, loader: data.Loader, checkpoints, monitor: Monitor
+    step: int, cfg: Config, eval_steps: int, stop: StopSignal, loader: data.Loader, checkpoints, monitor: Monitor
 ) -> Due:
     """Collective: what one rank alone sees (a signal, a clock, an error) becomes what all of them do."""
 
     def every(steps: int) -> bool:
         return steps > 0 and step % steps == 0
 
+    # a collective on the host, so that no rank waits for its device here
     flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.line_is_late())
     late_save, save_failed, stopping, unreadable, late_line = map(bool, processes.max_over_ranks(*flags))
     at_end = step == cfg.max_steps
     last = at_end or stopping or unreadable
     log = every(cfg.logging_steps) or late_line or (at_end and monitor.averages)
-    evaluation = evaluates and (every(cfg.eval_steps) or at_end)
+    evaluation = every(eval_steps) or (at_end and eval_steps > 0)
     save = every(cfg.save_steps) or late_save or last
     return Due(log, evaluation, save, last, stopping, unreadable, save_failed)
 
@@ -90,7 +91,7 @@ def gradients(
 
 
 def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, logs: Logs) -> str:
-    """Show the plan and what the command line set; returns the plan with every key that something set."""
+    """Log the plan and what the command line set. Returns the plan with every key that something set."""
     where, busy = processes.describe(env, cfg), processes.busy(env.device, env.threads)
     plan = messages.plan(cfg, env.world_size, dataset, where, busy)
     settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
@@ -102,25 +103,19 @@ def train(
     cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, stop: StopSignal,
     each_step: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
-    """The run, on every rank alike; returns the exit code. each_step is called after every step, for a benchmark."""
-    # --- setup: first what can be refused, then what takes minutes
+    """The run, on every rank alike. Returns the exit code. each_step is called after every step, for a benchmark."""
+    # --- setup: first what can be refused in seconds, then what takes minutes
     preflight.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
-    evaluates = cfg.eval_steps > 0 and dataset.num_eval_samples > 0
-    checkpoints = ckpt.Checkpoints(cfg, env)  # takes output_dir: a second run must not get as far as compiling
-    watch = Watchdog(cfg, env, processes.on_rank_0(preflight.Starts, cfg))
+    eval_steps = cfg.eval_steps if dataset.num_eval_samples else 0
+    checkpoints = ckpt.Checkpoints(cfg, env)  # takes output_dir: a second run in it ends here, before it compiles
+    watch = Watchdog(cfg, env, processes.on_rank_0(preflight.Starts, cfg))  # a hang in the setup is found, too
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     settings = describe(cfg, origins, env, dataset, logs)
-    found = ""
-    if cfg.check_hardware and env.device.type == "cuda":
-        from refocused.run import hardware
-
-        found = hardware.measure_devices(
-            cfg, env
-        )  # one slow GPU makes all of them wait: named before hours are paid for
-        logs.log(found)
+    rates = preflight.measure_devices(cfg, env)  # one slow GPU makes all of them wait: named before hours are paid for
+    logs.log(rates)
     choice = checkpoints.choose(logs.log)
     state = LoopState.restored(choice.state)
     if choice.path:
@@ -132,37 +127,28 @@ def train(
     model = strategy.build(cfg, env)
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
-    begin = time.perf_counter()
     logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
-    strategy.warm_up(model, cfg, env)  # before the state is loaded, because it makes gradients
-    compile_seconds = time.perf_counter() - begin
+    compile_seconds = strategy.warm_up(model, cfg, env)  # makes gradients, so it comes before the state is loaded
     logs.log(f"ready in {compile_seconds:.1f} s of compilation and warm-up")
     logs.log(checkpoints.load(tensors.state_tree(model, *optimizers)))
     if state.scaler:
         scaler.load_state_dict(state.scaler)
-
     loader = data.Loader(
         dataset, state.step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
         accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=state.samples_seen,
     )  # fmt: skip
-    # decides on the device whether a step is applied, and says a step later how it was
     health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
-    profile = None
-    if cfg.profile and env.main:
-        from refocused.run.profiler import Profiler
-
-        profile = Profiler(cfg, env.device)
     readback, made = Readback(env.device), preflight.made_by(env)
-    monitor = Monitor(cfg, env, logs, state, choice, compile_seconds, settings, found)
+    monitor = Monitor(cfg, env, logs, state, choice, compile_seconds, settings, rates)
 
     def save(last: bool) -> bool:
-        """False where nothing was saved, because the weights do not give a finite loss."""
+        """False if nothing was saved, because the last steps or the weights do not give a finite loss."""
+        if health.bad_in_a_row:
+            return False
         guard.check_replicas(model, cfg, state.step)  # one copy is saved, and a wrong one would be loaded by all
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
-        saved = state.saved(cfg, dataset, made)
-        at = saved["data"]["position"]
-        name = manifest.name(at["epoch"], state.step, at["files"])
+        name, saved = state.saved(cfg, dataset, made)
         stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
         if stall is not None:
             monitor.saved(state.step, name, stall)
@@ -182,19 +168,21 @@ def train(
     watch.begin(state.step)
     # a checkpoint's evaluation is made now, unless a run has made it since, as rank 0's trace knows
     made_since = any(processes.max_over_ranks(monitor.has_evaluation()))
-    state.evaluation_owed = state.evaluation_owed and evaluates and not made_since
+    state.evaluation_owed = state.evaluation_owed and eval_steps > 0 and not made_since
     idle = state.step >= cfg.max_steps and not state.evaluation_owed
     if state.evaluation_owed:
         evaluate_held_out()
-    due, save_again = Due(stop=state.evaluation_owed), False
-    for batch in loader if not due.stop else ():  # else a stop came again, and a step would leave what is owed behind
+    # after a second stop no step is made, because it would leave behind the weights that are to be evaluated
+    due, unsaved = Due(stop=state.evaluation_owed), False
+    for batch in loader if not due.stop else ():
+        monitor.before_step(state.step + 1)
         lr = optim.set_rate(optimizers, state.step, cfg)
-        logs.log(profile.at(state.step + 1) if profile else "")
-        figures = torch.empty(0)  # of a step that is skipped
-        if not any(state.step + 1 in steps for steps in skips):  # known to be bad: all moves on but the weights
+        figures = torch.empty(0)  # of a step that is skipped: all moves on but the weights
+        if not any(state.step + 1 in steps for steps in skips):
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
             scaler.unscale_(optimizers[0])
             norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips_in_kernel(optimizers))
+            # decided on the device before the update, so that the host does not wait for the loss
             figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
             optim.update(optimizers, scaler, apply, divisor)
             strategy.clear_gradients(model)
@@ -205,7 +193,7 @@ def train(
         readback.put((state.step, lr, batch.ids), figures)
         watch.step(state.step)
         each_step()
-        due = due_after(state.step, cfg, evaluates, stop, loader, checkpoints, monitor)
+        due = due_after(state.step, cfg, eval_steps, stop, loader, checkpoints, monitor)
         stop.pass_on(due.stop)
         # figures come a step late, so that the host does not wait for the device; all of them before one is acted on
         for (at, rate, ids), figure in readback.take(wait=due.log or due.evaluation or due.save):
@@ -225,12 +213,14 @@ def train(
         state.evaluation_owed = due.evaluation
         if due.evaluation and not due.stop:
             evaluate_held_out()
-            if state.evaluation_owed:  # a step more would leave behind the weights that are to be evaluated
+            if state.evaluation_owed:  # a stop came during the evaluation
                 due = due._replace(save=True, last=True, stop=True)
         if due.last:
             monitor.prove(state.step, over=True)  # before a save that would stand on steps that differ
-        if due.save or save_again:  # nothing is saved in a streak that is not finite, but right after it
-            save_again = health.bad_in_a_row > 0 or not save(due.last)
+        if (
+            due.save or unsaved
+        ):  # a save that a streak of steps without a finite loss has put off is made right after it
+            unsaved = not save(due.last)
         if due.last:
             break
 
@@ -240,24 +230,23 @@ def train(
     if error and not env.main:
         log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
     loader.close()
-    logs.log(profile.close() if profile else "")
-    failure, missing = checkpoints.close(logs.log)
+    failure, missing = checkpoints.close(logs.log)  # waits for the last save and its upload
     watch.stop()
     logs.log(checkpoints.news(), screen=False)
     processes.stop()
-    unreadable = str(error or "another rank could not read its data, and says why") if due.unreadable else None
-    not_finite = health.bad_in_a_row > 0 or save_again
-    stopped = time.monotonic() - stop.since if due.stop else None
-    end = messages.End(state.step, checkpoints.newest, idle, not_finite, unreadable, failure, missing, stopped)
-    code, text = messages.ending(end, cfg)
-    logs.log(monitor.goodput(done=code == DONE))
+    code, text = messages.ending(
+        cfg, state.step, checkpoints.newest, idle=idle, not_finite=health.bad_in_a_row > 0 or unsaved,
+        unreadable=str(error or "another rank could not read its data, and says why") if due.unreadable else None,
+        failure=failure, missing=missing, stopped=time.monotonic() - stop.since if due.stop else None,
+    )  # fmt: skip
+    monitor.finish(done=code == DONE)
     logs.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
     return exits.leave(code, text)
 
 
 def show(cfg: Config, origins: dict[str, str]) -> int:
-    """Print the plan and the resolved config, as far as they are known without a process group."""
+    """Print the plan and the resolved config, as far as they are known without a process group. Returns 0."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
     world = launch().world_size if launch().address else cfg.num_processes or 1
     try:

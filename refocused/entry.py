@@ -1,15 +1,13 @@
-"""The door of every command: one sentence for a mistake, a traceback for a bug, silence for a closed pipe.
+"""The start of every command: one sentence for a mistake, a traceback for a bug, silence for a closed pipe.
 
-It is imported before anything that a machine may lack, and says then what is lacking.
+It is imported before any package that may be absent, and says which one is.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import io
-import math
 import os
 import shlex
 import shutil
@@ -30,15 +28,14 @@ def from_here(path: str | Path) -> str:
 
 
 def near(path: str | Path) -> str:
-    """The same as a shell takes it."""
+    """The same, quoted for a shell."""
     return shlex.quote(from_here(path))
 
 
 def here(command: str) -> str:
-    """The command as it runs from where its reader stands.
+    """The command as it runs in the user's current folder.
 
-    The first word is a program of this interpreter's environment: it gets its path unless PATH leads to it. The files at
-    the root get theirs unless that is the current folder.
+    A program of this interpreter's environment gets its path unless PATH leads to it, a file of the root the same.
     """
     program, *words = command.split(" ")
     if program == "pip":
@@ -56,46 +53,37 @@ def here(command: str) -> str:
 
 
 def lacking() -> str:
-    """Why no command can run with this interpreter, and the one line that mends it; "" where nothing is in the way."""
+    """Why no command can run with this interpreter, and the command that mends it; "" if all is there."""
     if sys.platform == "win32":
         return (
             "this runs on Linux and macOS, on Windows inside WSL2: `wsl --install`, then the same commands in its shell"
         )
     old = sys.version_info < (3, 11)
-    absent = [name for name in NEEDED if not importlib.util.find_spec(name)]
+    absent = next((name for name in NEEDED if not importlib.util.find_spec(name)), None)
     if not (old or absent):
-        return no_temporary_folder()
-    what = f"is Python {sys.version_info[0]}.{sys.version_info[1]}, not 3.11 to 3.13" if old else f"has no {absent[0]}"
+        try:
+            tempfile.gettempdir()  # torch asks for one when it is imported
+            return ""
+        except FileNotFoundError as error:
+            return f"{error.strerror}; set TMPDIR to a folder that can be written"
+    what = f"is Python {sys.version_info[0]}.{sys.version_info[1]}, not 3.11 to 3.13" if old else f"has no {absent}"
     if (ROOT / ".venv/runtime").exists() and sys.prefix != str(ROOT / ".venv"):
-        way = f"{near(ROOT / '.venv/bin/python')} {shlex.join(sys.orig_argv[1:])}"
-    elif sys.prefix != sys.base_prefix and not old:
-        way = here("pip install -r requirements.txt")
-    else:
-        way = f"{near(ROOT / 'setup.sh') if Path.cwd() != ROOT else './setup.sh'}`, which makes .venv with all of it"
-    return f"{sys.executable} {what}; run `{way}" + "`" * ("`" not in way)
-
-
-def no_temporary_folder() -> str:
-    """Why torch cannot be imported, which asks for one; "" where there is one."""
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError as error:
-        return f"{error.strerror}; set TMPDIR to a folder that can be written"
-    return ""
+        return f"{sys.executable} {what}; run `{near(ROOT / '.venv/bin/python')} {shlex.join(sys.orig_argv[1:])}`"
+    if sys.prefix != sys.base_prefix and not old:
+        return f"{sys.executable} {what}; run `{here('pip install -r requirements.txt')}`"
+    setup = near(ROOT / "setup.sh") if Path.cwd() != ROOT else "./setup.sh"
+    return f"{sys.executable} {what}; run `{setup}`, which makes .venv with all of it"
 
 
 if why := lacking():
     print(f"error: {why}", file=sys.stderr)
     sys.exit(2)
 
-Command = Callable[[list[str]], int]
-Commands = Mapping[str, tuple[str, str]]  # {name: (what it does, "module:function")}
 
+def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """command(argv), its exceptions as messages; returns the exit code.
 
-def run(command: Command, argv: list[str]) -> int:
-    """command(argv) with what it raises put into words; returns the exit code.
-
-    What a user can cause derives from ValueError and has an exit_code; anything else is a bug and says so.
+    What a user can cause derives from ValueError and has an exit_code. Anything else is a bug and says so.
     """
     open_streams()
     try:
@@ -120,14 +108,14 @@ def run(command: Command, argv: list[str]) -> int:
 
 
 def absent(error: BaseException) -> str:
-    """Of an import that failed for want of a package: which one, and the line that installs it; "" of any other error."""
+    """The package that an import lacked, and the command that installs it; "" of any other error."""
     if not isinstance(error, ModuleNotFoundError) or not error.name or (ROOT / error.name.split(".")[0]).exists():
         return ""
     return f"{error.name} is not installed: `{here('pip install -r requirements.txt')}`"
 
 
 def open_streams() -> None:
-    """Streams that nothing fails on: a closed one (`>&-`) leads nowhere, an ASCII one gets escapes for other letters."""
+    """A closed stream (`>&-`) leads nowhere, an ASCII one gets escapes for other letters: printing never fails."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each open takes the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))
@@ -135,49 +123,23 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def dispatch(program: str, commands: Commands, argv: list[str]) -> int:
-    """The command that argv[0] names, run with the rest. Its module is imported now, so no command loads another's."""
+def dispatch(program: str, commands: Mapping[str, tuple[str, str]], argv: list[str]) -> int:
+    """Run the command that argv[0] names; commands: {name: (what it does, "module:function")}.
+
+    Its module is imported now, so no command loads another's.
+    """
     usage = here(f"python {program}")
-    lines = [f"usage: {usage} COMMAND ...", ""]
-    lines += [f"  {name:<10} {meaning}" for name, (meaning, _) in commands.items()]
-    lines += ["", f"{usage} COMMAND --help says more."]
+    lines = [f"  {name:<10} {meaning}" for name, (meaning, _) in commands.items()]
+    text = "\n".join([f"usage: {usage} COMMAND ...", "", *lines, "", f"{usage} COMMAND --help says more."])
 
     def command(argv: list[str]) -> int:
         if argv[:1] in ([], ["-h"], ["--help"]):
-            print("\n".join(lines))
+            print(text)
             return 0 if argv else 2
         if argv[0] not in commands:
-            print("\n".join(lines), f"\nerror: {argv[0]!r} is no command", file=sys.stderr)
+            print(f"{text}\n\nerror: {argv[0]!r} is no command", file=sys.stderr)
             return 2
         module, _, function = commands[argv[0]][1].partition(":")
         return getattr(importlib.import_module(module), function)(argv[1:])
 
     return run(command, argv)
-
-
-def positive(text: str) -> int:
-    """An argument's type: a whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """An argument's type: a number above 0."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return value
-
-
-def parse_with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The parser's arguments and, anywhere among them, key=value `settings`; argparse takes those only in one place.
-
-    --key=value is one, too, unless it is the parser's own.
-    """
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="configuration keys")
-    options, late = parser.parse_known_args(argv)
-    late = [word.removeprefix("--") if "=" in word else word for word in late]
-    if unknown := [word for word in late if word.startswith("-") or "=" not in word]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.settings += late
-    return options

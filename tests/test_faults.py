@@ -95,7 +95,6 @@ def test_data_trouble_costs_no_step(tmp_path, nproc, refusing):
 
 def test_the_order_of_causes():
     """2, 65, 66 and 78 before all others, then what failed first; each cause is said, and a run without any is done."""
-    nothing = messages.End(7, "last", False, False, None, None, None, None)
     found = {
         "not_finite": (True, 65, "not finite"),
         "unreadable": ("shard a", 66, "shard a"),
@@ -103,9 +102,9 @@ def test_the_order_of_causes():
         "missing": ("403", 74, "not in the bucket: 403"),
         "stopped": (1.0, 75, "signal"),
     }
-    assert messages.ending(nothing, Config())[0] == 0
+    assert messages.ending(Config(), 7, "last")[0] == 0
     for some in itertools.chain.from_iterable(itertools.combinations(found, n) for n in range(1, len(found) + 1)):
-        code, text = messages.ending(nothing._replace(**{key: found[key][0] for key in some}), Config())
+        code, text = messages.ending(Config(), 7, "last", **{key: found[key][0] for key in some})
         assert code == found[some[0]][1] and all(found[key][2] in text for key in some), (some, text)
         assert "saved in" not in text or some[0] == "missing", text
 

@@ -19,9 +19,9 @@ import ckpt
 import configs
 import data
 from configs import Config, ConfigError
+from refocused.arguments import parse_with_settings
 from refocused.checkpoint import huggingface, weights
 from refocused.checkpoint.source import Source, is_hf
-from refocused.entry import parse_with_settings
 from refocused.run import devices, exits, failures, processes
 from refocused.run.evaluate import Score, evaluate
 from refocused.shards.shard import DataError

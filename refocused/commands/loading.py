@@ -5,7 +5,7 @@ import time
 
 import data
 from configs import Config
-from refocused import entry
+from refocused import arguments
 from refocused.shards.find import find_files, local_path
 from refocused.shards.shard import DataError, Shard
 
@@ -13,9 +13,9 @@ from refocused.shards.shard import DataError, Shard
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="data.py bench", description="tokens/s of the loader, its page cache warm.")
     parser.add_argument("DIR", type=local_path)
-    parser.add_argument("--sequence_length", type=entry.positive, default=Config.sequence_length)
-    parser.add_argument("--workers", type=entry.positive, default=Config.dataloader_num_workers)
-    parser.add_argument("--seconds", type=entry.positive_number, default=3.0)
+    parser.add_argument("--sequence_length", type=arguments.positive, default=Config.sequence_length)
+    parser.add_argument("--workers", type=arguments.positive, default=Config.dataloader_num_workers)
+    parser.add_argument("--seconds", type=arguments.positive_number, default=3.0)
     args = parser.parse_args(argv)
     paths = find_files(args.DIR, "*.npz")
     if not paths:

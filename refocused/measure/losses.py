@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
-from refocused.entry import ROOT, parse_with_settings, positive
+from refocused.arguments import parse_with_settings, positive
+from refocused.entry import ROOT
 from refocused.run.trace import Lines, Trace
 
 Steps = dict[int, dict[str, Any]]  # {step: what the trace says of it}

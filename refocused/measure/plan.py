@@ -15,7 +15,8 @@ import configs
 import data
 import model as neox
 from configs import Config, ConfigError
-from refocused.entry import here, parse_with_settings, positive, positive_number
+from refocused.arguments import parse_with_settings, positive, positive_number
+from refocused.entry import here
 from refocused.measure import calibrate, search
 from refocused.run import gpus, messages, optim, preflight, speed
 from refocused.run.gpus import GPUS

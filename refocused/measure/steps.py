@@ -21,7 +21,7 @@ import configs
 import model as neox
 from configs import Config, ConfigError
 from refocused import entry
-from refocused.entry import parse_with_settings, positive
+from refocused.arguments import parse_with_settings, positive
 from refocused.run import environment, gpus
 from refocused.run.preflight import git
 

@@ -71,7 +71,7 @@ def check_precision(cfg: Config, device: torch.device) -> None:
 
 
 def check_compiler(cfg: Config, device: torch.device) -> None:
-    """Raise ConfigError where a run is to compile without a compiler (C++ for a CPU, C for Triton on a GPU) or a folder."""
+    """Raises ConfigError if a run that compiles lacks a compiler (C++ for a CPU, C for Triton on a GPU) or a folder."""
     if not cfg.compile_model or device.type == "mps":  # whose shaders need no compiler of this machine's
         return
     off = "compile_model=false trains without, slower"
@@ -122,7 +122,7 @@ def tune(cfg: Config, device: torch.device, local_rank: int, local_world_size: i
 
 
 def cores(local_world_size: int) -> int:
-    """Of the CPU, for each of so many processes on this machine, within a container's limit."""
+    """Cores of the CPU for each of so many processes on this machine, within a container's limit."""
     usable = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
     for file, period in QUOTAS:
         with contextlib.suppress(OSError, ValueError):  # the other version; "max"
@@ -143,7 +143,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Readback:
-    """Carries figures from the device to the host a step late, so that the host never waits for the step in flight."""
+    """Copies figures from the device to the host a step late, so that the host never waits for the step in flight."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -27,8 +27,8 @@ NOTED = ["began", "from", "step", "run_seconds", *OWN]
 def goodput(clocks: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Seconds: {"paid_seconds": first process's start to last sign of life, "train_seconds": ..., and each of CAUSES}.
 
-    clocks: the lines of a trace whose event is "clock", in their order; the last one of each run counts, and none that
-    is damaged. Nothing is paid for between the end of a run that was done and the start of one that goes on from it.
+    clocks: the trace's lines whose event is "clock", in their order. The last one of each run counts, a damaged one does
+    not. Between a run that was done and one that goes on from it nothing is paid for.
     """
     runs = {clock["began"]: clock for clock in clocks if is_whole(clock)}
     seconds = dict.fromkeys(("paid_seconds", "train_seconds", *CAUSES), 0.0)

@@ -39,9 +39,7 @@ def check_replicas(model: torch.nn.Module, cfg: Config, step: int) -> None:
         bits = local_part(p).detach().flatten().view(torch.uint8)
         whole = len(bits) // 4 * 4
         sums += [bits[:whole].view(torch.int32).sum(dtype=torch.int64), bits[whole:].sum(dtype=torch.int64)]
-    digest = hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()
-    everyone: list[str] = [""] * world
-    dist.all_gather_object(everyone, digest, group=processes.long_group)
+    everyone = processes.gather(hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest())
     odd = []
     for part in range(size):
         ranks = range(part, world, size)

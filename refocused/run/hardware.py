@@ -1,4 +1,4 @@
-"""A few seconds that find the slow one: GPU, link or disk. A run on GPUs and measure/calibrate.py use it."""
+"""Measures the rates of GPUs and disks for a few seconds and names the slow one."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configs import Config
 from refocused.run import gpus, processes
@@ -67,7 +66,7 @@ def disk(folder: Path, nbytes: int = 1 << 28) -> dict[str, float]:
 
 
 def of_node(folder: Path, nbytes: int) -> tuple[str, dict[str, float]]:
-    """A name for this node's disk, and its rates; none where it fails, which those who need it say in full."""
+    """A name for this node's disk, and its rates; none if it fails, which is reported where the disk is needed."""
     name = f"the disk of {folder} on {socket.gethostname()}"
     try:
         return name, disk(folder, nbytes)
@@ -78,7 +77,7 @@ def of_node(folder: Path, nbytes: int) -> tuple[str, dict[str, float]]:
 def slow(
     rows: list[dict[str, float]], names: list[str], ceiling: float | None = None, slack: float = SLACK
 ) -> list[str]:
-    """A line for each rate that is below its like, or below the ceiling of products where that is known."""
+    """A line for each rate that is below the others', or below the ceiling of products where that is known."""
     found = []
     for key in rows[0]:
         for row, name in zip(rows, names, strict=True):
@@ -101,8 +100,7 @@ def describe(rows: list[dict[str, float]], names: list[str], device_name: str) -
 
 def measure_devices(cfg: Config, env: Env, n: int = 8192, nbytes: int = 1 << 28) -> str:
     """Lines for the plan: the rates of this run's GPUs and disks, and which of them is slow. Collective."""
-    rows: list[dict[str, float]] = [{}] * env.world_size
-    dist.all_gather_object(rows, gpu(env.device, n, nbytes), group=processes.long_group)
+    rows = processes.gather(gpu(env.device, n, nbytes))
     line, *complaints = describe(rows, [f"rank {rank}" for rank in range(env.world_size)], env.device_name)
     nodes = [node for node in processes.on_each_node(env, of_node, Path(cfg.output_dir), nbytes) if node]
     if disks := {name: rates for name, rates in nodes if rates}:

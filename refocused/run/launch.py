@@ -56,17 +56,13 @@ def of_report(report: dict[str, Any], who: str, code: int = INTERNAL) -> Cause:
 
 def of_reports(folder: Path, since: float) -> list[Cause]:
     """What the ranks of the last attempt left in the folder."""
-    found = [path for path in folder.glob("**/error.json") if path.stat().st_mtime >= since]
-    last = max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
-    return [
-        of_report(json.loads(path.read_text())["message"], f"rank {path.parent.name} of this node")
-        for path in found
-        if path.parent.parent == last
-    ]
+    found = sorted((path.stat().st_mtime, path) for path in folder.glob("**/error.json"))
+    last = [path for at, path in found if at >= since and path.parent.parent == found[-1][1].parent.parent]
+    return [of_report(json.loads(p.read_text())["message"], f"rank {p.parent.name} of this node") for p in last]
 
 
 def lines(causes: list[Cause]) -> list[str]:
-    """A line for each cause, without those that only followed; the one that decides comes last."""
+    """A line for each cause, without those that only followed. The one that decides comes last."""
     said: dict[tuple[int, str], str] = {}
     for cause in causes:
         if not cause.followed or causes[0].followed:
@@ -76,7 +72,7 @@ def lines(causes: list[Cause]) -> list[str]:
 
 
 def of_torchrun(error: Exception, followed: bool) -> Cause:
-    """What torchrun's own failure means: a mistake in its flags, or a node or store that a restart may find again."""
+    """Of a failure of torchrun itself: a mistake in its flags, or a node or store that a restart may find again."""
     inner = error.__cause__ if isinstance(error, RendezvousConnectionError) and error.__cause__ else error
     message = (str(inner).strip().splitlines() or [type(error).__name__])[0]
     code = MISTAKE if isinstance(error, ValueError | AssertionError) else INTERNAL

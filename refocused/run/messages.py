@@ -1,10 +1,9 @@
-"""A run in words: the plan before its first step, where a resume goes on, how it ended."""
+"""What a run prints besides its steps: the plan, where a resume goes on, what slows it down, how it ended."""
 
 import dataclasses
 import shlex
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import configs
 import model as neox
@@ -12,8 +11,7 @@ from configs import Config
 from refocused.checkpoint import manifest, selection
 from refocused.checkpoint.selection import Choice
 from refocused.entry import here
-from refocused.run import exits
-from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED
+from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED, Cause, in_order
 from refocused.run.optim import learning_rate
 from refocused.shards.tokenizers import find
 
@@ -39,16 +37,16 @@ def duration(seconds: float) -> str:
 
 
 def fitted(text: str, columns: int) -> str:
-    """The text in lines of a terminal so wide: the plan's go on below their text. Commands stay whole, to be copied."""
+    """The text wrapped for a terminal so wide, the plan's lines below their text. Commands stay whole, to be copied."""
     lines = []
     for line in text.splitlines():
         if len(line) < columns or "`" in line or line.startswith("  ") and not line.startswith(" " * COLUMN):
             lines.append(line)
             continue
         indent = " " * (COLUMN + 2 * line.startswith(" ") if line[COLUMN - 1 : COLUMN] == " " else 2)
-        lines += textwrap.wrap(
-            line, columns - 1, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        )
+        wrapper = textwrap.TextWrapper(columns - 1, subsequent_indent=indent, break_long_words=False)
+        wrapper.break_on_hyphens = False
+        lines += wrapper.wrap(line)
     return "\n".join(lines)
 
 
@@ -66,16 +64,14 @@ def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> s
         held = f"{dataset.num_eval_samples:,} windows" if dataset.num_eval_samples else "none"
         per_epoch = f"{count(dataset.num_tokens)} tokens per epoch"
         shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {per_epoch}, {held} held out"
-    floor = f"to {cfg.min_learning_rate:g}"
-    schedules = {"cosine": f"cosine {floor}", "linear": f"linear {floor}", "constant": "constant"}
-    schedules["warmup_stable_decay"] = f"stable, then linear {floor}"
+        notes += dataset.notes
+    kind = cfg.lr_scheduler_type.replace("warmup_stable_decay", "stable, then linear")
+    schedule = kind if kind == "constant" else f"{kind} to {cfg.min_learning_rate:g}"
     if cfg.num_processes and cfg.num_processes != world_size and not cfg.global_batch_size:
         notes.append(
             f"this config was written for {cfg.num_processes} processes, this is {world_size}: the batch is "
             f"{global_batch} sequences; global_batch_size={cfg.batch(cfg.num_processes)[1]} keeps the intended one"
         )
-    if not isinstance(dataset, str):
-        notes += dataset.notes
     if cfg.tokenizer and (ids := find(cfg.tokenizer).size) > cfg.vocab_size:
         notes.append(
             f"tokenizer={cfg.tokenizer} has {ids:,} ids, vocab_size={cfg.vocab_size:,}: not the one of these shards; no text "
@@ -88,7 +84,7 @@ def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> s
         ("batch", f"{tokens:,} tokens per step = {product} (sequences x accumulation x processes x length)"),
         ("steps", steps),
         ("schedule", f"learning rate {cfg.learning_rate:g}, {cfg.warmup_steps:,} steps of warm-up, "
-         f"{schedules[cfg.lr_scheduler_type]}"),
+         f"{schedule}"),
         ("data", shards),
         ("hardware", where),
         ("output", f"checkpoints in {cfg.output_dir}, logs in {cfg.logging_dir}"),
@@ -152,55 +148,42 @@ def suspect(lost: float, seen: dict[str, float], measured: str, world_size: int)
     return f"look at the {first}, `bench.py plan --calibrate`"
 
 
-class End(NamedTuple):
-    """How a run came to its end, as this rank knows it."""
+def ending(
+    cfg: Config, step: int, newest: str | None, *, idle: bool = False, not_finite: bool = False,
+    unreadable: str | None = None, failure: str | None = None, missing: str | None = None, stopped: float | None = None,
+) -> tuple[int, str]:  # fmt: skip
+    """The exit code of a run and its last message: the cause that decides the code, then all others.
 
-    step: int
-    newest: str | None  # name of the last complete checkpoint
-    idle: bool  # there was nothing to do
-    not_finite: bool  # the last steps, or the weights
-    unreadable: str | None  # why the next batch could not be read
-    failure: str | None  # of the last save
-    missing: str | None  # why the last checkpoint is not in the bucket
-    stopped: float | None  # seconds since the signal
-
-
-def ending(end: End, cfg: Config) -> tuple[int, str]:
-    """The exit code of a run and its last words: the cause that decides the code, and all others behind it."""
-    found = (  # in the order of time
-        (NOT_FINITE, end.not_finite and "the last steps were not finite"),
-        (NO_DATA, end.unreadable),
-        (INTERNAL, end.failure),
-        (NOT_IN_BUCKET, end.missing and f"{end.newest or 'the run'} is not in the bucket: {end.missing}"),
-        (STOPPED, end.stopped is not None and "a signal had asked for a stop"),
-    )
-    first, *others = exits.in_order(exits.Cause(code, text) for code, text in found if text) or [exits.Cause(DONE)]
-    return first.code, _last_words(first.code, end, cfg) + "".join(f"; also: {other.message}" for other in others)
-
-
-def _last_words(code: int, end: End, cfg: Config) -> str:
-    step, newest = end.step, end.newest
+    newest: name of the last complete checkpoint; idle: there was nothing to do; unreadable: why the next batch could not
+    be read; failure: of the last save; missing: why the last checkpoint is not in the bucket; stopped: seconds since the
+    signal.
+    """
     goes_on = f"resume=latest continues from {newest}" if newest else "there is no checkpoint"
     stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"
-    if code != DONE:
-        return {
-            NOT_FINITE: f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
-            f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above",
-            NO_DATA: f"error: {end.unreadable}; stopped at step {step:,}, {goes_on}",
-            INTERNAL: f"ended at step {step:,}, but {end.failure}",
-            NOT_IN_BUCKET: f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {end.missing}",
-            STOPPED: f"stopped at step {step:,} {end.stopped or 0:.1f} s after the signal; {goes_on}",
-        }[code]
+    causes = {  # in the order of time: each as one of the others, and as the first
+        Cause(NOT_FINITE, "the last steps were not finite"): not_finite
+        and f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
+        f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above",
+        Cause(NO_DATA, str(unreadable)): unreadable and f"error: {unreadable}; stopped at step {step:,}, {goes_on}",
+        Cause(INTERNAL, str(failure)): failure and f"ended at step {step:,}, but {failure}",
+        Cause(NOT_IN_BUCKET, f"{newest or 'the run'} is not in the bucket: {missing}"): missing
+        and f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {missing}",
+        Cause(STOPPED, "a signal had asked for a stop"): stopped is not None
+        and f"stopped at step {step:,} {stopped:.1f} s after the signal; {goes_on}",
+    }
+    if found := in_order(cause for cause, text in causes.items() if text):
+        also = "".join(f"; also: {cause.message}" for cause in found[1:])
+        return found[0].code, f"{causes[found[0]]}{also}"
     if not newest:
-        return f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
-    if end.idle:
-        return (
+        return DONE, f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
+    if idle:
+        return DONE, (
             f"nothing to do: {newest} is at step {step:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
             "or name another output_dir and logging_dir for another run"
         )
     logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
     logs = logs.parent if logs.parent.name == "logs" else logs
-    return (
+    return DONE, (
         f"done: {step:,} steps. Next:\n"
         f"  {here(f'python sample.py resume={shlex.quote(cfg.output_dir)}')}\n"
         f"  {here(f'tensorboard --logdir {shlex.quote(str(logs))}')}\n"

@@ -1,4 +1,4 @@
-"""What a run says as it goes: the log lines, the curves, and the figures of the trace."""
+"""What a run reports as it goes: the log lines, the curves, and the figures of the trace."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from tqdm import tqdm
 import configs
 import model as neox
 from configs import Config
+from refocused.checkpoint import manifest
 from refocused.checkpoint.selection import Choice
 from refocused.run import devices, goodput, gpus, processes, strategy
 from refocused.run.evaluate import Score
@@ -28,14 +29,13 @@ SLOW = 0.8  # of the expected speed
 CLOCK_SECONDS = 60.0  # at most so often a log line brings a clock into the trace
 # keys that no figure of a step depends on, besides those about output, checkpoints and the bucket
 HARMLESS = "data_dir cache_dir tokenizer eval_files eval_samples dataloader_num_workers num_processes".split()
-CURVES = {  # name in TensorBoard: in the trace
-    "loss/train": "mean_loss",
-    "speed/steps_per_second": "steps_per_second",
-    "speed/tokens_per_second": "tokens_per_second",
-    "speed/mfu": "mfu",
-    "speed/data_wait_share": "data_wait_share",
-    "speed/save_stall_seconds": "save_stall_seconds",
-}
+SPEEDS = (
+    "steps_per_second",
+    "tokens_per_second",
+    "mfu",
+    "data_wait_share",
+    "save_stall_seconds",
+)  # curves of the trace
 
 
 def joined(*parts: str | float | None) -> str:
@@ -82,12 +82,13 @@ class LoopState:
         state.recent_losses = [loss for loss in state.recent_losses if type(loss) is float]
         return state
 
-    def saved(self, cfg: Config, dataset, made: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint's state.json, with the data.Dataset's position; made: preflight.made_by's."""
+    def saved(self, cfg: Config, dataset, made: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """A checkpoint's name and state.json, with the data.Dataset's position; made: preflight.made_by's."""
         data = {key: getattr(dataset, key) for key in ("fingerprint", "manifest", "tokenizer")}
-        return dataclasses.asdict(self) | {
+        at = dataset.position(self.samples_seen)
+        return manifest.name(at["epoch"], self.step, at["files"]), dataclasses.asdict(self) | {
             "global_batch": cfg.batch(made["world_size"])[1],
-            "data": data | {"position": dataset.position(self.samples_seen)},
+            "data": data | {"position": at},
             "config": dataclasses.asdict(cfg),
             "run": made,
         }
@@ -98,41 +99,43 @@ class Monitor:
 
     def __init__(
         self, cfg: Config, env: processes.Env, logs: Logs, state: LoopState, start: Choice, compile_seconds: float,
-        settings: str = "", hardware: str = "",
+        settings: str = "", rates: str = "",
     ):  # fmt: skip
         """Just before the loop, which goes on from `state`.
 
-        settings: the plan and every key that something set; hardware: what the test of it has found.
+        settings: the plan and every key that something set; rates: what preflight.measure_devices has found.
         """
-        self.env, self.logs, self.log, self.state = env, logs, logs.log, state
+        self.env, self.logs, self.log, self.state, self.rates = env, logs, logs.log, state, rates
         self.tokens_per_step = cfg.batch(env.world_size)[1] * cfg.sequence_length
-        self.hardware = hardware
-        self.expected: float | None = None  # seconds of a step, of a GPU in the table
         self.max_steps, self.logging_seconds = cfg.max_steps, cfg.logging_seconds
         self.averages = bool(cfg.logging_steps or cfg.logging_seconds)
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
         self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpus.peak_flops(env.device_name)
         self.norm, self.stall, self.retries = math.nan, 0.0, 0
         self.slow = 0  # windows in a row that were slower than expected
-        self.unwritten: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = (
-            None  # a step's line, see step()
-        )
+        self.unwritten: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = None  # a step's line
         self.first = self.at = state.step  # where this run began, and the last step that it knows of
         self.causes, self.strict = differences(start.state, cfg, env.world_size)
-        self.trace: Trace | None = None
-        self.curves: TensorBoard | None = None
+        self.profiler = self.trace = self.curves = None
         if env.main:
             self.trace = self.open_trace(start.name, dataclasses.asdict(cfg))
             self.curves = TensorBoard(logs, state.step)
             self.curves.text(state.step + 1, "config", settings)
+        if env.main and cfg.profile:
+            from refocused.run.profiler import Profiler
+
+            self.profiler = Profiler(cfg, env.device)
         quiet = None if env.main else True  # None: unless this is a terminal
         self.bar = tqdm(total=cfg.max_steps, initial=state.step, disable=quiet, unit="step", dynamic_ncols=True)
         age = goodput.age()
         self.began, self.born = time.time() - age, time.perf_counter() - age
+        # of the log line that comes next: its begin, the step and the waited seconds before it
         self.begin, self.begin_step, self.waited = time.perf_counter(), state.step, 0.0
+        self.last_sign = self.last_clock = self.begin
         self.spent = dict.fromkeys(("data_seconds", "save_seconds", "eval_seconds", "end_seconds"), 0.0)
         self.spent |= {"startup_seconds": age - compile_seconds, "compile_seconds": compile_seconds}
         self.clock()
+        self.expected: float | None = None  # seconds of a step, of a GPU in the table
         if self.peak:
             from refocused.run import speed
 
@@ -171,20 +174,22 @@ class Monitor:
 
     def clock(self, done: bool = False) -> None:
         """Note in the trace what the time of this run went to, up to the last step that is known."""
-        self.last_sign = self.clocked = time.perf_counter()
+        self.last_sign = self.last_clock = time.perf_counter()
         if self.trace:
-            line: dict[str, Any] = {"event": "clock", "step": self.at, "from": self.first}
-            line["began"] = round(self.began, 1)
             seconds = {"run_seconds": self.last_sign - self.born, **self.spent}
+            line: dict[str, Any] = {
+                "event": "clock",
+                "step": self.at,
+                "from": self.first,
+                "began": round(self.began, 1),
+            }
             line |= {key: round(value, 3) for key, value in seconds.items()} | ({"done": True} if done else {})
             self.trace.write(line)
             self.trace.clocks[str(line["began"])] = line
 
-    def goodput(self, done: bool) -> str:
-        """At the end, everything saved: the share of the time of all runs so far that became training, in words."""
-        self.spent["end_seconds"] = time.perf_counter() - self.last_sign
-        self.clock(done)
-        return f"time      {goodput.sentence(goodput.goodput(self.trace.clocks.values()))}" if self.trace else ""
+    def before_step(self, step: int) -> None:
+        if self.profiler:
+            self.log(self.profiler.at(step))
 
     def step(
         self, step: int, figures: list[float], lr: float, ids: np.ndarray, status: str | None,
@@ -217,7 +222,7 @@ class Monitor:
             )
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
-        """Note a step that was walked past."""
+        """Note a step that skip_steps names."""
         if self.trace:
             self.trace.skipped(step, ids)
         self.log(f"Step {step}: skipped, as skip_steps says")
@@ -231,7 +236,7 @@ class Monitor:
             self.prove(step)
 
     def record(self, **figures: Any) -> None:
-        """Write the line that is held, if any."""
+        """Write the trace's line that is kept back, if any."""
         if self.unwritten and self.trace:
             step, compared, ids, extra = self.unwritten
             self.trace.record(step, compared, ids, extra | figures)
@@ -268,53 +273,45 @@ class Monitor:
         self.state.best_loss = min(self.state.best_loss, loss)
         now = time.perf_counter()
         seconds, rate = now - self.begin, (step - self.begin_step) / (now - self.begin)
-        tokens = rate * self.tokens_per_step
+        tokens, left = rate * self.tokens_per_step, (self.max_steps - step) / rate
         mfu, share = self.mfu(tokens), self.expected and self.expected * rate
         memory, retries = devices.peak_memory(self.env.device), strategy.alloc_retries()
         reserved = torch.accelerator.max_memory_reserved() if self.env.device.type == "cuda" else None
-        again, data_seconds = retries - self.retries, waited - self.waited
-        left = (self.max_steps - step) / rate
-        figures: dict[str, Any] = {
-            "mean_loss": loss,
-            "best": self.state.best_loss,
-            "steps_per_second": rate,
-            "tokens_per_second": tokens,
-            "mfu": mfu,
-            "data_wait_share": data_seconds / seconds,
-            "memory_allocated": memory,
-            "memory_reserved": reserved,
-            "alloc_retries": retries,
-            "save_stall_seconds": self.stall,
-            "status": status,
-            "seconds_left": left,
-            "time": int(time.time()),
-        }
-        self.record(**figures)
+        retried, data_seconds = retries - self.retries, waited - self.waited
+        speeds = dict(zip(SPEEDS, (rate, tokens, mfu, data_seconds / seconds, self.stall), strict=True))
+        self.record(
+            mean_loss=loss, best=self.state.best_loss, **speeds, memory_allocated=memory, memory_reserved=reserved,
+            alloc_retries=retries, status=status, seconds_left=left, time=int(time.time()),
+        )  # fmt: skip
         text = joined(
             f"Step {step}: loss={loss:.4f}, lr={lr:.2e}",
             f"{count(tokens)} tok/s",
             mfu is not None and f"MFU {mfu:.1%}",
             share and f"{share:.0%} of the plan",
             self.stall >= 0.01 and f"save stall {self.stall:.2f}s",
-            again > 0 and f"{again} allocator retries",
+            retried > 0 and f"{retried} allocator retries",
             f"{duration(left)} left",
         )
         self.log(f"{text}\n  {status}" if len(text) + len(status) + 3 > WIDTH else joined(text, status))
         if share:
             self.slow = self.slow + 1 if share < SLOW else 0
             if self.slow == 2:  # one alone has the first steps of a process in it, or a profile
-                lost = {"data": data_seconds / seconds, "save": self.stall / seconds, "retries": again}
-                cause = suspect(1 - share, lost, self.hardware, self.env.world_size)
+                lost = {"data": data_seconds / seconds, "save": self.stall / seconds, "retries": retried}
+                cause = suspect(1 - share, lost, self.rates, self.env.world_size)
                 self.log(f"note      slower than expected; {cause}")
         self.prove(step)
         if self.curves:
-            curves = {name: figures[key] for name, key in CURVES.items()}
-            curves |= {"optimizer/learning_rate": lr, "optimizer/grad_norm": self.norm}
+            curves: dict[str, float | None] = {
+                "loss/train": loss,
+                "optimizer/learning_rate": lr,
+                "optimizer/grad_norm": self.norm,
+            }
+            curves |= {f"speed/{name}": value for name, value in speeds.items()}
             curves |= {"memory/peak_gib": memory / 2**30, "memory/reserved_gib": reserved and reserved / 2**30}
             self.curves.scalars(step, curves)
         self.begin, self.begin_step, self.waited, self.stall, self.retries = now, step, waited, 0.0, retries
         self.spent["data_seconds"] += data_seconds
-        if now - self.clocked > CLOCK_SECONDS:
+        if now - self.last_clock > CLOCK_SECONDS:
             self.clock()
 
     def evaluated(self, step: int, score: Score, begin: float, model: neox.GPTNeoX, cfg: Config) -> None:
@@ -351,6 +348,15 @@ class Monitor:
         self.clock()
         if self.trace:
             self.trace.file.sync()  # a run resumed from here has what it is compared with
+
+    def finish(self, done: bool) -> None:
+        """Everything is saved: the profile, and the share of the time of all runs so far that became training."""
+        if self.profiler:
+            self.log(self.profiler.close())
+        self.spent["end_seconds"] = time.perf_counter() - self.last_sign
+        self.clock(done)
+        if self.trace:
+            self.log(f"time      {goodput.sentence(goodput.goodput(self.trace.clocks.values()))}")
 
     def close(self) -> None:
         with console():

@@ -47,14 +47,11 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
     ]
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     kind = own.HalfAdamW if half else torch.optim.AdamW
-    optimizers: list[torch.optim.Optimizer] = [
-        kind(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)
-    ]
+    optimizers: list[torch.optim.Optimizer]
+    optimizers = [kind(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.adam_epsilon, fused=True)]
     if muons:
-        muon = own.Muon(
-            muons, cfg.learning_rate, cfg.weight_decay, momentum=0.95, ns_steps=5, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        rate, decay = cfg.learning_rate, cfg.weight_decay
+        optimizers.append(own.Muon(muons, rate, decay, momentum=0.95, ns_steps=5, adjust_lr_fn="match_rms_adamw"))
     if isinstance(model, FSDPModule) and not cfg.cpu_offload:
         streams = torch.get_device_module(next(model.parameters()).device)
 
@@ -91,11 +88,9 @@ def clips_in_kernel(optimizers: list[torch.optim.Optimizer]) -> bool:
 
 
 def update(
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    apply: torch.Tensor,
+    optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, apply: torch.Tensor,
     divisor: torch.Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One update by every optimizer, or by none unless `apply` (a bool on the device); gradients are unscaled already.
 
     divisor: of the gradients, an fp32 scalar on the device; None where they are clipped already.

@@ -1,5 +1,5 @@
-"""What a run is refused for before minutes go into building it: ranks that differ, another run's checkpoint, a machine
-without room, starts in a row that came to nothing."""
+"""What a run is refused for before it is built: ranks that differ, another run's checkpoint, too little memory or disk,
+several starts in a row without a new step."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import configs
 from configs import KEYS, MODEL, OPTIMIZER, Config, ConfigError, check_same_model
@@ -69,8 +68,7 @@ def check_ranks(cfg: Config, fingerprint: str, tokenizer: str | None) -> None:
     mine |= {"the shards in data_dir": fingerprint, "the tokenizer": tokenizer}
     mine["the version of torch"] = torch.__version__
     mine["the code (a hash of train.py, model.py and the like)"] = sources()
-    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = processes.gather(mine)
     for rank, theirs in enumerate(everyone):
         if differing := [key for key in mine if theirs[key] != everyone[0][key]]:
             shown = ", ".join(f"{key} ({theirs[key]} and {everyone[0][key]})" for key in differing[:3])
@@ -92,7 +90,7 @@ def check_same_run(state: dict[str, Any], cfg: Config, global_batch: int) -> Non
 
 
 def host_bytes(cfg: Config, env: Env) -> dict[str, float]:
-    """What the processes of this machine keep in its memory at least: {for what: bytes}."""
+    """What this machine's processes keep in its memory at least: {for what: bytes}."""
     gpu, size = env.device.type == "cuda", checkpoint_bytes(cfg)
     share = env.local_world_size / env.world_size  # of what is saved
     copies = env.local_world_size / (1 if cfg.parallel == "ddp" else cfg.shard_size or env.world_size)  # of the model
@@ -117,7 +115,7 @@ def memory() -> float:
 
 
 def check_memory(cfg: Config, env: Env) -> None:
-    """Raise ConfigError where less memory is here than is needed at least: the kernel would end the run without a word."""
+    """Raises ConfigError if this machine has less memory than is needed: the kernel would kill the run."""
     needs, have = host_bytes(cfg, env), memory()
     if (total := sum(needs.values())) > have:
         way = "a machine with GPUs, or a smaller hidden_size, num_hidden_layers or batch"
@@ -129,13 +127,13 @@ def check_memory(cfg: Config, env: Env) -> None:
 
 
 def kept_forever(cfg: Config, step: int) -> int:
-    """Of the saves after a step, those that keep_every keeps besides the last save_total_limit."""
+    """Saves after a step that keep_every keeps besides the last save_total_limit."""
     return max(0, cfg.max_steps // cfg.keep_every - step // cfg.keep_every) if cfg.keep_every else 0
 
 
 def check_disk(cfg: Config, step: int) -> None:
-    """Raise ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more: the
-    oldest goes once the newest is complete."""
+    """Raises ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more:
+    the oldest goes once the newest is complete."""
     size, there = checkpoint_bytes(cfg), len(manifest.read_manifests(cfg.output_dir)[0])
     left = max(0, cfg.max_steps - step)
     saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
@@ -158,8 +156,17 @@ def check_room(cfg: Config, env: Env, step: int) -> None:
     processes.on_rank_0(check_disk, cfg, step)
 
 
+def measure_devices(cfg: Config, env: Env) -> str:
+    """With check_hardware, lines for the plan: the rates of this run's GPUs and disks, and which is slow. Collective."""
+    if not cfg.check_hardware or env.device.type != "cuda":
+        return ""
+    from refocused.run import hardware
+
+    return hardware.measure_devices(cfg, env)
+
+
 class CrashLoop(ValueError):
-    """The last starts ended without a new step, and nothing has changed since."""
+    """The last starts ended without a new step, and nothing has changed since then."""
 
     exit_code = exits.CRASH_LOOP
     same_on_all_ranks = True

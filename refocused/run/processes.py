@@ -41,7 +41,7 @@ class PeersError(ValueError):
 
 @dataclass
 class Progress:
-    """Where this process is, for who watches over it."""
+    """Where this process is, for the watchdog."""
 
     step: int | None = None  # the last one that is finished, None before the loop
     collectives: int = 0  # calls of max_over_ranks so far
@@ -78,7 +78,7 @@ class Env:
 
 
 def exchange_seconds(cfg: Config) -> float:
-    """The time of an exchange between ranks: the watchdog finds out first who is missing."""
+    """The timeout of an exchange between ranks: later than the watchdog, which finds out who is missing."""
     return max(EXCHANGE_SECONDS, 2 * cfg.watchdog_seconds)
 
 
@@ -91,9 +91,8 @@ def start(cfg: Config) -> Env:
     """Pick the device, set threads and numerics, join the process group. Raises ConfigError, PeersError."""
     here = launch()
     if here.left_over:
-        log_error(
-            f"note      {here.left_over} without RANK: ignored, this is one process; CUDA_VISIBLE_DEVICES chooses a GPU"
-        )
+        way = "this is one process; CUDA_VISIBLE_DEVICES chooses a GPU"
+        log_error(f"note      {here.left_over} without RANK: ignored, {way}")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when the allocator starts; blocks can grow, so less is lost
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = devices.pick_device(here.local_rank, here.local_world_size)
@@ -151,8 +150,9 @@ def first_collective(device: torch.device) -> float | None:
     if world == 1:
         return None
 
+    where = f"rank {dist.get_rank()} on {socket.gethostname()}"
+
     def give_up() -> None:
-        where = f"rank {dist.get_rank()} on {socket.gethostname()}"
         message = f"error: {where}: the first all-reduce was not over in {FIRST_SECONDS:g} s; {ADVICE}"
         print(message, file=sys.stderr, flush=True)
         leave(INTERNAL, message, at_once=True)
@@ -169,9 +169,7 @@ def first_collective(device: torch.device) -> float | None:
             block[-1].item()  # wait for it
             seconds = time.perf_counter() - begin
     except RuntimeError as error:
-        raise PeersError(
-            f"rank {dist.get_rank()}: the first all-reduce failed: {str(error).splitlines()[0]}; {ADVICE}"
-        ) from error
+        raise PeersError(f"{where}: the first all-reduce failed: {str(error).splitlines()[0]}; {ADVICE}") from error
     watch.cancel()
     return 2 * (world - 1) / world * block.nbytes / seconds / 1e9 if device.type == "cuda" else None
 
@@ -188,6 +186,13 @@ def all_reduce(value: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.
     if dist.get_world_size() > 1:  # alone there is nothing to do, and MPS has no collectives
         dist.all_reduce(value, op=op)
     return value
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank. Collective."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value, group=long_group)
+    return everyone
 
 
 @contextlib.contextmanager
@@ -217,8 +222,7 @@ def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = Fa
     node, first = socket.gethostname(), env.local_rank == 0
     with may_take_long():
         mine = result_or_error(function, args) if first and not (env.main and but_rank_0) else (None, None)
-        everyone: list[Any] = [None] * env.world_size
-        dist.all_gather_object(everyone, (*mine, node, first), group=long_group)
+        everyone = gather((*mine, node, first))
     if without := {node for *_, node, _ in everyone} - {node for *_, node, first in everyone if first}:
         raise ConfigError(
             f"no process of {', '.join(sorted(without))} has LOCAL_RANK=0, the first of a node; torchrun sets it"

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import socket
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -172,12 +173,13 @@ def eager(cfg: Config) -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if cfg.compile_model else contextlib.nullcontext()
 
 
-def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
-    """One backward on zeros, thrown away, before any state is loaded.
+def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> float:
+    """One backward on zeros, thrown away, before any state is loaded. Returns its seconds.
 
     DDP re-orders its gradient buckets after the first backward. The order is part of the sum's bits with three or
     more ranks, so a fresh run and a resumed one must both have it behind them; and compilation happens here.
     """
+    begin = time.perf_counter()
     zeros = torch.zeros(cfg.per_device_train_batch_size, cfg.sequence_length, dtype=torch.int64, device=env.device)
     for _ in range(2):  # the second forward applies the new order
         sync_gradients(model, cfg, last=True)
@@ -187,6 +189,7 @@ def warm_up(model: torch.nn.Module, cfg: Config, env: Env) -> None:
         clear_gradients(model)
     if env.device.type != "cpu":
         torch.accelerator.empty_cache()  # or the optimizer's state would be cut out of blocks that a step wants whole
+    return time.perf_counter() - begin
 
 
 def alloc_retries() -> int:

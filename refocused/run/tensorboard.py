@@ -1,10 +1,9 @@
 """The curves: TensorBoard's event files."""
 
-import contextlib
 import io
 import os
-import re
 import socket
+import textwrap
 import time
 from typing import Any
 
@@ -14,8 +13,8 @@ from refocused.run.logs import Logs
 class TensorBoard:
     """Event files in logging_dir, written by the thread that calls.
 
-    tensorboard's own writer has a thread that dies with a traceback where a disk is full, and it names its files by the
-    clock alone. They are read in the order of their names: after a clock that went back, new curves would be hidden.
+    The thread of tensorboard's own writer dies if a disk is full. It names its files by the clock, and TensorBoard reads
+    them in the order of their names: after a clock that went back, new curves would be hidden.
     """
 
     def __init__(self, logs: Logs, step: int):
@@ -34,7 +33,7 @@ class TensorBoard:
 
     def text(self, step: int, name: str, text: str) -> None:
         """Lines in a fixed pitch."""
-        block = "".join(f"    {line}\n" for line in text.splitlines())
+        block = textwrap.indent(text, "    ", lambda line: True)
         self.write(step, [self.summary.text(name, block.encode("utf-8", "backslashreplace").decode())])
 
     def write(self, step: int, summaries: list[Any]) -> None:
@@ -54,8 +53,7 @@ class TensorBoard:
 
 def next_name(logs: Logs) -> str:
     """A name that sorts behind every event file that is there."""
-    there: list[re.Match | None] = []
-    with contextlib.suppress(OSError):
-        there = [re.match(r"events\.out\.tfevents\.(\d{10})\.", name) for name in os.listdir(logs.folder)]
-    newest = max((int(match[1]) for match in there if match), default=0)
+    newest = max(
+        (int(path.name[20:30]) for path in logs.folder.glob(f"events.out.tfevents.{'[0-9]' * 10}.*")), default=0
+    )
     return f"events.out.tfevents.{max(int(time.time()), newest + 1):010d}.{socket.gethostname()}.{os.getpid()}"

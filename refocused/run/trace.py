@@ -1,5 +1,6 @@
 """trace.jsonl: the proof that a resumed run is the same run."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,14 +13,13 @@ import numpy as np
 
 from refocused.run.logs import File
 
+LARGEST = 1 << 53  # of a number in a line; beyond it JSON's numbers are not exact everywhere
+
 
 class Diverged(ValueError):
     """With deterministic=true a replay was not the same run."""
 
     exit_code = 70
-
-
-LARGEST = 1 << 53  # of a number in a line; beyond it JSON's numbers are not exact everywhere
 
 
 def number(value: Any) -> float | None:
@@ -28,14 +28,11 @@ def number(value: Any) -> float | None:
 
 
 class Lines:
-    """The lines of a trace.jsonl with a whole number "step". Others are counted; a last line that a kill cut is not there.
-
-    Iterating raises OSError.
-    """
+    """The lines of a trace.jsonl with a whole number "step"; others are counted. Iterating raises OSError."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.size = 0  # bytes of whole lines so far
+        self.size = 0  # bytes of whole lines so far, without a last one that a kill cut
         self.unreadable = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -44,23 +41,18 @@ class Lines:
                 if not raw.endswith(b"\n"):
                     return
                 self.size += len(raw)
-                try:
+                line: Any = None
+                with contextlib.suppress(ValueError, RecursionError):
                     line = json.loads(raw)
-                    whole = type(line["step"]) is int and 0 <= line["step"] <= LARGEST
-                    whole = whole and isinstance(line.get("event", ""), str)
-                except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                    whole = False
-                if whole:
+                step = line.get("step") if isinstance(line, dict) else None
+                if type(step) is int and 0 <= step <= LARGEST and type(line.get("event", "")) is str:
                     yield line
                 else:
                     self.unreadable += 1
 
 
 class Trace:
-    """trace.jsonl: one line per step, the proof that a resumed run is the same run, and lines with an "event" between.
-
-    Steps that are run again after a resume are compared with the lines that are there already.
-    """
+    """trace.jsonl: a line for each step, and lines with an "event". Steps that are run again are compared with theirs."""
 
     COMPARED = ("loss_hex", "grad_norm_hex", "lr_hex", "samples")
 
@@ -101,15 +93,14 @@ class Trace:
         self.last = max((step for step in known if step <= max_steps), default=0)  # that a replay goes to
 
     def record(self, step: int, figures: dict[str, float], ids: np.ndarray, extra: dict[str, Any]) -> None:
-        """Compare a step with the line that is there already, and write one where none is or it differs."""
+        """Compare a step with its line, and write one if there is none or it differs."""
         line: dict[str, Any] = {"step": step}
         for key, value in figures.items():
             line |= {key: readable(value), f"{key}_hex": value.hex()}
         line["samples"] = fingerprint(ids)
         if self.events.pop(("skip", step), None):
             self.differs(step, "was skipped, is run")
-        before = self.expected.pop(step, None)
-        if before is not None:
+        if before := self.expected.pop(step, None):
             differs = [k for k in self.COMPARED if before.get(k) != line[k]]
             if not differs:
                 self.same += 1
@@ -123,7 +114,7 @@ class Trace:
         self.file.write(json.dumps(line).encode() + b"\n")
 
     def event(self, kind: str, step: int, **fields: Any) -> bool:
-        """Something that happened after `step`; False if it stands already, the clock's figures (*_seconds) apart."""
+        """Something that happened after `step`; False if its line is there already, whatever its *_seconds."""
         line = {"event": kind, "step": step, **{key: readable(value) for key, value in fields.items()}}
         before = self.events.pop((kind, step), {})
         if all(before.get(key) == value for key, value in line.items() if not key.endswith("_seconds")):
@@ -147,8 +138,7 @@ class Trace:
             self.events = {key: line for key, line in self.events.items() if key[0] == "skip"}
 
     def replayed(self, step: int, over: bool = False) -> tuple[int, str | None] | None:
-        """After the last step that was run before, or that this run makes: (how many steps were identical, the first
-        difference or None). None where nothing was compared, and once it has been told."""
+        """(how many steps were identical, the first difference or None), once, at the end of what can be compared."""
         if not self.last or (step < self.last and not over):
             return None
         self.last = 0

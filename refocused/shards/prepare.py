@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import configs
 from configs import Config
-from refocused import entry, files, locks
+from refocused import arguments, files, locks
 from refocused.entry import here
 from refocused.shards import shard
 from refocused.shards.find import find_files, find_sources, local_path
@@ -273,8 +273,10 @@ def common_arguments(*folders: str) -> argparse.ArgumentParser:
     for folder in folders:
         parser.add_argument(folder, type=local_path)
     parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP}; by default {Config.tokenizer}")
-    parser.add_argument("--vocab_size", type=entry.positive, help="ids are below it; by default the tokenizer's")
-    parser.add_argument("--workers", type=entry.positive, default=os.cpu_count(), help="threads; by default one a core")
+    parser.add_argument("--vocab_size", type=arguments.positive, help="ids are below it; by default the tokenizer's")
+    parser.add_argument(
+        "--workers", type=arguments.positive, default=os.cpu_count(), help="threads; by default one a core"
+    )
     return parser
 
 

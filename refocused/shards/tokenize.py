@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import Config
-from refocused import entry, locks
+from refocused import arguments, locks
 from refocused.files import remove_stale
 from refocused.shards import prepare, readers
 from refocused.shards.find import find_sources
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> int:
     split = f"between documents of a .txt, such as '{readers.END_OF_TEXT}'"
     parser.add_argument("--split", default="", metavar="MARK", help=split)
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a line that cannot be read")
-    parser.add_argument("--shard_tokens", type=entry.positive, default=1 << 26, help="tokens per shard, about")
+    parser.add_argument("--shard_tokens", type=arguments.positive, default=1 << 26, help="tokens per shard, about")
     args = parser.parse_args(argv)
     begin, rules = time.perf_counter(), Rules(args.fields, args.split, args.on_error == "skip")
     tokenizer = args.tokenizer or str(Config.tokenizer)
