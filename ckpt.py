@@ -5,9 +5,9 @@ OUTPUT_DIR/checkpoint-epoch{E}-step{S}-files{F}/
     state.json            what train.py needs besides tensors: step, tokens, loss, config, ...
     MANIFEST.json         every file's size, CRC-32C and SHA-256; the checkpoint exists when this is valid
 
-checkpoints = Checkpoints(cfg, env)
-choice = checkpoints.choose(log)        # verified on every node; from the bucket if need be
-checkpoints.load(tree)                  # into any strategy and world size
+folder = Folder(cfg, env)               # takes output_dir
+choice, source = folder.choose(log)     # verified on every node; from the bucket if need be
+checkpoints = Checkpoints(folder, choice, source, tree, log)    # loads into any strategy and world size
 checkpoints.save(name, state, ...)      # behind training, and behind that to the bucket
 checkpoints.after_step(step, finite)    # a save counts once a step with its weights was finite
 checkpoints.close(log)
@@ -66,22 +66,19 @@ if TYPE_CHECKING:
     from refocused.checkpoint.source import Source
 
 
-class Checkpoints:
-    """All that a run has to do with checkpoints. Every method but poll is collective.
+class Folder:
+    """A run's output_dir, its own until the process ends, and its place in the bucket. Collective.
 
-    Making one takes output_dir: it is this run's own until the process ends. Raises ConfigError where it cannot be.
+    Raises ConfigError if it belongs to another run.
     """
 
     def __init__(self, cfg: Config, env: Env):
         self.env = env
-        self.choice = Choice(None, {}, [])
-        self.source: Source | None = None  # the model that init_from names, where the run is a fresh one
         self.bucket: Any = None  # what a run needs of its bucket, if it has one
-        self._syncer: Syncer | None = None
         if cfg.bucket_name and cfg.checkpoint_bucket_path:
-            from refocused.bucket import start, sync
+            from refocused.bucket import start
 
-            self.bucket, self._sync = start, sync
+            self.bucket = start
         owner = processes.on_rank_0(atomic.lock, cfg.output_dir)
         owners = processes.on_each_node(env, atomic.lock, cfg.output_dir, owner, but_rank_0=True)
         # once: if output_dir is a link that is turned in mid-run, nothing is saved or deleted where it leads then
@@ -93,10 +90,10 @@ class Checkpoints:
                 "bucket_name and checkpoint_bucket_path"
             )
 
-    def choose(self, log: Callable[[str], None]) -> Choice:
+    def choose(self, log: Callable[[str], None]) -> tuple[Choice, "Source | None"]:
         """The checkpoint that cfg.resume means, the same on all ranks, every byte of it verified on every node.
 
-        Where there is none yet, what init_from names is looked at: minutes later a run may have been compiled in vain.
+        If there is none yet, also the model that init_from names: minutes later a run may have been compiled in vain.
         Raises CheckpointError, ConfigError, BucketError.
         """
         cfg, env = self.cfg, self.env
@@ -104,53 +101,60 @@ class Checkpoints:
             log(self.bucket.bring_together(cfg, functools.partial(processes.on_each_node, env)))
         if self.bucket and (found := processes.on_rank_0(self.bucket.find, cfg)):  # what is newer there comes down
             processes.on_each_node(env, self.bucket.pull, cfg, found)
-        self.choice, own = processes.on_rank_0(self._choose)
-        if own:  # each node has it by a path of its own: links of output_dir are resolved
-            self.choice = self.choice._replace(path=Path(cfg.output_dir, str(self.choice.name)))
-        if self.choice.path:
-            if "data" not in self.choice.state:
-                raise CheckpointError(
-                    "the checkpoint holds imported weights only; start a run from it with init_from=PATH"
-                )
-            get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
-            processes.on_each_node(env, selection.bring, self.choice, get, but_rank_0=True)
-            if self.bucket and own:
-                log(processes.on_rank_0(self.bucket.restore_logs, cfg))
-        elif cfg.init_from:
-            self.source = beginning(cfg.init_from, cfg)
-        return self.choice
+        choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
+        if not choice.path:
+            return choice, beginning(cfg.init_from, cfg) if cfg.init_from else None
+        # else it is another run's, and so are its logs; an output_dir of links has another path on each node
+        own = processes.on_rank_0(lambda: choice.path.parent == Path(cfg.output_dir))
+        if own:
+            choice = choice._replace(path=Path(cfg.output_dir, str(choice.name)))
+        if "data" not in choice.state:
+            raise CheckpointError("the checkpoint holds imported weights only; start a run from it with init_from=PATH")
+        get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
+        processes.on_each_node(env, selection.bring, choice, get, but_rank_0=True)
+        if self.bucket and own:
+            log(processes.on_rank_0(self.bucket.restore_logs, cfg))
+        return choice, None
 
-    def _choose(self) -> tuple[Choice, bool]:
-        """(the checkpoint, whether it is one in output_dir: else it is another run's, and so are its logs)"""
-        choice = selection.choose(self.cfg.output_dir, self.cfg.resume)
-        return choice, choice.path is not None and choice.path.parent == Path(self.cfg.output_dir)
 
-    def load(self, tree: dict[str, Tensor]) -> str:
-        """Fill the tree with the chosen checkpoint, or a fresh run's weights with init_from's; be ready to save it.
+class Checkpoints:
+    """What a run saves, on disk and in the bucket. Every method but poll is collective."""
 
-        Returns a line to print, or "". Raises CheckpointError, ConfigError.
+    def __init__(
+        self,
+        folder: Folder,
+        choice: Choice,
+        source: "Source | None",
+        tree: dict[str, Tensor],
+        log: Callable[[str], None],
+    ):
+        """Fill the tree, which is saved from now on, with the checkpoint, or a fresh run's weights with the source's.
+
+        Raises CheckpointError, ConfigError.
         """
-        cfg, said = self.cfg, ""
-        if self.choice.path:
-            tensors.load(self.choice.path, tree)
-            processes.on_each_node(self.env, manifest.check_unchanged, self.choice.path)
-        elif self.source:
-            said = init_from(self.source, cfg, tree)
-        kept = 0 if self.bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
+        self.cfg, self.env, self.choice, self._tree = folder.cfg, folder.env, choice, tree
+        cfg, bucket = self.cfg, folder.bucket
+        if choice.path:
+            tensors.load(choice.path, tree)
+            processes.on_each_node(self.env, manifest.check_unchanged, choice.path)
+        elif source:
+            log(init_from(source, cfg, tree))
+        kept = 0 if bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
         # what this run saves is later than all saves that a node can see
-        there = processes.on_rank_0(self.bucket.generation, cfg) if self.bucket else 0
+        there = processes.on_rank_0(bucket.generation, cfg) if bucket else 0
         here = processes.on_each_node(self.env, manifest.generation, cfg.output_dir)
-        self._saver = Saver(
+        self._saver = saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
             generation=max(there, *(n or 0 for n in here)), files=tokenizers.own_files(cfg),
         )  # fmt: skip
-        saver = self._saver
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
-        said = "\n".join(filter(None, (said, saver.reserve(tree))))
-        self._tree, self._saved_at, self._step = tree, time.monotonic(), self.choice.state.get("step", 0)
-        if self.bucket and atomic.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
-            self._syncer = self._sync.Syncer(cfg, self.choice.name, leader=self.env.main)
-        return said
+        log(saver.reserve(tree))
+        self._saved_at, self._step = time.monotonic(), choice.state.get("step", 0)
+        self._syncer: Syncer | None = None
+        if bucket and atomic.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it
+            from refocused.bucket import sync
+
+            self._syncer = sync.Syncer(cfg, choice.name, leader=self.env.main)
 
     @property
     def newest(self) -> str | None:

@@ -109,14 +109,14 @@ def train(
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     eval_steps = cfg.eval_steps if dataset.num_eval_samples else 0
-    checkpoints = ckpt.Checkpoints(cfg, env)  # takes output_dir: a second run in it ends here, before it compiles
+    folder = ckpt.Folder(cfg, env)  # takes output_dir: a second run in it ends here, before it compiles
     watch = Watchdog(cfg, env, processes.on_rank_0(preflight.Starts, cfg))  # a hang in the setup is found, too
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     settings = describe(cfg, origins, env, dataset, logs)
     rates = preflight.measure_devices(cfg, env)  # one slow GPU makes all of them wait: named before hours are paid for
     logs.log(rates)
-    choice = checkpoints.choose(logs.log)
+    choice, source = folder.choose(logs.log)
     state = LoopState.restored(choice.state)
     if choice.path:
         dataset.check_same(choice.state, cfg)
@@ -130,7 +130,8 @@ def train(
     logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
     compile_seconds = strategy.warm_up(model, cfg, env)  # makes gradients, so it comes before the state is loaded
     logs.log(f"ready in {compile_seconds:.1f} s of compilation and warm-up")
-    logs.log(checkpoints.load(tensors.state_tree(model, *optimizers)))
+    tree = tensors.state_tree(model, *optimizers)
+    checkpoints = ckpt.Checkpoints(folder, choice, source, tree, logs.log)  # fills the tree, and saves it from now on
     if state.scaler:
         scaler.load_state_dict(state.scaler)
     loader = data.Loader(
