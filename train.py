@@ -99,13 +99,38 @@ def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: 
     return settings
 
 
+def finish(
+    cfg: Config, env: processes.Env, step: int, due: Due, idle: bool, not_finite: bool, loader: data.Loader,
+    checkpoints: ckpt.Checkpoints, monitor: Monitor, watch: Watchdog, stop: StopSignal,
+) -> int:  # fmt: skip
+    """The end of a run: what it still owes, then every cause that there was, in one order. Returns the exit code."""
+    watch.end()
+    error = loader.error() if due.unreadable else None
+    if error and not env.main:
+        log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
+    loader.close()
+    failure, missing = checkpoints.close(monitor.log)  # waits for the last save and its upload
+    watch.stop()
+    monitor.log(checkpoints.news(), screen=False)
+    processes.stop()
+    code, text = messages.ending(
+        cfg, step, checkpoints.newest, idle=idle, not_finite=not_finite, failure=failure, missing=missing,
+        unreadable=str(error or "another rank could not read its data, and says why") if due.unreadable else None,
+        stopped=time.monotonic() - stop.since if due.stop else None,
+    )  # fmt: skip
+    monitor.finish(done=code == DONE)
+    monitor.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
+    monitor.close()
+    return exits.leave(code, text)
+
+
 def train(
     cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, stop: StopSignal,
     each_step: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
     """The run, on every rank alike. Returns the exit code. each_step is called after every step, for a benchmark."""
     # --- setup: first what can be refused in seconds, then what takes minutes
-    preflight.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)
+    preflight.check_ranks(cfg, dataset.fingerprint, dataset.tokenizer)  # ranks that differ would hang, or sum nonsense
     accumulation, global_batch = cfg.batch(env.world_size)
     tokens_per_step = global_batch * cfg.sequence_length
     eval_steps = cfg.eval_steps if dataset.num_eval_samples else 0
@@ -121,10 +146,10 @@ def train(
     if choice.path:
         dataset.check_same(choice.state, cfg)
         preflight.check_same_run(choice.state, cfg, global_batch)
-    preflight.check_room(cfg, env, state.step)
+    preflight.check_room(cfg, env, state.step)  # a full disk hours later would cost those hours
     logs.log(messages.describe_resume(choice, cfg, dataset))
 
-    model = strategy.build(cfg, env)
+    model = strategy.build(cfg, env)  # weights are a function of (seed, parameter name), the same in any layout
     optimizers = optim.make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
@@ -138,7 +163,7 @@ def train(
         dataset, state.step, cfg.max_steps, global_batch, env.rank, env.world_size, cfg.per_device_train_batch_size,
         accumulation, cfg.dataloader_num_workers, pin_memory=env.device.type == "cuda", first_sample=state.samples_seen,
     )  # fmt: skip
-    health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)
+    health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)  # judges steps by those before
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
     readback, made = Readback(env.device), preflight.made_by(env)
     monitor = Monitor(cfg, env, logs, state, choice, compile_seconds, settings, rates)
@@ -165,7 +190,7 @@ def train(
             monitor.evaluated(state.step, score, begin, strategy.raw(model), cfg)
 
     # --- the loop: rate, micro-steps, clip, finite?, step, then whatever this step is followed by
-    stop.begun = True
+    stop.begun = True  # from now on a signal waits for a save
     watch.begin(state.step)
     # a checkpoint's evaluation is made now, unless a run has made it since, as rank 0's trace knows
     made_since = any(processes.max_over_ranks(monitor.has_evaluation()))
@@ -187,7 +212,7 @@ def train(
             figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
             optim.update(optimizers, scaler, apply, divisor)
             strategy.clear_gradients(model)
-        state.step += 1
+        state.step += 1  # the only clock: rate, samples, saves and evaluations follow from it
         state.samples_seen += global_batch
         state.tokens += tokens_per_step
         # a skipped step goes through the same queue, or the trace and the replay proof would see it too early
@@ -225,25 +250,8 @@ def train(
         if due.last:
             break
 
-    # --- the end: what the run still owes, then every cause that there was, in one order
-    watch.end()
-    error = loader.error() if due.unreadable else None
-    if error and not env.main:
-        log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
-    loader.close()
-    failure, missing = checkpoints.close(logs.log)  # waits for the last save and its upload
-    watch.stop()
-    logs.log(checkpoints.news(), screen=False)
-    processes.stop()
-    code, text = messages.ending(
-        cfg, state.step, checkpoints.newest, idle=idle, not_finite=health.bad_in_a_row > 0 or unsaved,
-        unreadable=str(error or "another rank could not read its data, and says why") if due.unreadable else None,
-        failure=failure, missing=missing, stopped=time.monotonic() - stop.since if due.stop else None,
-    )  # fmt: skip
-    monitor.finish(done=code == DONE)
-    logs.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
-    monitor.close()
-    return exits.leave(code, text)
+    not_finite = health.bad_in_a_row > 0 or unsaved
+    return finish(cfg, env, state.step, due, idle, not_finite, loader, checkpoints, monitor, watch, stop)
 
 
 def show(cfg: Config, origins: dict[str, str]) -> int:
