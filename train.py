@@ -243,9 +243,7 @@ def train(
                 due = due._replace(save=True, last=True, stop=True)
         if due.last:
             monitor.prove(state.step, over=True)  # before a save that would stand on steps that differ
-        if (
-            due.save or unsaved
-        ):  # a save that a streak of steps without a finite loss has put off is made right after it
+        if due.save or unsaved:  # one that steps without a finite loss have put off is made right after them
             unsaved = not save(due.last)
         if due.last:
             break
