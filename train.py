@@ -139,8 +139,9 @@ def train(
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     settings = describe(cfg, origins, env, dataset, logs)
-    rates = preflight.measure_devices(cfg, env)  # one slow GPU makes all of them wait: named before hours are paid for
-    logs.log(rates)
+    logs.log(
+        preflight.measure_devices(cfg, env)
+    )  # one slow GPU makes all of them wait: named before hours are paid for
     choice, source = folder.choose(logs.log)
     state = LoopState.restored(choice.state)
     if choice.path:
@@ -166,7 +167,7 @@ def train(
     health = guard.Guard(cfg, env.device, scaler.is_enabled(), state.spike_window)  # judges steps by those before
     skips = configs.step_ranges("skip_steps", cfg.skip_steps)
     readback, made = Readback(env.device), preflight.made_by(env)
-    monitor = Monitor(cfg, env, logs, state, choice, compile_seconds, settings, rates)
+    monitor = Monitor(cfg, env, logs, state, choice, compile_seconds, settings)
 
     def save(last: bool) -> bool:
         """False if nothing was saved, because the last steps or the weights do not give a finite loss."""

@@ -1,4 +1,4 @@
-"""What a run prints besides its steps: the plan, where a resume goes on, what slows it down, how it ended."""
+"""What a run prints besides its steps: the plan, where a resume goes on, how it ended."""
 
 import dataclasses
 import shlex
@@ -126,26 +126,6 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
             f"          schedule: a function of step and config, so the rate goes on at {now:.3g} (was {before:.3g})"
         )
     return "\n".join(lines)
-
-
-def suspect(lost: float, seen: dict[str, float], measured: str, world_size: int) -> str:
-    """What to look at first where a share of the expected speed is lost.
-
-    seen: shares of the time that data and saves were waited for, and how often the allocator tried again.
-    """
-    if seen["data"] > lost / 3:
-        return f"{seen['data']:.0%} of the time is spent waiting for data: a faster disk, more dataloader_num_workers"
-    notes = [line.removeprefix("note").strip() for line in measured.splitlines() if " is slow: " in line]
-    if slow := [note for note in notes if not note.startswith("the disk of ")]:  # which saves alone wait for
-        return slow[0]
-    if n := seen["retries"]:
-        return f"the allocator ran out of memory {n:.0f} times and gave back what it had: a smaller layout"
-    if seen["save"] > lost / 3:
-        return f"saves held training up for {seen['save']:.0%} of the time: larger save_steps, async_save"
-    first = "link between the GPUs first: `nvidia-smi topo -m`, NCCL_DEBUG=INFO"
-    if world_size == 1:
-        first = "GPU's clock first: `nvidia-smi -q -d PERFORMANCE`"
-    return f"look at the {first}, `bench.py plan --calibrate`"
 
 
 def ending(

@@ -19,13 +19,12 @@ from refocused.checkpoint.selection import Choice
 from refocused.run import devices, goodput, gpus, processes, strategy
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute
-from refocused.run.messages import count, duration, suspect
+from refocused.run.messages import count, duration
 from refocused.run.tensorboard import TensorBoard
 from refocused.run.trace import Diverged, Trace
 from refocused.shards.shard import DataError
 
 WIDTH = 100  # columns of a step's line
-SLOW = 0.8  # of the expected speed
 CLOCK_SECONDS = 60.0  # at most so often a log line brings a clock into the trace
 # keys that no figure of a step depends on, besides those about output, checkpoints and the bucket
 HARMLESS = "data_dir cache_dir tokenizer eval_files eval_samples dataloader_num_workers num_processes".split()
@@ -99,20 +98,16 @@ class Monitor:
 
     def __init__(
         self, cfg: Config, env: processes.Env, logs: Logs, state: LoopState, start: Choice, compile_seconds: float,
-        settings: str = "", rates: str = "",
+        settings: str = "",
     ):  # fmt: skip
-        """Just before the loop, which goes on from `state`.
-
-        settings: the plan and every key that something set; rates: what preflight.measure_devices has found.
-        """
-        self.env, self.logs, self.log, self.state, self.rates = env, logs, logs.log, state, rates
+        """Just before the loop, which goes on from `state`. settings: the plan and every key that something set."""
+        self.env, self.logs, self.log, self.state = env, logs, logs.log, state
         self.tokens_per_step = cfg.batch(env.world_size)[1] * cfg.sequence_length
         self.max_steps, self.logging_seconds = cfg.max_steps, cfg.logging_seconds
         self.averages = bool(cfg.logging_steps or cfg.logging_seconds)
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
         self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpus.peak_flops(env.device_name)
         self.norm, self.stall, self.retries = math.nan, 0.0, 0
-        self.slow = 0  # windows in a row that were slower than expected
         self.unwritten: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = None  # a step's line
         self.first = self.at = state.step  # where this run began, and the last step that it knows of
         self.causes, self.strict = differences(start.state, cfg, env.world_size)
@@ -293,12 +288,6 @@ class Monitor:
             f"{duration(left)} left",
         )
         self.log(f"{text}\n  {status}" if len(text) + len(status) + 3 > WIDTH else joined(text, status))
-        if share:
-            self.slow = self.slow + 1 if share < SLOW else 0
-            if self.slow == 2:  # one alone has the first steps of a process in it, or a profile
-                lost = {"data": data_seconds / seconds, "save": self.stall / seconds, "retries": retried}
-                cause = suspect(1 - share, lost, self.rates, self.env.world_size)
-                self.log(f"note      slower than expected; {cause}")
         self.prove(step)
         if self.curves:
             curves: dict[str, float | None] = {

@@ -157,12 +157,12 @@ def check_room(cfg: Config, env: Env, step: int) -> None:
 
 
 def measure_devices(cfg: Config, env: Env) -> str:
-    """With check_hardware, lines for the plan: the rates of this run's GPUs and disks, and which is slow. Collective."""
+    """With check_hardware, lines for the plan: the rates of this run's GPUs, and which of them is slow. Collective."""
     if not cfg.check_hardware or env.device.type != "cuda":
         return ""
     from refocused.run import hardware
 
-    return hardware.measure_devices(cfg, env)
+    return hardware.measure_devices(env)
 
 
 class CrashLoop(ValueError):

@@ -20,7 +20,7 @@ def test_rates(card, say):
     rates = hardware.gpu(torch.device(card.device), *(() if card.cuda else (256, 1 << 16)))
     known = gpus.find(torch.cuda.get_device_name()) if card.cuda else None
     shares = {"peak": known.peak, "rate measured elsewhere": known.ceiling} if known else {}
-    text = [f"{key} {rate:.4g} {hardware.UNITS.get(key, 'GB/s')}" for key, rate in rates.items()]
+    text = [f"{key} {rate:.4g} {'TFLOP/s' if key == 'product' else 'GB/s'}" for key, rate in rates.items()]
     say(
         ", ".join(
             text + [f"{1e12 * rates['product'] / full:.0%} of the {what}" for what, full in shares.items() if full]
