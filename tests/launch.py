@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import re
@@ -189,6 +190,31 @@ def on_ranks(nproc: int, function: Callable, *args: object) -> None:
     for process in ranks:
         process.kill()
     assert codes == [0] * nproc, codes
+
+
+def _program(name: str, args: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    for number, path in ((1, out), (2, err)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.update(environment)
+    raise SystemExit(importlib.import_module(name).main(args))
+
+
+def program(folder: Path, name: str, *args: object, nproc: int = 1) -> tuple[list[int], str, str]:
+    """`python NAME.py ARGS` in each of nproc ranks: exit codes, stdout and stderr of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, out, err = free_port(), folder / f"out-{time.monotonic_ns()}", folder / f"err-{time.monotonic_ns()}"
+    ranks = []
+    for rank in range(nproc):
+        environment = variables(rank, nproc, port) if nproc > 1 else {}
+        ranks.append(CONTEXT.Process(target=_program, args=(name, [*map(str, args)], environment, str(out), str(err))))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(GUARD)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    return codes, out.read_text(), err.read_text()
 
 
 def train(folder: Path, *args: str, nproc: int = 1, code: int = 0, env: dict[str, str] | None = None) -> Run:

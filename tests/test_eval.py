@@ -4,15 +4,13 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_shards
-from launch import GUARD, train
+from conftest import write_shards
+from launch import program, train
 from transformers import AutoModelForCausalLM
 
 import ckpt
@@ -22,14 +20,16 @@ from refocused.commands import evaluation, export
 from refocused.shards import tokenizers
 
 
-def evaluate(*args, nproc: int = 1, code: int = 0) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
-    command = [sys.executable, *torchrun, "ckpt.py", "eval", *map(str, args), "cpu_threads=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
-    assert done.returncode == code, done.stdout + done.stderr
-    if code == 0:  # no minute without a word
-        assert f"reading {args[0]}\n" in done.stderr and " windows of 32 of " in done.stderr
-    return done.stdout if code == 0 else done.stderr
+@pytest.fixture
+def evaluate(tmp_path):
+    def call(*args, nproc: int = 1, code: int = 0) -> str:
+        codes, out, err = program(tmp_path, "ckpt", "eval", *args, "cpu_threads=1", nproc=nproc)
+        assert codes == [code] * nproc, out + err
+        if code == 0:  # no minute without a word
+            assert f"reading {args[0]}\n" in err and " windows of 32 of " in err
+        return out if code == 0 else err
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +61,11 @@ def expected(folder: Path, two: Path) -> dict[str, float]:
     text = windows[:, 1:] < 256
     assert not text.all() and math.isclose(each.mean().item(), loss, rel_tol=1e-6)
     bits = each[text].sum().item() / math.log(2) / text.sum().item()
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": bits,
-        "tokens": 21 * 32,
-        "bytes": int(text.sum()),
-    }
+    found = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
+    return found | {"tokens": 21 * 32, "bytes": int(text.sum())}
 
 
-def test_equals_transformers(run, two):
+def test_equals_transformers(run, two, evaluate):
     """The checkpoint on two processes and its export on one against Transformers on the same windows, to 1e-5.
 
     Shards add up to the whole; the text report has the same numbers; windows by shard do not change the sum.
@@ -89,7 +84,7 @@ def test_equals_transformers(run, two):
     assert sum(s["loss"] * s["tokens"] for s in shards) == pytest.approx(ours["loss"] * ours["tokens"])
 
 
-def test_equals_the_run(run):
+def test_equals_the_run(run, evaluate):
     """With the run's own keys: the eval_loss and bits per byte of its log, documents apart as there."""
     folder, done = run
     [(loss, bits)] = re.findall(r"eval_loss=([\d.]+), .* \| ([\d.]+) bits per byte \| documents apart", done.text)
@@ -124,7 +119,7 @@ def test_bytes_of_tokens(run, tmp_path):
         tokenizers.find(str(tmp_path)).byte_lengths()
 
 
-def test_refused(run, two):
+def test_refused(run, evaluate):
     """Another model's keys, nothing held out, no such place: one sentence each."""
     folder, _ = run
     assert "the model is the checkpoint's" in evaluate(folder / "out", "hidden_size=64", code=2)

@@ -18,7 +18,6 @@ import configs
 import data
 from configs import ConfigError, step_ranges
 from refocused.checkpoint import selection
-from refocused.run import gpus
 from refocused.run.messages import fitted, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -93,12 +92,6 @@ def test_a_quiet_screen_that_is_never_blind(shards, tmp_path):
     assert once.losses == [pytest.approx(sum(losses) / 5, abs=1e-4)]
     [state] = (tmp_path / "out").glob("*step5*/state.json")
     assert "history" not in json.loads(state.read_text())  # the trace has it, and a resume needs none of it
-
-
-def test_gpu_names():
-    """The peak behind an MFU: of a known card, and none for an unknown one."""
-    assert gpus.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12 and gpus.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert gpus.peak_flops("Some GPU 9000") is None
 
 
 def test_found_at_start(shards, tmp_path):
