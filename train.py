@@ -139,9 +139,7 @@ def train(
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     settings = describe(cfg, origins, env, dataset, logs)
-    logs.log(
-        preflight.measure_devices(cfg, env)
-    )  # one slow GPU makes all of them wait: named before hours are paid for
+    logs.log(preflight.measure_devices(cfg, env))  # a slow GPU makes all of them wait, for hours
     choice, source = folder.choose(logs.log)
     state = LoopState.restored(choice.state)
     if choice.path:

@@ -55,10 +55,8 @@ def pick_device(local_rank: int, local_world_size: int) -> torch.device:
     count = torch.accelerator.device_count()
     if local_world_size > count:
         hide = ", or hide them (CUDA_VISIBLE_DEVICES=) to run on the CPU" if accelerator.type == "cuda" else ""
-        raise ConfigError(
-            f"{local_world_size} processes on a machine with {count} {accelerator.type} device(s); "
-            f"use --nproc_per_node={count}{hide}"
-        )
+        here = f"{local_world_size} processes on a machine with {count} {accelerator.type} device(s)"
+        raise ConfigError(f"{here}; use --nproc_per_node={count}{hide}")
     return torch.device(accelerator.type, local_rank)
 
 
@@ -75,14 +73,12 @@ def check_compiler(cfg: Config, device: torch.device) -> None:
     if not cfg.compile_model or device.type == "mps":  # whose shaders need no compiler of this machine's
         return
     off = "compile_model=false trains without, slower"
-    names = [os.environ.get("CC"), "gcc", "clang"]
+    names = list(dict.fromkeys([os.environ.get("CC") or "gcc", "gcc", "clang"]))
     if device.type == "cpu":
         names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
-    if not any(shutil.which(name) for name in names if name):
-        raise ConfigError(
-            f"compile_model=true needs a compiler, and none is found ({', '.join(filter(None, names))}); Debian, Ubuntu: "
-            f"apt-get install g++ python3-dev; {off}"
-        )
+    if not any(map(shutil.which, names)):
+        what = f"a compiler, and none is found ({', '.join(names)}); Debian, Ubuntu: apt-get install g++ python3-dev"
+        raise ConfigError(f"compile_model=true needs {what}; {off}")
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
     try:
         os.makedirs(cache, exist_ok=True)

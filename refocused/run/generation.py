@@ -110,9 +110,7 @@ def choose(logits: torch.Tensor, options: Options, generator: torch.Generator) -
     greedy = options.temperature < 1e-6  # the quotient might be more than a float holds
     logits = logits if greedy else logits / options.temperature
     if not logits.isfinite().all():
-        raise NotFinite(
-            "the model's logits are not finite: weights are damaged, or dtype= is too narrow; try dtype=fp32"
-        )
+        raise NotFinite("the model's logits are not finite: damaged weights, or a dtype= too narrow; try dtype=fp32")
     if greedy:
         return logits.argmax(dim=-1)
     if 0 < options.top_k < logits.size(-1):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from configs import Config
 from refocused.checkpoint.tensors import local_part
@@ -68,7 +69,7 @@ class Spikes:
         if window:
             self.window.copy_(torch.tensor(window))
 
-    def check(self, step: int, figures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def check(self, step: int, figures: Tensor) -> tuple[Tensor, Tensor]:
         """Deviations (2,) of figures (loss, norm), and whether to apply the step, a bool that is equal on all ranks."""
         filled = self.window[:, :1] >= 0  # (WINDOW, 1)
         n = filled.sum()
@@ -99,10 +100,8 @@ class Guard:
         self.spikes = Spikes(cfg, device, window) if cfg.spikes != "off" else None
         self.bad_in_a_row = 0  # up to the last step that the host knows of
 
-    def check(
-        self, step: int, loss_sum: torch.Tensor, norm: torch.Tensor, tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of this rank's sum of losses and norm, scalars: figures (loss, norm) with what else a status needs, and
+    def check(self, step: int, loss_sum: Tensor, norm: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """From this rank's sum of losses and norm, scalars: figures (loss, norm) with what else a status needs, and
         whether to apply the step; both on the device and equal on all ranks. Collective.
 
         A norm that is finite here and not elsewhere (a flipped bit after the reduction) is not finite anywhere: the

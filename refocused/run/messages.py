@@ -104,9 +104,8 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     there = ((n, manifest.parse(n)) for n in selection.names(cfg.output_dir))
     ahead = [n for n, parsed in there if parsed and parsed.step > state["step"]]
     if ahead and cfg.resume != "latest":
-        lines.append(
-            f"          {ahead[0]} is ahead of it: abandoned, once this run has saved; resume=latest then goes on here"
-        )
+        then = "once this run has saved; resume=latest then goes on here"
+        lines.append(f"          {ahead[0]} is ahead of it: abandoned, {then}")
     if cfg.init_from and cfg.init_from != state["config"].get("init_from"):
         lines.append(f"          init_from={cfg.init_from} is not used: the weights are the checkpoint's")
     at = dataset.position(state["samples_seen"])
@@ -122,9 +121,8 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
         lines.append(f"          config: {key} was {was} and is no longer a key: {instead}")
     old_cfg = dataclasses.replace(cfg, **{k: v for k, v in state["config"].items() if k in configs.KEYS})
     if (before := learning_rate(state["step"], old_cfg)) != (now := learning_rate(state["step"], cfg)):
-        lines.append(
-            f"          schedule: a function of step and config, so the rate goes on at {now:.3g} (was {before:.3g})"
-        )
+        rate = f"the rate goes on at {now:.3g} (was {before:.3g})"
+        lines.append(f"          schedule: a function of step and config, so {rate}")
     return "\n".join(lines)
 
 
@@ -157,10 +155,8 @@ def ending(
     if not newest:
         return DONE, f"done: {step:,} steps, and no checkpoint: max_steps={cfg.max_steps} trains nothing"
     if idle:
-        return DONE, (
-            f"nothing to do: {newest} is at step {step:,}, max_steps={cfg.max_steps}; raise max_steps to go on, "
-            "or name another output_dir and logging_dir for another run"
-        )
+        way = "raise max_steps to go on, or name another output_dir and logging_dir for another run"
+        return DONE, f"nothing to do: {newest} is at step {step:,}, max_steps={cfg.max_steps}; {way}"
     logs = Path(cfg.logging_dir)  # TensorBoard names runs by their folders below the one that it is given
     logs = logs.parent if logs.parent.name == "logs" else logs
     return DONE, (

@@ -28,13 +28,7 @@ WIDTH = 100  # columns of a step's line
 CLOCK_SECONDS = 60.0  # at most so often a log line brings a clock into the trace
 # keys that no figure of a step depends on, besides those about output, checkpoints and the bucket
 HARMLESS = "data_dir cache_dir tokenizer eval_files eval_samples dataloader_num_workers num_processes".split()
-SPEEDS = (
-    "steps_per_second",
-    "tokens_per_second",
-    "mfu",
-    "data_wait_share",
-    "save_stall_seconds",
-)  # curves of the trace
+SPEEDS = ("steps_per_second", "tokens_per_second", "mfu", "data_wait_share", "save_stall_seconds")
 
 
 def joined(*parts: str | float | None) -> str:
@@ -136,9 +130,8 @@ class Monitor:
 
             self.expected = speed.expected(cfg, env.world_size, env.local_world_size, env.device_name)
             tokens = self.tokens_per_step / (self.expected or math.inf)
-            self.log(
-                f"expects   {self.expected:.3g} s per step, {count(tokens)} tok/s, MFU {self.mfu(tokens) or 0:.1%}"
-            )
+            mfu = f"MFU {self.mfu(tokens) or 0:.1%}"
+            self.log(f"expects   {self.expected:.3g} s per step, {count(tokens)} tok/s, {mfu}")
 
     def open_trace(self, checkpoint: str | None, config: dict[str, Any]) -> Trace | None:
         try:
@@ -211,10 +204,8 @@ class Monitor:
             report["windows"] = [{"shard": shard, "offset": offset} for shard, offset in windows]
             self.logs.replace(name, json.dumps(report, indent=1).encode())
             first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
-            self.log(
-                f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. Read {first}, ...; all windows in "
-                f"{self.logs.folder / name}"
-            )
+            read = f"Read {first}, ...; all windows in {self.logs.folder / name}"
+            self.log(f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. {read}")
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
         """Note a step that skip_steps names."""

@@ -224,9 +224,8 @@ def on_each_node(env: Env, function: Callable, *args: Any, but_rank_0: bool = Fa
         mine = result_or_error(function, args) if first and not (env.main and but_rank_0) else (None, None)
         everyone = gather((*mine, node, first))
     if without := {node for *_, node, _ in everyone} - {node for *_, node, first in everyone if first}:
-        raise ConfigError(
-            f"no process of {', '.join(sorted(without))} has LOCAL_RANK=0, the first of a node; torchrun sets it"
-        )
+        nodes = ", ".join(sorted(without))
+        raise ConfigError(f"no process of {nodes} has LOCAL_RANK=0, the first of a node; torchrun sets it")
     for _, error, *_ in everyone:
         if error is not None:
             raise error

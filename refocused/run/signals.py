@@ -118,11 +118,9 @@ def request(url: str, headers: dict[str, str], method: str = "GET") -> tuple[str
 
 def google_notice(host: str) -> None:
     """Return once the metadata server says that this machine was preempted; it answers when the value changes."""
-    url, etag = (
-        f"http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300&last_etag=",
-        "0",
-    )
-    while True:  # no etag is "0", so the first answer comes at once
+    url = f"http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300&last_etag="
+    etag = "0"  # none is this, so the first answer comes at once
+    while True:
         value, headers = request(url + etag, {"Metadata-Flavor": "Google"})
         if value == "TRUE":
             return

@@ -122,10 +122,8 @@ def update(cfg: Config, machine: Machine, shards: int, world: int) -> tuple[dict
     found = {"memory": nbytes / machine.memory}
     if not muons:
         return found, 0.0
-    flops = sum(
-        5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3)
-        for m, n in ((3 * C, C), (C, C), (inner, C), (C, inner))
-    )
+    shapes = ((C, 3 * C), (C, C), (min(C, inner), max(C, inner)), (min(C, inner), max(C, inner)))
+    flops = sum(5 * (4 * m**2 * n + 2 * m**3) for m, n in shapes)
     found["products"] = L * flops / world / machine.products
     whole = 2 * muons if cfg.parallel == "ddp" else 2 * 2 * muons / shards  # a gather; two exchanges of a share
     return found, machine.ring(whole, world if cfg.parallel == "ddp" else shards, world)

@@ -53,7 +53,6 @@ class TensorBoard:
 
 def next_name(logs: Logs) -> str:
     """A name that sorts behind every event file that is there."""
-    newest = max(
-        (int(path.name[20:30]) for path in logs.folder.glob(f"events.out.tfevents.{'[0-9]' * 10}.*")), default=0
-    )
+    names = logs.folder.glob(f"events.out.tfevents.{'[0-9]' * 10}.*")
+    newest = max((int(path.name[20:30]) for path in names), default=0)
     return f"events.out.tfevents.{max(int(time.time()), newest + 1):010d}.{socket.gethostname()}.{os.getpid()}"

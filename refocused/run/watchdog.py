@@ -21,9 +21,8 @@ from refocused.run.optim import checkpoint_bytes
 from refocused.run.preflight import Starts
 from refocused.run.processes import Env, progress
 
-Heartbeats = dict[
-    int, list | None
-]  # by rank: [its number, collectives so far, the last step, host]; None before the first
+# {rank: (before, after)}, each [its number, collectives so far, the last step, host], or None before the first one
+Heartbeats = dict[int, tuple[list | None, list | None]]
 LATER = 60.0  # seconds after the limit in which Python's threads can report
 
 
@@ -121,10 +120,8 @@ class Watchdog:
         looks = self.two_looks(pause)
         if self.over.is_set() or progress.at != idle_since or time.monotonic() - begin > 2 * pause + self.looking:
             return False  # it has gone on, or this machine was stopped, perhaps with the others
-        if looks is None:
-            return True
-        silent = [rank for rank, beat in looks[1].items() if beat and beat == looks[0][rank]]
-        return bool(silent) and self.env.rank not in silent
+        silent = [rank for rank, (before, after) in (looks or {}).items() if after and before == after]
+        return looks is None or (bool(silent) and self.env.rank not in silent)
 
     def abort(self, idle: float) -> None:
         with contextlib.suppress(Exception):  # a closed stderr
@@ -138,30 +135,26 @@ class Watchdog:
         log_error(text, self.cfg)
         leave(INTERNAL, text, at_once=True)
 
-    def two_looks(self, pause: float) -> tuple[Heartbeats, Heartbeats] | None:
-        """The heartbeats of all ranks now and after a pause; None if the store does not answer."""
-        looks: list[Heartbeats] = []
+    def two_looks(self, pause: float) -> Heartbeats | None:
+        """Each rank's heartbeat now and after a pause; None if the store does not answer."""
+        looks: list[list[list | None]] = []
 
         def look() -> None:
-            looks.append(heartbeats(self.env.world_size))
-            time.sleep(pause)
-            looks.append(heartbeats(self.env.world_size))
+            for wait in (0.0, pause):
+                time.sleep(wait)
+                store = processes.store.clone()
+                store.set_timeout(datetime.timedelta(seconds=2))
+                found: list[list | None] = [None] * self.env.world_size
+                for rank in range(self.env.world_size):
+                    with contextlib.suppress(RuntimeError):
+                        if store.check([f"heartbeat {rank}"]):
+                            found[rank] = json.loads(store.get(f"heartbeat {rank}"))
+                looks.append(found)
 
         looking = threading.Thread(target=look, daemon=True)  # a store whose host is stopped would hold this thread
         looking.start()
         looking.join(pause + self.looking)
-        return (looks[0], looks[1]) if len(looks) == 2 else None
-
-
-def heartbeats(world_size: int) -> Heartbeats:
-    found: Heartbeats = dict.fromkeys(range(world_size))
-    store = processes.store.clone()
-    store.set_timeout(datetime.timedelta(seconds=2))
-    for rank in found:
-        with contextlib.suppress(RuntimeError):
-            if store.check([f"heartbeat {rank}"]):
-                found[rank] = json.loads(store.get(f"heartbeat {rank}"))
-    return found
+        return dict(enumerate(zip(*looks, strict=True))) if len(looks) == 2 else None
 
 
 def flight_recorder(rank: int, seconds: float) -> str:
@@ -175,15 +168,14 @@ def flight_recorder(rank: int, seconds: float) -> str:
     return ""
 
 
-def who_is_missing(looks: tuple[Heartbeats, Heartbeats] | None) -> str:
+def who_is_missing(looks: Heartbeats | None) -> str:
     """The ranks that do not answer, or are behind, by two looks at the heartbeats."""
     if looks is None:
         return "the store does not answer, so who is missing is not known"
-    before, after = looks
-    names = {r: f"rank {r} (on {beat[3]}, step {beat[2] or 0:,})" if beat else f"rank {r}" for r, beat in after.items()}
-    if silent := [names[rank] for rank in after if before[rank] == after[rank]]:
+    names = {r: f"rank {r} (on {a[3]}, step {a[2] or 0:,})" if a else f"rank {r}" for r, (_, a) in looks.items()}
+    if silent := [names[rank] for rank, (before, after) in looks.items() if before == after]:
         return "; ".join(f"{name} does not answer" for name in silent)
-    most = max(beat[1] for beat in after.values() if beat)
-    if behind := [names[rank] for rank, beat in after.items() if beat and beat[1] < most]:
+    most = max(after[1] for _, after in looks.values() if after)
+    if behind := [names[rank] for rank, (_, after) in looks.items() if after and after[1] < most]:
         return "; ".join(f"{name} is behind" for name in behind)
     return "every rank answers and waits; the stacks above say for what"
