@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,38 +75,6 @@ class Stream:
         return self.tokenizer.decode(self.ids)[self.shown :]
 
 
-class Writer:
-    """Writes several texts to one output: the first unfinished one as it grows, the others when their turn comes."""
-
-    def __init__(self, tokenizer: Tokenizer, starts: list[list[int]], heads: list[str], out: Callable[[str], object]):
-        """starts: the ids that a text begins with, its prompt's; heads: what stands before each text."""
-        self.streams, self.out = [Stream(tokenizer) for _ in heads], out
-        begun = zip(heads, self.streams, starts, strict=True)
-        self.waiting = [head + stream.add(ids) for head, stream, ids in begun]  # text not yet written
-        self.done = [False] * len(heads)
-        self._write()
-
-    def add(self, tokens: list[int | None]) -> None:
-        """A token for each text; None where it has ended."""
-        for i, token in enumerate(tokens):
-            if token is not None:
-                self.waiting[i] += self.streams[i].add([token])
-            elif not self.done[i]:
-                self.waiting[i] += self.streams[i].close() + "\n"
-                self.done[i] = True
-        self._write()
-
-    def close(self) -> None:
-        self.add([None] * len(self.done))
-
-    def _write(self) -> None:
-        for i, done in enumerate(self.done):
-            self.out(self.waiting[i])  # nothing, of a text that was written before
-            self.waiting[i] = ""
-            if not done:
-                break
-
-
 def parse(argv: list[str]) -> tuple[Config, Options]:
     """The run's config, which says where its checkpoints are, and what to sample. Raises ConfigError."""
     known, texts, others = configs.types_of(Options), {}, []
@@ -159,9 +126,7 @@ def encode(prompts: list[str], tokenizer: Tokenizer, cfg: Config) -> list[list[i
     rows = [tokenizer.encode(prompt) or [tokenizer.end] for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if max(row) >= cfg.vocab_size:
-            why = (
-                f"has token {max(row)}, the model's vocabulary {cfg.vocab_size} ids: not the tokenizer of its training"
-            )
+            why = f"has token {max(row)}, the model {cfg.vocab_size} ids: this is not the tokenizer of its training"
             raise ConfigError(f"prompt {prompt[:40]!r} {why}")
     return rows
 
@@ -190,22 +155,28 @@ def command(argv: list[str]) -> int:
 
 
 def write(model, source, tokenizer, prompts, rows, options) -> None:
-    """Continue the prompts, whose ids are rows: the texts to stdout as they grow, the speed to stderr at the end."""
+    """Continue the prompts, whose ids are rows: the texts to stdout, a single one as it grows; the speed to stderr."""
     weight = model.embed_in.weight
     print(f"{source}, {weight.device.type}, {str(weight.dtype).removeprefix('torch.')}", file=sys.stderr)
     window = options.window or model.cfg.max_position_embeddings
     if (most := max(map(len, rows)) + options.max_new_tokens - 1) > window:
         print(f"{most:,} tokens in a window of {window:,}: the oldest are forgotten as it fills", file=sys.stderr)
-    count, begin = 0, time.perf_counter()
+    count, begin, alone = 0, time.perf_counter(), len(rows) == 1
     for first in range(0, len(rows), options.batch_size):
         part = slice(first, first + options.batch_size)
-        starts = [row if prompt else [] for row, prompt in zip(rows[part], prompts[part], strict=True)]
-        heads = [f"--- {first + i} of {len(rows)}\n" * (len(rows) > 1) for i in range(1, len(starts) + 1)]
-        writer = Writer(tokenizer, starts, heads, lambda text: print(text, end="", flush=True))
+        streams = [Stream(tokenizer) for _ in rows[part]]
+        begun = zip(streams, rows[part], prompts[part], strict=True)
+        texts = [stream.add(row) if prompt else "" for stream, row, prompt in begun]
         for tokens in generate(model, rows[part], options, source.end):
-            writer.add(tokens)
-            count += sum(token is not None for token in tokens)
-        writer.close()
+            for i, token in enumerate(tokens):
+                if token is not None:
+                    texts[i] += streams[i].add([token])
+                    count += 1
+            if alone:  # as it grows; several come one after the other
+                print(texts[0], end="", flush=True)
+                texts[0] = ""
+        for i, (text, stream) in enumerate(zip(texts, streams, strict=True), first + 1):
+            print("" if alone else f"--- {i} of {len(rows)}\n", text, stream.close(), sep="", flush=True)
     speed = count / (time.perf_counter() - begin)
     print(f"{count:,} tokens after {sum(map(len, rows)):,} of prompt: {speed:,.0f} tokens/s", file=sys.stderr)
 

@@ -111,7 +111,7 @@ def test_search_on_made_up_hardware(monkeypatch):
         line = plan.command("configs/test.py", [], cfg, found.cfg, 2, 8).split("configs/test.py ")[-1]
         given = [word for word in line.split() if "=" in word and not word.startswith("--")]
         assert small("global_batch_size=2", *given) == found.cfg
-    least = min(memory.needed(c, 2)[0] for c in search.layouts(cfg, 2, 8) if not c.cpu_offload)
+    least = min(memory.estimate(c, 2).needed for c in search.layouts(cfg, 2, 8) if not c.cpu_offload)
     found = search.search(cfg, 2, fast, least - 1, 0.0)
     assert not found.fastest and found.starved and found.starved.needed <= least - 1
 

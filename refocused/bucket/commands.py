@@ -26,7 +26,9 @@ verify_command = functools.partial(list_command, hashes=True)
 
 def pull_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ckpt.py pull")
-    parser.add_argument("url", metavar="gs://BUCKET/PREFIX[/CHECKPOINT]", help="what was saved last if none is named")
+    parser.add_argument(
+        "url", metavar="gs://BUCKET/PREFIX[/CHECKPOINT]", help="a checkpoint, or a prefix for the last one saved"
+    )
     parser.add_argument("folder", metavar="DIR", type=Path)
     args = parser.parse_args(argv)
     print(pull(args.url, args.folder))
@@ -50,9 +52,13 @@ def push_command(argv: list[str]) -> int:
 def prune_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ckpt.py prune")
     parser.add_argument("url", metavar="gs://BUCKET/PREFIX")
-    parser.add_argument("--keep", type=int, default=0, help="newest complete ones to keep; 0, the default, for all")
-    parser.add_argument("--keep-every", type=int, default=0, help="multiples of so many steps are kept for ever")
-    parser.add_argument("--damaged", action="store_true", help="also damaged ones that are newer or kept for ever")
+    parser.add_argument(
+        "--keep", type=int, default=0, help="how many of the newest complete checkpoints to keep (default: 0, all)"
+    )
+    parser.add_argument(
+        "--keep-every", type=int, default=0, help="keep checkpoints whose step is a multiple of this for ever"
+    )
+    parser.add_argument("--damaged", action="store_true", help="delete damaged checkpoints too, also newer ones")
     args = parser.parse_args(argv)
     if min(args.keep, args.keep_every) < 0:
         parser.error("--keep and --keep-every must not be negative")

@@ -69,10 +69,10 @@ def average(sources: list[Source], weights: list[float], out: Path) -> Path:
 def main(argv: list[str]) -> int:
     """ckpt.py average. Raises ConfigError, CheckpointError, BucketError."""
     parser = argparse.ArgumentParser(prog="ckpt.py average", description="The mean of checkpoints' weights.")
-    place = "at least two: a checkpoint, a folder of them (the last), or gs://..."
+    place = "at least two: a checkpoint, a folder of checkpoints (the last one), or gs://..."
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=place)
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT, export and eval")
-    parser.add_argument("--weights", help="one number for each, as 1,2,3; all alike unless given")
+    parser.add_argument("--weights", help="one number for each checkpoint, as 1,2,3 (default: all the same)")
     args = parser.parse_args(argv)
     check_free(args.out)
     try:

@@ -68,10 +68,10 @@ def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
 def main(argv: list[str]) -> int:
     """ckpt.py eval. Raises ConfigError, CheckpointError, DataError, BucketError."""
     parser = argparse.ArgumentParser(prog="ckpt.py eval", description="The loss on the windows that are held out.")
-    place = "one, a folder of them (the last), a Hugging Face folder, or gs://..."
+    place = "a checkpoint, a folder of checkpoints (the last one), a Hugging Face folder, or gs://..."
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=place)
-    parser.add_argument("--per_shard", action="store_true", help="also for each held-out shard")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--per_shard", action="store_true", help="print a line for each held-out shard too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parse_with_settings(parser, argv)
     values = {key: configs.parse(key, text) for key, text in (word.split("=", 1) for word in options.settings)}
     if fixed := [key for key in values if key in huggingface.MODEL_KEYS]:

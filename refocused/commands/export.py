@@ -176,11 +176,13 @@ def coming(out: Path) -> Iterator[Path]:
 def main(argv: list[str]) -> int:
     """ckpt.py export. Returns the exit code; raises ConfigError, CheckpointError."""
     parser = argparse.ArgumentParser(prog="ckpt.py export", description="A checkpoint as a Hugging Face folder.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="one, a folder of them (the last), or gs://...")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a folder of checkpoints (the last one), or gs://..."
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights; bf16 unless said")
-    parser.add_argument("--onnx", action="store_true", help="an ONNX graph too, fp32")
-    parser.add_argument("--torch", action="store_true", help="OUT is instead one file, with all state, for torch.load")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the weights (default: %(default)s)")
+    parser.add_argument("--onnx", action="store_true", help="also write an ONNX graph in fp32")
+    parser.add_argument("--torch", action="store_true", help="write one file with all state for torch.load instead")
     args = parser.parse_args(argv)
     check_free(args.out, args.torch)
     processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")

@@ -41,9 +41,11 @@ def read(place: str, config: str | None) -> Source:
 def main(argv: list[str]) -> int:
     """ckpt.py import; returns the exit code. Raises ConfigError, CheckpointError."""
     parser = argparse.ArgumentParser(prog="ckpt.py import", description="A GPT-NeoX folder as a checkpoint.")
-    parser.add_argument("folder", metavar="FOLDER", help="config.json and safetensors, as GPT-NeoX or Pythia has")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder with config.json and safetensors, such as Pythia's")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT")
-    parser.add_argument("--config", metavar="FILE.py", help="of a folder without config.json, as Accelerate's are")
+    parser.add_argument(
+        "--config", metavar="FILE.py", help="the model's config where FOLDER has no config.json, as Accelerate's"
+    )
     args = parser.parse_args(argv)
     check_free(args.out)
     processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")

@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("config", help="a config file, e.g. configs/production.py")
     add("--gpus", type=positive, help="how many (default: the config's num_processes)")
-    add("--gpu", help=f"one of {', '.join(GPUS)}")
+    add("--gpu", help=f"kind of GPU: {', '.join(GPUS)}")
     add("--per-node", type=positive, default=8, help="GPUs of a node (default: %(default)s)")
     add("--memory", type=positive_number, help="GB of each GPU, as sold (default: the smallest GPU that fits)")
     add("--host-memory", type=positive_number, default=64, help="GiB of a node, for cpu_offload (default: %(default)s)")

@@ -259,7 +259,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py report", description="Runs in a picture and in figures.")
     parser.add_argument("LOGDIR", nargs="+", type=Path, help="the logging_dir of a run")
     parser.add_argument("--out", type=Path, help="a folder for report.png (default: the first LOGDIR)")
-    parser.add_argument("--price", type=float, default=0.0, help="dollars that an hour of all machines together costs")
+    parser.add_argument("--price", type=float, default=0.0, help="dollars per hour of all machines together")
     args = parser.parse_args([f"--{a}" if a.startswith(("out=", "price=")) else a for a in argv])
     out = (args.out or args.LOGDIR[0]) / "report.png"
     runs = [read(folder) for folder in args.LOGDIR]

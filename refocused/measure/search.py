@@ -64,6 +64,12 @@ def search(cfg: Config, world: int, machine: Machine, device: float, host: float
     parameters, halves = neox.num_parameters(cfg)[0], cfg.adam_moments == "fp32" and cfg.moments_fit_bf16
     moments = 4 if halves or cfg.adam_moments == "bf16" else 8  # bytes of a parameter's, at least
     found: list[Found] = []
+
+    def look(c: Config, step: Step) -> Found:
+        memory_of = memory.estimate(c, world)
+        found.append(Found(c, step, memory_of.needed, memory_of.host))
+        return found[-1]
+
     full: dict[tuple, int] = {}  # the smallest micro-batch that did not fit, by all else that decides about memory
 
     def fits(f: Found) -> bool:
@@ -79,12 +85,11 @@ def search(cfg: Config, world: int, machine: Machine, device: float, host: float
         kind = c.parallel, c.shard_size, c.activation_checkpointing, c.cpu_offload, c.gradient_accumulation_steps > 1
         if c.per_device_train_batch_size >= full.get(kind, 1 << 30):
             continue  # a smaller one did not fit
-        found.append(Found(c, step, *memory.needed(c, world)))
-        if (needed := found[-1].needed) <= device:
+        if (needed := look(c, step).needed) <= device:
             continue
         if halves and not c.cpu_offload and needed - 4 * own <= device:
             c = dataclasses.replace(c, adam_moments="bf16")
-            found.append(Found(c, speed.step(c, world, machine), *memory.needed(c, world)))
+            look(c, speed.step(c, world, machine))
         else:
             full[kind] = c.per_device_train_batch_size
     found.sort(key=lambda f: f.step.seconds)

@@ -163,7 +163,20 @@ class Estimate:
 
 @functools.cache
 def estimate(cfg: Config, world_size: int, device: str = "cuda") -> Estimate:
-    """The memory of one of so many processes, on such a device."""
+    """The memory of one of so many processes, on such a device: each layer beyond the third adds what the third adds."""
+    if (beyond := cfg.num_hidden_layers - 3) <= 0:
+        return measure(cfg, world_size, device)
+    second, third = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size, device) for n in (2, 3))
+    return Estimate(
+        {kind: size + beyond * (size - second.device[kind]) for kind, size in third.device.items()},
+        third.pools + beyond * (third.pools - second.pools),
+        third.beside,
+        third.host + beyond * (third.host - second.host),
+    )
+
+
+def measure(cfg: Config, world_size: int, device: str) -> Estimate:
+    """The same from a pass over all layers, which takes longer."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         return simulate(cfg, processes.Env(0, world_size, 0, world_size, torch.device("cpu"), 1), device)
@@ -227,13 +240,6 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
         host = PROCESS + ledger.host_peak + 2 * sum(2 ** math.ceil(math.log2(n)) - n for n in local if n)
     beside = CONTEXT + WORKSPACES + NCCL * (env.world_size > 1)
     return Estimate(device, sum(ledger.pools.values()), beside, host)
-
-
-def needed(cfg: Config, world_size: int) -> tuple[float, float]:
-    """Bytes of a GPU's and of host memory per process, from two layers and three: all others add what the third adds."""
-    fewer, more = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size) for n in (2, 3))
-    beyond = cfg.num_hidden_layers - 2
-    return fewer.needed + beyond * (more.needed - fewer.needed), fewer.host + beyond * (more.host - fewer.host)
 
 
 def main(argv: list[str]) -> int:

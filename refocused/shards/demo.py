@@ -85,6 +85,8 @@ def make(folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="data.py demo", description="A small set: the bytes of Python's own sources.")
-    parser.add_argument("DST", type=Path, nargs="?", default=Path(Config.data_dir), help=f"a folder; {Config.data_dir}")
+    parser.add_argument(
+        "DST", type=Path, nargs="?", default=Path(Config.data_dir), help="a folder (default: %(default)s)"
+    )
     demo(parser.parse_args(argv).DST)
     return 0

@@ -272,10 +272,10 @@ def common_arguments(*folders: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     for folder in folders:
         parser.add_argument(folder, type=local_path)
-    parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP}; by default {Config.tokenizer}")
-    parser.add_argument("--vocab_size", type=arguments.positive, help="ids are below it; by default the tokenizer's")
+    parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP} (default: {Config.tokenizer})")
+    parser.add_argument("--vocab_size", type=arguments.positive, help="number of token ids (default: the tokenizer's)")
     parser.add_argument(
-        "--workers", type=arguments.positive, default=os.cpu_count(), help="threads; by default one a core"
+        "--workers", type=arguments.positive, default=os.cpu_count(), help="threads (default: one for each core)"
     )
     return parser
 
@@ -285,9 +285,11 @@ def main(argv: list[str]) -> int:
         prog="data.py prepare", description="Compressed or padded .npz, .npy and .bin -> shards that are mapped.",
         parents=[common_arguments("SRC", "DST")],
     )  # fmt: skip
-    parser.add_argument("--bin_dtype", choices=BIN_DTYPES, help="of .bin files; by default what their content shows")
-    parser.add_argument("--end_of_text", type=int, help="id between documents; by default the tokenizer's")
-    parser.add_argument("--overlap", type=int, help="tokens that a row repeats of the row before; by default as found")
+    parser.add_argument(
+        "--bin_dtype", choices=BIN_DTYPES, help="type of the ids in .bin files (default: what their content shows)"
+    )
+    parser.add_argument("--end_of_text", type=int, help="id between documents (default: the tokenizer's)")
+    parser.add_argument("--overlap", type=int, help="tokens of the row before that a row repeats (default: as found)")
     args = parser.parse_args(argv)
     begin = time.perf_counter()
     tokenizer = args.tokenizer or str(Config.tokenizer)

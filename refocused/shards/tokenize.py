@@ -224,12 +224,22 @@ def main(argv: list[str]) -> int:
         prog="data.py tokenize", description="Text files (.txt, .jsonl, .json, also compressed) -> shards.",
         parents=[prepare.common_arguments("SRC", "DST")],
     )  # fmt: skip
-    fields = "of a JSON line, joined; Reddit: body, or title,selftext"
+    fields = "fields of a JSON line, joined (default: text); for Reddit: body, or title,selftext"
     parser.add_argument("--fields", type=field_names, default=DEFAULT_FIELDS, help=fields)
-    split = f"between documents of a .txt, such as '{readers.END_OF_TEXT}'"
+    split = f"what stands between documents of a .txt, such as '{readers.END_OF_TEXT}'"
     parser.add_argument("--split", default="", metavar="MARK", help=split)
-    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="at a line that cannot be read")
-    parser.add_argument("--shard_tokens", type=arguments.positive, default=1 << 26, help="tokens per shard, about")
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do at a line that cannot be read (default: stop)",
+    )
+    parser.add_argument(
+        "--shard_tokens",
+        type=arguments.positive,
+        default=1 << 26,
+        help="tokens per shard, about (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     begin, rules = time.perf_counter(), Rules(args.fields, args.split, args.on_error == "skip")
     tokenizer = args.tokenizer or str(Config.tokenizer)

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary.",
         parents=[common_arguments("DIR")],
     )  # fmt: skip
-    parser.add_argument("--fast", action="store_true", help="headers only")
+    parser.add_argument("--fast", action="store_true", help="read headers only")
     args = parser.parse_args(argv)
     vocab_size = args.vocab_size or find(args.tokenizer or str(Config.tokenizer)).size
     return verify(args.DIR, vocab_size, args.fast, args.workers)
