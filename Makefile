@@ -1,4 +1,5 @@
-# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]     make test [ARGS="-k resume"]     make gpu-check [ARGS="-k memory"]
+# make train [CONFIG=configs/demo.py] [NPROC=2] [ARGS="max_steps=3000 ..."]
+# make test [ARGS="-k resume"]     make test-quick     make gpu-check [ARGS="-k memory"]
 # NPROC: processes; without it 2, or 1 where there is a single GPU
 PYTHON ?= python3
 CONFIG ?= configs/demo.py
@@ -8,7 +9,7 @@ WRONG_PYTHON = $(PYTHON) is not Python 3.11 to 3.13; name one that is with PYTHO
 export OMP_NUM_THREADS ?= 1
 BIN = .venv/bin
 
-.PHONY: train test lint gpu-check clean
+.PHONY: train test test-quick lint gpu-check clean
 
 train: .venv/runtime
 	@if [ "$(CONFIG)" = configs/demo.py ]; then $(BIN)/python data.py demo; fi
@@ -16,6 +17,9 @@ train: .venv/runtime
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-quick: .venv/dev
+	$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
 
 gpu-check: .venv/dev
 	$(BIN)/python -m pytest -q -n 0 --device cuda --timeout 600 $(ARGS)
