@@ -4,8 +4,8 @@
 A link with the name of one of them is that program.
 """
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,12 +31,12 @@ def scontrol(words: list[str]) -> None:
 
 
 def nodes(name: str, commands: list[list[str]], told: dict) -> list[int]:
-    """The exit codes of a command for each node, which knows its number; their pids are in the file of that name."""
+    """The exit codes of a command for each node, whose processes all have NODE=name and number; a file says they began."""
     running = []
     for rank, command in enumerate(commands):
         more = {key: str(value).replace("RANK", str(rank)) for key, value in told.items()}
-        running.append(subprocess.Popen(command, env={**os.environ, **more}, start_new_session=True))
-    Path(name).write_text(json.dumps([node.pid for node in running]))
+        running.append(subprocess.Popen(command, env={**os.environ, **more, "NODE": f"{name}{rank}"}))
+    Path(name).touch()
     codes = [node.wait() for node in running]
     print(f"== {name}: {codes}", flush=True)
     return codes
@@ -68,6 +68,8 @@ def kubectl(words: list[str]) -> bool:
             subprocess.run([word.replace("/mnt/run", disk) for word in data["command"]], check=True)
         command = trainer["command"] + trainer["args"]
         codes = nodes("pods", [[word.replace("/mnt/run", disk) for word in command] for disk in disks], told)
+        for disk in disks:
+            shutil.rmtree(disk)
         if not any(codes) or set(codes) & {*one["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]}:
             return any(codes)
 
