@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from test_resume import newest, steps, tensors
 from test_sync import WatchedGCS
 
 import configs
-from refocused.run import exits
+from refocused.bucket import start
+from refocused.run import exits, preflight, processes
 from refocused.run.environment import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -166,6 +168,29 @@ def test_pods_that_know_only_what_kubeflow_sets(shards, tmp_path):
     assert steps(tmp_path) == steps(tmp_path / "calm")
     x, y = tensors(newest(tmp_path)), tensors(newest(tmp_path / "calm"))
     assert x.keys() == y.keys() and [name for name in x if not (x[name] == y[name]).all()] == []
+
+
+def test_starts_are_counted_though_each_disk_is_new(tmp_path, server, monkeypatch):
+    """Three machines that die before a new step: the fourth is refused. One new step, and the count begins again."""
+    monkeypatch.setattr(exits, "at_leave", [])
+    monkeypatch.setattr(processes.progress, "step", None)
+    cfg = configs.Config(output_dir=str(tmp_path / "out"), bucket_name="bucket", checkpoint_bucket_path="runs/one")
+
+    def begin() -> preflight.Starts:
+        shutil.rmtree(cfg.output_dir, ignore_errors=True)
+        Path(cfg.output_dir).mkdir()
+        return preflight.Starts(cfg, start)
+
+    begin(), begin()
+    begin().ended(exits.INTERNAL, "a bug")
+    with pytest.raises(preflight.CrashLoop, match="the last with: a bug.*logs/.starts in the bucket"):
+        begin()
+    server.fault("GET", "starts", status=403, times=1)  # a bucket that does not say counts nothing
+    late = begin()
+    processes.progress.step = 7
+    late.note()
+    assert begin().failed == 0
+    assert json.loads(server.buckets["bucket"]["runs/one/logs/.starts"].data)["step"] == 7
 
 
 def stand_ins(folder: Path, *names: str) -> str:

@@ -1,5 +1,6 @@
 """What the start of a run needs from its bucket: the checkpoint to go on from, its logs, and parts that nodes have."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -144,6 +145,26 @@ def pull(cfg: Config, found: Found) -> Path:
     """Bring that save, by its name and save_id, into output_dir, on one process of each node. Returns its folder."""
     # nodes can share the folder: one fetches, the others find it there
     return fetch(Place.of(cfg), found.name, Path(cfg.output_dir), found.save_id, wait=True)
+
+
+def read_starts(cfg: Config) -> bytes:
+    """What the machine before counted (preflight.Starts); b"" if it counted nothing, or the bucket does not answer."""
+    with contextlib.suppress(gcs.BucketError):
+        bucket, name = _starts(cfg)
+        return (bucket.read(name) or (b"", 0))[0]
+    return b""
+
+
+def write_starts(cfg: Config, content: bytes) -> None:
+    """The same for the machine that comes next. Nothing waits for a bucket that does not answer."""
+    with contextlib.suppress(gcs.BucketError):
+        bucket, name = _starts(cfg)
+        bucket.create(name, content, (bucket.read(name) or (b"", 0))[1])
+
+
+def _starts(cfg: Config) -> tuple[gcs.Bucket, str]:
+    place = Place(gcs.Bucket(str(cfg.bucket_name), patience=5, timeout=5), cfg.checkpoint_bucket_path)
+    return place.bucket, place.name(history.LOGS, ".starts")
 
 
 def restore_logs(cfg: Config) -> str:

@@ -173,7 +173,7 @@ class CrashLoop(ValueError):
 
 
 class Starts:
-    """Counts the starts in a row without a new step, in a small file of output_dir; on rank 0, once that is locked.
+    """Counts the starts in a row without a new step: on rank 0, in output_dir and, for the next machine, in the bucket.
 
     A start counts until it has made a step beyond all before, or a checkpoint: after a damaged one the steps that count
     are behind those that were made. One that ended as it should, or for a reason that its exit code names, does not
@@ -182,17 +182,18 @@ class Starts:
 
     CALM = (exits.DONE, exits.MISTAKE, exits.NO_DATA, exits.STOPPED)
 
-    def __init__(self, cfg: Config):
-        """Raises CrashLoop."""
+    def __init__(self, cfg: Config, bucket: Any = None):
+        """bucket: refocused.bucket.start, where the run has one. Raises CrashLoop, BucketError."""
+        self.cfg, self.bucket = cfg, bucket if cfg.max_failed_starts else None
         self.path = Path(os.path.realpath(cfg.output_dir), ".starts")
-        what = configs.to_json(cfg) + sources() + torch.__version__
-        key = hashlib.sha256(what.encode()).hexdigest()
+        key = hashlib.sha256(f"{configs.to_json(cfg)}{sources()}{torch.__version__}".encode()).hexdigest()
         self.state: dict[str, Any] = {"of": key, "failed": 0, "step": 0, "saved": 0, "reason": ""}
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            before = json.loads(self.path.read_bytes()) if self.path.is_file() else None
+            before = self.path.read_bytes() if self.path.is_file() else self.bucket and self.bucket.read_starts(cfg)
+            before = json.loads(before or b"0")
             if isinstance(before, dict) and before.get("of") == key:
                 self.state |= {k: v for k, v in before.items() if type(v) is type(self.state.get(k))}
-        saved = manifest.generation(cfg.output_dir)
+        saved = max(manifest.generation(cfg.output_dir), self.bucket.generation(cfg) if self.bucket else 0)
         if saved > self.state["saved"]:
             self.state |= {"failed": 0, "saved": saved}
         self.failed = self.state["failed"]
@@ -200,21 +201,23 @@ class Starts:
             reason = str(self.state["reason"]).strip().splitlines() or ["killed, or out of host memory, without a word"]
             raise CrashLoop(
                 f"{self.failed} starts in a row ended without a new step, the last with: {reason[-1]}; mend that, or "
-                f"change the config, or remove {self.path} to try once more"
+                f"change the config, or remove {self.path}{' and logs/.starts in the bucket' * bool(self.bucket)}"
             )
         self.write(failed=self.failed + 1, reason="")
         exits.at_leave.append(self.ended)
 
     def write(self, **changes: Any) -> None:
         """Replace the file, to survive even a power cut; where the disk refuses, training goes on uncounted."""
+        news = any(self.state[key] != changes.get(key, self.state[key]) for key in ("failed", "reason"))
         with WRITING, contextlib.suppress(OSError):
             self.state |= changes
             files.write(self.path, json.dumps(self.state).encode())
+        if self.bucket and news:
+            self.bucket.write_starts(self.cfg, json.dumps(self.state).encode())
 
     def note(self) -> None:
         """Called now and then: whether there is a new step by now."""
-        step = processes.progress.step
-        if step is not None and step > self.state["step"]:
+        if (step := processes.progress.step) is not None and step > self.state["step"]:
             self.failed = 0
             self.write(failed=0, step=step, reason="")
 
