@@ -199,7 +199,7 @@ class Checkpoints:
             late = False
         return late and not self._saver.busy, self._saver.poll() is not None
 
-    def failure(self) -> str | None:
+    def wait_for_failure(self) -> str | None:
         """Why the last save failed, once all ranks know that it has."""
         return self._saver.wait()
 

@@ -19,7 +19,6 @@ if __name__ == "__main__" and {"--help", "-h"} & {*sys.argv}:  # before the impo
 
 import faulthandler
 import hashlib
-import signal
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -232,7 +231,9 @@ def train(
             monitor.line(state.step, lr, loader.wait_seconds, checkpoints.status)
         logs.log(checkpoints.news(), screen=False)  # a save becomes complete behind training, at any step
         if due.save_failed:
-            logs.log(f"Step {state.step}: {checkpoints.failure()}; training goes on, the checkpoint before it stands")
+            logs.log(
+                f"Step {state.step}: {checkpoints.wait_for_failure()}; training goes on, the checkpoint before it stands"
+            )
         if health.gives_up:  # before a save: the last good checkpoint stands
             break
         state.evaluation_owed = due.evaluation
@@ -253,7 +254,6 @@ def train(
 
 def show(cfg: Config, origins: dict[str, str]) -> int:
     """Print the plan and the resolved config, as far as they are known without a process group. Returns 0."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--show | head` ends as any other filter does
     world = launch().world_size if launch().address else cfg.num_processes or 1
     try:
         dataset: data.Dataset | str = data.Dataset.open(cfg)
@@ -271,8 +271,8 @@ def main(argv: list[str]) -> int:
     cfg = stop = None
     try:
         cfg, origins = configs.load([a for a in argv if a != "--show"])
-        if "--show" in argv:
-            return show(cfg, origins) if not launch().rank else DONE  # under torchrun one of them prints it
+        if "--show" in argv:  # under torchrun one of them prints it
+            return entry.run(lambda _: show(cfg, origins), argv) if not launch().rank else DONE
         cfg.batch(launch().world_size)
         stop = StopSignal(cfg.stop_after_minutes)
         watch_preemption(stop.ask)

@@ -43,7 +43,10 @@ def test_closed_pipe(reader):
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("program", ["bench.py --help", "bench.py losses --help", "bench.py losses A B"])
+PIPED = ["bench.py --help", "bench.py losses --help", "bench.py losses A B", "train.py configs/production.py --show"]
+
+
+@pytest.mark.parametrize("program", PIPED)
 def test_a_program_into_a_closed_pipe(program):
     """A program's list of commands and a command's help end like any output; a mistake keeps its code and its words."""
     line = f'exec 3>&1; {{ "$0" {program}; echo $? >&3; }} | true'

@@ -78,9 +78,9 @@ NODE = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE"
         ("--master_port=TAKEN", "", 2, "torchrun ended with 2: .*choose another --master_port"),
         ("--nproc_per_node=gpu --standalone", "", 0, "there is no GPU: one process .*world 1"),
         ("--standalone", "PET_NPROC_PER_NODE=2", 0, "world 2"),
-        ("--standalone", "DIE=1", 70, "launch: rank 0 ended with 70: it left without a word; what stands above"),
+        ("--standalone", "DIE=1", 70, "launch: rank 0 ended with 70: it ended without a message; the lines above"),
         (f"{NODE} --rdzv_conf=is_host=0,read_timeout=2", "", 70, "torchrun ended with 70: no answer at the endpoint"),
-        (f"{NODE} --rdzv_conf=join_timeout=2 --local_addr=127.0.0.1", "", 70, "the other nodes did not come in time"),
+        (f"{NODE} --rdzv_conf=join_timeout=2 --local_addr=127.0.0.1", "", 70, "the other nodes did not start in time"),
     ],
 )
 def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):

@@ -109,7 +109,7 @@ def test_checkpoints_that_will_come(monkeypatch, tmp_path):
         if fits:
             preflight.check_disk(cfg, 0)
         else:
-            with pytest.raises(configs.ConfigError, match="4 checkpoints of .* will come"):
+            with pytest.raises(configs.ConfigError, match="4 checkpoints of .* will be in output_dir"):
                 preflight.check_disk(cfg, 0)
 
 

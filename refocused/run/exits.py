@@ -44,12 +44,10 @@ def in_order(causes: Iterable[Cause]) -> list[Cause]:
 
 
 def leave(code: int, message: str = "", at_once: bool = False, at: float | None = None, followed: bool = False) -> int:
-    """The last act of every process of a run; its message has been printed, and is handed on to torchrun's report.
+    """The last call of every process of a run. The message, which has been printed, goes into torchrun's report too.
 
-    at, followed: as a Cause has them; at is now where it is not given.
-
-    After an error nobody knows where the other processes are, and taking the group down would wait for them, under NCCL
-    for ever, or fail on a GPU that has failed. Such a process is gone, as is any `at_once`; else the code is returned.
+    at, followed: of a Cause. After an error, taking the process group down could wait for the others for ever, or fail
+    on a GPU that has failed. Such a process exits here, as any does `at_once`; otherwise the code is returned.
     """
     for function in at_leave:
         with contextlib.suppress(Exception):  # what they note matters less than leaving

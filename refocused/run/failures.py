@@ -22,7 +22,7 @@ from refocused.run import processes
 from refocused.run.environment import launch_or_alone
 from refocused.run.exits import INTERNAL, MISTAKE
 
-GRACE = 5.0  # seconds that another rank is given to speak first
+GRACE = 5.0  # seconds that another rank has to report first
 # gloo's errors have no class of their own; NCCL's and the store's do
 GLOO = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "connectFullMesh",
         "Socket Timeout", "Connection refused", "gloo/transport")  # fmt: skip
@@ -99,10 +99,10 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def report(error: BaseException, speak: Callable[[], None]) -> None:
-    """Call speak: on each rank, or on rank 0 alone for what is the same on all, if that is still alive.
+    """Call speak on each rank; an error that is the same on all ranks is reported by rank 0 alone, if it is alive.
 
-    Rank 0 can be the store's host, so it stays until the others know. A rank that merely lost its peers then waits, so
-    that torchrun hears first of the one that knows why.
+    Rank 0 can be the store's host, so it stays until the others know. A rank that lost its peers waits, so that torchrun
+    first gets the report of the rank that knows why.
     """
     launch, store, heard = launch_or_alone(), processes.store, False
     shared = getattr(error, "same_on_all_ranks", False) and launch.world_size > 1

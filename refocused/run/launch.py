@@ -2,8 +2,8 @@
 
     python -m refocused.run.launch --standalone --nproc_per_node=2 train.py configs/demo.py resume=latest
 
-Flags, their PET_* variables and engine are torchrun's. torchrun itself ends every failure with exit code 1 and a traceback,
-so a supervisor could not tell a mistake, which ends the machine, from a stop, which is to be continued.
+Flags, their PET_* variables and the engine are torchrun's. torchrun itself ends every failure with exit code 1 and a
+traceback, so a supervisor could not tell a mistake from a stop that is to be continued.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from configs import ConfigError
 from refocused import entry
 from refocused.run.exits import DONE, INTERNAL, MISTAKE, STOPPED, Cause, in_order
 
-SILENT = "it left without a word"
+SILENT = "it ended without a message"
 
 
 def of_failure(rank: int, failure: ProcessFailure) -> Cause:
@@ -42,7 +42,7 @@ def of_failure(rank: int, failure: ProcessFailure) -> Cause:
     elif code > 0:
         message = SILENT
     if code == 1:  # Python's own for a traceback, and faulthandler's for a process that hangs
-        code, message = INTERNAL, f"{message}; what stands above may say why"
+        code, message = INTERNAL, f"{message}; the lines above may say why"
     ended_by_torchrun = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
     return Cause(code if code > 0 else INTERNAL, message, failure.timestamp, ended_by_torchrun, f"rank {rank}")
 
@@ -79,14 +79,14 @@ def of_torchrun(error: Exception, followed: bool) -> Cause:
     if "EADDRINUSE" in message or "in use" in message:
         code, message = MISTAKE, f"{message}; choose another --master_port or --rdzv_endpoint"
     elif isinstance(error, RendezvousTimeoutError):
-        message = "the other nodes did not come in time; start the command on each of them"
+        message = "the other nodes did not start in time; run the command on each of them"
     elif isinstance(error, RendezvousConnectionError | dist.DistNetworkError):
-        message = f"no answer at the endpoint, so the node that serves it has ended or not begun: {message}"
+        message = f"no answer at the endpoint, so the node that serves it has ended or has not started: {message}"
     return Cause(code, message, followed=followed, who="torchrun")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Numbers for which torchrun has no sentence, and what one machine needs. Raises ConfigError."""
+    """Flags for which torchrun has no message, and what one machine needs. Raises ConfigError."""
     if not re.fullmatch(r"[1-9]\d*|gpu|cpu|xpu|auto", args.nproc_per_node):
         raise ConfigError(f"--nproc_per_node={args.nproc_per_node} is no number from 1 on, gpu or cpu")
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", args.nnodes):
@@ -116,7 +116,7 @@ def launch(argv: list[str]) -> int:
             causes = [of_failure(rank, failure) for rank, failure in error.failures.items()]
         except SignalException:
             causes = of_reports(Path(args.log_dir), begin)
-            causes = causes or [Cause(STOPPED, "stopped by a signal; what was saved before stands", who="every rank")]
+            causes = causes or [Cause(STOPPED, "stopped by a signal; earlier checkpoints stand", who="every rank")]
         except Exception as error:  # torchrun's own; what its ranks reported comes first
             causes = of_reports(Path(args.log_dir), begin)
             causes.append(of_torchrun(error, followed=bool(causes)))

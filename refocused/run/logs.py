@@ -1,4 +1,4 @@
-"""logging_dir: whose it is, and the one door through which its files are written, so that none of them ends a run."""
+"""logging_dir: its owner, and the writer of all its files. No failure of a file ends a run."""
 
 import contextlib
 import errno
@@ -93,9 +93,9 @@ def log_error(text: str, cfg: Config | None = None) -> None:
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """Writing to a terminal that was closed, or a pipe that nobody reads, ends that output and not the run.
+    """A closed terminal, or a pipe that nobody reads, ends that output and not the run.
 
-    Of a stream into a file on a full disk only what does not fit is lost.
+    A stream into a file on a full disk loses only what does not fit.
     """
     try:
         yield
@@ -104,7 +104,7 @@ def console() -> Iterator[None]:
 
 
 def mute(but: tuple[int, ...] = ()) -> None:
-    """Let the streams that cannot be written lead nowhere; also what they still hold, which would fail at exit."""
+    """Redirect streams that cannot be written, and what they still hold, to the null device."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -116,9 +116,9 @@ def mute(but: tuple[int, ...] = ()) -> None:
 
 
 class Logs:
-    """What a run says, and the files of its logging_dir. Rank 0 alone speaks and writes.
+    """What a run prints, and the files of its logging_dir; on rank 0 alone.
 
-    What cannot be written is said once, dropped, and tried again by retry().
+    A failed write is reported once, its data is dropped, and retry() tries the file again.
     """
 
     def __init__(self, logging_dir: str, output_dir: str, main: bool = True):

@@ -144,7 +144,7 @@ def check_disk(cfg: Config, step: int) -> None:
         fits = int(files.free(cfg.output_dir) / size / 1.01) + there - 1
         fewer = f", set save_total_limit={fits}" if 0 < fits < (limit or saves) and not cfg.keep_every else ""
         raise ConfigError(
-            f"{saves} checkpoint{'s' * (saves > 1)} of {size / 1e9:.3g} GB will come to lie in output_dir={cfg.output_dir} "
+            f"{saves} checkpoint{'s' * (saves > 1)} of {size / 1e9:.3g} GB will be in output_dir={cfg.output_dir} "
             f"besides the {there} that are there (save_total_limit={limit}, and the one that is written), and {lack}: "
             f"free some, choose another output_dir{fewer}"
         )
@@ -175,9 +175,8 @@ class CrashLoop(ValueError):
 class Starts:
     """Counts the starts in a row without a new step: on rank 0, in output_dir and, for the next machine, in the bucket.
 
-    A start counts until it has made a step beyond all before, or a checkpoint: after a damaged one the steps that count
-    are behind those that were made. One that ended as it should, or for a reason that its exit code names, does not
-    count; nor do those of another config or other sources.
+    Not counted: a start that ended well, or for a reason that its exit code names; one of another config or other code.
+    A checkpoint counts as progress, because a run that fell back repeats steps that were made before.
     """
 
     CALM = (exits.DONE, exits.MISTAKE, exits.NO_DATA, exits.STOPPED)
@@ -198,16 +197,16 @@ class Starts:
             self.state |= {"failed": 0, "saved": saved}
         self.failed = self.state["failed"]
         if cfg.max_failed_starts and self.failed >= cfg.max_failed_starts:
-            reason = str(self.state["reason"]).strip().splitlines() or ["killed, or out of host memory, without a word"]
+            reason = str(self.state["reason"]).strip().splitlines() or ["killed, or out of host memory, no message"]
             raise CrashLoop(
-                f"{self.failed} starts in a row ended without a new step, the last with: {reason[-1]}; mend that, or "
+                f"{self.failed} starts in a row ended without a new step, the last with: {reason[-1]}; fix that, or "
                 f"change the config, or remove {self.path}{' and logs/.starts in the bucket' * bool(self.bucket)}"
             )
         self.write(failed=self.failed + 1, reason="")
         exits.at_leave.append(self.ended)
 
     def write(self, **changes: Any) -> None:
-        """Replace the file, to survive even a power cut; where the disk refuses, training goes on uncounted."""
+        """Replace the file. If the disk refuses, training goes on uncounted."""
         news = any(self.state[key] != changes.get(key, self.state[key]) for key in ("failed", "reason"))
         with WRITING, contextlib.suppress(OSError):
             self.state |= changes
@@ -216,7 +215,7 @@ class Starts:
             self.bucket.write_starts(self.cfg, json.dumps(self.state).encode())
 
     def note(self) -> None:
-        """Called now and then: whether there is a new step by now."""
+        """Called regularly: clears the count once there is a new step."""
         if (step := processes.progress.step) is not None and step > self.state["step"]:
             self.failed = 0
             self.write(failed=0, step=step, reason="")

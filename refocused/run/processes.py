@@ -22,11 +22,11 @@ from refocused.run.environment import Launch, launch
 from refocused.run.exits import INTERNAL, leave
 from refocused.run.logs import log_error
 
-BUSY = 1.25  # load per core from which waiting threads take the time of those that work
+BUSY = 1.25  # load per core from which waiting threads take time from working ones
 FIRST_SECONDS = 60.0  # in which the first collective must be over
 STORE_SECONDS = 30.0  # in which torchrun's store must be found
 EXCHANGE_SECONDS = 600.0  # in which a step's exchange between ranks must be over, at least
-NCCL_LATER = 120.0  # seconds after gloo's error, when NCCL ends the process with SIGABRT, without a word
+NCCL_LATER = 120.0  # seconds after gloo's error, when NCCL ends the process with SIGABRT and no message
 ADVICE = (
     "try NCCL_P2P_DISABLE=1, in a container --ipc host, and on several nodes NCCL_SOCKET_IFNAME and "
     "GLOO_SOCKET_IFNAME set to the network between them (`ip address` lists them)"
@@ -34,7 +34,7 @@ ADVICE = (
 
 
 class PeersError(ValueError):
-    """The processes of a launch do not reach each other."""
+    """The processes of a launch cannot reach each other."""
 
     exit_code = INTERNAL
 
@@ -125,8 +125,8 @@ def join(here: Launch, backend: str, timeout: datetime.timedelta) -> None:
         return
     if here.max_restarts and here.nodes > 1:
         raise ConfigError(
-            f"--max-restarts={here.max_restarts} on {here.nodes} nodes: they count restarts apart and would not find each "
-            "other again; leave it out, and start the command again on all nodes with resume=latest"
+            f"--max-restarts={here.max_restarts} on {here.nodes} nodes: each node counts its own restarts, so they would "
+            "not meet again; leave it out, and start the command again on all nodes with resume=latest"
         )
     try:
         # torchrun's store was there before its ranks: one that is not found soon has gone with its torchrun
@@ -141,7 +141,7 @@ def join(here: Launch, backend: str, timeout: datetime.timedelta) -> None:
         if here.torchruns_store and store is None:
             host, port = here.address
             raise PeersError(f"the torchrun of this process is gone: no store at {host}:{port}: {first}") from error
-        raise PeersError(f"rank {here.rank} does not reach the others: {first}; {ADVICE}") from error
+        raise PeersError(f"rank {here.rank} cannot reach the others: {first}; {ADVICE}") from error
 
 
 def first_collective(device: torch.device) -> float | None:

@@ -1,4 +1,4 @@
-"""Signals, and what else asks a run to stop: its time is up, its torchrun is gone, its machine is taken away."""
+"""What asks a run to stop: a signal, the end of its time, the death of its torchrun, a notice of preemption."""
 
 import contextlib
 import os
@@ -17,16 +17,15 @@ from refocused.run.environment import launch
 from refocused.run.exits import STOPPED, leave
 
 DMI = Path("/sys/class/dmi/id")
-EARLY = "stopped by a signal before the first step: what was saved before stands"
+EARLY = "stopped by a signal before the first step: earlier checkpoints stand"
 
 
 class StopSignal:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step boundary; a second one exits at once.
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step boundary. A second signal exits at once.
 
-    So do the end of `minutes`, and the death of the torchrun that started this process: nobody would restart it, and
-    it would hold its GPU and its run's lock. Until the loop has begun the next boundary can be minutes away (other
-    nodes are waited for, blocks compiled) and nothing is trained that could be lost, so the process waits PATIENCE
-    seconds for it and leaves.
+    So do the end of `minutes`, and the death of the torchrun that started this process: it would keep its GPU and its
+    run's lock. Before the loop the next boundary can be minutes away, and no step can be lost: after PATIENCE seconds the
+    process exits.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -36,11 +35,11 @@ class StopSignal:
         self.since, self.begun = 0.0, False
         self.minutes, self.end = minutes, time.monotonic() + 60 * minutes if minutes else float("inf")
         self.parent = os.getppid() if launch().torchrun else None
-        # a thread is told of signals also while the main one sits in a collective, where no handler would run
+        # a thread gets signals also while the main one waits in a collective, where no handler would run
         signals, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
-        # under nohup a closed terminal is ignored; torchrun's is not, it passes that on and kills those that ignore it
+        # under nohup SIGHUP is ignored, but not under torchrun, which kills the processes that ignore it
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not launch().address
         for number in self.NUMBERS:
             if not (ignored and number == signal.SIGHUP):

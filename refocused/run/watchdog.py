@@ -128,7 +128,7 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         where = f"rank {self.env.rank} on {socket.gethostname()}"
         when = "before the first step" if progress.step is None else f"after step {progress.step:,}"
-        who = "the stacks above say where"
+        who = "the stacks above show where"
         if processes.store is not None:
             who = who_is_missing(self.two_looks(2.5 * self.period))
         text = f"error: {where} hangs: nothing for {idle:.0f} s {when}; {who}{flight_recorder(self.env.rank, idle)}"
@@ -171,11 +171,11 @@ def flight_recorder(rank: int, seconds: float) -> str:
 def who_is_missing(looks: Heartbeats | None) -> str:
     """The ranks that do not answer, or are behind, by two looks at the heartbeats."""
     if looks is None:
-        return "the store does not answer, so who is missing is not known"
+        return "the store does not answer, so the missing rank is not known"
     names = {r: f"rank {r} (on {a[3]}, step {a[2] or 0:,})" if a else f"rank {r}" for r, (_, a) in looks.items()}
     if silent := [names[rank] for rank, (before, after) in looks.items() if before == after]:
         return "; ".join(f"{name} does not answer" for name in silent)
     most = max(after[1] for _, after in looks.values() if after)
     if behind := [names[rank] for rank, (_, after) in looks.items() if after and after[1] < most]:
         return "; ".join(f"{name} is behind" for name in behind)
-    return "every rank answers and waits; the stacks above say for what"
+    return "every rank answers and waits; the stacks above show where"
