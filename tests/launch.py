@@ -175,11 +175,11 @@ class Launch:
 
 def _call(function: Callable, rank: int, environment: dict[str, str], args: tuple) -> None:
     os.environ.update(environment)
-    function(rank, *args)
+    raise SystemExit(function(rank, *args))
 
 
-def on_ranks(nproc: int, function: Callable, *args: object) -> None:
-    """function(rank, *args) in each of nproc ranks that may form a process group; all of them end well."""
+def _on_ranks(nproc: int, function: Callable, *args: object) -> list[int]:
+    """The exit codes of function(rank, *args) in each of nproc ranks that may form a process group."""
     port = free_port()
     ranks = [CONTEXT.Process(target=_call, args=(function, r, variables(r, nproc, port), args)) for r in range(nproc)]
     for process in ranks:
@@ -189,31 +189,27 @@ def on_ranks(nproc: int, function: Callable, *args: object) -> None:
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
+    return codes
+
+
+def on_ranks(nproc: int, function: Callable, *args: object) -> None:
+    """The same, where all of them end well."""
+    codes = _on_ranks(nproc, function, *args)
     assert codes == [0] * nproc, codes
 
 
-def _program(name: str, args: list[str], environment: dict[str, str], out: str, err: str) -> None:
+def _program(rank: int, name: str, args: list[str], out: str, err: str) -> int:
     for number, path in ((1, out), (2, err)):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
-    os.environ.update(environment)
-    raise SystemExit(importlib.import_module(name).main(args))
+    return importlib.import_module(name).main(args)
 
 
 def program(folder: Path, name: str, *args: object, nproc: int = 1) -> tuple[list[int], str, str]:
     """`python NAME.py ARGS` in each of nproc ranks: exit codes, stdout and stderr of all."""
     folder.mkdir(parents=True, exist_ok=True)
-    port, out, err = free_port(), folder / f"out-{time.monotonic_ns()}", folder / f"err-{time.monotonic_ns()}"
-    ranks = []
-    for rank in range(nproc):
-        environment = variables(rank, nproc, port) if nproc > 1 else {}
-        ranks.append(CONTEXT.Process(target=_program, args=(name, [*map(str, args)], environment, str(out), str(err))))
-        ranks[-1].start()
-    for process in ranks:
-        process.join(GUARD)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
+    out, err = folder / f"out-{time.monotonic_ns()}", folder / f"err-{time.monotonic_ns()}"
+    codes = _on_ranks(nproc, _program, name, [*map(str, args)], str(out), str(err))
     return codes, out.read_text(), err.read_text()
 
 
