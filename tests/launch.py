@@ -181,7 +181,8 @@ def _call(function: Callable, rank: int, environment: dict[str, str], args: tupl
 def _on_ranks(nproc: int, function: Callable, *args: object) -> list[int]:
     """The exit codes of function(rank, *args) in each of nproc ranks that may form a process group."""
     port = free_port()
-    ranks = [CONTEXT.Process(target=_call, args=(function, r, variables(r, nproc, port), args)) for r in range(nproc)]
+    environments = [variables(rank, nproc, port) if nproc > 1 else {} for rank in range(nproc)]
+    ranks = [CONTEXT.Process(target=_call, args=(function, r, environments[r], args)) for r in range(nproc)]
     for process in ranks:
         process.start()
     for process in ranks:

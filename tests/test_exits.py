@@ -99,7 +99,8 @@ FAULTS = {
     "killed-at-skip": lambda: killed_at("Step 5: skipped"),
     "infinite": lambda: at_call(strategy, "clip_gradients", 4, lambda found, *_: (found[0] * torch.inf, found[1])),
     "torch": lambda: setattr(preflight, "sources", lambda: "other sources"),
-    "brief": lambda: setattr(processes, "EXCHANGE_SECONDS", 15),
+    "brief": lambda: setattr(processes, "EXCHANGE_SECONDS", 10),
+    "storeless": lambda: setattr(processes, "STORE_SECONDS", 2),
     "elsewhere": lambda: setattr(socket, "gethostname", lambda: "other"),
     "absent": lambda: setattr(processes, "first_collective", lambda *_: time.sleep(3600)),
     "held": lambda: at_step(
@@ -218,6 +219,9 @@ def test_the_last_save_is_watched(faulty):
     assert run.wait() == [70, 70] and re.search(r"hangs: nothing for .* s after step 10", run.text), run.text
 
 
+STORELESS = {"FAULT0": "storeless", "FAULT1": "storeless", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
 @pytest.mark.parametrize(
     "how, code, words",
     [
@@ -226,7 +230,7 @@ def test_the_last_save_is_watched(faulty):
         ({"FAULT0": "no-data"}, 66, "made up, on one node"),
         ({"FAULT0": "unpacks"}, 0, "unpacks: 1"),  # for as long as it takes, by its group and the watchdog
         # the store is there before any rank, so 70 is soon; torch would look for it for ten minutes
-        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 70, "the torchrun of this process is gone"),
+        (STORELESS, 70, "the torchrun of this process is gone"),
     ],
 )
 def test_what_one_rank_or_node_lacks_ends_all(faulty, how, code, words):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_shards
-from launch import GUARD, TINY, train
+from launch import GUARD, TINY, program, train
 
 import configs
 from refocused.measure import losses
@@ -147,13 +147,14 @@ def command(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
 
 
-def test_show_prints_the_plan_and_help_every_key():
+def test_show_prints_the_plan_and_help_every_key(tmp_path):
     """--show: the production model's parameters, batch as a product, and tokens in all; --help: every key."""
-    out = command("train.py", "configs/production.py", "--show").stdout
+    production = str(ROOT / "configs/production.py")
+    codes, out, _ = program(tmp_path, "train", production, "--show")
     for words in ("1.414B parameters (1.209B without", "32,768 tokens per step = 4 x 4 x 2 x 1024", "819.2M tokens"):
         assert words in out, out
-    assert "max_steps = 25000  [configs/production.py]" in out and "note" not in out
-    out = command("train.py", "configs/production.py", "vocab_size=1000", "--show").stdout
+    assert re.search(r"max_steps = 25000  \[.*configs/production.py\]", out) and "note" not in out and codes == [0]
+    _, out, _ = program(tmp_path, "train", production, "vocab_size=1000", "--show")
     assert "tokenizer=gpt2 has 50,257 ids, vocab_size=1,000: not the one of these shards" in out
     out = command("train.py", "--help").stdout
     assert [key for key in configs.KEYS if not re.search(rf"^  {key} .*\w", out, re.M)] == []
