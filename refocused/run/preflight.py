@@ -63,12 +63,12 @@ def made_by(env: Env) -> dict[str, str | int | None]:
 
 
 def check_ranks(cfg: Config, fingerprint: str, tokenizer: str | None) -> None:
-    """Raise ConfigError, on every rank alike, unless all have the same config, shards and tokenizer, torch and code."""
+    """Raises ConfigError, on every rank alike, unless all have the same config, shards and tokenizer, torch and code."""
     mine = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in PLACES}
     mine |= {"the shards in data_dir": fingerprint, "the tokenizer": tokenizer}
     mine["the version of torch"] = torch.__version__
     mine["the code (a hash of train.py, model.py and the like)"] = sources()
-    everyone = processes.gather(mine)
+    everyone = processes.gather(mine, processes.host_group)
     for rank, theirs in enumerate(everyone):
         if differing := [key for key in mine if theirs[key] != everyone[0][key]]:
             shown = ", ".join(f"{key} ({theirs[key]} and {everyone[0][key]})" for key in differing[:3])

@@ -188,10 +188,10 @@ def all_reduce(value: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.
     return value
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, by rank. Collective."""
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, by rank; group: long_group by default. Collective."""
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value, group=long_group)
+    dist.all_gather_object(everyone, value, group=group or long_group)
     return everyone
 
 
