@@ -134,7 +134,7 @@ def train(
     tokens_per_step = global_batch * cfg.sequence_length
     eval_steps = cfg.eval_steps if dataset.num_eval_samples else 0
     folder = ckpt.Folder(cfg, env)  # takes output_dir: a second run in it ends here, before it compiles
-    watch = Watchdog(cfg, env, processes.on_rank_0(preflight.Starts, cfg, folder.bucket))  # finds a hang in the setup
+    watch = Watchdog(cfg, env, preflight.count_start(cfg, folder.bucket))  # finds a hang in the setup
     processes.on_rank_0(check_folder, cfg.logging_dir, cfg.output_dir)
     logs = Logs(cfg.logging_dir, cfg.output_dir, env.main)
     settings = describe(cfg, origins, env, dataset, logs)

@@ -150,10 +150,11 @@ def test_nodes_that_share_a_disk_send_each_file_once(shards, tmp_path, monkeypat
     """Two nodes with one output_dir: three checkpoints are in the bucket, each of their files was sent one time."""
     with WatchedGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        keys = ["save_steps=4", "save_total_limit=1", f"upload_deadline_seconds={GUARD}"]
+        keys = ["save_steps=4", "save_total_limit=1", f"upload_deadline_seconds={GUARD}", "max_failed_starts=3"]
         run = Launch(tmp_path, f"data_dir={shards}", *BUCKET, *keys, before=NODES)
         assert run.process.wait(GUARD) == 0, run.text
         assert len(server.commits) == 3 and server.violations == []
+        assert any(name.endswith("logs/.starts") for name in server.stored)  # counted there for the next machine
         sent = [name for name in server.stored if "/logs/" not in name]
         assert sorted(sent) == sorted(set(sent)), "the owner's note, manifests and files"
 

@@ -227,3 +227,10 @@ class Starts:
             self.write(failed=self.failed)
         elif self.state["failed"]:
             self.write(reason=message)
+
+
+def count_start(cfg: Config, bucket: Any) -> Starts | None:
+    """The count, on rank 0. A crash loop is raised on every rank. Collective."""
+    made: list[Starts] = []
+    processes.on_rank_0(lambda: made.append(Starts(cfg, bucket)))  # not returned: it would be sent to all ranks
+    return made[0] if made else None

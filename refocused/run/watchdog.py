@@ -46,7 +46,7 @@ class Watchdog:
     """
 
     def __init__(self, cfg: Config, env: Env, starts: Starts | None):
-        self.cfg, self.env, self.starts = cfg, env, starts if env.main else None
+        self.cfg, self.env, self.starts = cfg, env, starts
         self.period, self.looking = times(cfg.watchdog_seconds)
         self.longest = 7200.0  # seconds that a save, or a wait for the bucket, may take
         self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
