@@ -56,8 +56,8 @@ def read(env: Mapping[str, str]) -> Launch:
         local_rank = number("LOCAL_RANK", 0, local_world - 1)
     if local_rank > rank:
         raise ConfigError(
-            f"RANK={rank} cannot have LOCAL_RANK={local_rank}: ranks of a node follow each other and rank 0 is the first "
-            "of its node; CUDA_VISIBLE_DEVICES chooses a GPU"
+            f"RANK={rank} cannot have LOCAL_RANK={local_rank}: rank 0 is the first of its node, and ranks of a node are "
+            "consecutive; CUDA_VISIBLE_DEVICES chooses a GPU"
         )
     return Launch(
         rank, world, local_rank, local_world,
@@ -85,8 +85,7 @@ def launch_or_alone() -> Launch:
 
 
 def free_port() -> int:
-    """For a store on this machine, below those that the system gives to connections: one of these, free now, may be
-    taken by any connection of another process before the store listens."""
+    """For a store on this machine, below the ports that the system gives to connections, as those may be taken soon."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as probe:

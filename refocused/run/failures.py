@@ -63,10 +63,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def explain_out_of_memory(error: BaseException, cfg: Config) -> str | None:
-    """Of an error for lack of memory: its line, what each process needs according to the plan, and the keys that help.
-
-    The plan is made once per launch. None for other errors.
-    """
+    """Of an error for lack of memory: its line and, once per launch, the plan's needs and the keys that help; or None."""
     if not (lack := out_of_memory(error)):
         return None
     text = f"error: out of memory: {lack}"

@@ -19,7 +19,7 @@ CAUSES = {
     "eval_seconds": "evaluation",
     "end_seconds": "last save and upload",
 }
-# what a run notes of itself, each since its process began; "began" is Unix time, "from" the step that it started at
+# what a run notes since its process began; "began" is Unix time, "from" the step that it started at
 OWN = [key for key in CAUSES if key not in ("gap_seconds", "replay_seconds")]
 NOTED = ["began", "from", "step", "run_seconds", *OWN]
 

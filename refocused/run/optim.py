@@ -82,9 +82,8 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) ->
 
 def clips_in_kernel(optimizers: list[torch.optim.Optimizer]) -> bool:
     """Whether update() takes a divisor: CUDA's fused kernel divides as it reads, which saves a pass over gradients."""
-    return all(
-        isinstance(o, torch.optim.AdamW) and o.param_groups[0]["params"][0].device.type == "cuda" for o in optimizers
-    )
+    adamw = all(isinstance(optimizer, torch.optim.AdamW) for optimizer in optimizers)
+    return adamw and optimizers[0].param_groups[0]["params"][0].device.type == "cuda"
 
 
 def update(
