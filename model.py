@@ -17,15 +17,15 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_fast": gelu_tanh, "r
 
 
 def rotary_tables(positions: torch.Tensor, dims: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 (T, dims / 2), of the rotary angles (Su et al. 2021, arXiv:2104.09864) at int positions (T,)."""
+    """cos and sin, fp32 (T, 1, dims / 2), of the rotary angles (Su et al. 2021, arXiv:2104.09864) at int positions (T,)."""
     # computed in every forward: a buffer would have to be filled again after a model is built on the meta device
     inverse = base ** -(torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
-    angles = positions.float()[:, None] * inverse  # (T, dims / 2)
+    angles = positions.float()[:, None, None] * inverse  # (T, 1, dims / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first dimensions of each head of x (B, H, T, D), pairing i with i + dims / 2; the rest passes."""
+    """Rotate the first dimensions of each head of x (B, T, H, D), pairing i with i + dims / 2; the rest passes."""
     half = cos.size(-1)
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     # the products are fp32, as the tables: in bf16 neighbouring positions would blur beyond a few hundred
@@ -125,9 +125,11 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, documents=None):
         B, T, C = x.shape
         # GPT-NeoX interleaves per head: q, k and v of head 0, then of head 1, ...
-        qkv = self.query_key_value(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, H, T, 3 * D)
-        q, k, v = qkv.chunk(3, dim=-1)  # (B, H, T, D) each
+        q, k, v = self.query_key_value(x).view(B, T, self.num_heads, -1).chunk(3, dim=-1)  # (B, T, H, D) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # v has no position
+        # transposed last, as cuDNN lays its output out as q: then neither that nor its gradient is copied; and a view
+        # of v would keep all of qkv until backward
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v.contiguous()))  # (B, H, T, D)
         p = self.dropout if self.training else 0.0
         if cache is not None:  # generation: sample.py keeps this layer's keys and values of earlier tokens
             y = cache.attend(q, k, v)

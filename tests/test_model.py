@@ -11,11 +11,18 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from launch import GUARD
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import metrics
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as neox
 from configs import Config
 from refocused.checkpoint import huggingface
+from refocused.run import memory
 
 SMALL = Config(
     vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
@@ -86,6 +93,77 @@ def test_attention_in_pieces(length):
         results.append((y, *torch.autograd.grad(y, inputs, grad)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def transposed_first(self, x, cos, sin, cache=None, documents=None):
+    """Attention whose q and k lie in memory as (B, H, T, D), and whose v is a view of all of qkv."""
+    B, T, C = x.shape
+    q, k, v = self.query_key_value(x).view(B, T, self.num_heads, -1).transpose(1, 2).chunk(3, dim=-1)
+    q, k = (neox.rotate(t, cos.transpose(0, 1), sin.transpose(0, 1)) for t in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return self.dense(y.transpose(1, 2).reshape(B, T, C))
+
+
+def test_the_layout_of_attention(monkeypatch):
+    """A compiled block against one whose q and k are transposed before they are rotated: the same bits of output and
+    gradients, 3 units of 2 B T C bytes less kept for backward, fewer kernels. A CPU's attention, as cuDNN's, lays its
+    output out as q."""
+    B, T, C = 8, 128, 64
+    cfg = dataclasses.replace(SMALL, hidden_size=C, intermediate_size=4 * C, num_attention_heads=2, rotary_pct=0.25)
+    tables = neox.rotary_tables(torch.arange(T), 8, 10_000.0)
+    monkeypatch.setattr("torch._inductor.config.cpp.max_horizontal_fusion_size", 1)  # as devices.tune does
+    found = []
+    for forward in (transposed_first, neox.Attention.forward):
+        monkeypatch.setattr(neox.Attention, "forward", forward)
+        torch._dynamo.reset()
+        metrics.reset()
+        torch.manual_seed(0)
+        block, x = neox.Block(cfg), torch.randn(B, T, C, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch.compile(block, dynamic=False)(x, *tables)
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in y.grad_fn.saved_tensors}
+        gradients = torch.autograd.grad(y.square().sum(), (x, *block.parameters()))
+        found.append(((y, *gradients), sum(kept.values()) / (2 * B * T * C), metrics.generated_kernel_count))
+    (expected, more, kernels), (values, units, fewer) = found
+    assert all(map(torch.equal, values, expected))
+    assert more - units == 3.0 and fewer < kernels
+
+
+@pytest.mark.parametrize("level, units", [("none", 16), ("activation", 12), ("selective", 9), ("full", 2)])
+def test_what_a_block_keeps_is_planned(level, units):
+    """What the compiler's partitioner keeps of a block for backward, in 2 B T C bytes, is what the memory plan counts for
+    one layer more: the units, the weights in bf16, and numbers per row."""
+    B, T, C = 64, 256, 256
+    cfg = dataclasses.replace(
+        SMALL, hidden_size=C, intermediate_size=4 * C, num_attention_heads=2, sequence_length=T, max_position_embeddings=T,
+        per_device_train_batch_size=B, gradient_accumulation_steps=1, mixed_precision="bf16", activation_checkpointing=level,
+    )  # fmt: skip
+    fewer, more = (memory.estimate(dataclasses.replace(cfg, num_hidden_layers=n), 1).device for n in (6, 7))
+    kept: dict[int, int] = {}  # bytes, by storage
+
+    def compiler(graph, inputs):
+        if not kept:  # the forward, whose first result is the block's; all others are kept
+            [output] = graph.graph.find_nodes(op="output")
+            for node in output.args[0][1:]:
+                t = node.meta["val"]
+                # of the inputs only the block's, not parameters and tables; a random state that is kept is no float
+                if t.is_floating_point() and (node.op != "placeholder" or t.shape == (B, T, C)):
+                    kept[id(t.untyped_storage())] = t.untyped_storage().nbytes()
+        return make_boxed_func(graph.forward)
+
+    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(
+        fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition, decompositions=select_decomp_table()
+    )
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        block, x = neox.Block(cfg), torch.randn(B, T, C, requires_grad=True)
+        tables = neox.rotary_tables(torch.arange(T), 32, 10_000.0)
+        torch.compile(block, backend=backend, dynamic=False)(x, *tables).sum().backward()
+    found = sum(kept.values()) / (2 * B * T * C)
+    planned = (more["activations"] - fewer["activations"]) / (2 * B * T * C)
+    assert units <= found <= units + 0.3
+    assert planned == pytest.approx(found, abs=0.02)
 
 
 def test_config_there_and_back():
