@@ -2,7 +2,7 @@
 
 num_processes = 2
 parallel = "fsdp"  # parameters, gradients and moments of 1.4 billion do not fit twice into 24 GB
-activation_checkpointing = "selective"  # without it the plan needs 24.8 GiB of the 23.6 that such a card has
+activation_checkpointing = "selective"  # without it the plan needs 23.7 GiB of the 23.6 that such a card has
 
 data_dir = "data/tokenized"
 output_dir = "checkpoints/production"

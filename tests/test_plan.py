@@ -149,7 +149,7 @@ def test_the_answer_comes_first(capsys):
 
     lines = said()
     assert re.fullmatch(
-        r"fits: 21\.8 of 23\.6 GiB on each of 2 x RTX 4090; [\d.]+ s per step, [\d.]+ hours, \$\d+", lines[0]
+        r"fits: 20\.7 of 23\.6 GiB on each of 2 x RTX 4090; [\d.]+ s per step, [\d.]+ hours, \$\d+", lines[0]
     )
     [marked] = [line for line in lines if line.startswith("| > |")]
     assert "2 x RTX 4090 | 24 | yes" in marked
