@@ -177,6 +177,8 @@ def named(page: str) -> Iterator[str]:
     for program, words in re.findall(r"\b(ckpt|data|bench)\.py ([a-z]+(?:\|[a-z]+)*)", text):
         known = {"ckpt": ckpt, "data": data, "bench": bench}[program].COMMANDS
         yield from (f"{program}.py {word}" for word in words.split("|") if word not in known)
+    for target in re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M):
+        yield from [f"make {target}"] * (f"\n{target}:" not in (ROOT / "Makefile").read_text())
     known = {*configs.KEYS, *types_of(Options), *(OTHERS if page == "docs/migrating.md" else ())}
     for settings in re.findall(r"`((?:[a-z]\w*=[^`\s]*\s*)+)`", text):
         yield from (f"{key}=" for key in re.findall(r"(\w+)=", settings) if key not in known)
