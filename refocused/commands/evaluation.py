@@ -1,6 +1,6 @@
 """A checkpoint's or a Hugging Face folder's loss on held-out windows: `python ckpt.py eval`.
 
-python ckpt.py eval CHECKPOINT [key=value ...] [--per_shard] [--json]
+python ckpt.py eval CHECKPOINT [key=value ...] [--json]
 torchrun --standalone --nproc_per_node=2 ckpt.py eval CHECKPOINT
 """
 
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import ckpt
@@ -39,22 +38,6 @@ def line(found: Score) -> str:
     return f"loss {loss:.4f} | perplexity {perplexity:.2f} | bits per byte {shown} | {tokens:,} tokens, {size:,} bytes"
 
 
-def by_shard(source: Source, dataset: data.Dataset, cfg: Config, env: processes.Env) -> dict[str, Score]:
-    """For each held-out shard the score of the model at `source` on that one's fixed windows. Collective."""
-    model = weights.load(source).to(env.device)
-    model.end = separator(cfg)
-    ids = dataset.eval_ids(cfg.eval_samples)
-    shards = np.array([path for path, _ in dataset.locate(ids)])
-    windows = {shard: ids[shards == shard] for shard in dict.fromkeys(shards.tolist())}
-    batches = sum(math.ceil(len(some) / cfg.per_device_train_batch_size / env.world_size) for some in windows.values())
-    with tqdm(total=batches, unit="batch", disable=None if env.main else True) as bar:
-        found = {
-            shard: evaluate(model, dataset, cfg, env, ids=some, each_batch=bar.update)
-            for shard, some in windows.items()
-        }
-    return {shard: score for shard, score in found.items() if score}  # a stop is never asked for here
-
-
 def seen(source: Source, cfg: Config, dataset: data.Dataset) -> bool:
     """Whether the run, as far as the checkpoint knows it, may have trained on what is held out here."""
     tail = not {*dataset.shards}.isdisjoint(dataset.eval_shards)  # of a shard, whose begin depends on sequence_length
@@ -70,7 +53,6 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ckpt.py eval", description="The loss on the windows that are held out.")
     place = "a checkpoint, a folder of checkpoints (the last one), a Hugging Face folder, or gs://..."
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=place)
-    parser.add_argument("--per_shard", action="store_true", help="print a line for each held-out shard too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parse_with_settings(parser, argv)
     values = {key: configs.parse(key, text) for key, text in (word.split("=", 1) for word in options.settings)}
@@ -94,7 +76,11 @@ def main(argv: list[str]) -> int:
         windows = f"{count:,} windows of {cfg.sequence_length:,}"
         if env.main:
             print(f"{source}, on {windows} of {cfg.data_dir}", file=sys.stderr, flush=True)
-        scores = by_shard(source, dataset, cfg, env)
+        model = weights.load(source).to(env.device)
+        model.end = separator(cfg)
+        batches = math.ceil(count / cfg.per_device_train_batch_size / env.world_size)
+        with tqdm(total=batches, unit="batch", disable=None if env.main else True) as bar:
+            found = evaluate(model, dataset, cfg, env, each_batch=bar.update)
     except Exception as error:
         code, text = failures.explain(error)
         failures.report(error, lambda: print(text, file=sys.stderr, flush=True))
@@ -102,17 +88,14 @@ def main(argv: list[str]) -> int:
     processes.stop()
     if not env.main:
         return 0
-    whole = Score(*(sum(values) for values in zip(*scores.values(), strict=True)))
-    shown = scores if options.per_shard else {}
+    assert found, "a stop is never asked for here"
     if seen(source, cfg, dataset):
         print("note: the run held out other data; what is read here may have been trained on", file=sys.stderr)
     if options.json:
         report = {"checkpoint": str(source.path), "step": source.state.get("step"), "data_dir": cfg.data_dir}
         report |= {"windows": count, "sequence_length": cfg.sequence_length, "mask_documents": cfg.mask_documents}
-        parts = {"shards": {shard: figures(found) for shard, found in shown.items()}} if shown else {}
-        print(json.dumps({**report, **figures(whole), **parts}))
+        print(json.dumps({**report, **figures(found)}))
     else:
         apart = ", documents apart" if cfg.mask_documents else ""
-        print(f"{source}\n{cfg.data_dir}: {windows}{apart}\n{line(whole)}")
-        print(*(f"{shard}: {line(found)}\n" for shard, found in shown.items()), sep="", end="")
+        print(f"{source}\n{cfg.data_dir}: {windows}{apart}\n{line(found)}")
     return 0

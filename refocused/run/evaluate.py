@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,14 +46,14 @@ def byte_table(tokenizer: str | None, vocab_size: int) -> Tensor | None:
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module, dataset, cfg: Config, env: processes.Env, stop: StopSignal | None = None,
-    ids: np.ndarray | None = None, each_batch: Callable[[], object] = lambda: None,
+    each_batch: Callable[[], object] = lambda: None,
 ) -> Score | None:  # fmt: skip
     """The score of a model on the data.Dataset's fixed held-out windows; None when a stop was asked for. Collective.
 
-    ids: some of these windows alone. each_batch is called after every batch.
+    each_batch is called after every batch.
     """
     model.eval()
-    ids = dataset.eval_ids(cfg.eval_samples) if ids is None else ids
+    ids = dataset.eval_ids(cfg.eval_samples)
     lengths = byte_table(cfg.tokenizer, cfg.vocab_size)
     # MPS has no fp64
     loss = torch.zeros(2, device=env.device, dtype=torch.float32 if env.device.type == "mps" else torch.float64)
