@@ -110,38 +110,29 @@ def test_mistakes(line):
     assert words.replace("\\n", "\n") in str(error.value) and error.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "source, words",
-    [
-        (
-            "seed = 1\nmax_stepps = 3\nlr = 1",
-            "bad.py:2: unknown key 'max_stepps'; did you mean max_steps or .*\n.*bad.py:3: .*lr",
-        ),
-        ("max_steps = '3'", "bad.py:1: max_steps='3' is a str"),
-        ("\nmax_steps = 10**5000", "bad.py:2: max_steps is beyond"),
-        ("max_steps = -2", r"must not be negative \(max_steps from .*bad.py:1\)"),
-        ("output_dir = 'a\\0b'", "a control character"),
-        ("\n1 / 0", "bad.py:2 does not run: ZeroDivisionError"),
-        ("seed = 1\nmax steps = 2", "bad.py:2 does not run: SyntaxError"),
-        ("import sys\nsys.exit(0)", "bad.py:2 does not run: SystemExit"),
-        ("from worse import *", "worse.py:3 does not run: ZeroDivisionError"),
-        ("from configs.nowhere import *", "bad.py:1 .*a file beside this one is imported by its name alone"),
-        (
-            "class train:\n    max_steps = 20\nseed = 3",
-            "bad.py: what class train sets is not read; max_steps is assigned at",
-        ),
-        (
-            "from dataclasses import *\n@dataclass\nclass C:\n    seed: int = 3",
-            "bad.py: what class C sets is not read",
-        ),
-        ("config = dict(max_steps=3)", "config is a dict and no key; keys are assigned at the top level"),
-        ("def main():\n    max_steps = 3", "assigns no key at its top level"),
-        ("", "assigns no key at its top level"),
-    ],
-)
-def test_mistakes_in_a_file(tmp_path, source, words):
+MISTAKES_IN_A_FILE = {  # what the error says: the file
+    "bad.py:2: unknown key 'max_stepps'; did you mean max_steps or .*\n.*bad.py:3: .*lr": "seed = 1\nmax_stepps = 3\nlr = 1",
+    "bad.py:1: max_steps='3' is a str": "max_steps = '3'",
+    "bad.py:2: max_steps is beyond": "\nmax_steps = 10**5000",
+    r"must not be negative \(max_steps from .*bad.py:1\)": "max_steps = -2",
+    "a control character": "output_dir = 'a\\0b'",
+    "bad.py:2 does not run: ZeroDivisionError": "\n1 / 0",
+    "bad.py:2 does not run: SyntaxError": "seed = 1\nmax steps = 2",
+    "bad.py:2 does not run: SystemExit": "import sys\nsys.exit(0)",
+    "worse.py:3 does not run: ZeroDivisionError": "from worse import *",
+    "bad.py:1 .*a file beside this one is imported by its name alone": "from configs.nowhere import *",
+    "what class train sets is not read; max_steps is assigned at": "class train:\n    max_steps = 20\nseed = 3",
+    "class C sets is not read": "from dataclasses import *\n@dataclass\nclass C:\n    seed: int = 3",
+    "config is a dict and no key; keys are assigned at the top level": "config = dict(max_steps=3)",
+    "assigns no key at its top level": "def main():\n    max_steps = 3",
+    "bad.py assigns no key": "",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES_IN_A_FILE)
+def test_mistakes_in_a_file(tmp_path, words):
     """The same for a config file, with its line: unknown names, wrong types, code that does not run, keys in classes, none."""
-    (tmp_path / "bad.py").write_text(source)
+    (tmp_path / "bad.py").write_text(MISTAKES_IN_A_FILE[words])
     (tmp_path / "worse.py").write_text("seed = 1\n\n1 / 0")
     with pytest.raises(ConfigError, match=words):
         load([str(tmp_path / "bad.py")])
@@ -200,12 +191,8 @@ def test_the_three_configurations():
     for name, values in table.items():
         cfg, _ = load([str(ROOT / "configs" / f"{name}.py")])
         assert tuple(getattr(cfg, k) for k in keys) == values, name
-        assert (cfg.sequence_length, cfg.max_grad_norm, cfg.mixed_precision, cfg.compile_model) == (
-            1024,
-            1.0,
-            "bf16",
-            True,
-        )
+        same = (cfg.sequence_length, cfg.max_grad_norm, cfg.mixed_precision, cfg.compile_model)
+        assert same == (1024, 1.0, "bf16", True)
         assert (cfg.hidden_size, cfg.num_hidden_layers, cfg.vocab_size, cfg.rotary_pct) == (2048, 24, 50257, 0.25)
         # a rented machine is never silent for longer, loses no more, and goes on by itself
         assert (cfg.logging_seconds, cfg.save_seconds, cfg.resume) == (60, 1800, "latest") and cfg.eval_steps

@@ -149,11 +149,7 @@ def test_text_as_it_comes_is_one_decode(name, tmp_path):
         made = Tokenizer(model)
         for part, value in parts.items():
             setattr(made, part, value)
-        options = {
-            "special_tokens": ["<unk>", "</s>", *special],
-            "vocab_size": 60 + len(special),
-            "show_progress": False,
-        }
+        options = dict(special_tokens=["<unk>", "</s>", *special], vocab_size=60 + len(special), show_progress=False)
         options |= {"unk_token": "<unk>"} if name == "unigram" else {}
         made.train_from_iterator(["once upon a time, there was a girl; don't stop"] * 50, trainer(**options))
         made.save(str(tmp_path / "tokenizer.json"))

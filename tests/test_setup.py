@@ -50,7 +50,10 @@ def test_makes_the_environment_in_the_folder(copy):
 
 
 def test_no_python(copy):
-    """A PATH that has the tools of the shell but no Python, and an interpreter that does not exist: missing, exit 1."""
+    """A PATH that has the tools of the shell but no Python, and an interpreter that does not exist: missing, exit 1. An
+    unknown option: exit 2."""
+    done = setup(copy, "--chek")
+    assert done.returncode == 2 and "--check" in done.stderr
     tools = copy.parent / "bin"
     tools.mkdir()
     for name in ("env", "bash", "dirname", "getconf", "awk", "df", "sed", "head", "tail", "git"):
@@ -59,12 +62,6 @@ def test_no_python(copy):
         done = setup(copy, **env)
         assert done.returncode == 1 and "MISSING  Python 3.11, 3.12 or 3.13" in done.stdout, done
         assert not (copy / ".venv").exists()
-
-
-def test_unknown_option(copy):
-    """Exit 2, and the option that there is."""
-    done = setup(copy, "--chek")
-    assert done.returncode == 2 and "--check" in done.stderr
 
 
 def test_measures_and_lists_the_bucket(copy, server):

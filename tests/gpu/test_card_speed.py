@@ -6,12 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from card import COMMON, TELLING, UNSAVED, largest, trace
 from conftest import ROOT
 
 import configs
-import model as neox
 from refocused.run import gpus, memory, speed
 
 NO_WAITS = """import torch as _torch, train as _train
@@ -145,39 +143,6 @@ def test_speed(card, run, say, layout, tmp_path):
         text += ", ".join(f"{kind} {time / spent.total():.0%}" for kind, time in spent.most_common())
     say(text, "the plan within 20 %" if gpu and card.cuda else "")
     assert not card.cuda or abs(ratio - 1) <= 0.2
-
-
-def test_head(card, say):
-    """Forward and both gradients of the head and its loss, padded or not, in one chunk and in several."""
-    V, C, N = (50257, 2048, 8192) if card.cuda else (1009, 32, 256)
-    x = torch.randn(N, C, device=card.device, dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(V, C, device=card.device, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
-    y = torch.randint(V, (N,), device=card.device)
-    kernel = torch.compile(neox.softmax_loss, dynamic=False) if card.cuda else neox.softmax_loss
-    rows = []
-    for multiple, chunks in ((1, 1), (1, 4), (128, 1), (128, 4)):
-        given = (x, w, y, N // chunks, kernel, multiple)
-        rate = 6 * N * V * C / card.seconds(lambda given=given: neox.LinearCrossEntropy.apply(*given), 5)
-        rows.append(f"multiple of {multiple}, {chunks} chunks {rate / 1e12:.3g}")
-    say(", ".join(rows) + " (TFLOP/s)")
-
-
-def test_attention_order(card, say):
-    """Milliseconds of causal attention, forward and backward, by what may run it."""
-    dtype, shape = (torch.bfloat16, (8, 16, 1024, 384)) if card.cuda else (torch.float32, (1, 2, 32, 24))
-    qkv = torch.randn(*shape, device=card.device, dtype=dtype, requires_grad=True)
-    rows = []
-
-    def attend() -> None:
-        q, k, v = qkv.chunk(3, dim=-1)
-        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(q.detach())
-
-    for name in (
-        ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if card.cuda else ("FLASH_ATTENTION", "MATH")
-    ):
-        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, name)):
-            rows.append(f"{name.lower()} {1e3 * card.seconds(attend):.3g}")
-    say(", ".join(rows) + " (ms)")
 
 
 def test_dip(card, run, say):
