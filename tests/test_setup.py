@@ -80,4 +80,4 @@ def test_measures_and_lists_the_bucket(copy, server):
     ):
         done = setup(copy, "--check", "configs/demo.py", f"bucket_name={bucket}", STORAGE_EMULATOR_HOST=server.url)
         assert done.returncode == code and words in done.stdout, done
-        assert "TFLOP/s" in done.stdout and "MB/s written" in done.stdout, done
+        assert "TFLOP/s" in done.stdout, done

@@ -4,9 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,24 +53,6 @@ def machine(world: int) -> speed.Machine:
     )  # fmt: skip
 
 
-def disk_rates(folder: Path, nbytes: int) -> tuple[float, float]:
-    """MB/s of writing a file with fsync, and of reading it back, past the system's cache where that can be told."""
-    block = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        begin = time.perf_counter()
-        for _ in range(nbytes >> 20):
-            file.write(block)
-        os.fsync(file.fileno())
-        written = time.perf_counter() - begin
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        begin = time.perf_counter()
-        while file.read(1 << 20):
-            pass
-        return nbytes / written / 1e6, nbytes / (time.perf_counter() - begin) / 1e6
-
-
 def main(argv: list[str]) -> int:
     """What setup.sh prints: a line of rates, then one for each GPU that is slow. --rates: see measure_rank."""
     if argv == ["--rates"]:
@@ -89,9 +68,7 @@ def main(argv: list[str]) -> int:
             first += f", all-reduce {measured(count)['all-reduce']:.3g} GB/s"
         except CalibrationError as error:
             complaints.append(f"the all-reduce between the GPUs could not be measured: {error}")
-    written, read = disk_rates(Path("."), 1 << (28 if count else 25))
-    print(f"{first} ({name}); this disk {written:,.0f} MB/s written and {read:,.0f} read")
-    print("\n".join(complaints), end="\n" * bool(complaints))
+    print(f"{first} ({name})", *complaints, sep="\n")
     return 0
 
 

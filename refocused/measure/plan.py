@@ -104,10 +104,8 @@ def checkpoints(cfg: Config) -> str:
     saves = math.ceil(cfg.max_steps / cfg.save_steps) if cfg.save_steps else 1
     kept = min(saves, cfg.save_total_limit + preflight.kept_forever(cfg, 0)) if cfg.save_total_limit else saves
     timed = f", besides those of every {cfg.save_seconds:g} s" * bool(cfg.save_seconds)
-    return (
-        f"{size / 1e9:.2f} GB each; {kept} kept on disk = {kept * size / 1e9:.1f} GB; "
-        f"{saves} saves write {saves * size / 1e12:.2f} TB in all{timed}"
-    )
+    written = f"{saves} saves write {saves * size / 1e12:.2f} TB in all{timed}"
+    return f"{size / 1e9:.2f} GB each; {kept} kept on disk = {kept * size / 1e9:.1f} GB; {written}"
 
 
 def command(config: str, given: list[str], cfg: Config, other: Config, world: int, node: int) -> str:
