@@ -13,12 +13,11 @@ from refocused import entry  # before all others: it says what this machine lack
 
 # isort: split
 import dataclasses
-import functools
-import re
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import ckpt
 import configs
@@ -33,46 +32,6 @@ from refocused.shards import tokenizers
 from refocused.shards.tokenizers import Tokenizer
 
 SMALL = 20_000_000  # parameters below which a second thread gains nothing, and only waits on a busy machine
-
-
-@functools.cache
-def single_bytes(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids such as <0xE4> that stand for a byte: a run of them is decoded as a whole, or not at all."""
-    vocab = tokenizer.vocab if isinstance(tokenizer, tokenizers.File) else {}
-    return frozenset(i for token, i in vocab.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))
-
-
-class Stream:
-    """Ids -> text as they come: all that add and close return is one decode of all ids.
-
-    The first token of a decode loses its blank in most formats, so new ids are decoded behind those that came before.
-    No more of these are kept than the last few: nothing that a decoder does reaches further than a token back.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.context = 0  # so many of self.ids were complete before the last text
-        self.shown = 0  # so many letters of self.ids' text are returned already
-
-    def add(self, ids: list[int]) -> str:
-        """What has become certain. A letter whose bytes are not all there is not: it would come out as U+FFFD."""
-        ids = [i for i in ids if i < self.tokenizer.size]  # others only pad a model's vocabulary
-        self.ids += ids
-        if not ids or ids[-1] in single_bytes(self.tokenizer):
-            return ""
-        text = self.tokenizer.decode(self.ids)
-        certain = text.removesuffix("\ufffd")
-        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
-        # an empty text is no context: the blank of the next token would count as the first one's
-        if certain == text and (shown := len(self.tokenizer.decode(self.ids[self.context :]))):
-            self.ids = self.ids[self.context :]
-            self.context, self.shown = len(self.ids), shown
-        return new
-
-    def close(self) -> str:
-        """The rest, whole or not."""
-        return self.tokenizer.decode(self.ids)[self.shown :]
 
 
 def parse(argv: list[str]) -> tuple[Config, Options]:
@@ -155,28 +114,24 @@ def command(argv: list[str]) -> int:
 
 
 def write(model, source, tokenizer, prompts, rows, options) -> None:
-    """Continue the prompts, whose ids are rows: the texts to stdout, a single one as it grows; the speed to stderr."""
+    """Continue the prompts, whose ids are rows: the texts to stdout as batches are done, the speed to stderr."""
     weight = model.embed_in.weight
     print(f"{source}, {weight.device.type}, {str(weight.dtype).removeprefix('torch.')}", file=sys.stderr)
     window = options.window or model.cfg.max_position_embeddings
     if (most := max(map(len, rows)) + options.max_new_tokens - 1) > window:
         print(f"{most:,} tokens in a window of {window:,}: the oldest are forgotten as it fills", file=sys.stderr)
-    count, begin, alone = 0, time.perf_counter(), len(rows) == 1
+    count, begin = 0, time.perf_counter()
     for first in range(0, len(rows), options.batch_size):
         part = slice(first, first + options.batch_size)
-        streams = [Stream(tokenizer) for _ in rows[part]]
-        begun = zip(streams, rows[part], prompts[part], strict=True)
-        texts = [stream.add(row) if prompt else "" for stream, row, prompt in begun]
-        for tokens in generate(model, rows[part], options, source.end):
-            for i, token in enumerate(tokens):
-                if token is not None:
-                    texts[i] += streams[i].add([token])
-                    count += 1
-            if alone:  # as it grows; several come one after the other
-                print(texts[0], end="", flush=True)
-                texts[0] = ""
-        for i, (text, stream) in enumerate(zip(texts, streams, strict=True), first + 1):
-            print("" if alone else f"--- {i} of {len(rows)}\n", text, stream.close(), sep="", flush=True)
+        texts = [list(row) if prompt else [] for row, prompt in zip(rows[part], prompts[part], strict=True)]
+        steps = generate(model, rows[part], options, source.end)
+        for tokens in tqdm(steps, total=options.max_new_tokens, unit="token", leave=False, disable=None):
+            for ids, token in zip(texts, tokens, strict=True):
+                ids += [token] if token is not None else []
+                count += token is not None
+        for i, ids in enumerate(texts, first + 1):
+            text = tokenizer.decode([i for i in ids if i < tokenizer.size])  # others only pad a model's vocabulary
+            print(f"--- {i} of {len(rows)}\n{text}" if len(rows) > 1 else text, flush=True)
     speed = count / (time.perf_counter() - begin)
     print(f"{count:,} tokens after {sum(map(len, rows)):,} of prompt: {speed:,.0f} tokens/s", file=sys.stderr)
 

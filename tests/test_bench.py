@@ -92,7 +92,7 @@ def test_step_command(tmp_path, device, record_property):
     names, line = "muon,nanogpt,floor", "--size small --rounds 1 vocab_size=512 compile_model=false hidden_size=64 "
     line += "num_attention_heads=4 intermediate_size=256 num_hidden_layers=1 sequence_length=64"
     if device == "cuda":  # all are in memory at once: fewer layers
-        names, line = "ours,seed,nanogpt,floor", "--size large --rounds 3 num_hidden_layers=8"
+        names, line = "ours,transformers,nanogpt,floor", "--size large --rounds 3 num_hidden_layers=8"
     command = [sys.executable, str(ROOT / "bench.py"), "step", "--contenders", names, *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

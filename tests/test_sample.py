@@ -1,6 +1,5 @@
 """Generation: against Transformers, against recomputing everything, and as a program."""
 
-import random
 import subprocess
 import sys
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from launch import GUARD
 from test_export import CFG, save
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -112,58 +110,6 @@ def test_choose():
     assert close(draw(top_p=0.01), 1.0, 0.0, 0.0, 0.0, 0.0)
     assert close(draw(temperature=0), 1.0, 0.0, 0.0, 0.0, 0.0)
     assert torch.equal(draw(seed=1), draw(seed=1)) and not torch.equal(draw(seed=1), draw(seed=2))
-
-
-def test_letters_of_several_tokens():
-    """A letter whose bytes are spread over tokens comes out whole; bytes that are none come out as U+FFFD at the end."""
-    stream = sample.Stream(tokenizers.find("byte"))
-    assert [stream.add([i]) for i in "a\u00e9\U0001f600".encode()] == ["a", "", "\u00e9", "", "", "", "\U0001f600"]
-    assert "".join([*(stream.add([i]) for i in b"\xff\xfe\xffxy"), stream.close()]) == "\ufffd\ufffd\ufffdxy"
-
-
-BYTES = [f"<0x{i:02X}>" for i in range(256)]
-LLAMA = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-LIKE_LLAMA = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Sequence(LLAMA)}
-BYTE_LEVEL = {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False), "decoder": decoders.ByteLevel()}
-SPACES = {"pre_tokenizer": pre_tokenizers.Whitespace()}
-FORMATS = {  # name: (model, parts, trainer, special tokens)
-    "llama": (models.BPE(byte_fallback=True, unk_token="<unk>"), LIKE_LLAMA, trainers.BpeTrainer, BYTES),
-    "unigram": (models.Unigram(), {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()},
-                trainers.UnigramTrainer, []),
-    "wordpiece": (models.WordPiece(unk_token="<unk>"), {**SPACES, "decoder": decoders.WordPiece()},
-                  trainers.WordPieceTrainer, []),
-    "suffixes": (models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"), {**SPACES, "decoder": decoders.BPEDecoder()},
-                 lambda **keys: trainers.BpeTrainer(end_of_word_suffix="</w>", **keys), []),
-    "no decoder": (models.BPE(unk_token="<unk>"), SPACES, trainers.BpeTrainer, []),
-    "byte level": (models.BPE(), BYTE_LEVEL, trainers.BpeTrainer, pre_tokenizers.ByteLevel.alphabet()),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [*FORMATS, "byte"])
-def test_text_as_it_comes_is_one_decode(name, tmp_path):
-    """Of each kind of tokenizer, what is written token by token, behind a prompt of any length, equals one decode of all
-    ids: of text, and of 200 random rows with letters broken off. Ids beyond the vocabulary are no text. What is kept to
-    decode the next token does not grow with the text."""
-    if name in FORMATS:
-        model, parts, trainer, special = FORMATS[name]
-        made = Tokenizer(model)
-        for part, value in parts.items():
-            setattr(made, part, value)
-        options = dict(special_tokens=["<unk>", "</s>", *special], vocab_size=60 + len(special), show_progress=False)
-        options |= {"unk_token": "<unk>"} if name == "unigram" else {}
-        made.train_from_iterator(["once upon a time, there was a girl; don't stop"] * 50, trainer(**options))
-        made.save(str(tmp_path / "tokenizer.json"))
-        content = (tmp_path / "tokenizer.json").read_bytes()
-        (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + content)  # a byte order mark is none of it
-    tokenizer, chance = tokenizers.find(str(tmp_path) if name in FORMATS else name), random.Random(0)
-    text = tokenizer.encode("once upon a time \u4e16\u754c there  was a na\u00efve girl, don't stop")
-    rows = [[chance.randrange(tokenizer.size + 9) for _ in range(chance.randrange(1, 60))] for _ in range(200)]
-    for row in (text, *rows):
-        start, stream = chance.randrange(len(row)), sample.Stream(tokenizer)
-        out = [stream.add(row[:start]), *(stream.add([token]) for token in row[start:]), stream.close()]
-        assert "".join(out) == tokenizer.decode(row)
-    stream = sample.Stream(tokenizer)
-    assert "".join(stream.add([i]) for i in text * 50).strip() and len(stream.ids) < len(text)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def read_windows(cfg: Config) -> torch.Tensor:
         )
 
 
-def seed(cfg: Config, gate: Gate) -> None:
+def transformers_design(cfg: Config, gate: Gate) -> None:
     """The common design: Transformers' model, AdamW, torch.compile, Accelerate's loop."""
     from accelerate import Accelerator
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, get_cosine_schedule_with_warmup
@@ -189,7 +189,8 @@ def floor(cfg: Config, gate: Gate) -> None:
 def main(argv: list[str]) -> None:
     """`peers.py NAME CONFIG.py [key=value ...]`: one contender, told by bench.py over its standard input."""
     gate = Gate()
-    {"ours": ours, "seed": seed, "nanogpt": nanogpt, "floor": floor}[argv[0]](configs.load(argv[1:])[0], gate)
+    contenders = {"ours": ours, "transformers": transformers_design, "nanogpt": nanogpt, "floor": floor}
+    contenders[argv[0]](configs.load(argv[1:])[0], gate)
 
 
 if __name__ == "__main__":

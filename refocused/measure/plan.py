@@ -148,8 +148,6 @@ def bottleneck(result: search.Result, world: int) -> str:
     text = f"bound by {', '.join(part for part in parts if not part.endswith(' 0%'))}."
     if best.exposed > 0.02 * best.seconds:
         text += f" A link without limit would make it {best.seconds - best.exposed:.3g} s."
-    if large := result.too_large:
-        text += f" With {large.needed / GIB:.1f} GiB per GPU {layout(large.cfg, world)} would take {large.step.seconds:.3g} s."
     return text
 
 

@@ -24,7 +24,6 @@ class Found(NamedTuple):
 @dataclasses.dataclass
 class Result:
     fastest: list[Found]  # that fit
-    too_large: Found | None  # the fastest that the device is too small for, if it is faster
     starved: Found | None  # the fastest that only host memory is too small for
     looked: int  # layouts that were timed
 
@@ -94,6 +93,5 @@ def search(cfg: Config, world: int, machine: Machine, device: float, host: float
             full[kind] = c.per_device_train_batch_size
     found.sort(key=lambda f: f.step.seconds)
     fastest = [f for f in found if fits(f)]
-    large = (f for f in found if f.needed > device and fastest and f.step.seconds < fastest[0].step.seconds)
     starved = (f for f in found if f.needed <= device and not fits(f))
-    return Result(fastest, next(large, None), next(starved, None), len(steps))
+    return Result(fastest, next(starved, None), len(steps))

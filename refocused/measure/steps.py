@@ -41,7 +41,7 @@ TRUSTED = 0.15  # the largest spread with which a table means something
 NAMES = {
     "ours": "this trainer",
     "muon": "this trainer with Muon",
-    "seed": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
+    "transformers": "Transformers GPTNeoXForCausalLM, Accelerate, torch.compile",
     "nanogpt": "nanoGPT-style GPT-2, torch.compile",
     "floor": "its matrix products alone",
 }
@@ -160,7 +160,7 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
     spreads = []
     for name, row in rows.items():
         kind, _, rest = name.partition("-")
-        shares = [f"{row['rate'] / rows[k]['rate']:.2f}" if k in rows else "n/a" for k in ("seed", "floor")]
+        shares = [f"{row['rate'] / rows[k]['rate']:.2f}" if k in rows else "n/a" for k in ("transformers", "floor")]
         costs = ["", ""] if kind == "floor" else [f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"]
         world = int(rest.rpartition("-")[2] or 1)
         mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world / peak:.1%}" if peak else "n/a"
@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--contenders",
-        default="ours,seed,nanogpt,floor",
+        default="ours,transformers,nanogpt,floor",
         help="of these and muon, ours-ddp-N, muon-fsdp-N (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=positive, help=f"turns of each contender (default by size: {ROUNDS})")
@@ -207,9 +207,9 @@ def main(argv: list[str]) -> int:
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours|muon)(-(ddp|fsdp)-\d+)?|seed|nanogpt|floor", name):
+        if not re.fullmatch(r"(ours|muon)(-(ddp|fsdp)-\d+)?|transformers|nanogpt|floor", name):
             raise ConfigError(
-                f"contender {name!r} is none of seed, nanogpt, floor, ours, muon, ours-ddp-N, muon-fsdp-N"
+                f"contender {name!r} is none of transformers, nanogpt, floor, ours, muon, ours-ddp-N, muon-fsdp-N"
             )
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())
