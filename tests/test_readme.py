@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import shards
 import torch
-from conftest import ROOT, write_shards
+from conftest import LONG, ROOT, write_shards
 from fakegcs import FakeGCS
 from launch import GUARD
 from safetensors.torch import load_file
@@ -191,6 +191,12 @@ def test_pages_name_what_is_there():
     links = {page: re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()) for page in pages}
     led_to = {(page, os.path.relpath((ROOT / page).parent / link, ROOT)) for page in pages for link in links[page]}
     assert [page for page in pages[1:] if not any((other, page) in led_to for other in pages if other != page)] == []
+
+
+def test_the_longest_tests_are_there():
+    """Each name of conftest.LONG is a test's: one that got another name would be in the quick tier."""
+    known = re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in ROOT.glob("tests/test_*.py")), re.M)
+    assert [name for name in LONG if not any(test.startswith(name.split("[")[0]) for test in known)] == []
 
 
 def test_five_minutes(copy):
