@@ -228,7 +228,7 @@ def consumers(cfg: Config) -> None:
     """What decides by a key with a list of choices."""
     net = model.GPTNeoX(cfg)
     optim.make_optimizers(net, cfg)
-    assert optim.learning_rate(3, cfg) > 0 and devices.DTYPES[cfg.mixed_precision]
+    assert optim.learning_rate(cfg.warmup_steps + 1, cfg) > 0 and devices.DTYPES[cfg.mixed_precision]
     assert strategy.SHARDED[cfg.parallel] == (cfg.parallel == "fsdp")
     assert messages.plan(cfg, 1, "no data", "a machine")
     if cfg.spikes != "off":
