@@ -150,20 +150,16 @@ class Config:
 
         Raises ConfigError where global_batch_size does not divide, with the nearest sizes that do.
         """
-        per_micro_step = self.per_device_train_batch_size * world_size
-        sequences = self.global_batch_size or self.gradient_accumulation_steps * per_micro_step
+        B, micro_step = self.per_device_train_batch_size, self.per_device_train_batch_size * world_size
+        whole = self.global_batch_size or self.gradient_accumulation_steps * micro_step
+        way = "lower global_batch_size or gradient_accumulation_steps"
         require(
-            sequences <= MOST_SEQUENCES,
-            f"global_batch_size={self.global_batch_size} gradient_accumulation_steps={self.gradient_accumulation_steps} "
-            f"make {sequences:,} sequences per step, at most 2**24 = {MOST_SEQUENCES:,} are possible; lower them",
+            whole <= MOST_SEQUENCES, f"{whole:,} sequences per step are more than 2**24 = {MOST_SEQUENCES:,}; {way}"
         )
-        require(
-            sequences % per_micro_step == 0,
-            f"global_batch_size={self.global_batch_size} is not a multiple of per_device_train_batch_size * processes = "
-            f"{self.per_device_train_batch_size} * {world_size} = {per_micro_step}; nearest: "
-            f"{_multiples(sequences, per_micro_step)}",
-        )
-        return sequences // per_micro_step, sequences
+        product = f"per_device_train_batch_size * processes = {B} * {world_size} = {micro_step}"
+        near = _multiples(whole, micro_step)
+        require(whole % micro_step == 0, f"global_batch_size={whole} is not a multiple of {product}; nearest: {near}")
+        return whole // micro_step, whole
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
@@ -247,37 +243,31 @@ def _check(cfg: Config) -> None:
     share = f"{min(1, (even + 0.5) / head):.4g}"  # half a dimension more, so that it survives the rounding
     steps, decay = cfg.max_steps, cfg.decay_steps if cfg.lr_scheduler_type == "warmup_stable_decay" else 0
     ramps = f"warmup_steps={cfg.warmup_steps}{f' + decay_steps={decay}' if decay else ''}"
+    rate, lowest = cfg.learning_rate, cfg.min_learning_rate
     betas = f"adam_beta1={cfg.adam_beta1} adam_beta2={cfg.adam_beta2}"
     offload, fsdp, fp16 = cfg.cpu_offload, cfg.parallel == "fsdp", cfg.mixed_precision == "fp16"
-    muon, longest = cfg.optimizer == "muon", cfg.max_position_embeddings
-    needs, untried = f"needs parallel=fsdp, not {cfg.parallel}", "has never been tried; leave one of them out"
+    muon, size, longest = cfg.optimizer == "muon", cfg.shard_size, cfg.max_position_embeddings
+    needs = f"needs parallel=fsdp, not {cfg.parallel}"
     for message, refused in {
         f"rotary_pct={cfg.rotary_pct} rotates {rotary} of {head} dimensions per head; it must be an even number, as with "
         f"rotary_pct={share}": rotary % 2,
-        f"sequence_length={T} exceeds max_position_embeddings={longest}; lower the first or raise the second": (
-            T > longest
-        ),
+        f"sequence_length={T} exceeds max_position_embeddings={longest}; lower it or raise the latter": T > longest,
         f"per_device_train_batch_size={B} * sequence_length={T} tokens at once are more than 2**24 = {MOST_TOKENS:,}; "
         "larger batches come from gradient_accumulation_steps or global_batch_size": B * T > MOST_TOKENS,
         "max_files=0 leaves no shard to train on; use -1 for all or a positive number": cfg.max_files == 0,
-        f"min_learning_rate={cfg.min_learning_rate:g} exceeds learning_rate={cfg.learning_rate:g}": (
-            cfg.min_learning_rate > cfg.learning_rate
-        ),
-        f"{ramps} exceeds max_steps={steps}: the peak learning rate would never be reached; lower warmup_steps": (
-            0 < steps < cfg.warmup_steps + decay
-        ),
+        f"min_learning_rate={lowest:g} exceeds learning_rate={rate:g}": lowest > rate,
+        f"{ramps} exceeds max_steps={steps}: the peak learning rate would never be reached; lower warmup_steps": 0
+        < steps
+        < cfg.warmup_steps + decay,
         f"adam_moments=bf16 with {betas}: bf16 does not resolve the change of a moment that decays more slowly than by "
         "0.99; lower the beta or use adam_moments=fp32": cfg.adam_moments == "bf16" and not cfg.moments_fit_bf16,
-        "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the tokenizer": (
-            cfg.mask_documents and cfg.tokenizer is None
-        ),
+        "mask_documents=true needs the id of end-of-text, which tokenizer=none does not say; name the "
+        "tokenizer": cfg.mask_documents and cfg.tokenizer is None,
         f"cpu_offload=true {needs}: only sharded parameters can live in host memory": offload and not fsdp,
-        f"shard_size={cfg.shard_size} {needs}: ddp keeps a whole copy in each process": cfg.shard_size and not fsdp,
-        "cpu_offload=true keeps gradients where mixed_precision=fp16's scaler cannot follow; use bf16": (
-            offload and fp16
-        ),
-        f"cpu_offload=true with optimizer=muon {untried}": offload and muon,
-        f"cpu_offload=true with shard_size={cfg.shard_size} {untried}": offload and cfg.shard_size,
+        f"shard_size={size} {needs}: ddp keeps a whole copy in each process": size and not fsdp,
+        "cpu_offload=true with mixed_precision=fp16: its scaler cannot follow; use bf16": offload and fp16,
+        "cpu_offload=true with optimizer=muon has never been tried; leave one of them out": offload and muon,
+        f"cpu_offload=true with shard_size={size} has never been tried; leave one of them out": offload and size,
         "optimizer=muon knows no gradient scaler, as mixed_precision=fp16 needs; use bf16": fp16 and muon,
     }.items():
         require(not refused, message)

@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
     """ckpt.py export. Returns the exit code; raises ConfigError, CheckpointError."""
     parser = argparse.ArgumentParser(prog="ckpt.py export", description="A checkpoint as a Hugging Face folder.")
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a folder of checkpoints (the last one), or gs://..."
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint, a folder of them (its last), or gs://..."
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the weights (default: %(default)s)")

@@ -43,9 +43,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="ckpt.py import", description="A GPT-NeoX folder as a checkpoint.")
     parser.add_argument("folder", metavar="FOLDER", help="a folder with config.json and safetensors, such as Pythia's")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, for init_from=OUT")
-    parser.add_argument(
-        "--config", metavar="FILE.py", help="the model's config where FOLDER has no config.json, as Accelerate's"
-    )
+    parser.add_argument("--config", metavar="FILE.py", help="the model's config, for Accelerate's folders without one")
     args = parser.parse_args(argv)
     check_free(args.out)
     processes.warn_if_busy(torch.device("cpu"), torch.get_num_threads(), "")

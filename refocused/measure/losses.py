@@ -83,9 +83,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py losses", description="The first step in which two runs differ.")
     parser.add_argument("A", help="a trace.jsonl, the folder that it is in, or a commit")
     parser.add_argument("B", help="the same")
-    parser.add_argument(
-        "--steps", type=positive, default=20, help="steps of the demo to run at a commit (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=positive, default=20, help="of the demo, at a commit (default: %(default)s)")
     parser.add_argument("--nproc", type=positive, default=2, help="processes of that run (default: %(default)s)")
     args = parse_with_settings(parser, argv)
     a, b = (

@@ -191,26 +191,17 @@ def hardware() -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py step", description="tokens/s of a whole optimizer step")
-    parser.add_argument(
-        "--size",
-        choices=[*SIZES, "all"],
-        default="all",
-        help="all: small, medium and wide (default); large takes a GPU of 80 GB",
-    )
-    parser.add_argument(
-        "--contenders",
-        default="ours,transformers,nanogpt,floor",
-        help="of these and muon, ours-ddp-N, muon-fsdp-N (default: %(default)s)",
-    )
+    parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="all (default): without large, of 80 GB")
+    names = "of these and muon, ours-ddp-N, muon-fsdp-N (default: %(default)s)"
+    parser.add_argument("--contenders", default="ours,transformers,nanogpt,floor", help=names)
     parser.add_argument("--rounds", type=positive, help=f"turns of each contender (default by size: {ROUNDS})")
     parser.add_argument("--steps", type=positive, default=STEPS, help="optimizer steps per turn (default: %(default)s)")
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
         if not re.fullmatch(r"(ours|muon)(-(ddp|fsdp)-\d+)?|transformers|nanogpt|floor", name):
-            raise ConfigError(
-                f"contender {name!r} is none of transformers, nanogpt, floor, ours, muon, ours-ddp-N, muon-fsdp-N"
-            )
+            known = "transformers, nanogpt, floor, ours, muon, ours-ddp-N, muon-fsdp-N"
+            raise ConfigError(f"contender {name!r} is none of {known}")
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())
     print(f"medians of rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)

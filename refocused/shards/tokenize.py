@@ -228,18 +228,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fields", type=field_names, default=DEFAULT_FIELDS, help=fields)
     split = f"what stands between documents of a .txt, such as '{readers.END_OF_TEXT}'"
     parser.add_argument("--split", default="", metavar="MARK", help=split)
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do at a line that cannot be read (default: stop)",
-    )
-    parser.add_argument(
-        "--shard_tokens",
-        type=arguments.positive,
-        default=1 << 26,
-        help="tokens per shard, about (default: %(default)s)",
-    )
+    on_error = "what to do at a line that cannot be read (default: stop)"
+    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help=on_error)
+    about = "tokens per shard, about (default: %(default)s)"
+    parser.add_argument("--shard_tokens", type=arguments.positive, default=1 << 26, help=about)
     args = parser.parse_args(argv)
     begin, rules = time.perf_counter(), Rules(args.fields, args.split, args.on_error == "skip")
     tokenizer = args.tokenizer or str(Config.tokenizer)
