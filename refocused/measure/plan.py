@@ -7,7 +7,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,14 +28,8 @@ WIDTH = 100  # columns of what is printed
 LIMITS = {"products": "matrix products", "memory": "memory bandwidth", "host copies": "copies from and to the host"}
 
 
-class Target(NamedTuple):
-    """What is planned for."""
-
-    gpu: gpus.GPU | None  # of the table
-    name: str
-    usable: float  # GiB that torch finds on one
-    machine: Machine | None
-    price: float | None  # $ per GPU and hour
+# what is planned for: the GPU of the table, its name, GiB that torch finds on one, its rates, $ per GPU and hour
+Target = tuple[gpus.GPU | None, str, float, Machine | None, float | None]
 
 
 def say(text: str) -> None:
@@ -207,7 +201,7 @@ def target(options: argparse.Namespace, cfg: Config, world: int, *links: Any) ->
         name, usable = f"GPU of {sold:g} GB, the smallest known kind that it fits", gpus.usable(sold)
     if options.memory and not (gpu and gpu.sold == options.memory):
         name, usable = f"{options.gpu or 'GPU'} of {options.memory:g} GB", gpus.usable(options.memory)
-    return Target(gpu, name, usable, machine, options.price or (gpu.price if gpu else None))
+    return gpu, name, usable, machine, options.price or (gpu.price if gpu else None)
 
 
 def main(argv: list[str]) -> int:
