@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""srun, scontrol, sky, kubectl, gcloud, docker and hf, as deploy/ and docs/cloud.md call them: nodes are processes here.
+"""srun, scontrol, sky, kubectl and gcloud, as deploy/ and docs/cloud.md call them: nodes are processes of this machine.
 
 A link with the name of one of them is that program.
 """
@@ -11,6 +11,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import yaml
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
 
 
 def srun(words: list[str]) -> int:
@@ -24,10 +28,8 @@ def srun(words: list[str]) -> int:
 
 
 def scontrol(words: list[str]) -> None:
-    if words[0] == "show":
-        print(words[2])
-    else:
-        Path("queue").open("a").write(f"{' '.join(words)}\n")
+    """`show hostnames LIST` prints them; `requeue JOB` is noted."""
+    print(words[-1], file=sys.stdout if words[0] == "show" else Path("queue").open("a"))
 
 
 def nodes(name: str, commands: list[list[str]], told: dict) -> list[int]:
@@ -44,8 +46,6 @@ def nodes(name: str, commands: list[list[str]], told: dict) -> list[int]:
 
 def sky(words: list[str]) -> None:
     """Two machines of one GPU, until they end."""
-    import yaml
-
     task = yaml.safe_load(Path(next(word for word in words if word.endswith(".yaml"))).read_text())
     told = {**task["envs"], **dict(word.split("=") for word in words if "=" in word), "SKYPILOT_NODE_RANK": "RANK"}
     told |= {"SKYPILOT_NUM_NODES": 2, "SKYPILOT_NUM_GPUS_PER_NODE": 1, "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"}
@@ -54,20 +54,16 @@ def sky(words: list[str]) -> None:
 
 def kubectl(words: list[str]) -> bool:
     """The pods of a TrainJob, with one GPU and a new disk each; all start again, unless an exit code forbids it."""
-    import yaml
-
     runtime, job = yaml.safe_load_all(sys.stdin)
-    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    one, trainer = node["template"]["spec"], job["spec"]["trainer"]
-    [data] = one["template"]["spec"]["initContainers"]
+    one, trainer = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"], job["spec"]["trainer"]
     told = {"NNODES": trainer["numNodes"], "NPROC_PER_NODE": 1, "NODE_RANK": "RANK", "MASTER_ADDR": "127.0.0.1"}
     told = {f"PET_{key}": value for key, value in {**told, "MASTER_PORT": os.environ["PORT"]}.items()}
+    data, train = one["template"]["spec"]["initContainers"][0]["command"], trainer["command"] + trainer["args"]
     while True:
         disks = [tempfile.mkdtemp(dir=".") for _ in range(trainer["numNodes"])]
         for disk in disks:
-            subprocess.run([word.replace("/mnt/run", disk) for word in data["command"]], check=True)
-        command = trainer["command"] + trainer["args"]
-        codes = nodes("pods", [[word.replace("/mnt/run", disk) for word in command] for disk in disks], told)
+            subprocess.run([word.replace("/mnt/run", disk) for word in data], check=True)
+        codes = nodes("pods", [[word.replace("/mnt/run", disk) for word in train] for disk in disks], told)
         for disk in disks:
             shutil.rmtree(disk)
         if not any(codes) or set(codes) & {*one["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]}:
@@ -76,28 +72,15 @@ def kubectl(words: list[str]) -> bool:
 
 def gcloud(words: list[str]) -> None:
     """storage rsync -r, to or from a bucket."""
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
-
     *_, source, target = words
-    bucket, _, prefix = (target if target.startswith("gs://") else source)[5:].partition("/")
-    client = storage.Client("none", AnonymousCredentials())
-    if target.startswith("gs://"):
-        for path in filter(Path.is_file, Path(source).rglob("*")):
-            client.bucket(bucket).blob(f"{prefix}/{path.relative_to(source)}").upload_from_filename(path)
-    else:
-        for blob in client.list_blobs(bucket, prefix=f"{prefix}/"):
-            file = Path(target, blob.name.removeprefix(f"{prefix}/"))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            blob.download_to_filename(file)
-
-
-def docker(words: list[str]) -> None:
-    assert words[0] in ("build", "push")
-
-
-def hf(words: list[str]) -> None:
-    assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in Path(words[-1]).iterdir()}
+    up = target.startswith("gs://")
+    name, _, prefix = (target if up else source)[5:].partition("/")
+    bucket = storage.Client("none", AnonymousCredentials()).bucket(name)
+    for path in filter(Path.is_file, Path(source).rglob("*") if up else ()):
+        bucket.blob(f"{prefix}/{path.relative_to(source)}").upload_from_filename(path)
+    for blob in () if up else bucket.list_blobs(prefix=f"{prefix}/"):
+        (file := Path(target, blob.name.removeprefix(f"{prefix}/"))).parent.mkdir(parents=True, exist_ok=True)
+        blob.download_to_filename(file)
 
 
 if __name__ == "__main__":
