@@ -19,7 +19,7 @@ from refocused import entry  # before all others: it says what this machine lack
 COMMANDS = {
     "demo": ("a small set: the bytes of Python's own sources", "refocused.shards.demo:main"),
     "download": ("shards from a bucket, ready to be read", "refocused.bucket.download:main"),
-    "tokenize": ("text files -> shards", "refocused.shards.tokenize:main"),
+    "tokenize": ("text files -> shards", "refocused.commands.tokenizing:main"),
     "prepare": ("foreign shards -> shards that are mapped as they are", "refocused.shards.prepare:main"),
     "verify": ("every byte against its checksum, every id against the vocabulary", "refocused.shards.verify:main"),
     "bench": ("tokens/s of the loader", "refocused.commands.loading:main"),

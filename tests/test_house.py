@@ -48,6 +48,7 @@ LATE = {
     "configs._others": "only a word that is no key is looked up there",
     "refocused.shards.prepare": "only a set that cannot be mapped needs it, and with it all other formats",
     "pydoc_data": "0.7 MB of text that is read as text, for the demo",
+    "refocused.shards.tables": "it needs pyarrow, as only Parquet and Arrow files do; not in requirements.txt",
     "onnxruntime": "only an ONNX export needs it; not in requirements.txt",
     "transformers": "a peer of bench.py; not in requirements.txt",
     "accelerate": "a peer of bench.py; not in requirements.txt",

@@ -454,7 +454,7 @@ def test_usage_errors(tmp_path, capsys):
         (("tokenize", IN, OUT), 66, "`python data.py prepare SRC DST` makes shards of its 1"),
         (("verify", TEXTS), 66, tokenizes),
         (("bench", EMPTY), 66, "have no .npz file"),
-        (("tokenize", "gs://b/texts", OUT), 2, "gs://b/texts is in a bucket, and this reads from a disk"),
+        (("tokenize", "gs:/b/texts", OUT), 2, "gs:/b/texts is in a bucket, and this reads from a disk"),
         (("verify", "gs:/b/texts"), 2, "`gcloud storage cp -r gs://BUCKET/PREFIX DEST` other files"),
         (("prepare", IN, IN), 66, "is the source"),
         (("prepare", IN, OUT, "--end_of_text", 60000), 66, "no id below vocab_size=50257"),
@@ -610,6 +610,13 @@ def tokens_in(folder: Path) -> list[int]:
     return np.concatenate([Shard.open(folder, name).stream for name in sorted(content(folder))]).tolist()
 
 
+def tokenizing(
+    source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 2
+) -> Counter:
+    sources = tokenize.local(source, target, rules, workers)
+    return tokenize.tokenize(sources, target, tokenizer, rules, shard_tokens, workers)
+
+
 def byte_ids(documents: list[str]) -> list[int]:
     return [token for document in documents for token in (*document.encode(), 256)]
 
@@ -639,7 +646,7 @@ def test_tokenize(tmp_path):
     documents, rules = write_texts(tmp_path / "in"), Rules(["body", "title", "selftext"])
 
     def again(shard_tokens: int = 5000, workers: int = 1) -> Counter:
-        return tokenize.tokenize(tmp_path / "in", tmp_path / "out", "byte", rules, shard_tokens, workers)
+        return tokenizing(tmp_path / "in", tmp_path / "out", "byte", rules, shard_tokens, workers)
 
     totals, expected = again(workers=3), byte_ids(documents)
     assert tokens_in(tmp_path / "out") == expected and len(content(tmp_path / "out")) == totals["files"] > 3
@@ -681,16 +688,16 @@ def test_tokenize_by_a_file(tmp_path, monkeypatch):
         known.no_truncation()
         known.no_padding()
         known.encode_special_tokens = True
-        tokenize.tokenize(tmp_path / "in", tmp_path / f"{name} out", str(tmp_path / name), Rules([]), 4000)
+        tokenizing(tmp_path / "in", tmp_path / f"{name} out", str(tmp_path / name), Rules([]), 4000)
         assert tokens_in(tmp_path / f"{name} out") == [*known.encode(words, add_special_tokens=False).ids, end]
         shard = Shard.open(tmp_path / f"{name} out", first)
         assert shard.stream.dtype == dtype
         assert shard.tokenizer == (find(str(tmp_path / name)).identity, f"{name}/tokenizer.json")
     shutil.copytree(tmp_path / "own", tmp_path / "moved")
-    again = tokenize.tokenize(tmp_path / "in", tmp_path / "own out", str(tmp_path / "moved"), Rules([]), 4000)
+    again = tokenizing(tmp_path / "in", tmp_path / "own out", str(tmp_path / "moved"), Rules([]), 4000)
     assert again["kept"] == again["files"], "it is the same tokenizer"
     with pytest.raises(DataError, match="made from other tokenizer"):
-        tokenize.tokenize(tmp_path / "in", tmp_path / "own out", "byte", Rules([]), 4000)
+        tokenizing(tmp_path / "in", tmp_path / "own out", "byte", Rules([]), 4000)
 
     assert prepare.main([str(tmp_path / "large out"), str(tmp_path / "prepared"), "--vocab_size", "80000"]) == 0
     assert Shard.open(tmp_path / "prepared", first).tokenizer == Shard.open(tmp_path / "large out", first).tokenizer
@@ -743,13 +750,13 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, split):
     (tmp_path / "in/a.txt").write_bytes(b"\xef\xbb\xbf" + words.encode())
     encoding = find("gpt2").known
     whole = split_whole(words, split) if split else [words]
-    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000, workers=2)
+    totals = tokenizing(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000, workers=2)
     expected = [token for document in whole for token in [*encoding.encode_ordinary(document), 50256]]
     found = tokens_in(tmp_path / "out")
     assert encoding.decode(found) == encoding.decode(expected)
     assert found == expected and totals["documents"] == len(whole) and totals["files"] > 5
     made = drop_shards(tmp_path / "out", 3)
-    assert tokenize.tokenize(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000)["kept"] == 3
+    assert tokenizing(tmp_path / "in", tmp_path / "out", "gpt2", Rules([], split), 4000)["kept"] == 3
     assert content(tmp_path / "out") == made
 
 
@@ -777,7 +784,7 @@ def test_texts_as_people_have_them(tmp_path, name):
     texts = [data.decode()] if ".txt" in name.lower() else [json.loads(line)["text"] for line in lines]
 
     def tokenized(target: str) -> Counter:
-        return tokenize.tokenize(tmp_path / "in", tmp_path / target, "byte", Rules(["text"]), 3000)
+        return tokenizing(tmp_path / "in", tmp_path / target, "byte", Rules(["text"]), 3000)
 
     assert tokenized("out")["documents"] == len(texts) and tokens_in(tmp_path / "out") == byte_ids(texts)
     made = drop_shards(tmp_path / "out", 2)
@@ -809,7 +816,7 @@ def test_a_text_is_what_its_file_says(tmp_path, monkeypatch, capsys, tokenizer):
     (tmp_path / "in/a.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "in/b.json").write_text(json.dumps(records, indent=1))
     (tmp_path / "in/c.txt").write_bytes("<mark>".join(TEXTS[:1] + TEXTS[5:7]).encode())
-    totals = tokenize.tokenize(tmp_path / "in", tmp_path / "out", tokenizer, Rules(["text"], "<mark>"), 10**6)
+    totals = tokenizing(tmp_path / "in", tmp_path / "out", tokenizer, Rules(["text"], "<mark>"), 10**6)
     marked = [text.rstrip("\n") for text in TEXTS[:1] + TEXTS[5:7]]
     ids = tokenize.encode_documents(known, [*TEXTS, *TEXTS, *marked], Counter())
     assert tokens_in(tmp_path / "out") == [token for document in ids for token in (*document.tolist(), known.end)]
@@ -838,10 +845,10 @@ def test_records_without_text(tmp_path, capsys, record, words, usual):
     source.write_bytes("\n".join(['{"text": "one"}', record, HALF]).encode("latin-1"))
     if not usual:
         with pytest.raises(DataError) as caught:
-            tokenize.tokenize(source, out, "byte", Rules(["text"]), 100)
+            tokenizing(source, out, "byte", Rules(["text"]), 100)
         assert f"{source} line 2: " in str(caught.value) and words in str(caught.value)
         assert "--on_error skip" in str(caught.value)
-    totals = tokenize.tokenize(source, out, "byte", Rules(["text"], "", not usual), 100)
+    totals = tokenizing(source, out, "byte", Rules(["text"], "", not usual), 100)
     assert f"skipped {source} line 2: " in (said := capsys.readouterr().err) and words in said
     assert tokens_in(out) == byte_ids(["one", "cut \ufffd"]) and (totals["documents"], totals["skipped"]) == (2, 1)
 
@@ -867,8 +874,8 @@ def test_tokenize_command(tmp_path, capsys):
 
 LONG = '{"text": "b", "n": ' + "9" * 4301 + "}\n"
 TWO = {"a.jsonl": b'{"title": "T", "selftext": "b"}\n'}
-KINDS = "no .txt, .jsonl or .json file (of lines or one array; also as .gz, .bz2, .xz or .zst)"
-PARQUET = "pandas.read_parquet('a.parquet').to_json('a.parquet.jsonl', orient='records', lines=True)"
+KINDS = f"no {readers.READ}"
+CSV = "pandas.read_csv('a.csv').to_json('a.csv.jsonl', orient='records', lines=True)"
 NOWHERE = "the mark is nowhere in them, in which backslashes are no escapes: bash has $'\\n\\n' for"
 UTF_16 = '{"text": "x"}\n'.encode("utf-16")
 WORDS = [  # files, arguments, exit code, what is said
@@ -878,10 +885,10 @@ WORDS = [  # files, arguments, exit code, what is said
     ({"e.jsonl": b'{"body": ""}\n\n'}, "--fields=body", 66, "hold no text: 1 documents were skipped"),
     ({"e.txt": b""}, "", 66, "hold no text"),
     ({"a.pdf": b"x"}, "", 66, f"have {KINDS}, but 1 others such as a.pdf"),
-    ({"a.parquet": b"x"}, "", 66, PARQUET),
+    ({"a.csv": b"x"}, "", 66, CSV),
     ({"a.tar.gz": b"x"}, "", 66, "`tar xf a.tar.gz` makes text of a.tar.gz"),
     ({"a.txt": b"x", "b.zip": b"x"}, "", 0, f"left out, {KINDS}: b.zip; `unzip b.zip`"),
-    ({"settings.json": b'{"a": 1}\n', "a.txt": b"x"}, "", 0, "): settings.json"),
+    ({"settings.json": b'{"a": 1}\n', "a.txt": b"x"}, "", 0, f"{readers.READ}: settings.json"),
     ({"a.json": b'{\n "text": "x"\n}\n'}, "", 66, f"have {KINDS}"),
     (TWO, "--fields=title,_selftext", 0, ""),
     (TWO, "--fields=title,selfttext", 0, "none of 1 lines has the field selfttext"),

@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO, Any
@@ -36,9 +36,8 @@ ALIGNMENT = 64  # of the first token in a file that is written here
 IN_MEMORY = 1 << 27  # bytes of tokens; a larger shard waits in a temporary file for its number of tokens
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
 WAYS = {  # what others keep text in, and one line that turns it into what is read
-    **dict.fromkeys((".tar", ".tar.gz", ".tgz"), "tar xf {0}"), ".zip": "unzip {0}",
-    **{f".{kind}": f"python -c \"import pandas; pandas.read_{kind}('{{0}}').to_json('{{0}}.jsonl', orient='records', "
-       "lines=True)\"" for kind in ("parquet", "csv")},
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "tar xf {0}"), ".zip": "unzip {0}",
+    ".csv": "python -c \"import pandas; pandas.read_csv('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"",
 }  # fmt: skip
 
 
@@ -129,7 +128,7 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
 
 def others(paths: list[str]) -> str:
     """What lies there instead, and what reads it, behind a message that something is missing."""
-    for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl"), "tokenize")):
+    for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl", ".parquet"), "tokenize")):
         if found := [path for path in paths if path.lower().endswith(kinds)]:
             way = here(f"python data.py {command} SRC DST")
             return f"; `{way}` makes shards of its {len(found)} such as {found[0]}"
@@ -267,11 +266,11 @@ def imported_model(tokenizer: str) -> dict[str, Any]:
     return {}
 
 
-def common_arguments(*folders: str) -> argparse.ArgumentParser:
+def common_arguments(**folders: Callable[[str], Any]) -> argparse.ArgumentParser:
     """What the commands about shards have in common: a parent for their parsers."""
     parser = argparse.ArgumentParser(add_help=False)
-    for folder in folders:
-        parser.add_argument(folder, type=local_path)
+    for folder, kind in folders.items():
+        parser.add_argument(folder, type=kind)
     parser.add_argument("--tokenizer", metavar="NAME", help=f"{HELP} (default: {Config.tokenizer})")
     parser.add_argument("--vocab_size", type=arguments.positive, help="number of token ids (default: the tokenizer's)")
     parser.add_argument(
@@ -283,7 +282,7 @@ def common_arguments(*folders: str) -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="data.py prepare", description="Compressed or padded .npz, .npy and .bin -> shards that are mapped.",
-        parents=[common_arguments("SRC", "DST")],
+        parents=[common_arguments(SRC=local_path, DST=local_path)],
     )  # fmt: skip
     parser.add_argument(
         "--bin_dtype", choices=BIN_DTYPES, help="type of the ids in .bin files (default: what their content shows)"

@@ -1,4 +1,4 @@
-"""The documents of text files, read as streams: .txt and JSON lines, as they are or compressed."""
+"""The documents of files, read as streams: .txt and JSON lines, as they are or compressed, and tables."""
 
 import contextlib
 import importlib
@@ -21,21 +21,21 @@ GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
 FIELD = "with field {}"  # what a field's lines are counted by
 END_OF_TEXT = "<|endoftext|>"  # as GPT-2's own datasets spell it
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "backports.zstd"}  # {suffix: module}
-LINES = (".jsonl", ".ndjson", ".json")
-READ = ".txt, .jsonl or .json file (of lines or one array; also as .gz, .bz2, .xz or .zst)"
+LINES, TABLES = (".jsonl", ".ndjson"), (".parquet", ".arrow", ".feather")
+READ = ".txt, .jsonl, .json (lines or one array; also as .gz, .bz2, .xz or .zst), .parquet, .arrow or .feather file"
 # Where a tokenizer cuts in any case: before a space between words, or at least before white space and not inside it
 BETWEEN = (re.compile(rb"(?<=[A-Za-z]) (?=[A-Za-z])"), re.compile(rb"(?<=\S)[ \n](?=\S)"))
 
 
 class BadRecord(ValueError):
-    """A line of JSON that has no text."""
+    """A line of JSON, or a table, that has no text."""
 
 
 @dataclass
 class Piece:
     text: str
-    end: int  # where the next piece begins: a byte of the (inflated) file; of a JSON array letters of text
-    line: int  # lines read by then; in a .txt 1 where that is inside a document, else 0
+    end: int  # where the next piece begins: a byte of the (inflated) file; of an array or a table letters of text
+    line: int  # lines or rows read by then; in a .txt 1 where that is inside a document, else 0
     complete: bool = True  # whether a document ends here
     counts: dict[str, int] = field(default_factory=dict)  # what was met here, for words at the end
 
@@ -50,14 +50,23 @@ class Rules:
     said: int = field(default=0, compare=False)
 
 
-def kind(file: Path, fields: list[str]) -> str:
-    """ "txt", "lines", "array" (of JSON objects) or "" for a file of another kind. Raises DataError.
+def named(path: str) -> str:
+    """ "txt", "table", "lines", "json" (which may be lines or an array) or "", by a file's name.
 
-    Reddit's dumps are RC_2020-01.zst without another suffix. What a .json is, its beginning tells.
+    Reddit's dumps are RC_2020-01.zst without another suffix.
     """
-    name = Path(file.name.lower())
+    name = Path(path.lower())
     inner = name.with_suffix("") if name.suffix in PACKED else name
-    if inner.suffix == ".json":
+    if inner.suffix in (".txt", ".json"):
+        return inner.suffix[1:]
+    if name.suffix in TABLES:
+        return "table"
+    return "lines" if inner.suffix in LINES or (name != inner and not inner.suffix) else ""
+
+
+def kind(file: Path, fields: list[str]) -> str:
+    """The same, with "lines", "array" or "" (somebody's settings) for a .json, by its beginning. Raises DataError."""
+    if (found := named(file.name)) == "json":
         with opened(file, 0) as stream, contextlib.suppress(ValueError, RecursionError):
             line = b"\n"
             while line and not line.strip():
@@ -68,9 +77,7 @@ def kind(file: Path, fields: list[str]) -> str:
             if isinstance(first, dict) and (stream.readline(1) or {*first} & {*fields}):
                 return "lines"  # one object without a text is somebody's settings
         return ""
-    if inner.suffix == ".txt":
-        return "txt"
-    return "lines" if inner.suffix in LINES or (name != inner and not inner.suffix) else ""
+    return found
 
 
 @contextmanager
@@ -106,23 +113,40 @@ def opened(path: Path, start: int) -> Iterator[Any]:
 def documents(path: Path, rules: Rules, start: int = 0, line: int = 0) -> Iterator[Piece]:
     """The documents of a file from a piece's end and line on. Raises DataError."""
     what = kind(path, rules.fields)
-    with opened(path, 0 if what == "array" else start) as stream:
+    with opened(path, start if what in ("txt", "lines") else 0) as stream:
         if not start and stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{path} is UTF-16; `iconv -f UTF-16 -t UTF-8 {path.name} > NEW` makes UTF-8 of it")
         if what == "txt":
             yield from text_pieces(stream, path, rules, start, line)
-        elif what == "array":
-            for row, record in enumerate(whole_array(stream, path)[line:], line + 1):
-                piece = document(record, rules, f"{path} element {row}", start, row)
-                start = piece.end = start + len(piece.text) + 1
-                yield piece
-        else:
+        elif what in ("array", "table"):
+            table = what == "table"
+            records = table_rows(path, rules.fields, line) if table else whole_array(stream, path)[line:]
+            try:
+                for row, record in enumerate(records, line + 1):
+                    piece = document(record, rules, f"{path} {'row' if table else 'element'} {row}", start, row)
+                    start = piece.end = start + len(piece.text) + 1
+                    yield piece
+            except BadRecord as error:
+                if not rules.skip_errors:
+                    raise DataError(f"{path}: {error}; --on_error skip passes such files over") from error
+                complain(rules, f"{path}: {error}")
+        elif what == "lines":
             for content in stream:
                 start, line = start + len(content), line + 1
                 if content.strip():
                     yield document(content, rules, f"{path} line {line}", start, line)
                 else:
                     yield Piece("", start, line, False)
+        else:
+            complain(rules, f"{path}: no JSON lines and no array")
+
+
+def table_rows(path: Path, fields: list[str], begin: int) -> Iterator[dict[str, Any]]:
+    try:
+        from refocused.shards import tables
+    except ImportError as error:
+        raise DataError(f"{path}: `{here('pip install pyarrow')}` makes it readable") from error
+    return tables.rows(path, fields, begin)
 
 
 def whole_array(stream: IO[bytes], path: Path) -> list[Any]:

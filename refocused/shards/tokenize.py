@@ -1,11 +1,8 @@
 """Text files -> shards, through a tokenizer."""
 
-import argparse
 import hashlib
 import json
-import os
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from configs import Config
-from refocused import arguments, locks
+from refocused import locks
 from refocused.files import remove_stale
 from refocused.shards import prepare, readers
 from refocused.shards.find import find_sources
@@ -41,12 +37,24 @@ class Batch:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def batches(files: list[Path], rules: Rules, start: Place, size: int) -> Iterator[Batch]:
+@dataclass
+class Sources:
+    """Files of text in their order."""
+
+    name: str  # where they are
+    paths: list[str]
+    contents: list[str]  # for each a hash, by which another content is noticed
+    sizes: list[int]
+    file: Callable[[int], Path]  # the i-th, to be read now; called for one after the other
+    done: Callable[[], Any] = lambda: None  # once all are shards
+
+
+def batches(sources: Sources, rules: Rules, start: Place, size: int) -> Iterator[Batch]:
     """The documents from a place on, `size` bytes of the sources at once; from any batch's end, the same rest."""
-    for i in range(start[0], len(files)):
+    for i in range(start[0], len(sources.paths)):
         place = start if i == start[0] else (i, 0, 0)
         batch = Batch(place)
-        for piece in documents(files[i], rules, *place[1:]):
+        for piece in documents(sources.file(i), rules, *place[1:]):
             batch.size += piece.end - batch.next[1]
             batch.next = (i, piece.end, piece.line)
             batch.counts.update(piece.counts)
@@ -64,13 +72,8 @@ def content_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 0) -> Counter:
-    """Turns text files (readers.READ), source or those below it, into shards of about shard_tokens.
-
-    End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
-    notes where its successor begins, so an interrupted run goes on behind the last intact one; sources whose content
-    is another by then are refused. Returns totals as prepare does. Raises DataError.
-    """
+def local(source: Path, target: Path, rules: Rules, workers: int) -> Sources:
+    """The text files (readers.READ) that source is or has below it, but not below target. Raises DataError."""
     named = source
     source, everything = find_sources(source, but=(target,))
     paths = [path for path in everything if kind(source / path, rules.fields)]
@@ -79,10 +82,25 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
     if left := sorted({*everything} - {*paths}):
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         print(f"left out, no {readers.READ}: {', '.join(left[:5])}{more}{prepare.others(left)}", file=sys.stderr)
+    files = [source / path for path in paths]
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            contents = list(pool.map(content_of, files))
+        return Sources(str(source), paths, contents, [file.stat().st_size for file in files], files.__getitem__)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def tokenize(sources: Sources, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int) -> Counter:
+    """Turns texts into shards of about shard_tokens, by so many threads.
+
+    End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
+    notes where its successor begins, so an interrupted run goes on behind the last intact one; sources whose content
+    is another by then are refused. Returns totals as prepare does. Raises DataError.
+    """
     known = find(tokenizer)
     dtype, end = np.dtype("<u2" if known.size <= 1 << 16 else "<u4"), [known.end]
-    files = [source / path for path in paths]
-    threads = workers or os.cpu_count() or 1
+    names, count = [path.lower() for path in sources.paths], len(sources.paths)
 
     def encode(batch: Batch) -> tuple[Batch, np.ndarray]:
         parts = [np.empty(0, dtype)]
@@ -93,28 +111,25 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
         batch.counts.update(tokens=len(tokens), documents=sum(complete for _, complete in batch.texts))
         return batch, tokens
 
-    with locks.filling(target), ThreadPoolExecutor(threads) as pool:
+    with locks.filling(target), ThreadPoolExecutor(workers) as pool:
         remove_stale(target)
-        try:
-            contents = list(in_order(pool, content_of, iter(files), threads))
-        except OSError as error:
-            raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+        listed = json.dumps([*zip(sources.paths, sources.contents, strict=True)])
         settings = {
-            "sources": hashlib.sha256(json.dumps([*zip(paths, contents, strict=True)]).encode()).hexdigest(),
+            "sources": hashlib.sha256(listed.encode()).hexdigest(),
             "tokenizer": known.identity, "fields": rules.fields, "split": rules.split, "shard_tokens": shard_tokens,
             "on_error": "skip" if rules.skip_errors else "stop", "rule": readers.RULE,
         }  # fmt: skip
         totals, begin = finished(target, settings)
-        cut = batches(files, rules, begin, min(BATCH, shard_tokens))
+        cut = batches(sources, rules, begin, min(BATCH, shard_tokens))
         report, parts = Counter(dict.fromkeys(prepare.TOTALS[2:], 0)), []
-        inflated = any(path.lower().endswith(tuple(PACKED)) for path in paths)
-        todo = None if inflated else sum(file.stat().st_size for file in files[begin[0] :]) - begin[1]
-        with tqdm(total=todo, desc=f"tokenizing {source}", unit="B", unit_scale=True) as bar:
-            for batch, tokens in in_order(pool, encode, cut, 2 * threads):
+        inflated = any(name.endswith((*PACKED, *readers.TABLES)) for name in names)
+        todo = None if inflated else sum(sources.sizes[begin[0] :]) - begin[1]
+        with tqdm(total=todo, desc=f"tokenizing {sources.name}", unit="B", unit_scale=True) as bar:
+            for batch, tokens in in_order(pool, encode, cut, 2 * workers):
                 parts.append(tokens)
                 report.update(batch.counts)
                 report["largest_id"] = max(report["largest_id"], int(tokens.max(initial=0)))
-                last = batch.next[0] == len(files)
+                last = batch.next[0] == count
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
                     note = {**settings, "tokenizer_name": known.name, "begin": begin, "next": batch.next}
                     prepare.write_shard(target / shard_name(totals["files"]), dtype, parts, note | {"report": report})
@@ -122,9 +137,10 @@ def tokenize(source: Path, target: Path, tokenizer: str, rules: Rules, shard_tok
                     begin, parts, report = batch.next, [], Counter(dict.fromkeys(prepare.TOTALS[2:], 0))
                 bar.update(batch.size)
         totals.update(report)  # of what came behind the last text
+        sources.done()
     if not totals["tokens"]:
-        raise DataError(f"the {len(paths)} files of {source} hold no text: {totals['skipped']} documents were skipped")
-    say_what_was_met(totals, rules, any(kind(file, rules.fields) == "txt" for file in files), known.name)
+        raise DataError(f"the {count} files of {sources.name} hold no text: {totals['skipped']} documents were skipped")
+    say_what_was_met(totals, rules, "txt" in map(readers.named, names), known.name)
     return totals
 
 
@@ -217,30 +233,3 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[A], B], items: Iterator[A
             yield running.popleft().result()
     while running:
         yield running.popleft().result()
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="data.py tokenize", description="Text files (.txt, .jsonl, .json, also compressed) -> shards.",
-        parents=[prepare.common_arguments("SRC", "DST")],
-    )  # fmt: skip
-    fields = "fields of a JSON line, joined (default: text); for Reddit: body, or title,selftext"
-    parser.add_argument("--fields", type=field_names, default=DEFAULT_FIELDS, help=fields)
-    split = f"what stands between documents of a .txt, such as '{readers.END_OF_TEXT}'"
-    parser.add_argument("--split", default="", metavar="MARK", help=split)
-    on_error = "what to do at a line that cannot be read (default: stop)"
-    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop", help=on_error)
-    about = "tokens per shard, about (default: %(default)s)"
-    parser.add_argument("--shard_tokens", type=arguments.positive, default=1 << 26, help=about)
-    args = parser.parse_args(argv)
-    begin, rules = time.perf_counter(), Rules(args.fields, args.split, args.on_error == "skip")
-    tokenizer = args.tokenizer or str(Config.tokenizer)
-    totals = tokenize(args.SRC, args.DST, tokenizer, rules, args.shard_tokens, args.workers)
-    prepare.announce(totals, args.DST, tokenizer, args.vocab_size, begin)
-    return 0
-
-
-def field_names(text: str) -> list[str]:
-    if not (names := [name.strip() for name in text.split(",") if name.strip()]):
-        raise argparse.ArgumentTypeError(f"{text!r} names no field")
-    return names

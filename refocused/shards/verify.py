@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from configs import Config
-from refocused.shards.find import find_files
+from refocused.shards.find import find_files, local_path
 from refocused.shards.formats import TokenFile
 from refocused.shards.prepare import common_arguments, others
 from refocused.shards.shard import DTYPES, DataError, Shard
@@ -63,7 +63,7 @@ def examine(folder: Path, path: str, vocab_size: int, fast: bool) -> dict[str, A
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary.",
-        parents=[common_arguments("DIR")],
+        parents=[common_arguments(DIR=local_path)],
     )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="read headers only")
     args = parser.parse_args(argv)
