@@ -19,7 +19,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest $(ARGS)
 
 test-quick: .venv/dev
-	$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
+	FUZZ_CASES=200 $(BIN)/python -m pytest -n auto -m "not slow and not long" $(ARGS)
 
 gpu-check: .venv/dev
 	$(BIN)/python -m pytest -q -n 0 --device cuda --timeout 600 $(ARGS)
