@@ -99,19 +99,23 @@ class Folder:
         cfg, env = self.cfg, self.env
         if self.bucket and cfg.resume:
             log(self.bucket.bring_together(cfg, functools.partial(processes.on_each_node, env)))
-        if self.bucket and (found := processes.on_rank_0(self.bucket.find, cfg)):  # what is newer there comes down
-            processes.on_each_node(env, self.bucket.pull, cfg, found)
-        choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
+        if self.bucket:
+            choice = processes.on_rank_0(self.bucket.choose, cfg)
+        else:
+            choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
         if not choice.path:
             return choice, beginning(cfg.init_from, cfg) if cfg.init_from else None
         # else it is another run's, and so are its logs; an output_dir of links has another path on each node
         own = processes.on_rank_0(lambda: choice.path.parent == Path(cfg.output_dir))
         if own:
             choice = choice._replace(path=Path(cfg.output_dir, str(choice.name)))
+        get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
+        coming = not choice.state  # from the bucket
+        processes.on_each_node(env, selection.bring, choice, get, but_rank_0=not coming)
+        if coming:
+            choice = choice._replace(state=processes.on_rank_0(lambda: selection.read(choice.path, []).state))
         if "data" not in choice.state:
             raise CheckpointError("the checkpoint holds imported weights only; start a run from it with init_from=PATH")
-        get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
-        processes.on_each_node(env, selection.bring, choice, get, but_rank_0=True)
         if self.bucket and own:
             log(processes.on_rank_0(self.bucket.restore_logs, cfg))
         return choice, None
@@ -215,7 +219,7 @@ class Checkpoints:
         if syncer and syncer.backlog:
             log(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
         if syncer and not syncer.close(deadline):
-            reason = syncer.failure  # flush() has set it
+            reason = syncer.failure or f"the upload was not finished after {deadline:g} s"
         return failure, "; ".join(dict.fromkeys(filter(None, processes.gather(reason)))) or None
 
 

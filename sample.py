@@ -70,9 +70,11 @@ def locate(cfg: Config) -> Source:
     if resume.startswith("gs://") or selection.names(resume):
         return ckpt.find(resume)
     if cfg.bucket_name and cfg.checkpoint_bucket_path:
-        if found := start.find(dataclasses.replace(cfg, resume=resume)):
-            start.pull(cfg, found)
-    chosen = selection.choose(cfg.output_dir, resume)
+        chosen = start.choose(dataclasses.replace(cfg, resume=resume))
+        if chosen.path and not chosen.state:
+            chosen = selection.read(start.pull(cfg, chosen), chosen.passed_over)
+    else:
+        chosen = selection.choose(cfg.output_dir, resume)
     for name, why in chosen.passed_over:
         print(f"passed over {name}: {why}", file=sys.stderr)
     if chosen.path is None:

@@ -105,10 +105,11 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(monkeypatch):
-    """A bucket server that this test's client talks to."""
+    """A bucket server that this test's client talks to; no manifest in it ever speaks for what is not there."""
     with FakeGCS() as running:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
         yield running
+    assert not running.violations
 
 
 def pytest_addoption(parser):

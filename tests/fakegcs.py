@@ -5,8 +5,8 @@
         server.fault("PUT", "upload_id", status=503)     # the next chunk of an upload is answered with 503
         server.fault("GET", "alt=media", cut=1000)       # a download breaks after 1000 bytes of its body
 
-`python tests/fakegcs.py PORT [BUCKET ...]` runs it on its own. Objects live in memory. What it knows is what the
-official client and `gcloud storage` use: list, get, media with ranges, delete, one-request and resumable uploads.
+Objects live in memory. What it knows is what the official client uses: list, get, media with ranges, delete,
+one-request and resumable uploads.
 """
 
 import base64
@@ -16,7 +16,6 @@ import json
 import re
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -46,8 +45,7 @@ class Stored:
             "bucket": bucket, "name": self.name, "size": str(len(self.data) if self.size is None else self.size),
             "crc32c": self.crc32c, "generation": str(self.generation), "metageneration": "1",
             "mediaLink": f"{server}/download/storage/v1/b/{bucket}/o/{quote(self.name, safe='')}?alt=media",
-            "storageClass": "STANDARD", "timeCreated": self.updated, "updated": self.updated,
-            **({"contentEncoding": self.encoding} if self.encoding else {}),
+            "updated": self.updated, **({"contentEncoding": self.encoding} if self.encoding else {}),
         }  # fmt: skip
 
 
@@ -94,19 +92,21 @@ def checksum(data: bytes) -> str:
 
 
 class FakeGCS:
-    """The server; a context manager. `requests` lists (method, path with query, status given by a fault or 0)."""
+    """The server; a context manager. `requests` lists (method, path with query)."""
 
-    def __init__(self, port: int = 0, buckets: tuple[str, ...] = ("bucket",), host: str = "127.0.0.1"):
+    def __init__(self, buckets: tuple[str, ...] = ("bucket",), host: str = "127.0.0.1"):
         self.buckets: dict[str, dict[str, Stored]] = {name: {} for name in buckets}
         self.sessions: dict[str, Session] = {}
         self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str, int]] = []
+        self.requests: list[tuple[str, str]] = []
+        self.violations: list[str] = []  # files for which a manifest spoke while they were not there, or not as it says
+        self.stored: list[str] = []  # names, one for each time
         self.page_size = 1000
         self.lock = threading.RLock()
         self.came = threading.Condition(self.lock)  # notified by every request
         self.generations = itertools.count(int(time.time() * 1e6))
         self.session_ids = itertools.count(1)
-        self.server = _Server((host, port), type("BoundHandler", (_Handler,), {"gcs": self}))
+        self.server = _Server((host, 0), type("BoundHandler", (_Handler,), {"gcs": self}))
         self.url = f"http://{host}:{self.server.server_address[1]}"
 
     def __enter__(self) -> "FakeGCS":
@@ -125,6 +125,11 @@ class FakeGCS:
             self.buckets[bucket][name] = stored
             return stored
 
+    @property
+    def commits(self) -> list[str]:
+        """Names of checkpoints whose manifest was written, one for each time."""
+        return [name.split("/")[-2] for name in self.stored if name.endswith("/MANIFEST.json")]
+
     def names(self, prefix: str = "", bucket: str = "bucket") -> list[str]:
         with self.lock:
             return sorted(name for name in self.buckets[bucket] if name.startswith(prefix))
@@ -141,7 +146,7 @@ class FakeGCS:
     def count(self, method: str, pattern: str) -> int:
         """How many such requests there were."""
         with self.lock:
-            return sum(m == method and bool(re.search(pattern, path)) for m, path, _ in self.requests)
+            return sum(m == method and bool(re.search(pattern, path)) for m, path in self.requests)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         """Until happened(), which is asked after every request and now and then besides."""
@@ -176,10 +181,24 @@ class FakeGCS:
             raise Refused(400, "Provided CRC32C doesn't match calculated CRC32C.")
         with self.lock:
             self.check(bucket, metadata["name"], precondition)
-            return self.put(metadata["name"], data, bucket)
+            stored = self.put(metadata["name"], data, bucket)
+            self.stored.append(stored.name)
+            self.look(bucket)
+            return stored
 
     def remove(self, bucket: str, name: str) -> None:
-        del self.buckets[bucket][name]
+        with self.lock:
+            del self.buckets[bucket][name]
+            self.look(bucket)
+
+    def look(self, bucket: str) -> None:
+        for name, stored in self.buckets[bucket].items():
+            with contextlib.suppress(ValueError):  # somebody's file that is no manifest
+                told = json.loads(stored.data)["manifest"] if name.endswith("/MANIFEST.json") else {"files": {}}
+                for file, entry in told["files"].items():
+                    there = self.buckets[bucket].get(f"{name.removesuffix('MANIFEST.json')}{told['save_id']}/{file}")
+                    if there is None or (len(there.data), there.crc32c) != (entry["size"], entry["crc32c"]):
+                        self.violations.append(f"{name}: {file}")
 
 
 class _Server(ThreadingHTTPServer):
@@ -204,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         self.fault = self.gcs.next_fault(self.command, self.path)
         with self.gcs.lock:
-            self.gcs.requests.append((self.command, self.path, self.fault.status))
+            self.gcs.requests.append((self.command, self.path))
             self.gcs.came.notify_all()
         url = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
@@ -215,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Reset
             if self.fault.status:
                 raise Refused(self.fault.status, "injected")
-            self.route(url.path.replace("/resumable/upload/", "/upload/", 1))  # gcloud's spelling
+            self.route(url.path)
         except Refused as refusal:
             self.fault.lost = False
             with contextlib.suppress(OSError):
@@ -228,16 +247,14 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = handle_request
 
     def route(self, path: str) -> None:
-        match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(/storageLayout)?(?:/o(?:/(.*))?)?", path)
+        match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)/o(?:/(.*))?", path)
         if not match:
             raise Refused(501, f"{self.command} {path} is not known here")
-        kind, bucket, layout, name = match[1], unquote(match[2]), match[3], match[4] and unquote(match[4])
+        kind, bucket, name = match[1], unquote(match[2]), match[3] and unquote(match[3])
         if bucket not in self.gcs.buckets:
             raise Refused(404, "The specified bucket does not exist.")
         if kind == "/upload":
             self.upload(bucket)
-        elif layout or not re.search(r"/o(/|$)", path):
-            self.answer({"name": bucket, "location": "US", "locationType": "region"})
         elif name is None:
             self.list(bucket)
         elif self.command == "DELETE":
@@ -258,18 +275,15 @@ class _Handler(BaseHTTPRequestHandler):
             return present
 
     def list(self, bucket: str) -> None:
-        prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
-        limit = min(int(self.query.get("maxResults", 1000)), self.gcs.page_size)
-        entries: dict[str, list[dict]] = {}  # [] for a prefix: with a delimiter, names that share one are one entry
         with self.gcs.lock:
-            for name in self.gcs.names(prefix, bucket):
-                head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
-                metadata = self.gcs.buckets[bucket][name].metadata(self.gcs.url, bucket)
-                entries[prefix + head + found if found else name] = [] if found else [metadata]
-        names = [name for name in entries if name > self.query.get("pageToken", "")]
-        items = [item for name in names[:limit] for item in entries[name]]
-        page = {"items": items, "prefixes": [name for name in names[:limit] if not entries[name]]}
-        self.answer(page | ({"nextPageToken": names[limit - 1]} if len(names) > limit else {}))
+            names = [
+                name
+                for name in self.gcs.names(self.query.get("prefix", ""), bucket)
+                if name > self.query.get("pageToken", "")
+            ]
+            shown = names[: self.gcs.page_size]
+            items = [self.gcs.buckets[bucket][name].metadata(self.gcs.url, bucket) for name in shown]
+        self.answer({"items": items, **({"nextPageToken": shown[-1]} if len(names) > len(shown) else {})})
 
     def media(self, stored: Stored) -> None:
         """The object's bytes from Range's start on, with what GCS says about them in the headers."""
@@ -306,7 +320,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.upload_at_once(bucket)
         else:
             metadata = json.loads(self.body() or b"{}")
-            metadata.setdefault("name", self.query.get("name"))
             precondition = self.query.get("ifGenerationMatch")
             with self.gcs.lock:
                 self.gcs.check(bucket, metadata["name"], precondition)  # checked now, and again at the end
@@ -319,10 +332,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Metadata and bytes as the two parts of one multipart/related body."""
         boundary = re.search(r"boundary=[\"']?([^;\"']+)", self.headers["Content-Type"])[1].encode()
         parts = bytes(self.body()).split(b"--" + boundary)
-        line = b"\r\n" if b"\r\n\r\n" in parts[1] else b"\n"  # gcloud ends lines with a bare newline
-        metadata = json.loads(parts[1].partition(line * 2)[2])
-        data = (b"--" + boundary).join(parts[2:-1]).partition(line * 2)[2].removesuffix(line)
-        metadata.setdefault("name", self.query.get("name"))
+        metadata = json.loads(parts[1].partition(b"\r\n\r\n")[2])
+        data = (b"--" + boundary).join(parts[2:-1]).partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
         stored = self.gcs.store(bucket, metadata, data, self.query.get("ifGenerationMatch"))
         self.answer(stored.metadata(self.gcs.url, bucket))
 
@@ -394,9 +405,3 @@ class _Handler(BaseHTTPRequestHandler):
 
 def flip(data: bytes | memoryview) -> bytes:
     return bytes([data[0] ^ 1]) + bytes(data[1:]) if len(data) else b""
-
-
-if __name__ == "__main__":
-    with FakeGCS(int(sys.argv[1]), tuple(sys.argv[2:]) or ("bucket",)) as running:
-        print(running.url, flush=True)
-        threading.Event().wait()

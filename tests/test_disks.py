@@ -132,7 +132,9 @@ def test_another_systems_checkpoints(tmp_path):
             before[manifest.name(0, step, 1)] = b"a file"
         if step in (7, 9):  # the name is taken: theirs moves aside
             made = save(tmp_path / "elsewhere", step, generation=manifest.generation(tmp_path) + 1)
-            atomic.take_place(made, tmp_path / made.name, "ab" * 8)
+            (made / manifest.MANIFEST).rename(tmp_path / "told")
+            atomic.put(made, tmp_path / made.name, "ab" * 8, (tmp_path / "told").read_bytes())
+            (tmp_path / "told").unlink()
         newest = made.name if step in (7, 9) else save(tmp_path, step).name
         if step == 11:
             (tmp_path / newest / "NOTES.txt").write_text("look at this one")

@@ -33,11 +33,15 @@ def config(tmp_path):
     return str(path)
 
 
+def npz(save=np.savez, **arrays) -> bytes:
+    file = io.BytesIO()
+    save(file, **arrays)
+    return file.getvalue()
+
+
 def shard(seed: int, tokens: int = 50_000) -> bytes:
     """A shard that can be mapped as it is."""
-    path = Path(os.environ["PYTEST_TMP"], "shard.npz")
-    np.savez(path, input_ids=np.random.default_rng(seed).integers(0, 257, tokens, dtype=np.uint16))
-    return path.read_bytes()
+    return npz(input_ids=np.random.default_rng(seed).integers(0, 257, tokens, dtype=np.uint16))
 
 
 def packed(rows: int = 300, width: int = 100) -> tuple[bytes, np.ndarray]:
@@ -46,16 +50,9 @@ def packed(rows: int = 300, width: int = 100) -> tuple[bytes, np.ndarray]:
     lengths = rng.integers(1, width + 1, rows).astype(np.int32)
     mask = np.arange(width) < lengths[:, None]
     ids = np.where(mask, rng.integers(0, 256, (rows, width)), 0).astype(np.int32)
-    path = Path(os.environ["PYTEST_TMP"], "packed.npz")
-    np.savez_compressed(path, input_ids=ids, attention_mask=mask.astype(np.int32), sequence_lengths=lengths)
+    content = npz(np.savez_compressed, input_ids=ids, attention_mask=mask.astype(np.int32), sequence_lengths=lengths)
     ends = [np.append(row[:n], 256) if n < width else row for row, n in zip(ids, lengths, strict=True)]
-    return path.read_bytes(), np.concatenate(ends)
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path, monkeypatch):
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setenv("PYTEST_TMP", str(tmp_path / "scratch"))
+    return content, np.concatenate(ends)
 
 
 def start(*args: str) -> subprocess.Popen:

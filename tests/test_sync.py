@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import random
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from fakegcs import FakeGCS, checksum
 from launch import GUARD, until
 from saves import config, save
 
@@ -27,59 +25,23 @@ from refocused.bucket import gcs, remote, start, sync
 from refocused.checkpoint import atomic, manifest, selection
 
 
-class WatchedGCS(FakeGCS):
-    """Notes every moment in which a manifest speaks for objects that are not there, or not with its checksums."""
-
-    def __init__(self, host: str = "127.0.0.1"):
-        super().__init__(host=host)
-        self.violations: list[str] = []
-        self.commits: list[str] = []
-        self.stored: list[str] = []  # names, one for each time
-
-    def store(self, bucket, metadata, data, precondition):
-        stored = super().store(bucket, metadata, data, precondition)
-        self.stored.append(stored.name)
-        if stored.name.endswith(manifest.MANIFEST):
-            self.commits.append(stored.name.split("/")[-2])
-        self.look()
-        return stored
-
-    def remove(self, bucket, name):
-        with self.lock:
-            super().remove(bucket, name)
-            self.look()
-
-    def look(self):
-        with self.lock:
-            objects = self.buckets["bucket"]
-            for name, stored in objects.items():
-                if name.endswith(manifest.MANIFEST):
-                    told = json.loads(stored.data)["manifest"]
-                    for file, entry in told["files"].items():
-                        there = objects.get(f"{name.removesuffix(manifest.MANIFEST)}{told['save_id']}/{file}")
-                        if there is None or (len(there.data), checksum(there.data)) != (entry["size"], entry["crc32c"]):
-                            self.violations.append(f"{name}: {file}")
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with WatchedGCS() as running:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
-        yield running
-    assert not running.violations
-
-
 @pytest.fixture
 def place(server):
     return remote.Place(gcs.Bucket("bucket", patience=GUARD, timeout=2), "run")
 
 
 def steps(place) -> list[int]:
-    return [r.step for r in place.checkpoints(place.objects()) if not r.problem]
+    return [manifest.step_of(r.name) for r in place.checkpoints(place.objects()) if not r.problem]
 
 
 def local_steps(folder: Path) -> list[int]:
     return [manifest.parse(name).step for name in selection.names(folder)]
+
+
+def find(cfg) -> selection.Choice | None:
+    """What a start would bring from the bucket."""
+    choice = start.choose(cfg)
+    return choice if choice.path and not choice.state else None
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -92,17 +54,6 @@ def each_save(syncer, folder: Path, *steps: int):
         save(folder, step)
         assert syncer.flush(GUARD), syncer.failure
         yield step
-
-
-def test_round_trip(place, server, tmp_path):
-    """What is published and fetched into an empty folder is the same directory, byte for byte, and verifies."""
-    here = save(tmp_path / "a", 10, size=9_000_000)
-    assert remote.publish(place, here)
-    requests = len(server.requests)
-    assert remote.publish(place, here) and len(server.requests) <= requests + 3  # a LIST and a look at the manifest
-    there = remote.fetch(place, here.name, tmp_path / "b")
-    assert content(there) == content(here) and manifest.verify(there)
-    assert [p.name for p in (tmp_path / "b").iterdir()] == [here.name]
 
 
 def test_publishes_newest_first_and_prunes(server, place, tmp_path):
@@ -166,11 +117,11 @@ def test_clocks_do_not_order_saves(server, place, tmp_path):
         save(tmp_path / "a", step, at=time.time() + DAY)
     assert first.close(30)
     cfg = config(tmp_path / "b", resume="latest", bucket_total_limit=3, save_total_limit=2)
-    second = sync.Syncer(cfg, start.pull(cfg, start.find(cfg)).name)
+    second = sync.Syncer(cfg, start.pull(cfg, find(cfg)).name)
     for step in each_save(second, tmp_path / "b", 40, 50, 60):
-        assert local_steps(tmp_path / "b") == [step, step - 10] and start.find(cfg) is None
+        assert local_steps(tmp_path / "b") == [step, step - 10] and find(cfg) is None
     assert second.close(30) and steps(place) == [60, 50, 40, 30], "30 is what it was resumed from"
-    assert start.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 60, 1)
+    assert find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 60, 1)
 
 
 def test_going_back_with_a_bucket(server, place, tmp_path):
@@ -188,7 +139,7 @@ def test_going_back_with_a_bucket(server, place, tmp_path):
     assert local_steps(tmp_path) == [55, 50, 40] and steps(place) == [55, 50, 40, 30]
     again = sync.Syncer(config(tmp_path, **limits), manifest.name(0, 55, 1))
     assert again.close(30) and local_steps(tmp_path) == [55, 50, 40]
-    assert start.find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 55, 1)
+    assert find(config(tmp_path / "c", resume="latest")).name == manifest.name(0, 55, 1)
 
 
 def test_delete_forbidden(server, place, tmp_path, capsys):
@@ -227,7 +178,7 @@ def test_prune_damaged(server, place, tmp_path, capsys):
         server.remove("bucket", next(n for n in server.names() if f"step{step}-" in n and "shard" in n))
     unreadable = f"run/{manifest.name(0, 50, 1)}/{manifest.MANIFEST}"
     server.put(unreadable, b"{")
-    left = lambda: [r.step for r in place.checkpoints(place.objects())]  # noqa: E731
+    left = lambda: [manifest.step_of(r.name) for r in place.checkpoints(place.objects())]  # noqa: E731
     for args, steps_left in ((["--keep-every=10"], [50, 40, 30, 20, 10]), (["--keep-every=20"], [50, 40, 30, 20])):
         assert ckpt.main(["prune", "gs://bucket/run", *args]) == 0 and left() == steps_left
     assert ckpt.main(["prune", "gs://bucket/run", "--damaged"]) == 0 and left() == [50, 30]
@@ -252,8 +203,8 @@ def test_what_others_put_there_stays(server, place, tmp_path, capsys):
         server.put(f"run/{path}", data).updated = "2020-01-01T00:00:00Z"
     latest = config(tmp_path / "a", resume="latest")
     with pytest.raises(manifest.CheckpointError, match="of this trainer, but another system's: .* more; take"):
-        start.find(latest)
-    assert start.find(config(tmp_path / "a")) is None, "a fresh run may begin beside them"
+        find(latest)
+    assert find(config(tmp_path / "a")) is None, "a fresh run may begin beside them"
     Path(latest.logging_dir).mkdir()
     Path(latest.logging_dir, "trace.jsonl").write_text('{"step": 1, "another": "run"}\n')
     syncer = sync.Syncer(config(tmp_path / "a", save_total_limit=1, bucket_total_limit=1))
@@ -265,7 +216,7 @@ def test_what_others_put_there_stays(server, place, tmp_path, capsys):
     assert syncer.close(GUARD) and steps(place) == [40]
     assert "logs/trace.jsonl is not how" in capsys.readouterr().err
     elsewhere = config(tmp_path / "b", resume="latest")
-    assert start.pull(elsewhere, start.find(elsewhere)) and capsys.readouterr()
+    assert start.pull(elsewhere, find(elsewhere)) and capsys.readouterr()
     assert ckpt.main(["prune", "gs://bucket/run", "--keep", "1", "--damaged"]) == 0
     out = capsys.readouterr().out
     assert "deleted" not in out and f"left gs://bucket/run/{manifest.name(0, 1250, 0)}/" in out
@@ -514,7 +465,7 @@ def test_killed_while_publishing(server, place, tmp_path, kills, size):
 
 
 PULL = "import resource, sys; from refocused.bucket import start; from tests.saves import config; "
-PULL += "c = config(sys.argv[1], resume='latest'); {}start.pull(c, start.find(c))"
+PULL += "c = config(sys.argv[1], resume='latest'); {}start.pull(c, start.choose(c))"
 
 
 def test_killed_while_pulling(server, place, tmp_path):
@@ -545,7 +496,7 @@ def test_no_room_for_a_pull(server, place, tmp_path):
     assert "BucketError" in failed.stderr and ".part: File too large" in failed.stderr
     assert selection.names(tmp_path / "b") == []
     cfg = config(tmp_path / "b", resume="latest")
-    assert content(start.pull(cfg, start.find(cfg))) == content(here)
+    assert content(start.pull(cfg, find(cfg))) == content(here)
 
 
 def test_two_nodes_pull_into_one_folder(place, tmp_path):
@@ -555,7 +506,7 @@ def test_two_nodes_pull_into_one_folder(place, tmp_path):
     cfg = config(tmp_path / "b", resume="latest")
     with ThreadPoolExecutor() as pool:
         with locks.filling(tmp_path / "b"):
-            pulled = pool.submit(start.pull, cfg, start.find(cfg))
+            pulled = pool.submit(start.pull, cfg, find(cfg))
             with pytest.raises(TimeoutError):
                 pulled.result(timeout=0.5)
             with pytest.raises(locks.Taken, match=f"is in use by host .*, pid {os.getpid()}; "):
@@ -586,41 +537,44 @@ def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
 def test_find(server, place, tmp_path, capsys):
     """What resume needs from the bucket, in each case of where the newest, damaged, missing and named ones are."""
     cfg = lambda resume: config(tmp_path / "a", resume=resume)  # noqa: E731
-    assert start.find(cfg("latest")) is None and start.find(cfg(None)) is None
+    assert find(cfg("latest")) is None and find(cfg(None)) is None
     ten, twenty, thirty = (save(tmp_path / "b", step) for step in (10, 20, 30))
     for folder in (ten, twenty):
         remote.publish(place, folder)
     with pytest.raises(ValueError, match="already has 2 checkpoints, the last one .*step20.*resume=latest"):
-        start.find(cfg(None))
-    assert start.find(cfg("latest")).name == twenty.name and start.find(cfg(ten.name)).name == ten.name
-    with pytest.raises(manifest.CheckpointError, match=f"=checkpoint-x is neither in .*{twenty.name}, {ten.name}"):
-        start.find(cfg("checkpoint-x"))
-    assert start.find(cfg(str(tmp_path / "a" / "checkpoint-x"))) is None  # its own, wherever it may be
+        find(cfg(None))
+    assert find(cfg("latest")).name == twenty.name and find(cfg(ten.name)).name == ten.name
+    for nowhere in ("checkpoint-x", str(tmp_path / "a" / "checkpoint-x")):
+        with pytest.raises(manifest.CheckpointError, match=f"checkpoint-x: no such .*{twenty.name}, {ten.name}"):
+            find(cfg(nowhere))
     with pytest.raises(ConfigError, match="has 2 checkpoints, .* begin another run there"):
-        start.find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
-    assert start.find(dataclasses.replace(cfg(str(ten)), checkpoint_bucket_path="branch")) is None
-    start.pull(cfg("latest"), start.find(cfg("latest")))
-    assert start.find(cfg("latest")) is None and start.find(cfg(None)) is None  # as good on disk; choice.choose decides
+        find(cfg(str(ten)))  # its saves would be later than those of the run that it leaves
+    assert find(dataclasses.replace(cfg(str(ten)), checkpoint_bucket_path="branch")) is None
+    start.pull(cfg("latest"), find(cfg("latest")))
+    assert find(cfg("latest")) is None  # as good on disk
+    with pytest.raises(ConfigError, match="output_dir=.* already has 1 checkpoint, the last one"):
+        find(cfg(None))
     shutil.copytree(thirty, tmp_path / "a" / thirty.name)
-    assert start.find(cfg("latest")) is None  # the one on disk is newer
+    assert find(cfg("latest")) is None  # the one on disk is newer
     for name in (thirty.name, twenty.name):
         (tmp_path / "a" / name / "state.json").write_text("{}")
-    assert start.find(cfg("latest")).name == twenty.name  # both damaged here, one of them good there
-    assert thirty.name in capsys.readouterr().err
-    assert content(start.pull(cfg("latest"), start.find(cfg("latest")))) == content(twenty)
+    found = find(cfg("latest"))  # both damaged here, one of them good there
+    assert found.name == twenty.name and [name for name, _ in found.passed_over] == [thirty.name]
+    assert content(start.pull(cfg("latest"), find(cfg("latest")))) == content(twenty)
     remote.publish(place, thirty)
     server.remove("bucket", next(n for n in server.names() if thirty.name in n and "state.json" in n))
     server.violations.clear()
     shutil.rmtree(tmp_path / "a" / thirty.name)
-    assert start.find(cfg("latest")) is None  # 30 is named as damaged there, 20 on disk is good
+    assert find(cfg("latest")) is None  # 30 is named as damaged there, 20 on disk is good
     shutil.rmtree(tmp_path / "a")
-    assert start.find(cfg("latest")).name == twenty.name and "state.json is missing" in capsys.readouterr().err
+    found = find(cfg("latest"))
+    assert found.name == twenty.name and "state.json is missing" in found.passed_over[0][1]
     for name in server.names("run/"):
         if not name.endswith(manifest.MANIFEST):
             server.remove("bucket", name)
     server.violations.clear()
-    with pytest.raises(manifest.CheckpointError, match="no checkpoint can be loaded"):
-        start.find(cfg("latest"))
+    with pytest.raises(manifest.CheckpointError, match="no checkpoint in .* can be loaded"):
+        find(cfg("latest"))
 
 
 def test_hostile_manifests(server, place, tmp_path):
@@ -636,8 +590,8 @@ def test_hostile_manifests(server, place, tmp_path):
     for damaged in remotes:
         with pytest.raises(manifest.CheckpointError):
             remote.fetch(place, damaged.name, tmp_path / "c")
-    with pytest.raises(manifest.CheckpointError, match="no checkpoint can be loaded"):
-        start.find(config(tmp_path / "c", resume="latest"))
+    with pytest.raises(manifest.CheckpointError, match="no checkpoint in .* can be loaded"):
+        find(config(tmp_path / "c", resume="latest"))
 
 
 def test_command_line(server, place, tmp_path, capsys):
@@ -647,8 +601,10 @@ def test_command_line(server, place, tmp_path, capsys):
     folders = [save(tmp_path / "a", step) for step in (10, 20, 30)]
     for folder in folders:
         assert ckpt.main(["push", str(folder), url]) == 0
+    assert ckpt.main(["list", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["name", "step", "tokens", "loss", "size", "age"]
     assert ckpt.main(["list", str(tmp_path / "a"), url]) == 0
-    lines = capsys.readouterr().out.splitlines()[3:]
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 and sum(url in line for line in lines) == 3
     assert lines[1].split()[1:4] == ["30", "15,360", "1.5000"] and lines[1].endswith("complete")
     assert ckpt.main(["list", str(tmp_path / "b"), url]) == 0 and "step10" in capsys.readouterr().out
@@ -656,6 +612,7 @@ def test_command_line(server, place, tmp_path, capsys):
     assert ckpt.main(["pull", url, str(tmp_path / "b")]) == 0 and local_steps(tmp_path / "b") == [30]
     assert ckpt.main(["pull", f"{url}/{folders[0].name}", str(tmp_path / "b")]) == 0
     assert ckpt.main(["verify", str(tmp_path / "b")]) == 0
+    assert ckpt.main(["verify", str(tmp_path / "b" / folders[0].name)]) == 0
     for save_id in ("0" * 16, "1" * 16):
         orphan = server.put(place.name(folders[2].name, save_id, "shard-00000-00000.safetensors"), b"orphan")
         orphan.updated = orphan.updated if "1" in save_id else "2020-01-01T00:00:00Z"
@@ -684,29 +641,3 @@ def test_pruned_between_listing_and_reading(server, place, tmp_path, capsys, fil
         assert listed.result(GUARD) == 0
     out = capsys.readouterr().out
     assert stays.name in out and gone.name not in out
-
-
-@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
-def test_gcloud_sees_the_same(server, place, tmp_path):
-    """`gcloud storage ls` shows the checkpoints that list shows, and `cp` copies one's files with the same bytes."""
-    offline = {
-        "CLOUDSDK_CONFIG": str(tmp_path / "gcloud"),
-        "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{server.url}/storage/v1/",
-        "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "True",
-        "CLOUDSDK_CORE_PROJECT": "test",
-        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
-    }
-
-    def gcloud(*args: str) -> str:
-        command = ["gcloud", "storage", *args]
-        return subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=True).stdout
-
-    here = [save(tmp_path / "a", step) for step in (10, 20)]
-    for folder in here:
-        remote.publish(place, folder)
-    listed = gcloud("ls", "gs://bucket/run/").split()
-    assert sorted(listed) == sorted(f"{place}/{r.name}/" for r in place.checkpoints(place.objects()))
-    save_id = manifest.read_manifest(here[0])["save_id"]
-    gcloud("cp", "--recursive", f"{place}/{here[0].name}/{save_id}", str(tmp_path))
-    gcloud("cp", f"{place}/{here[0].name}/{manifest.MANIFEST}", str(tmp_path / save_id))
-    assert content(tmp_path / save_id) == content(here[0])

@@ -4,21 +4,37 @@ import argparse
 import functools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from refocused.bucket import gcs
-from refocused.bucket.remote import STRANGE, Place, compare_bytes, listed, open_url, prune, publish, pull
+from refocused.bucket.remote import STRANGE, Place, Remote, compare_bytes, listed, open_url, prune, publish, pull
 from refocused.checkpoint import manifest as local
 from refocused.checkpoint import selection
 from refocused.checkpoint.manifest import MANIFEST, STATE, CheckpointError
 
+Json = dict[str, Any]
+Read = Callable[[], tuple[Json, Json]]  # the manifest and the state; raises CheckpointError
+
 
 def list_command(argv: list[str], hashes: bool = False) -> int:
+    """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
     parser = argparse.ArgumentParser(prog=f"ckpt.py {'verify' if hashes else 'list'}")
     parser.add_argument("places", nargs="+", metavar="DIR_OR_URL")
-    return show(parser.parse_args(argv).places, hashes)
+    places = parser.parse_args(argv).places
+    there = [where for where in places if len(places) == 1 or where.startswith("gs://") or Path(where).is_dir()]
+    found = [row for where in there for row in rows(where, hashes)]
+    if not found:
+        print(f"no checkpoints in {' or '.join(places)}")
+        return 0
+    table = [["name", "step", "tokens", "loss", "size", "age", "where", ""], *(cells for cells, _ in found)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *numbers, where, note in table:
+        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:-2], strict=True))]
+        cells += [where.ljust(widths[-2])] if len(places) > 1 else []
+        print("  ".join([*cells, note]).rstrip())
+    return CheckpointError.exit_code if any(damaged for _, damaged in found) else 0
 
 
 verify_command = functools.partial(list_command, hashes=True)
@@ -67,90 +83,60 @@ def prune_command(argv: list[str]) -> int:
     return 0
 
 
-class Row(NamedTuple):
-    """A checkpoint in a listing."""
-
-    name: str
-    note: str
-    manifest: dict[str, Any] | None = None  # None where there is a problem with it
-    state: dict[str, Any] = {}
-
-    def cells(self) -> list[str]:
-        """name, step, tokens, loss, size, age"""
-        cells = [self.name, f"{local.step_of(self.name):,}" if local.parse(self.name) else "-"]
-        for key, form in (("tokens", ",d"), ("loss", ".4f")):
-            cells.append("-" if self.state.get(key) is None else format(self.state[key], form))
-        if not self.manifest:
-            return [*cells, "-", "-"]
-        size = sum(entry["size"] for entry in self.manifest["files"].values())
-        return [*cells, f"{size / 1e6:,.1f} MB", _age(time.time() - self.manifest["time"])]
-
-
-def show(places: list[str], hashes: bool) -> int:
-    """Print a table of the checkpoints in folders and buckets; the exit code says whether one is damaged."""
-    there = [where for where in places if len(places) == 1 or where.startswith("gs://") or Path(where).is_dir()]
-    found = [(where, row, damaged) for where in there for row, damaged in rows(where, hashes)]
-    if not found:
-        print(f"no checkpoints in {' or '.join(places)}")
-        return 0
-    table = [["name", "step", "tokens", "loss", "size", "age", "where", ""]]
-    table += [[*row.cells(), where, row.note] for where, row, _ in found]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *numbers, where, note in table:
-        cells = [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(numbers, widths[1:-2], strict=True))]
-        cells += [where.ljust(widths[-2])] if len(places) > 1 else []
-        print("  ".join([*cells, note]).rstrip())
-    return CheckpointError.exit_code if any(damaged for *_, damaged in found) else 0
-
-
-def rows(where: str, hashes: bool) -> Iterable[tuple[Row, bool]]:
-    """(row, whether it is damaged) for the checkpoints of a folder or bucket, what was saved last first, or for the one
+def rows(where: str, hashes: bool) -> Iterator[tuple[list[str], bool]]:
+    """(cells, whether it is damaged) for the checkpoints of a folder or bucket, what was saved last first, or for the one
     that `where` names."""
+    strangers: dict[str, str] = {}
     if where.startswith("gs://"):
-        yield from rows_there(*open_url(where), hashes)
-        return
-    folder = Path(where)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a directory")
-    alone = [folder] if hashes or (folder / MANIFEST).exists() else []
-    gone = selection.abandoned(local.read_manifests(folder)[0])
-    for path in [folder / name for name in selection.names(folder)] or alone:
+        place, only = open_url(where)
+        objects = place.objects()
+        remotes = place.checkpoints(objects)
+        gone = selection.abandoned(remote.manifest for remote in remotes if remote.manifest)
+        reads: dict[str, Read] = {r.name: functools.partial(read_there, place, r, objects, hashes) for r in remotes}
+        for stranger in place.strangers(objects, remotes):
+            strangers[stranger.removeprefix(f"{place}/").partition("/")[0]] = f"{stranger}: {STRANGE}"
+    else:
+        folder, only = Path(where), ""
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a directory")
+        alone = [folder] if hashes or (folder / MANIFEST).exists() else []
+        gone = selection.abandoned(local.read_manifests(folder)[0])
+        paths = [folder / name for name in selection.names(folder)] or alone
+        reads = {path.name: functools.partial(read_here, path, hashes) for path in paths}
+    note = "verified" if hashes else "complete"
+    for name in [name for name in reads if only in ("", name)]:
         try:
-            state = local.read_state(path, hashes)
-            yield Row(path.name, _note(hashes, path.name in gone), local.read_manifest(path), state), False
-        except CheckpointError as error:
-            yield Row(path.name, str(error)), True
-
-
-def rows_there(place: Place, only: str, hashes: bool) -> Iterable[tuple[Row, bool]]:
-    objects = place.objects()
-    remotes = place.checkpoints(objects)
-    gone = selection.abandoned(remote.manifest for remote in remotes if remote.manifest)
-    for remote in remotes:
-        if only not in ("", remote.name):
-            continue
-        try:
-            if problem := remote.problem or (hashes and compare_bytes(place, remote, objects)):
-                raise CheckpointError(problem)
-            state = listed(remote.manifest, objects)[STATE]
-            decoded = local.decode_state(place.bucket.content(state), place.bucket.url(state.name))
-            yield Row(remote.name, _note(hashes, remote.name in gone), remote.manifest, decoded), False
+            more = ", abandoned: a later save went on from before it" * (name in gone)
+            yield row(where, name, note + more, *reads[name]()), False
         except gcs.Gone:  # a run has pruned it since it was listed
             continue
         except CheckpointError as error:
-            yield Row(remote.name, str(error)), True
-    for stranger in place.strangers(objects, remotes):
-        name = stranger.removeprefix(f"{place}/").partition("/")[0]
-        if only in ("", name):
-            yield Row(name, f"{stranger}: {STRANGE}"), name not in {r.name for r in remotes}
+            yield row(where, name, str(error)), True
+    for name in [name for name in strangers if only in ("", name)]:
+        yield row(where, name, strangers[name]), name not in reads
 
 
-def _note(hashes: bool, gone: bool) -> str:
-    return ("verified" if hashes else "complete") + ", abandoned: a later save went on from before it" * gone
+def read_here(path: Path, hashes: bool) -> tuple[Json, Json]:
+    state = local.read_state(path, hashes)
+    return local.read_manifest(path), state
 
 
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
+def read_there(place: Place, remote: Remote, objects: dict[str, gcs.Object], hashes: bool) -> tuple[Json, Json]:
+    if problem := remote.problem or (hashes and compare_bytes(place, remote, objects)):
+        raise CheckpointError(problem)
+    state = listed(remote.manifest, objects)[STATE]
+    return remote.manifest, local.decode_state(place.bucket.content(state), place.bucket.url(state.name))
+
+
+def row(where: str, name: str, note: str, manifest: Json | None = None, state: Json | None = None) -> list[str]:
+    """The cells of list_command's table; "-" for what is not known."""
+    step, tokens, loss, size, age = (f"{local.step_of(name):,}" if local.parse(name) else "-"), "-", "-", "-", "-"
+    if manifest:
+        seconds = max(0, time.time() - manifest["time"])
+        unit, length = next(((u, n) for u, n in (("d", 86400), ("h", 3600), ("min", 60)) if seconds >= n), ("s", 1))
+        age = f"{seconds / length:.0f} {unit}"
+        size = f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:,.1f} MB"
+    if state:
+        tokens = "-" if state.get("tokens") is None else f"{state['tokens']:,}"
+        loss = "-" if state.get("loss") is None else f"{state['loss']:.4f}"
+    return [name, step, tokens, loss, size, age, where, note]

@@ -37,10 +37,6 @@ class Remote(NamedTuple):
     generation: int  # of the manifest
     problem: str  # why it is not complete; "" if it is
 
-    @property
-    def step(self) -> int:
-        return local.step_of(self.name)
-
 
 class Place:
     """Checkpoints below one prefix of a bucket."""
@@ -77,9 +73,10 @@ class Place:
             if file == MANIFEST and local.parse(name):
                 with contextlib.suppress(gcs.Gone):
                     found[name] = self._remote(name, obj, objects)
-        broken = sorted((r for r in found.values() if not r.manifest), key=lambda r: (r.step, r.name), reverse=True)
-        return broken + [
-            found[m["name"]] for m in selection.newest_first(r.manifest for r in found.values() if r.manifest)
+        broken = [r for r in found.values() if not r.manifest]
+        whole = selection.newest_first(r.manifest for r in found.values() if r.manifest)
+        return sorted(broken, key=lambda r: (local.step_of(r.name), r.name), reverse=True) + [
+            found[m["name"]] for m in whole
         ]
 
     def _remote(self, name: str, obj: gcs.Object, objects: dict[str, gcs.Object]) -> Remote:
@@ -95,12 +92,11 @@ class Place:
 
     def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> list[str]:
         """What lies where checkpoints would and no save of ours wrote, as `checkpoint: object`, one for each name."""
-        named = {f"{r.name}/{r.manifest['save_id']}/{file}" for r in remotes for file in r.manifest.get("files", ())}
+        ours = {obj.name for r in remotes if r.manifest for obj in listed(r.manifest, objects).values()}
         found: dict[str, str] = {}
-        for path in objects:
+        for path, obj in objects.items():
             name, _, rest = path.partition("/")
-            ours = rest in (MANIFEST, "") or PART.fullmatch(rest) or path in named
-            if local.parse(name) and not ours:
+            if local.parse(name) and rest not in (MANIFEST, "") and not PART.fullmatch(rest) and obj.name not in ours:
                 found.setdefault(name, f"{self}/{path}")
         return list(found.values())
 
@@ -139,18 +135,15 @@ def same(obj: gcs.Object | None, entry: dict[str, Any]) -> bool:
     return obj is not None and (obj.size, obj.crc32c) == (entry["size"], entry["crc32c"])
 
 
-def delete(place: Place, remote: Remote, objects: dict[str, gcs.Object]) -> None:
+def delete(place: Place, remote: Remote, objects: dict[str, gcs.Object], replaced: bool = False) -> None:
     """Remove a checkpoint from the bucket: manifest first, so that no half of it is ever taken for one.
 
-    Of the objects those go that the manifest names, in the generation that was listed.
+    Of the objects those go that the manifest names, in the generation that was listed. replaced: the data alone.
     """
     assert remote.manifest, f"{remote.name} is not known to be ours"
-    place.bucket.delete(place.name(remote.name, MANIFEST), remote.generation)
-    delete_data(place, remote.manifest, objects)
-
-
-def delete_data(place: Place, manifest: dict[str, Any], objects: dict[str, gcs.Object]) -> None:
-    for obj in listed(manifest, objects).values():
+    if not replaced:
+        place.bucket.delete(place.name(remote.name, MANIFEST), remote.generation)
+    for obj in listed(remote.manifest, objects).values():
         place.bucket.delete(obj.name, obj.generation)
 
 
@@ -187,7 +180,7 @@ def publish(place: Place, folder: Path, commit: bool = True, replace: bool = Fal
         place.bucket.create(place.name(folder.name, MANIFEST), content, old.generation if old else 0)
     if old and old.manifest["save_id"] != manifest["save_id"]:
         with contextlib.suppress(gcs.BucketError):  # nobody's data now, which `ckpt.py prune` finds
-            delete_data(place, old.manifest, objects)
+            delete(place, old, objects, replaced=True)
     return True
 
 
@@ -227,9 +220,7 @@ def fetch(
             sorted(todo, key=lambda path: -todo[path].size), 2 * STREAMS, sum(obj.size for obj in todo.values()),
         )  # fmt: skip
         (coming / MANIFEST).unlink(missing_ok=True)
-        files.create(coming / MANIFEST, there[name].content)
-        files.sync_folder(coming)
-        atomic.take_place(coming, final, manifest["save_id"])
+        atomic.put(coming, final, manifest["save_id"], there[name].content)
     return final
 
 
@@ -262,7 +253,7 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
             return remote.name not in kept
         if not remote.manifest or newest is None:
             return False
-        surplus = not (keep_every and remote.step % keep_every == 0)
+        surplus = not (keep_every and remote.manifest["step"] % keep_every == 0)
         return damaged or selection.key(remote.manifest) < newest and surplus
 
     done = []
@@ -273,14 +264,12 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
         elif remote.problem:
             done.append(f"left {place}/{remote.name}: {remote.problem}")
     # Data that no manifest speaks for: of an upload that was cut off, or left by a delete that was.
-    spoken_for = {(remote.name, remote.manifest["save_id"]) for remote in remotes if remote.manifest}
-    known = {name for name, _ in spoken_for}
+    saves = {remote.name: remote.manifest["save_id"] for remote in remotes if remote.manifest}
     for path, obj in objects.items():
         name, _, rest = path.partition("/")
         part = local.parse(name) and PART.fullmatch(rest)
-        unread = name not in known and f"{name}/{MANIFEST}" in objects
-        orphan = part and not unread and (name, part[1]) not in spoken_for
-        if orphan and time.time() - obj.updated > ORPHAN_SECONDS:
+        unread = name not in saves and f"{name}/{MANIFEST}" in objects
+        if part and not unread and part[1] != saves.get(name) and time.time() - obj.updated > ORPHAN_SECONDS:
             place.bucket.delete(obj.name, obj.generation)
             done.append(f"deleted {place}/{path}, part of an upload that was never finished")
     return done + [f"left {stranger}: {STRANGE}" for stranger in place.strangers(objects, remotes)]

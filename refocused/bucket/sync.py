@@ -28,10 +28,6 @@ SCAN_SECONDS = 1.0  # a scan that finds nothing new reads one folder
 LONGEST_PAUSE = 60.0  # seconds between tries while the bucket fails
 
 
-class Superseded(gcs.Refused):
-    """Another run has taken the prefix over."""
-
-
 class Incomplete(gcs.BucketError):
     """Another node has not sent its part of a checkpoint yet."""
 
@@ -51,7 +47,6 @@ class Syncer:
         self.where = f"gs://{cfg.bucket_name}/{(cfg.checkpoint_bucket_path or '').strip('/')}"
         self.output_dir = Path(os.path.realpath(cfg.output_dir))  # once: a link may be turned to another run's folder
         self.token = secrets.token_hex(8)
-        self.backlog = 0  # complete checkpoints that are still to be published
         self.failure: str | None = None  # why the last try failed; None once one succeeded
         self.reached = 0  # the highest generation that is in the bucket, or that is not to be sent
         self._before = local.generation(cfg.output_dir)  # what is above it was saved by this run
@@ -67,6 +62,11 @@ class Syncer:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="bucket", daemon=True)
         self._thread.start()
+
+    @property
+    def backlog(self) -> int:
+        """How many complete checkpoints are still to be published."""
+        return len(self._waiting)
 
     @property
     def status(self) -> str:
@@ -124,18 +124,15 @@ class Syncer:
                     self._answered = serving
                 self._changed.notify_all()
             if logs_due and not more:
-                self._send_logs()
+                try:
+                    history.send(Place.of(self.cfg, history.PATIENCE), Path(self.cfg.logging_dir))
+                except Exception as error:  # nothing that a run can go on from is in them
+                    files.name_once((self.token, "logs"), f"the logs are not in the bucket: {error}")
                 logs_due = False
             with self._changed:
                 pause = SCAN_SECONDS if self._asked > self._answered else min(SCAN_SECONDS * 2**failures, LONGEST_PAUSE)
                 if not more and not self._closed and self._asked == serving:
                     self._changed.wait(pause)
-
-    def _send_logs(self) -> None:
-        try:
-            history.send(Place.of(self.cfg, history.PATIENCE), Path(self.cfg.logging_dir))
-        except Exception as error:  # nothing that a run can go on from is in them
-            files.name_once((self.token, "logs"), f"the logs are not in the bucket: {error}")
 
     def _scan(self) -> bool:
         """Publish at most one checkpoint; True if there may be another to publish at once. Raises what went wrong."""
@@ -149,22 +146,22 @@ class Syncer:
         here = [m for m in readable if local.is_whole(self.output_dir / m["name"], m)]
         waiting = [m for m in here if m["save_id"] not in self._settled]
         self.reached = max([m["generation"] for m in here if m not in waiting], default=self.reached)
-        self._wait_for(waiting)
+        self._waiting = {m["save_id"] for m in waiting}
         if not waiting:
             return False
-        objects, before = self._place.objects(), self._arrived
+        objects = self._place.objects()
         there = {r.name: r.manifest for r in self._place.checkpoints(objects) if not r.problem}
         arrived = [m for m in waiting if there.get(m["name"], {}).get("save_id") == m["save_id"]]
-        self._arrived = max([before, *arrived], key=selection.key)
+        self._arrived = max([self._arrived, *arrived], key=selection.key)
         both = {m["name"]: m for m in sorted([*there.values(), *here], key=selection.key)}  # of two of a name the later
         keep = self._retained(both.values(), max(here, key=selection.key)["name"])
         todo = [m for m in waiting if m not in arrived and m["name"] in keep and not self._outdated(m, there)]
         self._settled |= {m["save_id"] for m in waiting if m not in todo}
-        self._wait_for(todo)
-        if self._arrived is not before:  # by the leader's hand, or by a run that was killed before it came to this
+        self._waiting = {m["save_id"] for m in todo}
+        if arrived:  # by this thread, by the leader's, or by a run that was killed before it came to this
             self._prune()
         if not todo:
-            return False
+            return bool(arrived)
         self._check_owner()
 
         def begun(manifest: dict[str, Any]) -> int:
@@ -182,20 +179,10 @@ class Syncer:
             except gcs.BucketError:
                 self._failed.add(manifest["save_id"])
                 raise
-            if done:  # with it in the bucket, older ones may go
-                self._settled.add(manifest["save_id"])
-                self.reached = max(self.reached, manifest["generation"])
-                self._wait_for(m for m in todo if m is not manifest)
-                self._arrived = max(self._arrived, manifest, key=selection.key)
-                self._prune()
+            part_sent = mine - listed(manifest, objects).keys() and len(mine) < len(manifest["files"])
+            if done or part_sent:  # the next scan finds what is there now, also from other nodes
                 return True
-            if mine - listed(manifest, objects).keys() and len(mine) < len(manifest["files"]):
-                return True  # a part went up: look what the others have sent since
         raise Incomplete(f"{self.where}/{manifest['name']} waits for files that are not on this machine")
-
-    def _wait_for(self, manifests: Iterable[dict[str, Any]]) -> None:
-        self._waiting = {m["save_id"] for m in manifests}
-        self.backlog = len(self._waiting)
 
     def _outdated(self, manifest: dict[str, Any], there: dict[str, dict[str, Any]]) -> bool:
         """Whether a save is not to be sent because a later one is complete in the bucket: of its name, or, for a save in
@@ -241,29 +228,19 @@ class Syncer:
     def _take_over(self, place: Place) -> None:
         """Become the one run that writes below the prefix; also the first proof that the bucket can be written."""
         note = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "time": int(time.time())}
-        there = place.bucket.read(place.name(OWNER))
-        if there and not owner_of(there[0]):
+        content, generation = place.bucket.read(place.name(OWNER)) or (b"", 0)
+        if generation and not content.startswith(b'{"token": '):
             raise gcs.Refused(
                 f"{place}/{OWNER} is no note of this trainer and stays; move it, or choose another checkpoint_bucket_path"
             )
-        place.bucket.create(place.name(OWNER), json.dumps(note).encode(), there[1] if there else 0)
+        place.bucket.create(place.name(OWNER), json.dumps(note).encode(), generation)
 
     def _check_owner(self) -> None:
         if self.leader:
             assert self._place is not None
             content, _ = self._place.bucket.read(self._place.name(OWNER)) or (b"{}", 0)
-            owner = owner_of(content)
-            if owner.get("token") != self.token:
-                raise Superseded(
+            if (owner := json.loads(content)).get("token") != self.token:
+                raise gcs.Refused(
                     f"another run (host {owner.get('host')}, pid {owner.get('pid')}) took {self.where} over, so this one "
                     "uploads no more; give each run its own checkpoint_bucket_path"
                 )
-
-
-def owner_of(content: bytes) -> dict[str, Any]:
-    """What an OWNER.json says; {} if no run wrote it."""
-    try:
-        owner = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return owner if isinstance(owner, dict) and isinstance(owner.get("token"), str) else {}

@@ -5,7 +5,6 @@ to have made is deleted: a checkpoint with a readable manifest that names every 
 an unfinished save in a folder that this process has locked.
 """
 
-import contextlib
 import errno
 import os
 import re
@@ -33,8 +32,11 @@ def unfinished(final: Path, save_id: str) -> Path:
     return final.with_name(f"{TEMPORARY}{save_id}-{final.name}")
 
 
-def commit(folder: Path, final: Path, save_id: str, listed: dict[str, Any], more: Files, generation: int) -> None:
-    """Make the folder, whose `listed` files are durable, the checkpoint `final`; `more` are its other files."""
+def commit(folder: Path, final: Path, save_id: str, listed: dict[str, Any], more: Files, generation: int) -> bytes:
+    """Make the folder, whose `listed` files are durable, the checkpoint `final`; `more` are its other files.
+
+    Returns the manifest.
+    """
     manifests.decode_state(more[STATE], final / STATE)  # nothing is committed that could not be read again
     for name, content in more.items():
         files.create(folder / name, content)
@@ -47,20 +49,19 @@ def commit(folder: Path, final: Path, save_id: str, listed: dict[str, Any], more
         "time": int(time.time()),
         "files": {**listed, **{name: files.digest(folder / name) for name in more}},
     }
-    put(folder, final, save_id, manifests.encode_manifest(manifest))
+    content = manifests.encode_manifest(manifest)
+    put(folder, final, save_id, content)
+    return content
 
 
 def put(folder: Path, final: Path, save_id: str, manifest: bytes) -> None:
-    """The manifest, last, then one rename. A node without rank 0's disk puts rank 0's manifest beside its own files."""
+    """The manifest, last, then one rename. A node without rank 0's disk puts rank 0's manifest beside its own files.
+
+    An older save of that name is deleted once it is replaced; what is not known to be one is renamed and stays.
+    """
     manifests.decode(manifest, final / MANIFEST)
     files.create(folder / MANIFEST, manifest)
     files.sync_folder(folder)
-    take_place(folder, final, save_id)
-
-
-def take_place(folder: Path, final: Path, save_id: str) -> None:
-    """Give a complete folder its final name. An older save of that name is deleted once it is replaced; what is not
-    known to be one is renamed and stays."""
     aside = None
     if os.path.lexists(final):  # a rename replaces neither a file nor a directory that is not empty
         aside = final.with_name(f"{ASIDE}{save_id}-{final.name}")
@@ -103,13 +104,6 @@ def delete(path: Path) -> bool:
     return True
 
 
-def withdraw(path: Path, save_id: str) -> None:
-    """Delete a save that another node could not complete."""
-    with contextlib.suppress(CheckpointError, OSError):
-        if read_manifest(path)["save_id"] == save_id:
-            delete(path)
-
-
 def recover(output_dir: str | os.PathLike) -> None:
     """Undo what a killed save left: put back what it had moved aside, remove what it had not completed."""
     for entry in sorted(os.listdir(output_dir)):
@@ -134,16 +128,16 @@ def prune(
     check_lock(output_dir)
     if not limit:
         return
-    ours, unknown = manifests.read_manifests(output_dir)
+    folder = Path(output_dir)
+    ours, unknown = manifests.read_manifests(folder)
     for name in unknown:
-        path = Path(output_dir, name)
-        files.name_once(path, f"{path} stays: it {not_ours(path)}")
-    complete = [m for m in ours if _may_be_complete(Path(output_dir, m["name"]))]
+        files.name_once(folder / name, f"{folder / name} stays: it {not_ours(folder / name)}")
+    complete = [m for m in ours if _may_be_complete(folder / m["name"])]
     keep = selection.retained(complete, limit, keep_every) | {newest}
     last = max((selection.key(m) for m in ours if m["name"] == newest), default=None)
     for old in ours:
         kept = old["name"] in keep or old["save_id"] in waiting or (keep_every and old["step"] % keep_every == 0)
-        path = Path(output_dir, old["name"])
+        path = folder / old["name"]
         note = " (the link alone: what it leads to stays)" * path.is_symlink()
         if last and not kept and selection.key(old) <= last and delete(path):
             files.notes.append(f"deleted {old['name']}{note}")
@@ -203,6 +197,6 @@ def check_space(output_dir: str | os.PathLike, need: int) -> None:
     """Raise ConfigError unless `need` bytes and a little more are free in output_dir."""
     if lack := files.too_small(output_dir, need):
         raise ConfigError(
-            f"a checkpoint takes {need / 1e9:.3g} GB and {lack}; "
-            "free some space, lower save_total_limit or choose another output_dir"
+            f"a checkpoint takes {need / 1e9:.3g} GB and {lack}; free some space, lower save_total_limit or choose "
+            "another output_dir"
         )

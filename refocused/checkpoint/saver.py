@@ -146,8 +146,9 @@ class Saver:
             try:
                 on_all_ranks(self.group, self._follow, folder, final, save_id, made)
             except CheckpointError:
-                if self.owner:
-                    atomic.withdraw(final, save_id)
+                with contextlib.suppress(CheckpointError, OSError):  # another node could not complete it
+                    if self.owner and manifest.read_manifest(final)["save_id"] == save_id:
+                        atomic.delete(final)
                 raise
             self.last, self.last_generation = name, self.generation
             files.notes.append(f"saved {name}")
@@ -166,10 +167,7 @@ class Saver:
 
     def _commit(self, folder: Path, final: Path, save_id: str, listed: dict, more: dict[str, bytes]) -> bytes:
         """On rank 0: commit, and return the manifest."""
-        if self.rank:
-            return b""
-        atomic.commit(folder, final, save_id, listed, more, self.generation)
-        return (final / manifest.MANIFEST).read_bytes()
+        return b"" if self.rank else atomic.commit(folder, final, save_id, listed, more, self.generation)
 
     def _follow(self, folder: Path, final: Path, save_id: str, made: bytes) -> None:
         """On a node without rank 0's disk: give its files the same name and manifest."""

@@ -8,13 +8,13 @@ Of two saves with one generation, made by two machines at once, the higher step 
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs import ConfigError
+from refocused import entry
 from refocused.checkpoint.manifest import CheckpointError, read_manifest, read_manifests, read_state, verify
-from refocused.entry import here
 
 Manifest = dict[str, Any]
 
@@ -57,7 +57,7 @@ def names(output_dir: str | os.PathLike) -> list[str]:
 
 class Choice(NamedTuple):
     path: Path | None  # None: a fresh run
-    state: dict[str, Any]  # the checkpoint's state.json
+    state: dict[str, Any]  # the checkpoint's state.json; {}: it is to come from the bucket
     passed_over: list[tuple[str, str]]  # newer checkpoints that cannot be loaded: (name, reason)
     save_id: str = ""
 
@@ -66,51 +66,71 @@ class Choice(NamedTuple):
         return self.path.name if self.path else None
 
 
-def choose(output_dir: str | os.PathLike, resume: str | None) -> Choice:
-    """Which checkpoint a run starts from; what it returns is verified, hash by hash.
+def choose(output_dir: str | os.PathLike, resume: str | None, where: str = "", remotes: Sequence[Any] = ()) -> Choice:
+    """Which checkpoint a run starts from; what is on the disk is verified, hash by hash.
 
-    resume is None, "latest" (what was saved last), a checkpoint's name in output_dir, or a path. Raises CheckpointError,
-    or ConfigError if resume is None although there are checkpoints. Rank 0 chooses for all.
+    resume is None, "latest" (what was saved last), a checkpoint's name in output_dir or in the bucket, or a path.
+    remotes: what is in the bucket's place `where`. Rank 0 chooses for all. Raises CheckpointError, or ConfigError if
+    resume is None although there are checkpoints.
     """
     ours, others = read_manifests(output_dir)
-    there = [*others, *(m["name"] for m in newest_first(ours))]  # so a search meets and names what cannot be read
-    listing = f"{output_dir} has {', '.join(there)}" if there else f"{output_dir} has no checkpoints"
+    here, there = {m["name"]: m for m in ours}, {remote.name: remote for remote in remotes}
+    known = sorted([r.manifest for r in remotes if r.manifest] + ours, key=key)
+    latest = {m["name"]: m for m in known}  # of two saves of a name the later one
+    both = [name for name in dict.fromkeys([*others, *there]) if name not in latest]  # those that cannot be read first
+    both += [m["name"] for m in newest_first(latest.values())]
+    places = f"{output_dir} or {where}" if where else f"{output_dir}"
+    listing = f"{places} has {', '.join(both) or 'no checkpoints'}"
+    elsewhere = os.sep in (resume or "")
+    own = elsewhere and Path(str(resume)).absolute().parent.resolve() == Path(output_dir).resolve()
+    if resume is None and ours:
+        raise ConfigError(
+            f"output_dir={output_dir} already has {len(ours)} checkpoint{'s' * (len(ours) > 1)}, the last one "
+            f"{newest_first(ours)[0]['name']}; continue with resume=latest or start afresh in another output_dir"
+        )
+    if resume is None and others:
+        raise ConfigError(
+            f"{listing}, which this program cannot read: damaged, or another program's. They stay as they are; choose "
+            f"another output_dir. `{entry.here('python ckpt.py import FOLDER OUT')}` takes over a model's weights"
+        )
+    if there and not (ours or others or own) and (resume is None or elsewhere):
+        raise ConfigError(  # what it saves would stand for the run that is there
+            f"{where} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one {both[0]}, and this "
+            "would begin another run there; continue with resume=latest or choose another checkpoint_bucket_path"
+        )
     if resume is None:
-        if ours:
-            raise ConfigError(
-                f"output_dir={output_dir} already has {len(ours)} checkpoint{'s' * (len(ours) > 1)}, the last one "
-                f"{there[len(others)]}; continue with resume=latest or start afresh in another output_dir"
-            )
-        if others:
-            raise ConfigError(
-                f"{listing}, which this program cannot read: damaged, or another program's. They stay as they are; choose "
-                f"another output_dir. `{here('python ckpt.py import FOLDER OUT')}` takes over a model's weights"
-            )
         return Choice(None, {}, [])
-    if resume != "latest":
-        path = Path(output_dir, resume)  # an absolute path stays itself
-        if not os.path.isdir(path):
-            path = Path(resume)
-        try:
-            if not os.path.isdir(path):
-                raise CheckpointError(f"no such directory, neither in {output_dir} nor as a path")
-            if inside := names(path):
-                raise CheckpointError(
-                    f"a folder of checkpoints; name one, {path / inside[0]}, or set output_dir={path}"
-                )
-            return _chosen(path, [])
-        except CheckpointError as error:
-            raise CheckpointError(f"resume={resume}: {error}; {listing}") from error
     passed_over: list[tuple[str, str]] = []
-    for candidate in there:
-        try:
-            return _chosen(Path(output_dir, candidate), passed_over)
-        except CheckpointError as error:
-            passed_over.append((candidate, str(error)))
-    if passed_over:
-        reasons = "".join(f"\n  {reason}" for _, reason in passed_over)
-        raise CheckpointError(f"resume=latest: no checkpoint in {output_dir} can be loaded:{reasons}")
-    return Choice(None, {}, [])
+    for name in both if resume == "latest" else {resume} & {*both}:
+        mine, remote, newer = None, there.get(name), [*passed_over]
+        if name in here or name in others:
+            try:
+                mine = read(Path(output_dir, name), passed_over)
+            except CheckpointError as error:
+                passed_over.append((name, str(error)))
+        if remote and not remote.problem and (not mine or key(here[name]) < key(remote.manifest)):
+            return Choice(Path(output_dir, name), {}, newer, remote.manifest["save_id"])
+        if mine:
+            return mine
+        if remote:
+            passed_over.append((name, remote.problem))
+    reasons = [reason for _, reason in passed_over]
+    if resume == "latest":
+        if reasons:
+            raise CheckpointError("\n  ".join([f"resume=latest: no checkpoint in {places} can be loaded:", *reasons]))
+        return Choice(None, {}, [])
+    try:
+        if reasons:
+            raise CheckpointError("; ".join(reasons))
+        path = Path(output_dir, resume)  # an absolute path stays itself
+        path = path if os.path.isdir(path) else Path(resume)
+        if not os.path.isdir(path):
+            raise CheckpointError(f"no such directory, neither in {output_dir} nor as a path")
+        if inside := names(path):
+            raise CheckpointError(f"a folder of checkpoints; name one, {path / inside[0]}, or set output_dir={path}")
+        return read(path, [])
+    except CheckpointError as error:
+        raise CheckpointError(f"resume={resume}: {error}; {listing}") from error
 
 
 def bring(chosen: Choice, pull: Callable[[Choice], Any] | None = None) -> None:
@@ -120,10 +140,10 @@ def bring(chosen: Choice, pull: Callable[[Choice], Any] | None = None) -> None:
     """
     try:
         assert chosen.path
-        here = verify(chosen.path)["save_id"]
-        if here == chosen.save_id:
+        found = verify(chosen.path)["save_id"]
+        if found == chosen.save_id:
             return
-        problem = f"{chosen.path} is save {here}"
+        problem = f"{chosen.path} is save {found}"
     except CheckpointError as error:
         problem = str(error)
     if not pull:
@@ -134,7 +154,8 @@ def bring(chosen: Choice, pull: Callable[[Choice], Any] | None = None) -> None:
     pull(chosen)
 
 
-def _chosen(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
+def read(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
+    """The checkpoint at a path, verified. Raises CheckpointError."""
     state = read_state(path)
     if isinstance(loss := state.get("loss"), float) and not math.isfinite(loss):
         raise CheckpointError(f"{path} was saved while the loss was not finite: nothing good can start from it")

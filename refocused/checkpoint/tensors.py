@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,16 +107,10 @@ def own_part(tree: Tree, rank: int, world: int) -> Tree:
     return part
 
 
-class Source(Protocol):
-    """Tensors by name."""
-
-    def __getitem__(self, key: str, /) -> Tensor: ...
-
-
-def write(folder: Path, rank: int, part: Tree, values: Source, at_a_time: int = 1) -> dict[str, Any]:
+def write(folder: Path, rank: int, part: Tree, values: Any, at_a_time: int = 1) -> dict[str, Any]:
     """Write a rank's part of a save, durable when this returns; {file name: {size, crc32c, sha256}}.
 
-    values: where the tensors' values are, each asked for once. at_a_time: files, each with its tensors in memory.
+    values: what gives a tensor by its name, each once. at_a_time: files, each with its tensors in memory.
     Raises OSError, and CheckpointError at a tensor that no run could go on from.
     """
     with contextlib.suppress(FileExistsError):  # of another rank
@@ -135,25 +129,20 @@ def write(folder: Path, rank: int, part: Tree, values: Source, at_a_time: int = 
     return {path.name: entry for path, entry in zip(paths, found, strict=True)}
 
 
-def _write_file(path: Path, part: Tree, values: Source) -> dict[str, Any]:
+def _write_file(path: Path, part: Tree, values: Any) -> dict[str, Any]:
     batch: Tree = {}
     for key in part:
         t = local_part(values[key])
-        check_finite(key, t)
+        if t.numel() and t.is_floating_point():
+            least, largest = t.aminmax()  # one pass that needs no memory; a NaN is both
+            if not (least.isfinite() and largest.isfinite()):
+                raise CheckpointError(f"{key} has values that are not finite")
         batch[key] = t.cpu().contiguous()
     offsets = {key: {"saved_offsets": place(t)[0]} for key, t in part.items()}
     save_file(batch, path, {NOTE: json.dumps(offsets), "format": "pt"})
     widen(path)  # save_file makes it readable by its owner alone
     sync(path)
     return digest(path)
-
-
-def check_finite(key: str, t: Tensor) -> None:
-    """Raise CheckpointError if the tensor holds a NaN or an infinity. One pass that needs no memory."""
-    if t.numel() and t.is_floating_point():
-        least, largest = t.aminmax()  # a NaN is both
-        if not (least.isfinite() and largest.isfinite()):
-            raise CheckpointError(f"{key} has values that are not finite")
 
 
 class Part(NamedTuple):
@@ -244,11 +233,11 @@ def on_all_ranks(group: dist.ProcessGroup | None, function: Callable, *args: Any
 
 
 def save_alone(
-    final: Path, tree: Tree, state: dict[str, Any], source: Source | None = None, files: atomic.Files | None = None
+    final: Path, tree: Tree, state: dict[str, Any], values: Any = None, files: atomic.Files | None = None
 ) -> None:
     """One blocking save by one process, which needs no process group. Raises CheckpointError.
 
-    source: where the values are, if the tree is only their shapes. files: what else belongs to the checkpoint, by name.
+    values: what gives a tensor by its name, if the tree is only their shapes. files: what else belongs to the checkpoint.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     more = {manifest.STATE: json.dumps(state).encode(), **(files or {})}
@@ -256,7 +245,7 @@ def save_alone(
     folder = atomic.unfinished(final, save_id)
     try:
         atomic.check_space(final.parent, sum(t.nbytes for t in tree.values()))
-        listed = write(folder, 0, tree, source or tree)
+        listed = write(folder, 0, tree, values or tree)
         atomic.commit(folder, final, save_id, listed, more, generation)
     except (OSError, ValueError) as error:
         remove(folder)
