@@ -358,16 +358,13 @@ def _config_file(words: list[str]) -> tuple[Path, list[str]]:
         mistakes.append(f"expected one config file and key=value settings, got {' '.join(files)}")
     path = Path(files[0]) if files else DEMO
     path = path if path.exists() else DEMO.parent.parent / path
-    if mistakes or (path.is_file() and path.suffix == ".py"):
-        return path, mistakes
-    shipped = {file.stem: f"configs/{file.name}" for file in sorted(DEMO.parent.glob("[!_]*.py"))}
-    what = f"no config file {files[0]} in {Path.cwd()} or {DEMO.parent.parent}"
-    if path.exists():
-        what = f"{files[0]} is {'a folder and no config file' if path.is_dir() else 'no Python file'}"
-    meant = f"; did you mean {shipped[path.stem]}?" if path.stem in shipped else ""
-    raise ConfigError(
-        f"{what}{meant}; a config file is Python that assigns keys, such as {', '.join(shipped.values())}"
-    )
+    if not mistakes and not (path.is_file() and path.suffix == ".py"):
+        shipped = ", ".join(f"configs/{file.name}" for file in sorted(DEMO.parent.glob("[!_]*.py")))
+        what = f"{files[0]} is no Python file"
+        if not path.exists():
+            what = f"no config file {files[0]} in {Path.cwd()} or {DEMO.parent.parent}"
+        raise ConfigError(f"{what}; a config file is Python that assigns keys, such as {shipped}")
+    return path, mistakes
 
 
 def read_file(path: Path) -> tuple[dict[str, typing.Any], dict[str, str]]:
@@ -436,9 +433,7 @@ def _theirs(word: str) -> str | None:
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
-    words = list(words)
-    near = [w for w in words if word and "".join(part[:1] for part in w.split("_")) == str(word).lower()]  # lr
-    near += [w for w in difflib.get_close_matches(str(word).lower(), words, n=3) if w not in near]
+    near = difflib.get_close_matches(str(word).lower(), list(words), n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

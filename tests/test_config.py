@@ -54,8 +54,8 @@ lr=1 | did you mean learning_rate?
 max_steps 5 batch_size=4 | max_steps 5: write max_steps=5\\nunknown key 'batch_size'; did you mean per_
 --compile_model --resume | --compile_model: write compile_model=true\\n--resume: write resume=latest
 bf16=true --fsdp=full_shard | here: mixed_precision=bf16, fp16 or no\\nunknown key 'fsdp'; here: parallel=
-production | did you mean configs/production.py?
-tests | tests is a folder and no config file
+production | such as configs/demo.py, configs/production.py
+tests | tests is no Python file
 README.md | README.md is no Python file
 nofile.py | in {os.getcwd()} or {ROOT}; a config file is Python that assigns keys, such as configs/demo.py
 configs/demo.py configs/test.py | expected one config file

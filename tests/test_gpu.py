@@ -51,7 +51,7 @@ def check(*words: str) -> tuple[int, str]:
 
 def test_checks_without_a_gpu(request):
     """Where there is no GPU all checks are skipped, and what a check writes is no test of the default suite."""
-    code, said = check("--device", "cuda")
+    code, said = check("--device", "cuda", "tests/gpu", "tests/test_loss.py")
     assert code == 0 and re.search(r"\n\d+ skipped, \d+ deselected", said) and "| SKIP | " in said, said
     assert conftest.pytest_ignore_collect(ROOT / "tests/gpu", request.config)
     code, said = check("tests/gpu/test_card_saves.py")
