@@ -32,12 +32,13 @@ def scontrol(words: list[str]) -> None:
     print(words[-1], file=sys.stdout if words[0] == "show" else Path("queue").open("a"))
 
 
-def nodes(name: str, commands: list[list[str]], told: dict) -> list[int]:
+def nodes(name: str, commands: list[list[str]], told: dict, place: str = ".") -> list[int]:
     """The exit codes of a command for each node, whose processes all have NODE=name and number; a file says they began."""
     running = []
     for rank, command in enumerate(commands):
         more = {key: str(value).replace("RANK", str(rank)) for key, value in told.items()}
-        running.append(subprocess.Popen(command, env={**os.environ, **more, "NODE": f"{name}{rank}"}))
+        folder = place.replace("RANK", str(rank))
+        running.append(subprocess.Popen(command, cwd=folder, env={**os.environ, **more, "NODE": f"{name}{rank}"}))
     Path(name).touch()
     codes = [node.wait() for node in running]
     print(f"== {name}: {codes}", flush=True)
@@ -49,7 +50,9 @@ def sky(words: list[str]) -> None:
     task = yaml.safe_load(Path(next(word for word in words if word.endswith(".yaml"))).read_text())
     told = {**task["envs"], **dict(word.split("=") for word in words if "=" in word), "SKYPILOT_NODE_RANK": "RANK"}
     told |= {"SKYPILOT_NUM_NODES": 2, "SKYPILOT_NUM_GPUS_PER_NODE": 1, "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"}
-    nodes("machines", [["bash", "-c", task["run"]]] * 2, told)
+    for rank in "01":  # each has the working folder, and nothing that git would not have
+        shutil.copytree(".", f"on{rank}", symlinks=True, ignore=shutil.ignore_patterns("data", "on?", "logs"))
+    nodes("machines", [["bash", "-c", task["run"]]] * 2, told, "onRANK")
 
 
 def kubectl(words: list[str]) -> bool:
