@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import FUZZ_CASES, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 import configs
@@ -32,6 +34,7 @@ from refocused.run.logs import Logs
 from refocused.run.trace import Trace
 from refocused.shards import tokenizers
 from refocused.shards.formats import TokenFile
+from refocused.shards.readers import TABLES, Rules, documents
 from refocused.shards.shard import Shard
 
 FUZZ = settings(
@@ -192,6 +195,28 @@ def mutated(good: dict) -> st.SearchStrategy[bytes]:
     return st.one_of(mutated_json(good).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(good).encode()))
 
 
+def table(suffix: str) -> bytes:
+    texts = pa.table({"text": [f"text {i}" for i in range(99)], "n": range(99)})
+    out = io.BytesIO()
+    if suffix == ".parquet":
+        parquet.write_table(texts, out, row_group_size=40)
+    else:
+        with (
+            pa.ipc.new_file(out, texts.schema) if suffix == ".feather" else pa.ipc.new_stream(out, texts.schema) as made
+        ):
+            made.write_table(texts, 40)
+    return out.getvalue()
+
+
+def use_table(suffix: str) -> Callable[[Path, bytes], None]:
+    def use(place: Path, data: bytes) -> None:
+        (place / f"table{suffix}").write_bytes(data)
+        for piece in documents(place / f"table{suffix}", Rules(["text"], "", True)):
+            assert piece.text or not piece.complete
+
+    return use
+
+
 def use_shard(place: Path, data: bytes) -> None:
     (place / "shard.npz").write_bytes(data)
     Shard.open(place, "shard.npz").check_unchanged()
@@ -237,6 +262,7 @@ CASES: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], object]]] = {
     "shard": (SHARDS, use_shard),
     "foreign shard": (SHARDS, use_source("source.npz")),
     ".bin": (BIN, use_source("source.bin")),
+    **{kind: (mutated_bytes(table(kind)), use_table(kind)) for kind in TABLES},
     "config.json": (mutated(HF), use_hf_config),
     "tokenizer.json": (st.tuples(mutated(TOKENIZER), st.just(SETTINGS) | mutated_json(SETTINGS)), use_tokenizer),
     "command line": (KEYS, lambda place, pair: configs.load(["=".join(pair)])),

@@ -26,21 +26,23 @@ def rows(path: Path, fields: list[str], begin: int) -> Iterator[dict[str, Any]]:
                 at += count
                 continue
             for part in (batch.slice(i, ROWS) for batch in batches for i in range(0, batch.num_rows, ROWS)):
-                values = [column(part, name).to_pylist() for name in wanted.values()]
+                found = [column(part, name) for name in wanted.values()]
+                for array in found:
+                    array.validate(full=True)  # of a damaged file offsets may lead anywhere in memory
+                values = [array.to_pylist() for array in found]
                 for row in zip(*values, strict=True):
                     at += 1
                     if at > begin:
                         yield dict(zip(wanted, row, strict=True))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}{where}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"cannot read {path}{where}: {str(error).partition(chr(10))[0]}") from error
 
 
 def opened(path: Path, fields: list[str]) -> tuple[dict[str, str], Iterator[tuple[int, Any]]]:
     """{field: the column that it is}, and (number of rows, its record batches) of each row group."""
     if path.suffix.lower() == ".parquet":
-        file = parquet.ParquetFile(
-            path, buffer_size=1 << 20, page_checksum_verification=True
-        )  # without a buffer, a whole row group is read
+        # without a buffer, a whole row group is read
+        file = parquet.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True)
         wanted = columns(file.schema_arrow, fields)
 
         def read(i: int) -> tuple[int, Any]:
