@@ -42,7 +42,10 @@ def check_folder(logging_dir: str, output_dir: str) -> None:
             instead = f"the run in {os.fsdecode(other) or 'another folder'}; give this run a folder of its own"
             if os.fsencode(folder) != mine:  # else it is locked already
                 _held.append(locks.Lock(folder / ".lock"))
-            if other != mine and has_checkpoints(os.fsdecode(other)):
+            theirs: list[str] = []
+            with contextlib.suppress(ValueError):  # what a power cut left of the note, or what nobody can read
+                theirs = selection.names(os.fsdecode(other)) if other != mine else []
+            if theirs:
                 release()
                 raise ConfigError(f"logging_dir={logging_dir} has the logs of {instead}")
             if other != mine:  # one that never came to a checkpoint has no claim once it is gone
@@ -57,21 +60,13 @@ def check_folder(logging_dir: str, output_dir: str) -> None:
         raise ConfigError(f"logging_dir={logging_dir} is in use by {instead}") from None
     except OSError as error:
         link = ", a symbolic link" * (error.errno == errno.ELOOP)
-        raise ConfigError(
-            f"logging_dir={logging_dir} cannot be written: {error}{link}; choose another folder"
-        ) from error
+        why = f"cannot be written: {error}{link}"
+        raise ConfigError(f"logging_dir={logging_dir} {why}; choose another folder") from error
 
 
 def release() -> None:
     while _held:
         _held.pop().release()
-
-
-def has_checkpoints(output_dir: str) -> bool:
-    try:
-        return bool(selection.names(output_dir))
-    except ValueError:  # what a power cut left of the note, or what nobody can read
-        return False
 
 
 def stamped(text: str) -> bytes:
@@ -187,7 +182,7 @@ class File:
         self.fd, self.shut = -1, False  # shut: it failed and was not tried again yet
 
     def write(self, data: bytes) -> None:
-        """Append all of it or nothing; the first write that could not be is said."""
+        """Append all of it or nothing. The first failure is reported."""
         if self.shut:
             return
         try:
@@ -218,17 +213,17 @@ class File:
 
     def sync(self) -> None:
         """Make what was written durable, behind training: while a checkpoint is written it takes the disk's time."""
+
+        def sync(fd: int) -> None:
+            with contextlib.suppress(OSError):  # the next write reports it
+                os.fsync(fd)
+            os.close(fd)
+
         if self.fd >= 0:
-            threading.Thread(target=_sync, args=(os.dup(self.fd),), daemon=True, name="log sync").start()
+            threading.Thread(target=sync, args=(os.dup(self.fd),), daemon=True, name="log sync").start()
 
     def close(self) -> None:
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self.fd)
         self.fd = -1
-
-
-def _sync(fd: int) -> None:
-    with contextlib.suppress(OSError):  # the next write says it
-        os.fsync(fd)
-    os.close(fd)

@@ -31,11 +31,6 @@ HARMLESS = "data_dir cache_dir tokenizer eval_files eval_samples dataloader_num_
 SPEEDS = ("steps_per_second", "tokens_per_second", "mfu", "data_wait_share", "save_stall_seconds")
 
 
-def joined(*parts: str | float | None) -> str:
-    """The parts of a line that are there."""
-    return " | ".join(str(part) for part in parts if part)
-
-
 def differences(before: dict[str, Any], cfg: Config, world_size: int) -> tuple[list[str], bool]:
     """Why a replay may differ from the steps of the checkpoint's run, in words, and whether a difference is an error.
 
@@ -269,16 +264,14 @@ class Monitor:
             mean_loss=loss, best=self.state.best_loss, **speeds, memory_allocated=memory, memory_reserved=reserved,
             alloc_retries=retries, status=status, seconds_left=left, time=int(time.time()),
         )  # fmt: skip
-        text = joined(
-            f"Step {step}: loss={loss:.4f}, lr={lr:.2e}",
-            f"{count(tokens)} tok/s",
-            mfu is not None and f"MFU {mfu:.1%}",
-            share and f"{share:.0%} of the plan",
-            self.stall >= 0.01 and f"save stall {self.stall:.2f}s",
-            retried > 0 and f"{retried} allocator retries",
-            f"{duration(left)} left",
-        )
-        self.log(f"{text}\n  {status}" if len(text) + len(status) + 3 > WIDTH else joined(text, status))
+        parts = [f"Step {step}: loss={loss:.4f}, lr={lr:.2e}", f"{count(tokens)} tok/s"]
+        parts += [f"MFU {mfu:.1%}"] if mfu is not None else []
+        parts += [f"{share:.0%} of the plan"] if share else []
+        parts += [f"save stall {self.stall:.2f}s"] if self.stall >= 0.01 else []
+        parts += [f"{retried} allocator retries"] if retried > 0 else []
+        text = " | ".join([*parts, f"{duration(left)} left"])
+        between = " | " if len(text) + len(status) + 3 <= WIDTH else "\n  "
+        self.log(f"{text}{between}{status}" if status else text)
         self.prove(step)
         if self.curves:
             curves: dict[str, float | None] = {
@@ -300,9 +293,10 @@ class Monitor:
         spent, perplexity, per_byte = time.perf_counter() - begin, math.exp(min(loss, 700)), score.bits_per_byte
         # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
         new = not self.trace or self.trace.event("eval", step, loss=loss, eval_seconds=spent)
-        text = f"Step {step}: eval_loss={loss:.4f}, perplexity={perplexity:.2f}"
-        bits = per_byte is not None and f"{per_byte:.4f} bits per byte"
-        self.log(joined(text, bits, cfg.mask_documents and "documents apart", f"{spent:.1f} s"))
+        parts = [f"Step {step}: eval_loss={loss:.4f}, perplexity={perplexity:.2f}"]
+        parts += [f"{per_byte:.4f} bits per byte"] if per_byte is not None else []
+        parts += ["documents apart"] if cfg.mask_documents else []
+        self.log(" | ".join([*parts, f"{spent:.1f} s"]))
         if self.curves:
             curves: dict[str, float | None] = {"loss/validation": loss, "loss/validation_perplexity": perplexity}
             self.curves.scalars(step, curves | {"loss/validation_bits_per_byte": per_byte})
