@@ -91,7 +91,7 @@ def gradients(
 
 def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, logs: Logs) -> str:
     """Log the plan and what the command line set. Returns the plan with every key that something set."""
-    where, busy = processes.describe(env, cfg), processes.busy(env.device, env.threads)
+    where, busy = processes.describe(env, cfg), processes.busy_note(env.device, env.threads)
     plan = messages.plan(cfg, env.world_size, dataset, where, busy)
     settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
     logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
@@ -228,13 +228,13 @@ def train(
             monitor.step(at, figure, rate, ids, status, dataset.locate, due.log and at == state.step)
             checkpoints.after_step(at, finite=not health.bad_in_a_row)
         if due.log:
-            monitor.line(state.step, lr, loader.wait_seconds, checkpoints.status)
+            monitor.log_line(state.step, lr, loader.wait_seconds, checkpoints.status)
         logs.log(checkpoints.news(), screen=False)  # a save becomes complete behind training, at any step
         if due.save_failed:
             logs.log(
                 f"Step {state.step}: {checkpoints.wait_for_failure()}; training goes on, the checkpoint before it stands"
             )
-        if health.gives_up:  # before a save: the last good checkpoint stands
+        if health.too_many_bad_steps:  # before a save: the last good checkpoint stands
             break
         state.evaluation_owed = due.evaluation
         if due.evaluation and not due.stop:
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> int:
         elif cfg:
             text = failures.explain_out_of_memory(error, cfg) or text
         failures.report(error, lambda: log_error(text, cfg))
-        return exits.leave(code, text, at=at, followed=failures.lost_peers(error))
+        return exits.leave(code, text, at=at, secondary=failures.lost_peers(error))
 
 
 if __name__ == "__main__":

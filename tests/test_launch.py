@@ -123,8 +123,8 @@ def test_what_broke_first_decides(shards, tmp_path, faults, last):
 
 
 def test_order_of_causes():
-    """What no restart mends, then the first in time, then what followed; causes without a time as they are given."""
-    lost, late, first = exits.Cause(70, at=1, followed=True), exits.Cause(75, at=3), exits.Cause(74, at=2)
+    """What no restart mends, then the first in time, then the secondary ones; causes without a time as they are given."""
+    lost, late, first = exits.Cause(70, at=1, secondary=True), exits.Cause(75, at=3), exits.Cause(74, at=2)
     mistake = exits.Cause(65, at=9)
     assert exits.in_order([lost, late, first, mistake]) == [mistake, first, late, lost]
     assert [cause.code for cause in exits.in_order([exits.Cause(74), exits.Cause(75), exits.Cause(66)])] == [66, 74, 75]

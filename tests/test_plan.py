@@ -72,9 +72,9 @@ def test_messages_by_hand():
     assert machine.ring(8e9, 4, 8) == late + 3 / 4 * 8  # within a node
     assert machine.ring(4e9, 2, 8, beside=4) == late + 1 / 2 * 4 / 1  # each of four rings has a quarter of 4 GB/s
     assert machine.ring(1, 1, 1) == 0
-    assert speed.summed([1.0, 2.0, 4.0], L=3, backward=5.0, overlaps=True) == 1 + 2  # embedding and last block
-    assert speed.summed([1.0, 6.0, 4.0], L=3, backward=5.0, overlaps=True) == 1 + 3 * 6 - 3 * 5 + 5
-    assert speed.summed([1.0, 6.0, 4.0], L=3, backward=5.0, overlaps=False) == 1 + 18 + 4
+    assert speed.exposed_sums([1.0, 2.0, 4.0], L=3, backward=5.0, overlaps=True) == 1 + 2  # embedding and last block
+    assert speed.exposed_sums([1.0, 6.0, 4.0], L=3, backward=5.0, overlaps=True) == 1 + 3 * 6 - 3 * 5 + 5
+    assert speed.exposed_sums([1.0, 6.0, 4.0], L=3, backward=5.0, overlaps=False) == 1 + 18 + 4
     cfg, _ = configs.load([PRODUCTION])
     N, embedding = neox.num_parameters(cfg)[0], cfg.vocab_size * cfg.hidden_size
     found = speed.step(cfg, 2, Machine.of("m", gpus.GPUS["RTX 4090"]))

@@ -34,19 +34,19 @@ class Cause:
     code: int
     message: str = ""
     at: float = 0.0  # time.time() of the failure; causes without one keep the order in which they are given
-    followed: bool = False  # from what happened elsewhere: peers were lost, or a launcher ended this process
+    secondary: bool = False  # from what happened elsewhere: peers were lost, or a launcher ended this process
     who: str = ""
 
 
 def in_order(causes: Iterable[Cause]) -> list[Cause]:
-    """The causes, first the one whose code decides: what no restart mends, then in time, last what followed."""
-    return sorted(causes, key=lambda cause: (cause.code not in FINAL, cause.followed, cause.at))
+    """The causes, first the one whose code decides: what no restart mends, then in time, last the secondary ones."""
+    return sorted(causes, key=lambda cause: (cause.code not in FINAL, cause.secondary, cause.at))
 
 
-def leave(code: int, message: str = "", at_once: bool = False, at: float | None = None, followed: bool = False) -> int:
+def leave(code: int, message: str = "", at_once: bool = False, at: float | None = None, secondary: bool = False) -> int:
     """The last call of every process of a run. The message, which has been printed, goes into torchrun's report too.
 
-    at, followed: of a Cause. After an error, taking the process group down could wait for the others for ever, or fail
+    at, secondary: of a Cause. After an error, taking the process group down could wait for the others for ever, or fail
     on a GPU that has failed. Such a process exits here, as any does `at_once`; otherwise the code is returned.
     """
     for function in at_leave:
@@ -54,12 +54,8 @@ def leave(code: int, message: str = "", at_once: bool = False, at: float | None 
             function(code, message)
     if code and (file := launch_or_alone().error_file):
         at = at or time.time()
-        extra = {
-            "py_callstack": message or f"exit code {code}",
-            "timestamp": str(int(at)),
-            "at": at,
-            "followed": followed,
-        }
+        extra = {"py_callstack": message or f"exit code {code}", "timestamp": str(int(at)), "at": at}
+        extra["secondary"] = secondary
         with contextlib.suppress(OSError), open(file, "w") as report:
             json.dump({"message": {"message": message, "errorCode": code, "extraInfo": extra}}, report)
     for stream in (sys.stdout, sys.stderr):

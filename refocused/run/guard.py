@@ -125,7 +125,7 @@ class Guard:
         return self.spikes.status(list(deviations)) if self.spikes else None
 
     @property
-    def gives_up(self) -> bool:
+    def too_many_bad_steps(self) -> bool:
         return self.bad_in_a_row >= self.max_bad_steps
 
     def window(self) -> list[list[float]] | None:

@@ -32,11 +32,11 @@ from refocused.run.exits import DONE, INTERNAL, MISTAKE, STOPPED, Cause, in_orde
 SILENT = "it ended without a message"
 
 
-def of_failure(rank: int, failure: ProcessFailure) -> Cause:
+def cause_of_failure(rank: int, failure: ProcessFailure) -> Cause:
     """What torchrun knows of a rank that failed."""
     code, message = failure.exitcode, failure.message
     if isinstance(message, dict):
-        return of_report(message, f"rank {rank}", code)
+        return cause_of_report(message, f"rank {rank}", code)
     if code == -signal.SIGKILL:
         message = "it was killed by SIGKILL; out of memory? `dmesg` says so"
     elif code > 0:
@@ -47,31 +47,31 @@ def of_failure(rank: int, failure: ProcessFailure) -> Cause:
     return Cause(code if code > 0 else INTERNAL, message, failure.timestamp, ended_by_torchrun, f"rank {rank}")
 
 
-def of_report(report: dict[str, Any], who: str, code: int = INTERNAL) -> Cause:
+def cause_of_report(report: dict[str, Any], who: str, code: int = INTERNAL) -> Cause:
     """What a rank left in its error file."""
     extra = report.get("extraInfo", {})
     at = extra.get("at", float(extra.get("timestamp", 0)))
-    return Cause(report.get("errorCode", code), report["message"], at, extra.get("followed", False), who)
+    return Cause(report.get("errorCode", code), report["message"], at, extra.get("secondary", False), who)
 
 
-def of_reports(folder: Path, since: float) -> list[Cause]:
+def causes_of_reports(folder: Path, since: float) -> list[Cause]:
     """What the ranks of the last attempt left in the folder."""
     found = sorted((path.stat().st_mtime, path) for path in folder.glob("**/error.json"))
     last = [path for at, path in found if at >= since and path.parent.parent == found[-1][1].parent.parent]
-    return [of_report(json.loads(p.read_text())["message"], f"rank {p.parent.name} of this node") for p in last]
+    return [cause_of_report(json.loads(p.read_text())["message"], f"rank {p.parent.name} of this node") for p in last]
 
 
-def lines(causes: list[Cause]) -> list[str]:
-    """A line for each cause, without those that only followed. The one that decides comes last."""
+def report_lines(causes: list[Cause]) -> list[str]:
+    """A line for each cause, without the secondary ones. The one that decides comes last."""
     said: dict[tuple[int, str], str] = {}
     for cause in causes:
-        if not cause.followed or causes[0].followed:
+        if not cause.secondary or causes[0].secondary:
             last = (cause.message.strip().splitlines() or [SILENT])[-1]
             said.setdefault((cause.code, last), f"launch: {cause.who} ended with {cause.code}: {last}")
     return list(said.values())[::-1]
 
 
-def of_torchrun(error: Exception, followed: bool) -> Cause:
+def cause_of_torchrun(error: Exception, secondary: bool) -> Cause:
     """Of a failure of torchrun itself: a mistake in its flags, or a node or store that a restart may find again."""
     inner = error.__cause__ if isinstance(error, RendezvousConnectionError) and error.__cause__ else error
     message = (str(inner).strip().splitlines() or [type(error).__name__])[0]
@@ -82,7 +82,7 @@ def of_torchrun(error: Exception, followed: bool) -> Cause:
         message = "the other nodes did not start in time; run the command on each of them"
     elif isinstance(error, RendezvousConnectionError | dist.DistNetworkError):
         message = f"no answer at the endpoint, so the node that serves it has ended or has not started: {message}"
-    return Cause(code, message, followed=followed, who="torchrun")
+    return Cause(code, message, secondary=secondary, who="torchrun")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -113,15 +113,15 @@ def launch(argv: list[str]) -> int:
             torchrun.run(args)
             return DONE
         except ChildFailedError as error:
-            causes = [of_failure(rank, failure) for rank, failure in error.failures.items()]
+            causes = [cause_of_failure(rank, failure) for rank, failure in error.failures.items()]
         except SignalException:
-            causes = of_reports(Path(args.log_dir), begin)
+            causes = causes_of_reports(Path(args.log_dir), begin)
             causes = causes or [Cause(STOPPED, "stopped by a signal; earlier checkpoints stand", who="every rank")]
         except Exception as error:  # torchrun's own; what its ranks reported comes first
-            causes = of_reports(Path(args.log_dir), begin)
-            causes.append(of_torchrun(error, followed=bool(causes)))
+            causes = causes_of_reports(Path(args.log_dir), begin)
+            causes.append(cause_of_torchrun(error, secondary=bool(causes)))
     causes = in_order(causes)
-    print(*lines(causes), sep="\n", file=sys.stderr, flush=True)
+    print(*report_lines(causes), sep="\n", file=sys.stderr, flush=True)
     return causes[0].code
 
 

@@ -180,7 +180,7 @@ class Monitor:
     ) -> None:  # fmt: skip
         """Note one finished step; of one with a status, say and write down which text it was made of.
 
-        figures begin with loss and gradient norm; locate(ids) are the windows' (shard, offset); logs: line() follows,
+        figures begin with loss and gradient norm; locate(ids) are the windows' (shard, offset); logs: log_line() follows,
         whose figures stand in the same line of the trace. Raises Diverged with deterministic=true where a replay differs.
         """
         loss, self.norm = figures[:2]
@@ -241,7 +241,7 @@ class Monitor:
         if self.strict:
             raise Diverged(f"deterministic=true, but {proof}; the checkpoint that it started from stands")
 
-    def line(self, step: int, lr: float, waited: float, status: str = "") -> None:
+    def log_line(self, step: int, lr: float, waited: float, status: str = "") -> None:
         """The log line of the steps since the last one: mean loss, speed as seen on the wall.
 
         waited: seconds that the loader has been waited for so far; status: what else there is to say, such as uploads.

@@ -255,7 +255,7 @@ def max_over_ranks(*flags: float) -> list[float]:
     return values.tolist()
 
 
-def busy(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> str:
+def busy_note(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> str:
     """A note where other work has this machine's cores: OpenMP's threads wait for each other in a loop."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
@@ -269,7 +269,7 @@ def busy(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -
 
 def warn_if_busy(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> None:
     """For commands beside train.py, whose plan has it."""
-    if note := busy(device, threads, key):
+    if note := busy_note(device, threads, key):
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 

@@ -176,7 +176,7 @@ def step(cfg: Config, world: int, machine: Machine) -> Step:
     if ddp:
         sums = [2 * machine.ring(4 * n, world, world) for n in sizes]
         sent = 2 * (world - 1) / world * 4 * every
-        return Step(parts, exposed + summed(sums, L, backward, machine.overlaps), sent)
+        return Step(parts, exposed + exposed_sums(sums, L, backward, machine.overlaps), sent)
     copies, rounds = world // shards, accumulation if cfg.cpu_offload else 1
     gathers = [machine.ring(width * n, shards, world) for n in sizes]
     within = [machine.ring(4 * n, shards, world) for n in sizes]
@@ -184,7 +184,7 @@ def step(cfg: Config, world: int, machine: Machine) -> Step:
     gathered = gathers[0] + L * gathers[1] + gathers[2]
     if not machine.overlaps:
         exposed += accumulation * (gathered + L * gathers[1])
-        exposed += rounds * sum(summed(sums, L, backward, False) for sums in (within, between))
+        exposed += rounds * sum(exposed_sums(sums, L, backward, False) for sums in (within, between))
     else:
         # the first gathers of a step wait for the last update, and nothing runs beside them
         exposed += max(gathered - L * forward, gathers[0] + gathers[1])
@@ -192,13 +192,13 @@ def step(cfg: Config, world: int, machine: Machine) -> Step:
         # a block's gather and the sum of the one before share the link; the sums between nodes have a stream of their own
         exposed += (accumulation - rounds) * L * max(0.0, gathers[1] - backward)
         within[1] += gathers[1]
-        exposed += rounds * max(summed(sums, L, backward, True) for sums in (within, between))
+        exposed += rounds * max(exposed_sums(sums, L, backward, True) for sums in (within, between))
     sent = (shards - 1) / shards * (accumulation * width * (every + L * sizes[1]) + rounds * 4 * every)
     sent += rounds * 2 * (copies - 1) / copies * 4 * every / shards
     return Step(parts, exposed, sent)
 
 
-def summed(messages: list[float], L: int, backward: float, overlaps: bool) -> float:
+def exposed_sums(messages: list[float], L: int, backward: float, overlaps: bool) -> float:
     """Seconds that sums of gradients add to a backward; of the embedding, of each of L blocks, of the head.
 
     The head's are known before the blocks' backward begins, the embedding's when all is over: that message is never

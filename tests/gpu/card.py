@@ -32,12 +32,12 @@ UNSAVED = "import ckpt as _ckpt\n_ckpt.Checkpoints.save = lambda *_, **__: 0.0\n
 # beside each log line what this process's allocator gave back, and what the driver counts as taken of the GPU
 TELLING = f"""{UNSAVED}import torch as _torch
 from refocused.run import strategy as _strategy, monitor as _monitor
-_line = _monitor.Monitor.line
+_line = _monitor.Monitor.log_line
 def _more(self, *args):
     _line(self, *args)
     _free, _whole = _torch.cuda.mem_get_info() if self.env.device.type == "cuda" else (0, 0)
     print("retries", _strategy.alloc_retries(), "driver", _whole - _free, flush=True)
-_monitor.Monitor.line = _more
+_monitor.Monitor.log_line = _more
 """
 
 
