@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import bench
 from refocused.measure import losses, report
-from refocused.run import goodput
+from refocused.run.trace import goodput
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -87,7 +87,7 @@ def test_where_the_time_went(tmp_path, capsys):
     assert seconds["paid_seconds"] == 130 + 100 + 310
     assert sum(value for key, value in seconds.items() if key != "paid_seconds") == pytest.approx(540)
     done = [clocks[0], clocks[1] | {"done": True}, clocks[2]]
-    assert goodput.goodput(done) == seconds | {"gap_seconds": 0, "paid_seconds": 440}
+    assert goodput(done) == seconds | {"gap_seconds": 0, "paid_seconds": 440}
     assert report.main([str(folder), "--price", "36"]) == 0
     assert "became training; lost: between runs 1m40s ($1.00), steps run again 1m35s" in capsys.readouterr().out
 

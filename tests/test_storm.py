@@ -32,7 +32,7 @@ from test_resume import newest, steps, tensors
 
 from refocused.bucket import gcs, remote
 from refocused.checkpoint import manifest, selection
-from refocused.run import goodput
+from refocused.run.trace import goodput, sentence
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WATCHDOG, LIMIT = 8, 3  # seconds; checkpoints kept, on the disk and in the bucket
@@ -419,7 +419,7 @@ def weather(folder: Path, layouts: list[str], length: int, faults: int, seed: in
             storm.play(faults)
             paid = time.monotonic() - begin
             compare(storm, folder / "calm")
-            seconds = goodput.goodput(line for line in storm.lines() if line.get("event") == "clock")
+            seconds = goodput(line for line in storm.lines() if line.get("event") == "clock")
         storm.counts["without small disks"] += not small
         storm.counts["without clock jumps"] += not storm.has_clock
     seconds["gap_seconds"] += paid - seconds["paid_seconds"]  # by a clock that does not jump
@@ -454,7 +454,7 @@ def test_the_long_storm(tmp_path, monkeypatch, pytestconfig):
         if time.monotonic() > end:
             break
     print(*(f"{count:5} {what}" for what, count in counts.most_common() if count), sep="\n")
-    print(goodput.sentence(total))
+    print(sentence(total))
     print(f"start to first step: {spread(restarts)}; hang to exit, with a limit of {WATCHDOG} s: {spread(hangs)}")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 

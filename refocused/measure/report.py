@@ -18,9 +18,8 @@ from typing import Any
 
 from configs import ConfigError
 from refocused.entry import here
-from refocused.run.goodput import goodput, sentence
 from refocused.run.logs import TRACE
-from refocused.run.trace import Lines
+from refocused.run.trace import Lines, goodput, sentence
 
 BINS = 500  # points of a drawn curve; more steps than that become means, with their range as a band
 PANELS = {

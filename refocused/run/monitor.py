@@ -16,12 +16,12 @@ import model as neox
 from configs import Config
 from refocused.checkpoint import manifest
 from refocused.checkpoint.selection import Choice
-from refocused.run import devices, goodput, gpus, processes, strategy
+from refocused.run import devices, gpus, processes, strategy
 from refocused.run.evaluate import Score
 from refocused.run.logs import TRACE, Logs, console, mute
 from refocused.run.messages import count, duration
 from refocused.run.tensorboard import TensorBoard
-from refocused.run.trace import Diverged, Trace
+from refocused.run.trace import Diverged, Trace, goodput, sentence
 from refocused.shards.shard import DataError
 
 WIDTH = 100  # columns of a step's line
@@ -111,7 +111,7 @@ class Monitor:
             self.profiler = Profiler(cfg, env.device)
         quiet = None if env.main else True  # None: unless this is a terminal
         self.bar = tqdm(total=cfg.max_steps, initial=state.step, disable=quiet, unit="step", dynamic_ncols=True)
-        age = goodput.age()
+        age = processes.age()
         self.began, self.born = time.time() - age, time.perf_counter() - age
         # of the log line that comes next: its begin, the step and the waited seconds before it
         self.begin, self.begin_step, self.waited = time.perf_counter(), state.step, 0.0
@@ -330,7 +330,7 @@ class Monitor:
         self.spent["end_seconds"] = time.perf_counter() - self.last_sign
         self.clock(done)
         if self.trace:
-            self.log(f"time      {goodput.sentence(goodput.goodput(self.trace.clocks.values()))}")
+            self.log(f"time      {sentence(goodput(self.trace.clocks.values()))}")
 
     def close(self) -> None:
         with console():

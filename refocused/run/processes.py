@@ -255,6 +255,15 @@ def max_over_ranks(*flags: float) -> list[float]:
     return values.tolist()
 
 
+def age() -> float:
+    """Seconds since this process began, its imports included; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return 0.0
+
+
 def busy_note(device: torch.device, threads: int, key: str = ", or cpu_threads=1,") -> str:
     """A note where other work has this machine's cores: OpenMP's threads wait for each other in a loop."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1

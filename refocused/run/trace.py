@@ -1,19 +1,33 @@
-"""trace.jsonl: the proof that a resumed run is the same run."""
+"""trace.jsonl: the proof that a resumed run is the same run, and where the time that was paid for went."""
 
 import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refocused.run.logs import File
+from refocused.run.messages import duration
 
 LARGEST = 1 << 53  # of a number in a line; beyond it JSON's numbers are not exact everywhere
+CAUSES = {  # of time that did not become training: in words
+    "gap_seconds": "between runs",
+    "startup_seconds": "start-up",
+    "compile_seconds": "compilation and warm-up",
+    "replay_seconds": "steps run again",
+    "data_seconds": "data wait",
+    "save_seconds": "save stall",
+    "eval_seconds": "evaluation",
+    "end_seconds": "last save and upload",
+}
+# what a run notes since its process began; "began" is Unix time, "from" the step that it started at
+OWN = [key for key in CAUSES if key not in ("gap_seconds", "replay_seconds")]
+NOTED = ["began", "from", "step", "run_seconds", *OWN]
 
 
 class Diverged(ValueError):
@@ -161,3 +175,46 @@ def readable(value: Any) -> Any:
 
 def fingerprint(ids: np.ndarray) -> str:
     return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def goodput(clocks: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Seconds: {"paid_seconds": first process's start to last sign of life, "train_seconds": ..., and each of CAUSES}.
+
+    clocks: the trace's lines whose event is "clock", in their order. The last one of each run counts, a damaged one does
+    not. Between a run that was done and one that goes on from it nothing is paid for.
+    """
+    runs = {clock["began"]: clock for clock in clocks if is_whole(clock)}
+    seconds = dict.fromkeys(("paid_seconds", "train_seconds", *CAUSES), 0.0)
+    reached, over = 0, None
+    for run in runs.values():
+        lost = {key: run[key] for key in OWN}
+        busy = max(0.0, run["run_seconds"] - sum(lost.values()))
+        steps = run["step"] - run["from"]
+        again = min(steps, max(0, reached - run["from"]))
+        lost["replay_seconds"] = busy * again / steps if steps else 0.0
+        lost["gap_seconds"] = max(0.0, run["began"] - over) if over is not None else 0.0
+        for key, value in lost.items():
+            seconds[key] += value
+        seconds["train_seconds"] += busy - lost["replay_seconds"]
+        seconds["paid_seconds"] += run["run_seconds"] + lost["gap_seconds"]
+        reached = max(reached, run["step"])
+        over = None if run.get("done") is True else run["began"] + run["run_seconds"]
+    return seconds
+
+
+def is_whole(clock: dict[str, Any]) -> bool:
+    figures = [number(clock.get(key)) for key in NOTED]
+    return all(figure is not None and figure >= 0 for figure in figures) and clock["from"] <= clock["step"]
+
+
+def sentence(seconds: dict[str, float], price: float = 0.0) -> str:
+    """In words; price: dollars per hour of all machines together, 0 for none."""
+    paid = seconds["paid_seconds"]
+
+    def amount(value: float) -> str:
+        return duration(value) + (f" (${value / 3600 * price:,.2f})" if price else "")
+
+    lost = sorted(((seconds[key], name) for key, name in CAUSES.items()), reverse=True)
+    parts = [f"{name} {amount(value)}" for value, name in lost if value >= max(0.5, 0.001 * paid)]
+    share = seconds["train_seconds"] / paid if paid else 0.0
+    return f"{share:.1%} of {amount(paid)} became training" + (f"; lost: {', '.join(parts)}" if parts else "")
