@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import io
 import os
 import shutil
+import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -227,3 +230,47 @@ class File:
             with contextlib.suppress(OSError):
                 os.close(self.fd)
         self.fd = -1
+
+
+class TensorBoard:
+    """Event files in logging_dir, written by the thread that calls.
+
+    The thread of tensorboard's own writer dies if a disk is full. It names its files by the clock, and TensorBoard reads
+    them in the order of their names: after a clock that went back, new curves would be hidden.
+    """
+
+    def __init__(self, logs: Logs, step: int):
+        """step: the last one that stands; what earlier files show beyond it is hidden."""
+        # slow to import, and rank 0 alone needs it
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+        from torch.utils.tensorboard import summary
+
+        self.Event, self.SessionLog, self.RecordWriter, self.summary = Event, SessionLog, RecordWriter, summary
+        self.logs, self.step = logs, step
+        self.file = logs.file("events")  # named when it is opened
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        self.write(step, [self.summary.scalar(name, value) for name, value in values.items() if value is not None])
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Lines in a fixed pitch."""
+        block = textwrap.indent(text, "    ", lambda line: True)
+        self.write(step, [self.summary.text(name, block.encode("utf-8", "backslashreplace").decode())])
+
+    def write(self, step: int, summaries: list[Any]) -> None:
+        now = time.time()
+        events = [self.Event(wall_time=now, step=step, summary=one) for one in summaries]
+        if self.file.fd < 0:  # new, or failed or removed meanwhile
+            names = self.logs.folder.glob(f"events.out.tfevents.{'[0-9]' * 10}.*")
+            stamp = max(int(now), *(int(path.name[20:30]) + 1 for path in names), 0)
+            name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+            self.file.path = self.logs.folder / name  # which sorts behind all that are there
+            status = self.SessionLog(status=self.SessionLog.START)
+            first = self.Event(wall_time=now, file_version="brain.Event:2")
+            events = [first, self.Event(wall_time=now, step=self.step + 1, session_log=status), *events]
+        self.step = max(self.step, step)
+        buffer = io.BytesIO()
+        for event in events:
+            self.RecordWriter(buffer).write(event.SerializeToString())
+        self.file.write(buffer.getvalue())

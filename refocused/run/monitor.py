@@ -18,9 +18,8 @@ from refocused.checkpoint import manifest
 from refocused.checkpoint.selection import Choice
 from refocused.run import devices, gpus, processes, strategy
 from refocused.run.evaluate import Score
-from refocused.run.logs import TRACE, Logs, console, mute
+from refocused.run.logs import TRACE, Logs, TensorBoard, console, mute
 from refocused.run.messages import count, duration
-from refocused.run.tensorboard import TensorBoard
 from refocused.run.trace import Diverged, Trace, goodput, sentence
 from refocused.shards.shard import DataError
 
