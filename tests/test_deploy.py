@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 import yaml
 from conftest import ROOT
+from fakegcs import FakeGCS
 from launch import GUARD, TINY, Launch, train, until
 from shards import use_gpt2
 from test_readme import blocks
 from test_readme import copy as tree  # noqa: F401
 from test_resume import newest, steps, tensors
-from test_sync import WatchedGCS
 
 import configs
 from refocused.bucket import start
@@ -225,7 +225,7 @@ def test_a_week_on_spot_machines(tree, tmp_path, monkeypatch):  # noqa: F811
     script = "\n".join(["set -ex", *blocks("docs/cloud.md")]).replace("BUCKET=my-bucket", "BUCKET=bucket")
     texts = [f"The document {i} says {i * i}. " * 30 for i in range(600)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    with WatchedGCS() as server, (tmp_path / "log").open("w") as log:
+    with FakeGCS() as server, (tmp_path / "log").open("w") as log:
         server.put("text/a.parquet", (tmp_path / "a.parquet").read_bytes())
         page = subprocess.Popen(
             ["bash", "-c", script], cwd=tree, stdout=log, stderr=log, start_new_session=True,

@@ -25,7 +25,6 @@ from conftest import LONG, ROOT, write_shards
 from fakegcs import FakeGCS
 from launch import GUARD
 from safetensors.torch import load_file
-from test_gcs import free_port
 
 import bench
 import ckpt
@@ -33,6 +32,7 @@ import configs
 import data
 from configs import _others, types_of
 from configs._others import OTHERS
+from refocused.run.environment import free_port
 from refocused.run.generation import Options
 
 BIN = Path(sys.executable).parent
