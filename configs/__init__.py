@@ -56,7 +56,7 @@ class Config:
     # data: what is read and in which order
     data_dir: str = "data/demo"  # folder of shards, searched with its subfolders
     tokenized_file_pattern: str = "tokenized_cleaned_*.npz"  # name of a shard; other files are ignored
-    max_files: int = -1  # use the first so many shards; -1 for all
+    max_files: int = -1  # number of shards to use, the first ones; -1 for all
     cache_dir: str = "data/cache"  # where compressed shards are unpacked to, once per machine; a large, fast disk
     sequence_length: int = 1024  # tokens per sample, T; at most max_position_embeddings
     tokenizer: str | None = "gpt2"  # what the shards were made with: gpt2, byte, ..., a tokenizer.json; none if unknown
@@ -84,7 +84,7 @@ class Config:
     adam_epsilon: float = 1e-8  # added to the root of the second moment; rarely changed
     adam_moments: str = "fp32"  # or bf16: 4 bytes per parameter less in memory, checkpoints and uploads
     max_grad_norm: float = 1.0  # global gradient norm is clipped to it; 0 for no clipping
-    max_bad_steps: int = 10  # stop (exit 65) after so many non-finite steps in a row
+    max_bad_steps: int = 10  # non-finite steps in a row after which the run stops, exit 65
     spikes: str = "off"  # report steps whose loss or norm jumps, with their shards, or skip: also do not apply them
     stop_after_minutes: float = 0.0  # stop then, saved, exit 75; where machines are rented by the hour, 0 for never
     skip_steps: str = ""  # steps to walk past without an update, as 1200-1210,1300; for batches known to be bad
@@ -106,17 +106,17 @@ class Config:
     # output: 0 means never for every *_steps key
     output_dir: str = "checkpoints"  # where checkpoints go
     logging_dir: str = "logs"  # TensorBoard files, train.log and trace.jsonl
-    logging_steps: int = 250  # a log line every so many steps, and at the end
-    logging_seconds: float = 0.0  # also whenever so many seconds have passed; for slow steps
-    eval_steps: int = 0  # held-out loss every so many steps, and at the end
+    logging_steps: int = 250  # steps between log lines; one more at the end
+    logging_seconds: float = 0.0  # seconds after which a line is logged too; for slow steps
+    eval_steps: int = 0  # steps between evaluations on held-out data; one more at the end
     sample_tokens: int = 100  # length of the text that TensorBoard shows at each evaluation (not with fsdp); 0 for none
     profile: str = ""  # steps to profile, as 10-12, into logging_dir; to see where time and GPU memory go
 
     # checkpoints: what survives the machine
-    save_steps: int = 1250  # a checkpoint every so many steps, and at the end; 0 for only the end and signals
-    save_seconds: float = 0.0  # also whenever so many seconds have passed; for machines that vanish
+    save_steps: int = 1250  # steps between checkpoints; one more at the end and on signals
+    save_seconds: float = 0.0  # seconds after which a checkpoint is saved too; for machines that vanish
     save_total_limit: int = 3  # newest checkpoints kept on disk; 0 for all
-    keep_every: int = 0  # checkpoints at multiples of so many steps are kept for ever
+    keep_every: int = 0  # checkpoints whose step is a multiple of this are never deleted
     async_save: bool = True  # write behind training (not with cpu_offload); false to wait for the disk
     resume: str | None = None  # latest, a checkpoint's name or a path; none for a fresh run
     init_from: str | None = None  # checkpoint whose weights a fresh run starts from; to go on from another model

@@ -59,10 +59,9 @@ allow_batch_change=false -> allow_change=true
 
 OTHERS: dict[str, str] = {}  # {word: what to write}
 GONE: dict[str, str] = {}  # {removed key: its default}
-for _line in TABLE.strip().splitlines():
+for _line in (TABLE + REMOVED).splitlines():
     _names, _, _ours = _line.partition(" -> ")
-    OTHERS |= dict.fromkeys(_names.split(), _ours)
-for _line in REMOVED.strip().splitlines():
-    _names, _, _ours = _line.partition(" -> ")
-    _key, _, GONE[_key] = _names.partition("=")
-    OTHERS[_key] = _ours
+    for _name in _names.split():
+        _key, _, _default = _name.partition("=")
+        OTHERS[_key] = _ours
+        GONE |= {_key: _default} if _default else {}

@@ -117,7 +117,9 @@ def test_contender_that_dies(tmp_path):
     contender = steps.start("floor", tmp_path, ["intermediate_size=256"])
     assert contender.turn(1)["seconds"] > 0
     contender.processes[0].kill()
-    with pytest.raises(steps.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often for want"):
+    with pytest.raises(
+        steps.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often because memory"
+    ):
         contender.turn(1)
 
 

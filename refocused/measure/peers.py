@@ -1,6 +1,6 @@
 """The contenders of `bench.py step`: this trainer, two designs that people know, and the matrix products alone.
 
-Each runs optimizer steps for ever, in a process of its own, and ticks its gate after every one.
+Each runs in its own process. It makes optimizer steps without end and calls its gate after every step.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from refocused.run.signals import StopSignal
 
 
 class Gate:
-    """Lets a loop run so many steps when the parent asks for them, and reports seconds and memory.
+    """Lets a loop run as many steps as the parent asks for, and reports seconds and memory.
 
     Every loop calls tick() after each optimizer step; train.py's takes it as a parameter.
     """

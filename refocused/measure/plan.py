@@ -146,7 +146,7 @@ def bottleneck(result: search.Result, world: int) -> str:
 
 
 def affordable(cfg: Config, world: int, seconds: float, name: str, hours: float) -> str:
-    """What a step of so many seconds can train in so many hours."""
+    """What can be trained in the hours, at the seconds of a step."""
     steps = int(hours * 3600 / seconds)
     tokens = steps * tokens_per_step(cfg, world)
     return (

@@ -60,7 +60,7 @@ class Contender:
     log: Path
 
     def turn(self, steps: int) -> dict[str, float]:
-        """Run so many steps; {"seconds": in all, "memory": peak bytes of the hungriest process}."""
+        """Run the steps; {"seconds": of all, "memory": the largest peak of a process, in bytes}."""
         lines = []
         with contextlib.suppress(BrokenPipeError):  # it died while it waited
             for process in self.processes:
@@ -78,7 +78,7 @@ class Contender:
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 codes.append(process.wait(timeout=5))
-        killed = "; -9 is a kill, most often for want of memory: name fewer contenders, or a smaller --size"
+        killed = "; -9 is a kill, most often because memory ran out: name fewer contenders, or a smaller --size"
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
         return f"{self.name} ended early with {codes}{killed if -9 in codes else ''}; the end of its log:\n{tail}"
 

@@ -23,7 +23,7 @@ class Options:
 
     # how a token is chosen
     temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 for always the likeliest token
-    top_k: int = 0  # choose among the so many likeliest tokens; 0 for all
+    top_k: int = 0  # number of likeliest tokens to choose among; 0 for all
     top_p: float = 0.95  # choose among the likeliest tokens that share this much probability; 1 for all
     seed: int = 0  # another seed gives other texts, the same one the same
 

@@ -78,5 +78,5 @@ def peak_flops(name: str) -> float | None:
 
 
 def usable(sold: float) -> float:
-    """GiB that torch finds on a card sold with so many GB; 2 percent less than sold where the table has no such card."""
+    """GiB that torch finds on a card, by the GB that it is sold with; 2 percent less for a card that is not in the table."""
     return next((gpu.found for gpu in GPUS.values() if gpu.sold == sold), 0.98 * sold)

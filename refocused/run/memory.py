@@ -163,7 +163,7 @@ class Estimate:
 
 @functools.cache
 def estimate(cfg: Config, world_size: int, device: str = "cuda") -> Estimate:
-    """The memory of one of so many processes, on such a device: each layer beyond the third adds what the third adds."""
+    """The memory of one of the processes on a device. Each layer beyond the third adds what the third adds."""
     if (beyond := cfg.num_hidden_layers - 3) <= 0:
         return measure(cfg, world_size, device)
     second, third = (estimate(dataclasses.replace(cfg, num_hidden_layers=n), world_size, device) for n in (2, 3))

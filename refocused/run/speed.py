@@ -49,7 +49,7 @@ class Machine:
         return cls(name, products, STREAMED * gpu.bandwidth, link, network, node, peak=gpu.peak)
 
     def ring(self, nbytes: float, ranks: int, world: int, beside: int = 1) -> float:
-        """Seconds of a gather or a scatter of so many bytes over `ranks` of the processes, `beside` rings at once.
+        """Seconds of a gather or a scatter of nbytes over `ranks` of the processes, `beside` rings at once.
 
         Each rank sends (ranks - 1) / ranks of them. A ring that crosses nodes has a share of the network.
         """
