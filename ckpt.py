@@ -117,7 +117,7 @@ class Folder:
         if "data" not in choice.state:
             raise CheckpointError("the checkpoint holds imported weights only; start a run from it with init_from=PATH")
         if self.bucket and own:
-            log(processes.on_rank_0(self.bucket.restore_logs, cfg))
+            log(processes.on_rank_0(self.bucket.history.fetch, cfg))
         return choice, None
 
 

@@ -21,7 +21,7 @@ from saves import config, save
 import ckpt
 from configs import ConfigError
 from refocused import locks
-from refocused.bucket import gcs, remote, start, sync
+from refocused.bucket import gcs, history, remote, start, sync
 from refocused.checkpoint import atomic, manifest, selection
 
 
@@ -265,10 +265,10 @@ def test_trace_and_curves_follow_a_checkpoint(server, place, tmp_path):
         Path(new.logging_dir).mkdir()
         for name, data in there.items():
             Path(new.logging_dir, name).write_bytes(data)
-        assert bool(start.restore_logs(new)) == bool(brought)
+        assert bool(history.fetch(new)) == bool(brought)
         assert content(Path(new.logging_dir)) == {**there, **brought}
     server.fault("POST|PUT|GET", "", status=403, times=10**6)
-    assert "stay in the bucket: " in start.restore_logs(config(tmp_path / "c"))
+    assert "stay in the bucket: " in history.fetch(config(tmp_path / "c"))
 
 
 @pytest.mark.parametrize(

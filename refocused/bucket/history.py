@@ -9,6 +9,7 @@ run or a person has put in either place stays. Training does not wait for them.
 import re
 from pathlib import Path
 
+from configs import Config
 from refocused.bucket import gcs
 from refocused.bucket.remote import Place
 
@@ -23,8 +24,9 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in sorted(found.items()) if size}
 
 
-def send(place: Place, folder: Path) -> None:
+def send(cfg: Config) -> None:
     """What has grown since. Raises BucketError, OSError."""
+    place, folder = Place.of(cfg, PATIENCE), Path(cfg.logging_dir)
     there, differ = place.objects(LOGS), []
     for name, size in sizes(folder).items():
         obj = there.get(f"{LOGS}/{name}")
@@ -41,16 +43,18 @@ def send(place: Place, folder: Path) -> None:
         raise gcs.Conflict(f"{place}/{LOGS}/{differ[0]} is not how {folder / differ[0]} began; it was left as it is")
 
 
-def fetch(place: Place, folder: Path) -> str:
-    """Bring them into a logging_dir that has none, or only some of the same; a line to print, or "".
-
-    Raises BucketError, OSError.
-    """
-    there = {name: obj for path, obj in place.objects(LOGS).items() if NAMES.fullmatch(name := path.rpartition("/")[2])}
-    here = sizes(folder)
-    if any(name not in there or there[name].size != size for name, size in here.items()):
-        return ""
-    missing = [name for name in there if name not in here]
-    for name in missing:
-        place.bucket.download(there[name], gcs.local_path(folder, name))
+def fetch(cfg: Config) -> str:
+    """Bring them into a logging_dir that has none, or only some of the same; a line to print, or ""."""
+    try:
+        place, folder = Place.of(cfg, PATIENCE), Path(cfg.logging_dir)
+        listed = {path.rpartition("/")[2]: obj for path, obj in place.objects(LOGS).items()}
+        there = {name: obj for name, obj in listed.items() if NAMES.fullmatch(name)}
+        here = sizes(folder)
+        if any(name not in there or there[name].size != size for name, size in here.items()):
+            return ""
+        missing = [name for name in there if name not in here]
+        for name in missing:
+            place.bucket.download(there[name], gcs.local_path(folder, name))
+    except (gcs.BucketError, OSError) as error:
+        return f"logs      of earlier starts stay in the bucket: {error}"
     return f"logs      {len(missing)} files of earlier starts came from {place}/{LOGS}" if missing else ""

@@ -112,11 +112,3 @@ def write_starts(cfg: Config, content: bytes) -> None:
 def _starts(cfg: Config) -> tuple[gcs.Bucket, str]:
     place = Place(gcs.Bucket(str(cfg.bucket_name), patience=5, timeout=5), cfg.checkpoint_bucket_path)
     return place.bucket, place.name(history.LOGS, ".starts")
-
-
-def restore_logs(cfg: Config) -> str:
-    """Bring trace and curves of earlier starts to a machine that has none; a line to print."""
-    try:
-        return history.fetch(Place.of(cfg, history.PATIENCE), Path(cfg.logging_dir))
-    except (gcs.BucketError, OSError) as error:
-        return f"logs      of earlier starts stay in the bucket: {error}"

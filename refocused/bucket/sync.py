@@ -125,7 +125,7 @@ class Syncer:
                 self._changed.notify_all()
             if logs_due and not more:
                 try:
-                    history.send(Place.of(self.cfg, history.PATIENCE), Path(self.cfg.logging_dir))
+                    history.send(self.cfg)
                 except Exception as error:  # nothing that a run can go on from is in them
                     files.name_once((self.token, "logs"), f"the logs are not in the bucket: {error}")
                 logs_due = False
