@@ -1,4 +1,4 @@
-"""Devices: which one this process has, how it is set up, and figures that come back from it."""
+"""The device of this process: which it is, its settings, and how figures come back from it."""
 
 import contextlib
 import ctypes

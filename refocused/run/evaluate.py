@@ -1,4 +1,4 @@
-"""The model asked without being trained: the held-out loss, and whether it gives one at all."""
+"""The held-out loss of a model, and whether its loss is finite at all."""
 
 import functools
 import math
@@ -76,7 +76,7 @@ def evaluate(
 
 @torch.no_grad()
 def loss_is_finite(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, cfg: Config, env: processes.Env) -> bool:
-    """Of the weights as they are now, on x, y (B, T) of every rank: then they may be saved."""
+    """Whether the weights give a finite loss on x, y (B, T) of every rank. Only then may they be saved."""
     with strategy.eager(cfg), strategy.autocast(cfg, env):  # no time to compile a forward alone
         loss = model(x.to(env.device), y.to(env.device))
     strategy.reshard(model)

@@ -1,4 +1,4 @@
-"""How a process leaves: the exit codes of a run, and the one way out."""
+"""The exit codes of a run, and the one function that ends a process."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Tokens from a model: a batch of prompts is read at once, then each step adds a token to every text, behind a cache."""
+"""Text generation with a cache: a batch of prompts is read at once, then each step adds a token to every text."""
 
 import math
 from collections.abc import Iterator
@@ -156,7 +156,7 @@ def generate(
 
 
 def open_ended(model: GPTNeoX, cfg: Config) -> str:
-    """What a model in training writes when nothing is given, cfg.sample_tokens long. Raises DataError without a tokenizer."""
+    """A text of cfg.sample_tokens that a model in training writes without a prompt. Raises DataError without a tokenizer."""
     if not (tokenizer := tokenizers.fits(cfg.tokenizer, cfg.vocab_size)):
         return ""
     end = tokenizer.end

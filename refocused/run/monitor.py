@@ -31,9 +31,9 @@ SPEEDS = ("steps_per_second", "tokens_per_second", "mfu", "data_wait_share", "sa
 
 
 def differences(before: dict[str, Any], cfg: Config, world_size: int) -> tuple[list[str], bool]:
-    """Why a replay may differ from the steps of the checkpoint's run, in words, and whether a difference is an error.
+    """The reasons why a replay may differ from the steps of the checkpoint's run, and whether a difference is an error.
 
-    It is one with deterministic=true, if the config and the world size are those of that run, {} for a fresh one.
+    It is an error with deterministic=true and that run's config and world size. before: its state.json, {} for a fresh run.
     """
     if not before:  # a fresh run beside an old trace is meant to be another
         return [], False
@@ -155,7 +155,7 @@ class Monitor:
         return True
 
     def clock(self, done: bool = False) -> None:
-        """Note in the trace what the time of this run went to, up to the last step that is known."""
+        """Record in the trace how this run spent its time, up to the last step that is known."""
         self.last_sign = self.last_clock = time.perf_counter()
         if self.trace:
             seconds = {"run_seconds": self.last_sign - self.born, **self.spent}
@@ -177,10 +177,10 @@ class Monitor:
         self, step: int, figures: list[float], lr: float, ids: np.ndarray, status: str | None,
         locate: Callable[[np.ndarray], list[tuple[str, int]]], logs: bool,
     ) -> None:  # fmt: skip
-        """Note one finished step; of one with a status, say and write down which text it was made of.
+        """Record a finished step. If it has a status, log which windows of which shards it was made of.
 
-        figures begin with loss and gradient norm; locate(ids) are the windows' (shard, offset); logs: log_line() follows,
-        whose figures stand in the same line of the trace. Raises Diverged with deterministic=true where a replay differs.
+        figures begin with loss and gradient norm; locate(ids) are the windows' (shard, offset); logs: log_line() follows
+        and adds its figures to the same line of the trace. Raises Diverged, see prove().
         """
         loss, self.norm = figures[:2]
         if self.averages:
@@ -202,7 +202,7 @@ class Monitor:
             self.log(f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. {read}")
 
     def skipped(self, step: int, ids: np.ndarray) -> None:
-        """Note a step that skip_steps names."""
+        """Record a step that skip_steps names."""
         if self.trace:
             self.trace.skipped(step, ids)
         self.log(f"Step {step}: skipped, as skip_steps says")
@@ -223,9 +223,9 @@ class Monitor:
         self.unwritten = None
 
     def prove(self, step: int, over: bool = False) -> None:
-        """Say when a replay has come to its end, and how. over: no step follows, or none that this run makes.
+        """Log the result of a replay once it has ended. over: no step follows.
 
-        Raises Diverged with deterministic=true where a replay differs.
+        Raises Diverged with deterministic=true if the replay differs.
         """
         if not self.trace or not (found := self.trace.replayed(step, over)):
             return
@@ -241,9 +241,9 @@ class Monitor:
             raise Diverged(f"deterministic=true, but {proof}; the checkpoint that it started from stands")
 
     def log_line(self, step: int, lr: float, waited: float, status: str = "") -> None:
-        """The log line of the steps since the last one: mean loss, speed as seen on the wall.
+        """The log line of the steps since the last one: mean loss, speed in wall-clock time.
 
-        waited: seconds that the loader has been waited for so far; status: what else there is to say, such as uploads.
+        waited: seconds so far that training waited for the loader; status: of uploads, at the end of the line.
         """
         self.logs.retry()
         if not self.state.recent_losses:  # every step was skipped
@@ -287,7 +287,7 @@ class Monitor:
             self.clock()
 
     def evaluated(self, step: int, score: Score, begin: float, model: neox.GPTNeoX, cfg: Config) -> None:
-        """Note a held-out score, and a text that the model writes; the time since `begin` does not count as training."""
+        """Record a held-out score and a sample of text. The time since `begin` does not count as training."""
         self.state.eval_loss = loss = score.mean
         spent, perplexity, per_byte = time.perf_counter() - begin, math.exp(min(loss, 700)), score.bits_per_byte
         # TensorBoard purges curves after a resume but not texts, so a replay must not write them again
@@ -312,7 +312,7 @@ class Monitor:
         self.spent["eval_seconds"] += self.last_sign - begin
 
     def saved(self, step: int, name: str, stall: float) -> None:
-        """Note a save that has begun and held training up for `stall` seconds."""
+        """Record a save that has begun. Training stood still for `stall` seconds."""
         self.stall += stall
         self.spent["save_seconds"] += stall
         self.logs.retry()

@@ -1,4 +1,4 @@
-"""Processes: how they start, exchange and end; a single one is a process group of one."""
+"""Processes: how they start, exchange data and end. A single one is a process group of one."""
 
 import atexit
 import contextlib

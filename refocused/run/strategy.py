@@ -105,8 +105,8 @@ def shard(model: GPTNeoX, cfg: Config, env: Env) -> None:
 
 
 def can_pin(model: GPTNeoX, parts: int) -> bool:
-    """Whether this system pins a part of every parameter, as FSDP2 will: tried, as no limit says it. torch's allocator
-    keeps what was pinned for the next who asks."""
+    """Whether this system can pin this rank's part of every parameter, as FSDP2 will. Only a try tells, and torch's
+    allocator keeps the pinned memory for FSDP2."""
     try:
         _ = [torch.empty(-(-len(p) // parts), *p.shape[1:], dtype=p.dtype).pin_memory() for p in model.parameters()]
         return True
