@@ -109,9 +109,9 @@ def wait_for_notice(notice: Callable[[str], None], host: str, ask: Callable[[str
             time.sleep(pause)
 
 
-def request(url: str, headers: dict[str, str], method: str = "GET") -> tuple[str, Message]:
+def request(url: str, headers: dict[str, str], method: str = "GET", timeout: float = 5.0) -> tuple[str, Message]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would answer for its own machine
-    with opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=330) as answer:
+    with opener.open(urllib.request.Request(url, headers=headers, method=method), timeout=timeout) as answer:
         return answer.read(1 << 12).decode("latin-1").strip(), answer.headers
 
 
@@ -120,7 +120,7 @@ def google_notice(host: str) -> None:
     url = f"http://{host}/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300&last_etag="
     etag = "0"  # none is this, so the first answer comes at once
     while True:
-        value, headers = request(url + etag, {"Metadata-Flavor": "Google"})
+        value, headers = request(url + etag, {"Metadata-Flavor": "Google"}, timeout=330)
         if value == "TRUE":
             return
         etag = headers["ETag"] or "0"
