@@ -53,12 +53,12 @@ def write_padded(file: Path, rows: list[np.ndarray], width: int, pad: int = END_
     np.savez_compressed(file, **{name: array for name, array in content.items() if array is not None})
 
 
-def write_mapped(folder: Path, lengths: list[int], vocab_size: int = 50257, dtype: str = "<u2", seed: int = 0) -> None:
-    """Mapped shards of random tokens, one per length."""
+def write_mapped(folder: Path, lengths: list[int], vocab_size: int = 50257, seed: int = 0, parts: int = 3) -> None:
+    """Mapped shards of random tokens, one per length, in so many folders."""
     rng = np.random.default_rng(seed)
     for i, length in enumerate(lengths):
         tokens = rng.integers(0, vocab_size, length)
-        write_shard(folder / f"part_{i % 3}/tokenized_cleaned_{i:03d}.npz", np.dtype(dtype), [tokens], {})
+        write_shard(folder / f"part_{i % parts}/tokenized_cleaned_{i:03d}.npz", np.dtype("<u2"), [tokens], {})
 
 
 def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
