@@ -1,4 +1,4 @@
-"""One walk for whoever looks for files of data: each folder once, and nothing that is only lying about."""
+"""How every command finds files of data: each folder is searched once, hidden files and other files are left out."""
 
 import argparse
 import fnmatch
@@ -14,8 +14,8 @@ from refocused.shards.shard import DataError
 def find_files(folder: str | Path, pattern: str = "*", but: Iterable[str | Path] = ()) -> list[str]:
     """Sorted relative paths, with forward slashes, of the files below a folder whose name matches, but not below `but`.
 
-    A folder that several links lead to is walked once, under its own name if that lies here too. Left out: hidden names,
-    lost+found, and with a word on stderr what is no regular file and folders of other users that may not be read.
+    A folder that several links lead to is searched once, under its own name if that is here too. Hidden names and lost+found
+    are skipped. Files that are not regular, and unreadable folders of other users, are skipped with a warning.
     Raises DataError for a folder of one's own that cannot be read.
     """
     root = Path(folder)

@@ -40,7 +40,7 @@ def open_member(file: IO[bytes], member: zipfile.ZipInfo, path: Path) -> Iterato
 
 
 def read_blocks(stream: IO[bytes], dtype: np.dtype, count: int, path: Path, multiple: int = 1) -> Iterator[np.ndarray]:
-    """`count` items as 1-D arrays of about BLOCK bytes, each (but the last) a multiple of so many items."""
+    """`count` items as 1-D arrays of about BLOCK bytes; each but the last has a multiple of `multiple` items."""
     per_block = max(1, BLOCK // (dtype.itemsize * multiple)) * multiple
     while count:
         wanted = min(count, per_block)
@@ -171,7 +171,7 @@ class TokenFile:
         return np.dtype(f"<u{width}")
 
     def _blocks(self, member: zipfile.ZipInfo | None, multiple: int) -> Iterator[np.ndarray]:
-        """All items of a member, or of a file that is no zip, padding too, in blocks of a multiple of so many."""
+        """All items of a member, or of a file that is no zip, with padding, as read_blocks yields them."""
         with open(self.file, "rb") as file:
             if member is None:
                 file.seek(self.offset)
@@ -233,7 +233,7 @@ class TokenFile:
         return made | named
 
     def read(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
-        """All items as they are, padding too, in blocks of whole rows, once the tokens among them are known to be ids."""
+        """All items, with padding, in blocks of whole rows. Raises DataError for a token that is no id."""
         report["largest_id"] = seen = 0
         if "attention_mask" in self.padding:
             self._check_mask()
@@ -263,7 +263,7 @@ class TokenFile:
             yield tokens
 
     def _rows(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
-        """Of each row what the one before does not end with, and an end-of-text behind a row that ends a document."""
+        """Each row without what it repeats, and an end-of-text after a row that ends a document."""
         width, overlap = self.width, self._find_overlap() if self.overlap is None else self.overlap
         inner = bool(overlap) and self._has_inner_windows(width - overlap)
         report |= dict.fromkeys(ROWS, 0)

@@ -127,7 +127,7 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
 
 
 def others(paths: list[str]) -> str:
-    """What lies there instead, and what reads it, behind a message that something is missing."""
+    """For a message that something is missing: which files are there instead, and the command that reads them."""
     for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl", ".parquet"), "tokenize")):
         if found := [path for path in paths if path.lower().endswith(kinds)]:
             way = here(f"python data.py {command} SRC DST")
@@ -139,7 +139,7 @@ def others(paths: list[str]) -> str:
 
 
 def absent(source: Path, kinds: str, paths: list[str]) -> str:
-    """The message that a file, or a folder in which these were found, is nothing that a command reads."""
+    """The message that a command cannot read a file, or finds nothing to read in a folder with these files."""
     way = others(paths)
     if source.is_file():
         return f"{source} is no {kinds}{way if way.startswith(';') else ''}"

@@ -65,7 +65,7 @@ def named(path: str) -> str:
 
 
 def kind(file: Path, fields: list[str]) -> str:
-    """The same, with "lines", "array" or "" (somebody's settings) for a .json, by its beginning. Raises DataError."""
+    """The same; a .json is "lines", "array" or "" (no texts), by its beginning. Raises DataError."""
     if (found := named(file.name)) == "json":
         with opened(file, 0) as stream, contextlib.suppress(ValueError, RecursionError):
             line = b"\n"
@@ -75,7 +75,7 @@ def kind(file: Path, fields: list[str]) -> str:
                 return "array"
             first = parsed(line)
             if isinstance(first, dict) and (stream.readline(1) or {*first} & {*fields}):
-                return "lines"  # one object without a text is somebody's settings
+                return "lines"  # one object without a text is a file of settings
         return ""
     return found
 

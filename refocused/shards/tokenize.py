@@ -92,7 +92,7 @@ def local(source: Path, target: Path, rules: Rules, workers: int) -> Sources:
 
 
 def tokenize(sources: Sources, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int) -> Counter:
-    """Turns texts into shards of about shard_tokens, by so many threads.
+    """Turns texts into shards of about shard_tokens. workers: threads.
 
     End-of-text follows each document. Shards come out in the order of the sources whatever the number of threads. Each
     notes where its successor begins, so an interrupted run goes on behind the last intact one; sources whose content
