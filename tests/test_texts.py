@@ -147,6 +147,7 @@ def fill(server, tmp_path: Path) -> list[str]:
     server.put("c/02/d.txt", b"one document")
     server.put("c/02/settings.json", b'{"a": 1}')
     server.put("c/readme.md", b"x")
+    server.put("c/02/", b"")
     server.put("cc/other.txt", b"x")
     return [*TEXTS, *TEXTS[:500], *TEXTS[:500], "one document"]
 
@@ -164,7 +165,9 @@ def test_texts_in_a_bucket(server, tmp_path, capsys):
 
     code, said = tokenized("gs://bucket/c")
     assert code == 0 and f"{len(documents):,} documents" in said
-    assert "left out readme.md" in said and "settings.json: no JSON lines and no array" in said
+    assert (
+        "left out readme.md" in said and "refused" not in said and "settings.json: no JSON lines and no array" in said
+    )
     assert tokens_in(tmp_path / "out") == ids(documents) and not (tmp_path / "out" / texts.COMING).exists()
     before = server.count("GET", MEDIA)
     assert before == 5 and "0 were there" not in tokenized("gs://bucket/c")[1] and server.count("GET", MEDIA) == before

@@ -27,7 +27,7 @@ def sources(url: str, target: Path, limit: int) -> Sources:
     """
     name, prefix = gcs.split(url)
     bucket, folder = gcs.Bucket(name), target / COMING
-    found, refused = choose(bucket, prefix, "*")
+    found, refused = choose(bucket, prefix, "?*")  # not the empty objects by which consoles show a folder
     if not found:  # the url names an object
         parent, _, last = prefix.rpartition("/")
         found, refused = choose(bucket, parent, last)
