@@ -55,6 +55,9 @@ def test_bf16_and_tied(shards, tmp_path, tied):
     """bf16 under DDP (autocast) and FSDP2 (its own policy) stay close to fp32; tied embeddings train under both."""
     common = [f"data_dir={shards}", "max_steps=12", f"tie_word_embeddings={tied}", "per_device_train_batch_size=4"]
     exact = train(tmp_path / "fp32", *common, nproc=2).losses
+    if tied == "true":  # one parameter of two modules, in one group of FSDP2
+        sharded = train(tmp_path / "sharded", *common, "parallel=fsdp", nproc=2).losses
+        assert relative(exact, sharded) < 1e-5
     for parallel in ("ddp", "fsdp"):
         half = train(tmp_path / parallel, *common, "mixed_precision=bf16", f"parallel={parallel}", nproc=2).losses
         assert relative(exact, half) < 1e-2
@@ -113,6 +116,25 @@ def test_non_finite_steps_are_named_not_applied_and_end_the_run(shards, tmp_path
     assert "not the same run" in mended.text and "done: 5 steps" in mended.text
     report = json.loads((tmp_path / "logs" / "bad-step-2.json").read_text())
     assert len(report["windows"]) == 8 and report["windows"][0]["shard"].endswith(".npz")
+
+
+def test_deterministic_sets():
+    """What torch says of itself after deterministic=true, in a process of its own; without it, torch's defaults."""
+    names = (
+        "torch.are_deterministic_algorithms_enabled() inductor.deterministic not(inductor.triton.autotune_pointwise) "
+        "not(torch.backends.cudnn.benchmark) not(blas.allow_bf16_reduced_precision_reduction) "
+        "not(blas.allow_bf16_reduced_precision_reduction_split_k) not(blas.allow_fp16_reduced_precision_reduction) "
+        "not(blas.allow_fp16_reduced_precision_reduction_split_k)"
+    ).split()
+    code = "import sys, torch, configs; from refocused.run import devices; import torch._inductor.config as inductor; "
+    code += (
+        "blas = torch.backends.cuda.matmul; devices.tune(configs.load(sys.argv[1:])[0], torch.device('cpu'), 0, 1); "
+    )
+    code += f"print([name for name in {names} if eval(name)])"
+    for value, expected in (("true", names), ("false", ["not(torch.backends.cudnn.benchmark)"])):
+        command = [sys.executable, "-c", code, f"deterministic={value}"]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD, check=True).stdout
+        assert said == f"{expected}\n"
 
 
 def test_fp16_has_a_scaler_or_a_clear_no(shards, tmp_path):

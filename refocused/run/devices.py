@@ -114,6 +114,11 @@ def tune(cfg: Config, device: torch.device, local_rank: int, local_world_size: i
         deterministic: Any = torch.utils.deterministic  # a module whose attribute the stubs do not know
         deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads what it did not write
         torch.backends.cudnn.benchmark = False
+        if device.type == "cuda":  # the one library that can leave split-K out, whose order of sums nobody promises
+            torch.backends.cuda.preferred_blas_library("cublaslt")
+        for kind in ("bf16", "fp16"):
+            setattr(torch.backends.cuda.matmul, f"allow_{kind}_reduced_precision_reduction", (False, False))
+        inductor.triton.autotune_pointwise = False  # no kernel is chosen by a clock
     return torch.get_num_threads()
 
 

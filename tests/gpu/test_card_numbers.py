@@ -1,12 +1,17 @@
 """Losses, gradients and kernels of the device against a CPU, eager code and plain products."""
 
 import itertools
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from card import apart, losses
+from card import COMMON, apart, losses
+from launch import GUARD
 
 import configs
 import model as neox
@@ -101,3 +106,21 @@ def test_layouts_agree(card, run, say):
     worst = max(apart(one, losses(run(name, *keys, *more, nproc=2))) for name, more in layouts.items())
     say(f"{worst:.2g}", "1e-5")
     assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("beside, split_k", [(0, False), (8, False), (0, True), (8, True)])
+def test_same_twice(card, say, beside, split_k):
+    """deterministic=true: 200 batches twice from one state, every gradient by its name, then Muon's update; alone on the
+    card and with eight copies beside, with split-K and without. Which tensors had other bits, and how often."""
+    if not card.cuda and (beside or split_k):
+        pytest.skip("on a CPU one case shows that the check works")
+    base = [word for word in card.base if not word.startswith(("mixed", "compile"))]
+    keys = [*base, *COMMON, "mixed_precision=bf16", f"compile_model={card.cuda}".lower(), "optimizer=muon"]
+    script = str(Path(__file__).with_name("twice.py"))
+    command = [sys.executable, script, "200" if card.cuda else "2", str(split_k).lower(), *keys, "deterministic=true"]
+    copies = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(1 + beside)]
+    found = [copy.communicate(timeout=GUARD)[0] for copy in copies]
+    assert not any(copy.returncode for copy in copies)
+    differ = [json.loads(text.splitlines()[-1]) for text in found]
+    say(f"{sum(map(bool, differ))} of {len(differ)} processes had other bits: {differ}"[:300], "none" * (not split_k))
+    assert split_k or not any(differ)
