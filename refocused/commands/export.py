@@ -6,8 +6,10 @@ python ckpt.py export CHECKPOINT --torch FILE
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 import ckpt
+import configs
 from configs import Config, ConfigError
 from model import GPTNeoX, num_parameters
 from refocused import files, locks
@@ -26,9 +29,11 @@ from refocused.checkpoint.source import Source
 from refocused.checkpoint.weights import DTYPES, fill, load
 from refocused.entry import here
 from refocused.run import processes
+from refocused.run.generation import open_ended
 from refocused.shards import spelling, tokenizers
 from refocused.shards.shard import DataError
 
+WITHOUT = "without tokenizer files"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -72,11 +77,12 @@ def write_onnx(model: GPTNeoX, file: Path) -> float:
         return (torch.from_numpy(logits) - model(idx)).abs().max().item()
 
 
-def card(source: Source, dtype: str) -> str:
-    """README.md of the exported folder: the facts of the run, and how to load it."""
-    cfg, state = source.cfg, source.state
+def card(source: Source, dtype: str, out: Path, text: str) -> str:
+    """README.md of the exported folder: the facts of the run, how to load it, and a text that the model wrote."""
+    cfg, state, made = source.cfg, source.state, source.state.get("run", {})
     total, body = num_parameters(cfg)
     known = tokenizers.fits(cfg.tokenizer, cfg.vocab_size)
+    size = sum(shard["tokens"] for shard in state.get("data", {}).get("manifest", ()))
     facts = {
         "architecture": f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)",
         "shape": f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads",
@@ -85,20 +91,30 @@ def card(source: Source, dtype: str) -> str:
         "context": f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}",
         "checkpoint": f"{source.path.name}, step {state['step']:,}",
         "tokens seen": f"{state['tokens']:,}" if "tokens" in state else None,
+        "epochs": f"{state['tokens'] / size:.3g} of {size:,} tokens" if size and "tokens" in state else None,
+        "held-out loss": f"{state['eval_loss']:.4f} nats per token" if state.get("eval_loss") else None,
         "last training loss": f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else None,
         "data fingerprint": source.trained_on,
         "weights": f"{dtype}, from fp32",
-        "code": state.get("run", {}).get("git_commit"),
+        "code": made.get("git_commit"),
+        "torch": made.get("torch"),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    # not what the file system and the bucket are called
+    public = {key: value for key, value in vars(cfg).items() if not isinstance(value, str) or key in configs.CHOICES}
+    keys = "\n".join(f"{key}={value}" for key, value in public.items() if value != getattr(Config(), key))
+    written = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text).replace("\n", "\n    ")
+    wrote = f"\nIt wrote, with nothing to go on from:\n\n    {written}\n" if text else ""
     return f"""---
+license: other  # yours to choose
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - gpt_neox
+- pretrained
 ---
 
-# GPT-NeoX, {total / 1e6:,.0f}M parameters
+# {out.name}: GPT-NeoX, {total / 1e6:,.0f}M parameters
 
 A base model: it continues text, it was not tuned to follow instructions.
 
@@ -106,11 +122,19 @@ A base model: it continues text, it was not tuned to follow instructions.
 |---|---|
 {table}
 
+`python ckpt.py eval` of the code that trained it gives bits per byte. In Transformers, and in vLLM (`vllm serve FOLDER`):
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
+```
+{wrote}
+Keys of the run that are not the trainer's defaults:
+
+```
+{keys}
 ```
 """
 
@@ -118,9 +142,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_TO_THIS_FOLDER")
 def write_tokenizer(cfg: Config, folder: Path) -> str:
     """The files of the tokenizer that the model was trained with, if that is known; a line that says which it is."""
     if not cfg.tokenizer:
-        return (
-            "without tokenizer files: the checkpoint does not know which tokenizer made the ids that it was trained on"
-        )
+        return f"{WITHOUT}: the checkpoint does not know which tokenizer made the ids that it was trained on"
     known, length = tokenizers.find(cfg.tokenizer), cfg.max_position_embeddings
     try:
         if known.size > cfg.vocab_size:
@@ -129,7 +151,7 @@ def write_tokenizer(cfg: Config, folder: Path) -> str:
         for name, content in written.items():
             (folder / name).write_bytes(content)
     except DataError as error:  # a vocabulary that cannot be fetched, too
-        return f"without tokenizer files: {error}"
+        return f"{WITHOUT}: {error}"
     return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}"
 
 
@@ -203,10 +225,17 @@ def main(argv: list[str]) -> int:
         folder.mkdir()
         write_configs(source.cfg, source.end, folder, dtype)
         write_weights(model, folder, dtype)
-        (folder / "README.md").write_text(card(source, args.dtype), encoding="utf-8")
-        print(write_tokenizer(source.cfg, folder))
+        tokenizer = write_tokenizer(source.cfg, folder)
+        print(tokenizer)
+        text = (
+            ""
+            if tokenizer.startswith(WITHOUT)
+            else open_ended(model, dataclasses.replace(source.cfg, sample_tokens=60))
+        )
+        (folder / "README.md").write_text(card(source, args.dtype, args.out, text), encoding="utf-8")
         if args.onnx:
             difference = write_onnx(model, folder / "onnx/model.onnx")
             print(f"onnxruntime: logits differ by at most {difference:.1e}; in optimum load it with use_cache=False")
         print(f"read back: logits differ from the checkpoint's by at most {check(model, folder, dtype):.1e}")
+    print(f"to publish it: hf upload USER/{args.out.name} {shlex.quote(str(args.out))}")
     return 0
