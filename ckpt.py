@@ -153,6 +153,7 @@ class Checkpoints:
         )  # fmt: skip
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         log(saver.reserve(tree))
+        self.before_update = saver.before_update  # waits until the last save no longer reads the tensors
         self._saved_at, self._step = time.monotonic(), choice.state.get("step", 0)
         self._syncer: Syncer | None = None
         if bucket and atomic.holds(cfg.output_dir):  # of nodes that share a disk, one sends what is on it

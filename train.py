@@ -208,6 +208,7 @@ def train(
             norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips_in_kernel(optimizers))
             # decided on the device before the update, so that the host does not wait for the loss
             figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
+            checkpoints.before_update()  # the last save may still copy what it changes
             optim.update(optimizers, scaler, apply, divisor)
             strategy.clear_gradients(model)
         state.step += 1  # the only clock: rate, samples, saves and evaluations follow from it

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -136,6 +137,7 @@ def _layouts(rank: int, folder: Path) -> None:
                 expected = expected or digest(tree)
                 saver, history = Saver(folder / f"{layout}{world}", async_save=layout != "one"), [1.0]
                 saver.save(manifest.name(0, 1, 1), tree, {"step": 1, "history": history})
+                saver.before_update()
                 fill(tree, 8)  # the save is of the values at the call, whatever happens behind it
                 history.append(2.0)
                 assert saver.close() is None
@@ -182,6 +184,7 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
     if rank == 1:
         tensors.local_part(tree[key])[0] = float("nan")
     saver.save(manifest.name(0, 2, 1), tree, {})
+    saver.before_update()
     tensors.local_part(tree[key]).copy_(kept)
     error = saver.wait()
     assert f"{key} has values that are not finite (rank 1)" in error, error
@@ -218,6 +221,38 @@ def test_every_layout_loads_into_every_other(tmp_path):
         assert len(shards) == world, "each rank writes a part"
         assert max(shards) < 1.5 * min(shards) + 1000, "the parts are about equal"
     assert max(sizes.values()) < min(sizes.values()) + 20_000, "replicated state is written once"
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_steps_go_on_while_a_save_is_copied(alone, tmp_path, monkeypatch, at_once):
+    """A saving thread that begins late: forward and backward go on, the update waits, and the save is a clone taken at the
+    call. With REFOCUSED_COPY_AT_ONCE the update waits for nothing."""
+    if at_once:
+        monkeypatch.setenv("REFOCUSED_COPY_AT_ONCE", "1")
+    model, optimizers = build(width=64)
+    tree = tensors.state_tree(model, *optimizers)
+    fill(tree, 1)
+    saver = Saver(tmp_path)
+    saver.reserve(tree)
+    for step in (1, 2):  # the second save reuses the memory of the first
+        clone, begins = {key: t.clone() for key, t in tree.items()}, threading.Event()
+        saver._thread.submit(begins.wait)
+        saver.save(manifest.name(0, step, 1), tree, {})
+        h = model.narrow(model.blocks[1](model.blocks[0](model.embed_in.weight)))
+        h.square().sum().backward()
+        if not at_once:
+            threading.Timer(0.2, begins.set).start()
+        saver.before_update()
+        for optimizer in optimizers:
+            optimizer.step()
+        begins.set()
+        assert saver.wait() is None and digest(tree) != digest(clone)
+        live = {key: t.clone() for key, t in tree.items()}
+        tensors.load(tmp_path / manifest.name(0, step, 1), tree)
+        assert digest(tree) == digest(clone)
+        for key, t in tree.items():
+            t.copy_(live[key])
+    saver.close()
 
 
 def test_tree_names_do_not_depend_on_wrapping(alone):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.tensors import local_part, on_all_ranks, own_part, write
 
 Tree = dict[str, Tensor]
+AT_ONCE = "REFOCUSED_COPY_AT_ONCE"  # in the environment: training waits for the copies of a save
 FILES_AT_A_TIME = 4  # that a rank writes: with one, a core that hashes is slower than most disks
 
 
@@ -28,7 +30,8 @@ class Saver:
 
     A save that fails, as one with values that are not finite does, leaves nothing under a final name: poll() tells why,
     on every rank. A save may wait, written but not committed, for confirm(): weights that an update has just ruined look
-    like any others until a loss is computed with them.
+    like any others until a loss is computed with them. The copy is made beside forward and backward, which only read:
+    before_update() comes before anything that changes the tensors.
 
     generation: the highest of any save that the run knows of. files: what else every checkpoint holds, by name.
     stall_seconds: for which the last save() held training up.
@@ -56,6 +59,7 @@ class Saver:
         self.last: str | None = None  # name of the last complete save
         self.last_generation = 0  # and its number; 0 while this run has none
         self._host = _Host()
+        self.before_update = self._host.wait
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # kept, as starting one costs a turn of the GIL, 5 ms
         self._saving: concurrent.futures.Future | None = None
         self._good: concurrent.futures.Future[bool] = concurrent.futures.Future()  # whether the last save counts
@@ -65,7 +69,8 @@ class Saver:
     def reserve(self, tree: Tree) -> str:
         """Allocate memory for the copies before training, so that the first save is quick. A line to print, or ""."""
         if self.async_save:
-            self._host.copy(own_part(tree, self.rank, self.world))
+            self._host.begin(own_part(tree, self.rank, self.world))
+            self._host.end()
         return self._host.note
 
     def save(self, name: str, tree: Tree, state: dict[str, Any], validated: bool = True) -> None:
@@ -76,11 +81,12 @@ class Saver:
         if validated:
             self._good.set_result(True)
         part = own_part(tree, self.rank, self.world)
-        source = self._host.copy(part) if self.async_save else {key: local_part(t) for key, t in part.items()}
+        if self.async_save:
+            self._host.begin(part)
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
         need = sum(t.nbytes for t in tree.values())
         more = {manifest.STATE: text.encode(), **self.files}
-        self._saving = self._thread.submit(self._write, name, part, source, more, need)
+        self._saving = self._thread.submit(self._write, name, part, more, need)
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
@@ -130,8 +136,9 @@ class Saver:
             self._saving.result()
             self._saving = None
 
-    def _write(self, name: str, part: Tree, source: Tree, more: dict[str, bytes], need: int) -> None:
+    def _write(self, name: str, part: Tree, more: dict[str, bytes], need: int) -> None:
         final = self.output_dir / name
+        source = self._host.views if self.async_save else {key: local_part(t) for key, t in part.items()}
         try:
             save_id = on_all_ranks(self.group, self._begin, need)[0]
             self.generation += 1
@@ -161,6 +168,7 @@ class Saver:
                     atomic.recover(self.output_dir)
 
     def _begin(self, need: int) -> str:
+        self._host.end()  # first, as an update may wait for it
         if self.rank == 0:
             atomic.check_space(self.output_dir, need)
         return secrets.token_hex(8)
@@ -176,24 +184,59 @@ class Saver:
 
 
 class _Host:
-    """Host memory for the copies of a save: one block, allocated once, pinned if there is a GPU."""
+    """Host memory for the copies of a save: one block, allocated once, pinned if there is a GPU.
+
+    CUDA copies on a stream of its own, a CPU in the saving thread, another accelerator at once.
+    """
 
     def __init__(self):
         self.block, self.pinned, self.note = torch.empty(0, dtype=torch.uint8), False, ""
+        self.local: Tree = {}
         self.views: Tree = {}
+        self.stream: torch.cuda.Stream | None = None
+        self.made: torch.cuda.Event | None = None  # on the stream, behind the copies
+        self.done = threading.Event()  # on a CPU
+        self.done.set()
 
-    def copy(self, part: Tree) -> Tree:
-        """The local parts of the tensors, copied. Training waits for this alone."""
-        local = {key: local_part(t) for key, t in part.items()}
-        layout = {key: (t.shape, t.dtype) for key, t in local.items()}
-        if layout != {key: (view.shape, view.dtype) for key, view in self.views.items()}:
+    def begin(self, part: Tree) -> None:
+        """Start to copy the local parts of the tensors, of which none may change before wait()."""
+        self.local = {key: local_part(t) for key, t in part.items()}
+        if self.local.keys() != self.views.keys():
             self.free()
-            self.allocate(local)
-        for key, t in local.items():
+            self.allocate(self.local)
+        devices = {t.device.type for t in self.local.values()}
+        if "cuda" in devices and AT_ONCE not in os.environ:
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())  # behind the last update
+            with torch.cuda.stream(self.stream):
+                self.copy()
+            self.made = self.stream.record_event()
+        elif devices <= {"cpu"} and AT_ONCE not in os.environ:
+            self.done.clear()
+        else:
+            self.copy()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+
+    def copy(self) -> None:
+        for key, t in self.local.items():
             self.views[key].copy_(t, non_blocking=True)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return self.views
+
+    def end(self) -> None:
+        """In the saving thread: the copies are made when this returns."""
+        try:
+            if self.made:
+                self.made.synchronize()
+            elif not self.done.is_set():
+                self.copy()
+        finally:
+            self.done.set()
+
+    def wait(self) -> None:
+        """Before an update. A CPU waits until the copies are made; on CUDA the update's stream does."""
+        if self.made:
+            torch.cuda.current_stream().wait_event(self.made)
+        self.done.wait()
 
     def allocate(self, local: Tree) -> None:
         spans = {key: -(-t.nbytes // 64) * 64 for key, t in local.items()}

@@ -38,9 +38,8 @@ SLOTS = {"AdamW": ADAM, "HalfAdamW": ADAM, "Muon": ("momentum_buffer",)}  # an o
 def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Tree:
     """Every tensor that cannot be computed, by a flat name; the tensors alias the live ones.
 
-    `model.<parameter>` and `optim.<slot>.<parameter>`, the names without the prefixes of DDP and torch.compile; a tied
-    parameter comes once, a frozen one has no optimizer state. Optimizer state that the first step would create is
-    created, so that a load can be in place.
+    `model.<parameter>` and `optim.<slot>.<parameter>`, without the prefixes of DDP and torch.compile; a tied parameter
+    comes once, a frozen one has no optimizer state. State that the first step would create is created here.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -255,9 +254,8 @@ def save_alone(
 def load(path: str | os.PathLike, tree: Tree) -> None:
     """Fill the tensors of the tree, of any layout, with those of a verified checkpoint. Collective.
 
-    In place: besides the tree there is never more than one tensor in memory. A tree of `model.` names alone leaves the
-    optimizer's state unread. Raises CheckpointError, before any value changes, if names, shapes or dtypes differ, or if
-    a tensor's parts do not cover it.
+    In place, one tensor at a time. A tree of `model.` names alone leaves the optimizer's state unread. Raises
+    CheckpointError, before any value changes, if names, shapes or dtypes differ, or a tensor's parts do not cover it.
     """
     saved = fitting_parts(path, tree)
 
@@ -304,10 +302,7 @@ def whole(parts: Sequence[Part]) -> Tensor:
 
 
 def check_cover(parts: Sequence[Part], size: Sequence[int]) -> None:
-    """Raise CheckpointError unless the parts of a tensor cover each of its elements once.
-
-    A gap would leave what was there before the load. Of an overlap the last part that is read would count.
-    """
+    """Raise CheckpointError unless the parts of a tensor cover each of its elements once."""
     where = f"{parts[0].path.parent}: parts of {parts[0].key}"
     boxes = sorted((part.offsets, part.sizes) for part in parts if math.prod(part.sizes))
     for i, (at, n) in enumerate(boxes):

@@ -44,6 +44,34 @@ _data.Loader.__next__ = _broken
 """
 
 
+def bits(run) -> dict[int, tuple[str, str]]:
+    return {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in trace(run)}
+
+
+def odd_one(runs: dict[str, dict[int, tuple[str, str]]]) -> str:
+    """The first step whose loss or gradient norm differs, and of which run it is unlike both others'; or nothing.
+
+    A resumed run has the killed run's steps up to its checkpoint: their bits say nothing of it.
+    """
+    for step in sorted(set().union(*runs.values())):
+        found = {name: of[step] for name, of in runs.items() if step in of}
+        if len(set(found.values())) > 1:
+            odd = [name for name, value in found.items() if list(found.values()).count(value) == 1]
+            who = f"the {odd[0]} run is the odd one" if len(odd) == 1 and len(found) == 3 else "no two of three agree"
+            return f", from step {step} on not the uninterrupted run's: {who}"
+    return ""
+
+
+def test_the_odd_one_of_three_runs():
+    same = {step: ("a", "b") for step in range(9)}
+    other = {**same, 7: ("a", "c"), 8: ("d", "e")}
+    assert odd_one({"uninterrupted": same, "killed": {1: ("a", "b")}, "resumed": same}) == ""
+    for name in ("uninterrupted", "killed", "resumed"):
+        runs = dict.fromkeys(("uninterrupted", "killed", "resumed"), same) | {name: other}
+        assert f"from step 7 on not the uninterrupted run's: the {name} run is the odd one" in odd_one(runs)
+    assert "no two of three" in odd_one({"uninterrupted": same, "killed": {}, "resumed": other})
+
+
 def killed_and_resumed(run, start, name: str, *keys: str, cold: dict | None = None) -> tuple[str, bool]:
     """A run, and the same one killed at a random step and resumed: (its replay and the first step that is another one,
     whether the final weights are the same)."""
@@ -53,11 +81,10 @@ def killed_and_resumed(run, start, name: str, *keys: str, cold: dict | None = No
     killed = start(name, *keys, before=SLOWLY)
     killed.wait_for(f"Step {step}: loss")
     killed.kill()
+    runs = {"uninterrupted": bits(whole), "killed": bits(killed)}  # before a resume writes its steps over
     resumed = run(name, *keys, "resume=latest", env=cold)
     said = next((line for line in resumed.text.splitlines() if "replayed" in line), "nothing was replayed")
-    usual = {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in trace(whole)}
-    other = [s["step"] for s in trace(resumed) if (s["loss_hex"], s["grad_norm_hex"]) != usual[s["step"]]]
-    said += f", from step {other[0]} on not the uninterrupted run's" if other else ""
+    said += odd_one({**runs, "resumed": bits(resumed)})
     ends = [ckpt.find(str(r.log.parent / "out")) for r in (whole, resumed)]
     first, second = (load_model(source).state_dict() for source in ends)
     same = all(torch.equal(first[key], second[key]) for key in first)
@@ -114,6 +141,7 @@ def test_asynchronous_saves(card, say, tmp_path):
         expected = {key: t.double().sum().item() for key, t in tree.items()}
         saver.save(manifest.name(0, step, 0), tree, {"step": step})
         stalls.append(saver.stall_seconds)
+        saver.before_update()
         for t in tree.values():
             t.add_(1.0)  # the steps that go on
         assert (error := saver.wait()) is None, error

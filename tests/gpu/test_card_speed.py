@@ -145,10 +145,14 @@ def test_speed(card, run, say, layout, tmp_path):
     assert not card.cuda or abs(ratio - 1) <= 0.2
 
 
-def test_dip(card, run, say):
-    """Seconds of training that one asynchronous save of the whole model costs: its stall, and ten slower steps."""
+@pytest.mark.parametrize("env", [{}, {"REFOCUSED_COPY_AT_ONCE": "1"}], ids=["beside a step", "at once"])
+def test_dip(card, run, say, env):
+    """Seconds of training that one asynchronous save of the whole model costs: its stall, and ten slower steps; copied
+    on a stream of its own, or while training waits."""
     keys = f"parallel=ddp per_device_train_batch_size={8 if card.cuda else 1} gradient_accumulation_steps=1"
-    lines = trace(run("dip", *keys.split(), "max_steps=31", "save_steps=20", "save_total_limit=1", production=True))
+    lines = trace(
+        run("dip", *keys.split(), "max_steps=31", "save_steps=20", "save_total_limit=1", env=env, production=True)
+    )
     seconds = {line["step"]: 1 / line["steps_per_second"] for line in lines}
     stall = max(line["save_stall_seconds"] for line in lines[:-1])
     usual = sorted(seconds[step] for step in range(10, 20))[5]
