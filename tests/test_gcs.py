@@ -186,6 +186,8 @@ def test_places_that_are_none(name, path):
     if "/" not in name and not path.startswith("/"):
         with pytest.raises(gcs.BucketError, match="write gs://BUCKET/PREFIX"):
             gcs.split(f"gs://{name}/{path}")
+    with pytest.raises(gcs.BucketError, match="'b' is no bucket's name: that has 3 or more of a-z"):
+        gcs.split("gs://b/x")
     Config(bucket_name="my-bucket.example.com", checkpoint_bucket_path="runs/ü 1/")
     assert gcs.split("gs://my-bucket.example.com/runs/ü 1/") == ("my-bucket.example.com", "runs/ü 1")
 
