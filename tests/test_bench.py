@@ -62,7 +62,7 @@ def test_plan_of_production():
 def test_depths_that_were_not_looked_at():
     """Memory by kind, pools and host memory from passes over two blocks and three, against a pass over all five."""
     keys = "num_hidden_layers=5 parallel=fsdp activation_checkpointing=full optimizer=muon".split()
-    for chosen in (keys, keys[:2], keys[:1], [*keys[:2], "cpu_offload=true"]):
+    for chosen in (keys, keys[:1], [*keys[:2], "cpu_offload=true"]):
         cfg, _ = configs.load([*TINY, *MEDIUM, *chosen])
         assert memory.estimate(cfg, 2) == memory.measure(cfg, 2, "cuda")
 
