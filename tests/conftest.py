@@ -61,7 +61,7 @@ LONG = """
     test_closed_and_ascii_streams test_what_broke_first_decides test_max_restarts test_a_stop_while_a_node_unpacks
     test_torchrun_and_plain_python test_sixty_files_killed test_k_steps_and_the_rest_are_ten_steps[fsdp_2
     test_spikes_are_skipped_alike test_show_prints_the_plan test_depths_that_were_not_looked_at
-    test_killed_while_uploading test_a_machine_that_lacks test_mean_of_layouts
+    test_a_machine_that_lacks test_mean_of_layouts
 """.split()
 
 
