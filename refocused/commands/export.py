@@ -122,7 +122,7 @@ A base model: it continues text, it was not tuned to follow instructions.
 |---|---|
 {table}
 
-`python ckpt.py eval` of the code that trained it gives bits per byte. In Transformers, and in vLLM (`vllm serve FOLDER`):
+`ckpt.py eval` of the code that trained it gives bits per byte. In Transformers, and in vLLM (`vllm serve FOLDER`):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
