@@ -267,7 +267,7 @@ def show(cfg: Config, origins: dict[str, str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Parse, check what can be checked without a GPU, run; returns the exit code of DESIGN."""
+    """Parse, check what can be checked without a GPU, run; returns one of the codes of exits.py."""
     entry.open_streams()
     cfg = stop = None
     try:

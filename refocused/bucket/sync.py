@@ -37,9 +37,9 @@ class Syncer:
 
     It only looks at what is there, so it can be killed at any moment. It never raises into training: `status` says what
     is waiting and what failed last. There is one per disk; only the leader, rank 0's, writes manifests and deletes in the
-    bucket. After each upload of the newest both places are pruned: a checkpoint leaves a disk only once a newer one is
-    verified in the bucket, and it too unless bucket_total_limit would not keep it there. So give ckpt.Saver
-    save_total_limit=0. A refused delete is said once and is no failed upload.
+    bucket. After each upload of the newest both places are pruned, so ckpt.Saver gets save_total_limit=0. A local
+    checkpoint is deleted only after a newer one is verified in the bucket. It must be there itself, unless
+    bucket_total_limit would drop it. A refused delete is said once and is no failed upload.
     """
 
     def __init__(self, cfg: Config, resumed_from: str | None = None, leader: bool = True):

@@ -48,7 +48,7 @@ class Saver:
         files: Mapping[str, bytes] | None = None,
     ):
         self.output_dir = Path(output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)  # on nodes that share no disk, and never again: see Writer
+        self.output_dir.mkdir(parents=True, exist_ok=True)  # once: a folder that goes away in mid-run is not made again
         self.generation = manifest.generation(output_dir) if generation is None else generation
         self.files = files or {}
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
@@ -144,7 +144,7 @@ class Saver:
             self.generation += 1
             folder = atomic.unfinished(final, save_id)
             written = on_all_ranks(self.group, write, folder, self.rank, part, source, FILES_AT_A_TIME)
-            if not self._good.result():  # no failure: it counts no more than what it would have replaced
+            if not self._good.result():  # not confirmed: the save is dropped, and the checkpoint before it stands
                 if self.owner:
                     files.remove(folder)
                 return

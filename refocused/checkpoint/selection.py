@@ -25,7 +25,7 @@ def key(manifest: Manifest) -> tuple[int, int, str]:
 
 
 def abandoned(manifests: Iterable[Manifest]) -> set[str]:
-    """Names of those than which a later save has no higher step: the run went back to an earlier one."""
+    """Names of the saves that the run left behind: a later save has the same step or a lower one."""
     gone, lowest = set(), math.inf
     for manifest in sorted(manifests, key=key, reverse=True):
         if manifest["step"] >= lowest:
