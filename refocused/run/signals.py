@@ -24,8 +24,8 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a stop at the next step boundary. A second signal exits at once.
 
     The end of `minutes` asks for a stop, too. So does the death of the torchrun that started this process, which would
-    keep its GPU and its run's lock. Before the loop the next boundary can be minutes away, and no step can be lost: after PATIENCE seconds the
-    process exits.
+    keep its GPU and its run's lock. Before the loop the next boundary can be minutes away, and no step can be lost: after
+    PATIENCE seconds the process exits.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
