@@ -134,7 +134,7 @@ def test_what_the_command_refuses_and_says(capsys):
     assert bench.main(["plan", PRODUCTION, *searched, *keys]) == 0
     out = capsys.readouterr().out
     assert "layouts of the same step that fit 22.0 GiB" in out and "1: python train.py" in out
-    assert re.search(r"48 h buys 48\.0 h = [\d,]+ steps", out)  # less than $100 at 0.45 an hour buys
+    assert re.search(r"In 48\.0 h, for \$22, layout 1 makes [\d,]+\s+steps", out)  # less than $100 at 0.45 an hour buys
 
 
 def test_the_answer_comes_first(capsys):

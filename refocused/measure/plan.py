@@ -145,12 +145,13 @@ def bottleneck(result: search.Result, world: int) -> str:
     return text
 
 
-def affordable(cfg: Config, world: int, seconds: float, name: str, hours: float) -> str:
-    """What can be trained in the hours, at the seconds of a step."""
+def affordable(cfg: Config, world: int, seconds: float, name: str, hours: float, price: float | None) -> str:
+    """What a layout, called name, can train in the hours, at the seconds of a step."""
     steps = int(hours * 3600 / seconds)
     tokens = steps * tokens_per_step(cfg, world)
     return (
-        f"{name} buys {hours:,.1f} h = {steps:,} steps = {messages.count(tokens)} tokens, "
+        f"In {hours:,.1f} h" + (f", for ${hours * price * world:,.0f}," if price else "") + f" {name} makes {steps:,} "
+        f"steps = {messages.count(tokens)} tokens, "
         f"{tokens / neox.num_parameters(cfg)[0]:.2g} per parameter (Chinchilla, arXiv:2203.15556: about 20), "
         f"{steps / cfg.max_steps:.0%} of the config's {cfg.max_steps:,} steps: max_steps={steps}"
     )
@@ -282,10 +283,11 @@ def main(argv: list[str]) -> int:
     print()
     for i, fast in enumerate(result.fastest, 1):
         print(f"{i}: {command(options.config, options.settings, original, fast.cfg, world, node)}")
-    limits = [(options.deadline, f"{options.deadline:g} h")] if options.deadline else []
+    limits = [options.deadline] * bool(options.deadline)
     if options.budget and price:
-        limits.append((options.budget / price / world, f"${options.budget:g}"))
+        limits.append(options.budget / price / world)
     if limits:
-        hours, name = min(limits)
-        say(affordable(cfg, world, result.fastest[0].step.seconds, name, hours))
+        if fits:
+            say(affordable(cfg, world, step.seconds, "the config as it is", min(limits), price))
+        say(affordable(cfg, world, result.fastest[0].step.seconds, "layout 1", min(limits), price))
     return 0
