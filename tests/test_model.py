@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 import transformers
 from conftest import ROOT
@@ -104,6 +105,7 @@ def transposed_first(self, x, cos, sin, cache=None, documents=None):
     return self.dense(y.transpose(1, 2).reshape(B, T, C))
 
 
+@inductor.patch({"cpp.max_horizontal_fusion_size": 1})  # as devices.tune does
 def test_the_layout_of_attention(monkeypatch):
     """A compiled block against one whose q and k are transposed before they are rotated: the same bits of output and
     gradients, 3 units of 2 B T C bytes less kept for backward, fewer kernels. A CPU's attention, as cuDNN's, lays its
@@ -111,7 +113,6 @@ def test_the_layout_of_attention(monkeypatch):
     B, T, C = 8, 128, 64
     cfg = dataclasses.replace(SMALL, hidden_size=C, intermediate_size=4 * C, num_attention_heads=2, rotary_pct=0.25)
     tables = neox.rotary_tables(torch.arange(T), 8, 10_000.0)
-    monkeypatch.setattr("torch._inductor.config.cpp.max_horizontal_fusion_size", 1)  # as devices.tune does
     found = []
     for forward in (transposed_first, neox.Attention.forward):
         monkeypatch.setattr(neox.Attention, "forward", forward)
