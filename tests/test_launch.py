@@ -1,5 +1,7 @@
 """The launcher and its environment: what it is told, what it tells its ranks, and what it says of how they ended."""
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -7,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import launch
 import pytest
@@ -164,6 +167,13 @@ def test_a_stop_while_a_node_unpacks(shards, tmp_path, ends):
     assert "bug" not in run.text
 
 
+def is_free(path: Path) -> bool:
+    with open(path) as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 def test_orphans_leave_saved(shards, tmp_path):
     """torchrun is killed: its ranks save and leave, and the lock is free for the next run."""
     run = Launch(tmp_path, f"data_dir={shards}", "max_steps=1000000", module="torch.distributed.run")
@@ -172,7 +182,7 @@ def test_orphans_leave_saved(shards, tmp_path):
     run.process.wait()
     run.wait_for("stopped at step")
     assert "the torchrun of this process is gone" in run.text
-    until(lambda: not run.processes())  # the lock goes with them
+    until(lambda: is_free(tmp_path / "out/.lock"))
     train(tmp_path, f"data_dir={shards}", "resume=latest", "max_steps=10", "global_batch_size=8")
 
 
