@@ -79,7 +79,7 @@ class Folder:
             from refocused.bucket import start
 
             self.bucket = start
-        owner = processes.on_rank_0(atomic.lock, cfg.output_dir)
+        owner = processes.on_rank_0(atomic.lock, cfg.output_dir)  # before anything slow: a second run ends here
         owners = processes.on_each_node(env, atomic.lock, cfg.output_dir, owner, but_rank_0=True)
         # once: if output_dir is a link that is turned in mid-run, nothing is saved or deleted where it leads then
         self.cfg = dataclasses.replace(cfg, output_dir=os.path.realpath(cfg.output_dir))
@@ -100,7 +100,7 @@ class Folder:
         if self.bucket and cfg.resume:
             log(self.bucket.bring_together(cfg, functools.partial(processes.on_each_node, env)))
         if self.bucket:
-            choice = processes.on_rank_0(self.bucket.choose, cfg)
+            choice = processes.on_rank_0(self.bucket.choose, cfg)  # one decides, as ranks could see different listings
         else:
             choice = processes.on_rank_0(selection.choose, cfg.output_dir, cfg.resume)
         if not choice.path:
@@ -111,7 +111,7 @@ class Folder:
             choice = choice._replace(path=Path(cfg.output_dir, str(choice.name)))
         get = functools.partial(self.bucket.pull, cfg) if self.bucket and own else None
         coming = not choice.state  # from the bucket
-        processes.on_each_node(env, selection.bring, choice, get, but_rank_0=not coming)
+        processes.on_each_node(env, selection.bring, choice, get, but_rank_0=not coming)  # verified there, or pulled
         if coming:
             choice = choice._replace(state=processes.on_rank_0(lambda: selection.read(choice.path, []).state))
         if "data" not in choice.state:
@@ -140,7 +140,7 @@ class Checkpoints:
         cfg, bucket = self.cfg, folder.bucket
         if choice.path:
             tensors.load(choice.path, tree)
-            processes.on_each_node(self.env, manifest.check_unchanged, choice.path)
+            processes.on_each_node(self.env, manifest.check_unchanged, choice.path)  # since it was verified
         elif source:
             log(init_from(source, cfg, tree))
         kept = 0 if bucket else cfg.save_total_limit  # with a bucket, the syncer prunes what is safe there
@@ -152,7 +152,7 @@ class Checkpoints:
             generation=max(there, *(n or 0 for n in here)), files=tokenizers.own_files(cfg),
         )  # fmt: skip
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
-        log(saver.reserve(tree))
+        log(saver.reserve(tree))  # memory for the copies now, not at the first save, hours later
         self.before_update = saver.before_update  # waits until the last save no longer reads the tensors
         self._saved_at, self._step = time.monotonic(), choice.state.get("step", 0)
         self._syncer: Syncer | None = None
@@ -176,9 +176,9 @@ class Checkpoints:
         not. Raises ConfigError where output_dir is no longer this run's own.
         """
         validated = last or not self.cfg.saves_behind or not self._saver.confirmed
-        if validated and not loss_is_finite():
+        if validated and not loss_is_finite():  # a forward of its own: no later step shows it
             return None
-        processes.on_each_node(self.env, atomic.check_lock, self.cfg.output_dir)
+        processes.on_each_node(self.env, atomic.check_lock, self.cfg.output_dir)  # another run's by now?
         if validated:
             self._saver.confirm(True)  # what the save before holds has led to weights that are good
         self._saver.save(name, self._tree, state, validated)
@@ -215,7 +215,7 @@ class Checkpoints:
 
     def close(self, log: Callable[[str], None]) -> tuple[str | None, str | None]:
         """Wait for the last save and its upload; why the first failed, why the second is not in the bucket, or None."""
-        failure, reason = self._saver.close(), None
+        failure, reason = self._saver.close(), None  # first, as the upload is of what it writes
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds
         if syncer and syncer.backlog:
             log(f"waiting up to {deadline:g} s for the upload to {syncer.where}")
@@ -242,7 +242,7 @@ def init_from(source: "Source", cfg: Config, tree: dict[str, Tensor]) -> str:
     Returns a line to print.
     """
     tensors.load(source.path, {key: t for key, t in tree.items() if key.startswith("model.")})
-    processes.on_rank_0(manifest.check_unchanged, source.path)
+    processes.on_rank_0(manifest.check_unchanged, source.path)  # since it was verified
     guess = f"; its tokenizer is not known, taken for tokenizer={cfg.tokenizer}" * (source.cfg.tokenizer is None)
     return f"init      {source}: weights only, the optimizer starts fresh at step 0{guess}"
 

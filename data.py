@@ -57,7 +57,7 @@ from refocused.shards.shard import DataError, PackedShard, Shard
 
 def cache_folder(cfg: Config) -> Path:
     """Where shards of cfg.data_dir lie once they are unpacked; inside cfg.cache_dir."""
-    source = Path(cfg.data_dir).resolve()
+    source = Path(cfg.data_dir).resolve()  # two names of one folder share a cache
     settings = [str(source), cfg.vocab_size, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else None]
     return Path(cfg.cache_dir) / f"{source.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
@@ -67,7 +67,7 @@ def chosen_shards(cfg: Config) -> list[str]:
     if not os.path.isdir(cfg.data_dir):
         way = entry.here(f"python data.py {'demo' if cfg.tokenizer == 'byte' else 'tokenize TEXTS'} {cfg.data_dir}")
         raise DataError(f"data_dir={cfg.data_dir} is no folder; `{way}` makes it")
-    caches = (cfg.cache_dir, cache_folder(cfg))
+    caches = (cfg.cache_dir, cache_folder(cfg))  # unpacked copies inside data_dir are not read twice
     paths = find_files(cfg.data_dir, cfg.tokenized_file_pattern, but=caches)
     if not paths:
         others = find_files(cfg.data_dir, "*.npz", but=caches)
@@ -87,7 +87,7 @@ def permutation(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndar
     hold n, walked along its cycle until it is back below n (Black and Rogaway, "Ciphers with arbitrary finite domains",
     2002), at most two turns on average. Runs resume by it, so its values must never change.
     """
-    bits = max((n - 1).bit_length(), 4)
+    bits = max((n - 1).bit_length(), 4)  # of both halves: fewer would mix too little
     low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     low_mask, high_mask = (np.uint64((1 << int(width)) - 1) for width in (low, high))
     keys = np.frombuffer(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=64).digest(), "<u8")
@@ -97,10 +97,10 @@ def permutation(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndar
         return (x ^ (x >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)
 
     x = np.array(positions, np.uint64)
-    walking = np.arange(len(x))
+    walking = np.arange(len(x))  # indices of what is still n or more
     while len(walking):
         left, right = x[walking] >> low, x[walking] & low_mask
-        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):  # each is undone by itself: a bijection
             left ^= mix(right, even) & high_mask
             right ^= mix(left, odd) & low_mask
         x[walking] = left << low | right
@@ -134,8 +134,8 @@ class Dataset:
     ):  # fmt: skip
         self.T, self.vocab_size, self.seed, self.shift_windows = sequence_length, vocab_size, seed, shift_windows
         self.tokenizer = tokenizer  # by its identity
-        windows = [max(0, shard.num_tokens - 1) // self.T for shard in shards]
-        held = min(eval_files, len(shards)) if len(shards) > 1 else 0
+        windows = [max(0, shard.num_tokens - 1) // self.T for shard in shards]  # one token more: its last target
+        held = min(eval_files, len(shards)) if len(shards) > 1 else 0  # one alone gives its tail, below
         if held and held == len(shards):
             raise DataError(f"eval_files={eval_files} holds out all of {len(shards)} shards; lower it or add shards")
         cut = len(shards) - held
@@ -154,7 +154,7 @@ class Dataset:
         # where a span's last window may begin at most: what is held out of a shard stays held out
         tails = [0 if shard is divided else (shard.num_tokens - 1) % self.T for shard in self._shards]
         self._lasts = [b + (n - 1) * self.T + t for b, n, t in zip(self._begins, counts, tails, strict=True)]
-        self._first_ids = np.cumsum((0, *counts))
+        self._first_ids = np.cumsum((0, *counts))  # an id is found by bisection: no table of windows
         self.num_samples = int(self._first_ids[cut])
         self.num_eval_samples = int(self._first_ids[-1]) - self.num_samples
         self.num_tokens = self.num_samples * self.T  # that an epoch trains on
@@ -173,7 +173,7 @@ class Dataset:
         Raises PackedShard where a shard has to be unpacked first (open_dataset does it), and DataError.
         """
         paths = chosen_shards(cfg)
-        allow_open_files(len(paths))
+        allow_open_files(len(paths))  # each shard keeps a map, and 774 of them pass the usual limit of 1,024 with room
         shards = [Shard.open(folder or cfg.data_dir, path) for path in paths]
         tokenizer = tokenizers.check_shards(shards, cfg)
         settings = (cfg.sequence_length, cfg.vocab_size, cfg.seed, cfg.eval_files, cfg.shift_windows, tokenizer)
@@ -182,7 +182,7 @@ class Dataset:
     @cached_property
     def manifest(self) -> list[dict[str, Any]]:
         """path, tokens, dtype and crc32 of every shard, for a checkpoint to keep."""
-        return [shard.describe() for shard in dict.fromkeys((*self.shards, *self.eval_shards))]
+        return [shard.describe() for shard in dict.fromkeys((*self.shards, *self.eval_shards))]  # one may be in both
 
     @cached_property
     def fingerprint(self) -> str:
@@ -202,7 +202,7 @@ class Dataset:
         """
         changes = explain_change(state["data"]["manifest"], self.manifest)
         for key in ("seed", "sequence_length", "eval_files", "shift_windows"):
-            was = state["config"].get(key, KEYS[key].default)
+            was = state["config"].get(key, KEYS[key].default)  # a key that is younger than the checkpoint
             if was != getattr(cfg, key):
                 changes += f"\n{key} {was} -> {getattr(cfg, key)}"
         was = state["data"].get("tokenizer", state["config"].get("tokenizer"))
@@ -219,12 +219,12 @@ class Dataset:
     def sample_ids(self, first: int, count: int) -> np.ndarray:
         """Window ids at the global positions [first, first + count), int64; an epoch visits every window once."""
         position = first + np.arange(count)
-        epochs, positions = np.divmod(position, self.num_samples)
+        epochs, positions = np.divmod(position, self.num_samples)  # one batch may span the end of an epoch
         ids = []
         for epoch in np.unique(epochs).tolist():
             shift = window_shift(self.seed, epoch, self.T) if self.shift_windows else 0
             order = permutation(self.seed, epoch, self.num_samples, positions[epochs == epoch])
-            ids.append(order + shift * self._first_ids[-1])
+            ids.append(order + shift * self._first_ids[-1])  # so an id alone says where its window lies
         return np.concatenate(ids)
 
     def eval_ids(self, count: int) -> np.ndarray:
@@ -237,7 +237,7 @@ class Dataset:
 
         What fills a block up is zeros whose targets, -100, do not count: a compiled model meets one shape.
         """
-        for first in range(rank * B, rank * B + len(ids), B * world_size):
+        for first in range(rank * B, rank * B + len(ids), B * world_size):  # collective: as many on every rank
             rows = ids[first : first + B]
             x, y = torch.zeros(B, self.T, dtype=torch.int64), torch.full((B, self.T), -100)
             if len(rows):
@@ -264,10 +264,10 @@ class Dataset:
         for shard in distinct:  # a file cut short is an error here; touching its map would end the process
             shard.check_unchanged()
         for row, (shard, start) in zip(out, places, strict=True):
-            row[:] = shard.stream[start : start + self.T + 1]
+            row[:] = shard.stream[start : start + self.T + 1]  # one read of about 2 KB from the map
         for shard in distinct:
             shard.check_unchanged()
-        unsigned = out.view(np.uint64)  # where a negative id is a huge one
+        unsigned = out.view(np.uint64)  # where a negative id is a huge one: one comparison finds both kinds
         if unsigned.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(unsigned >= self.vocab_size)[0]
             shard, start = places[row]
@@ -326,7 +326,7 @@ class Batch:
 
 
 def to_tensors(windows: np.ndarray, pin_memory: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows [B, T + 1] as inputs and next-token targets, int64 tensors [B, T]."""
+    """Windows [B, T + 1] as inputs and next-token targets, int64 tensors [B, T]. The only shift by one there is."""
     pair = (torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy()))
     return (pair[0].pin_memory(), pair[1].pin_memory()) if pin_memory else pair
 
