@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launch import GUARD
 from test_export import CFG, save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 import sample
@@ -132,6 +134,43 @@ def test_program_on_latest(checkpoint, model):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"def {bytes(greedy(model, list(b'def '), 12)).decode(errors='replace')}\n".encode()
     assert b"step 7" in done.stderr and b"tokens/s" in done.stderr
+
+
+METASPACE = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}
+WORDS = {"pre_tokenizer": pre_tokenizers.Whitespace()}
+FORMATS = {  # the model, its parts, its trainer
+    "like Llama": (models.BPE(unk_token="<unk>"), METASPACE, trainers.BpeTrainer),
+    "unigram": (models.Unigram(), METASPACE, trainers.UnigramTrainer),
+    "wordpiece": (
+        models.WordPiece(unk_token="<unk>"),
+        {**WORDS, "decoder": decoders.WordPiece()},
+        trainers.WordPieceTrainer,
+    ),
+    "no decoder": (models.BPE(unk_token="<unk>"), WORDS, trainers.BpeTrainer),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_is_one_decode(name, model, tmp_path, capsys):
+    """Of a tokenizer that is not byte-level, the text is what one decode of the prompt's and the new ids gives: blanks
+    between words stay, also behind the prompt."""
+    kind, parts, trainer = FORMATS[name]
+    made = Tokenizer(kind)
+    for part, value in parts.items():
+        setattr(made, part, value)
+    more = {"unk_token": "<unk>"} if name == "unigram" else {}
+    texts = ["once upon a time, there was a girl; don't stop"] * 50
+    made.train_from_iterator(texts, trainer(special_tokens=["<unk>"], vocab_size=60, show_progress=False, **more))
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, prompt = tokenizers.find(str(tmp_path)), "once upon a time"
+    ids = tokenizer.encode(prompt)
+    sample.write(
+        model, SimpleNamespace(end=None), tokenizer, [prompt], [ids], Options(max_new_tokens=20, temperature=0)
+    )
+    new = [i for i in greedy(model, ids, 20) if i < tokenizer.size]
+    out = capsys.readouterr().out
+    assert out == made.decode(ids + new, skip_special_tokens=False) + "\n"
+    assert out.startswith(prompt) or name == "no decoder"
 
 
 def test_batch_from_a_file(checkpoint, tmp_path, capsys):
