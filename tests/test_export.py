@@ -85,9 +85,15 @@ def write_tokenizer(name: str, folder: Path, length: int) -> None:
 OTHER = {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"}
 
 
-@pytest.mark.parametrize("keys", [{}, {**OTHER, "rotary_pct": 0.5, "rotary_emb_base": 5000.0}])
+DROPOUT = {"hidden_dropout": 0.5, "attention_dropout": 0.5}
+
+
+@pytest.mark.parametrize("keys", [{}, {**OTHER, **DROPOUT, "rotary_pct": 0.5, "rotary_emb_base": 5000.0}])
 def test_transformers_loads_it(tmp_path, capsys, keys, device):
-    """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, on a GPU to 1e-3."""
+    """Logits of the fp32 folder in AutoModelForCausalLM equal the checkpoint's to 1e-5, on a GPU to 1e-3.
+
+    What was read back has the checkpoint's logits exactly, also of a model that was trained with dropout.
+    """
     cfg = Config(**{**CFG.__dict__, **keys})
     checkpoint = save(tmp_path / "out", cfg)
     assert export.main([str(checkpoint), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0

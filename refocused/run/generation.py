@@ -156,12 +156,13 @@ def generate(
 
 
 def open_ended(model: GPTNeoX, cfg: Config) -> str:
-    """A text of cfg.sample_tokens that a model in training writes without a prompt. Raises DataError without a tokenizer."""
+    """A text of cfg.sample_tokens that the model writes without a prompt. Raises DataError without a tokenizer."""
     if not (tokenizer := tokenizers.fits(cfg.tokenizer, cfg.vocab_size)):
         return ""
     end = tokenizer.end
     # top_p adds up probabilities, for which a GPU has no deterministic kernel
     options = Options(max_new_tokens=cfg.sample_tokens, top_p=1.0 if cfg.deterministic else Options.top_p)
+    training = model.training
     model.eval()
     try:
         with strategy.eager(cfg):  # a graph for each length of the text would not pay
@@ -170,4 +171,4 @@ def open_ended(model: GPTNeoX, cfg: Config) -> str:
     except NotFinite as error:  # what to do about it is the guard's affair
         return str(error)
     finally:
-        model.train()
+        model.train(training)
