@@ -408,6 +408,8 @@ def bring_together(folder: Path, *nodes: str, **keys) -> str:
 def test_parts_are_brought_together(server, place, tmp_path):
     """What two nodes have in parts is sent, whatever node is the first now; not what is damaged, older than the bucket's,
     or was to go to another place."""
+    save(tmp_path / "whole", 50)
+    assert not bring_together(tmp_path, "new", "whole") and not server.requests  # without parts nothing is listed
     save_in_parts(tmp_path, 10)
     assert not bring_together(tmp_path, "a", "new") and steps(place) == []
     assert "sent to the bucket" in bring_together(tmp_path, "new", "a", "b") and steps(place) == [10]

@@ -50,13 +50,10 @@ def in_parts(cfg: Config) -> list[tuple[dict[str, Any], set[str]]]:
     A run of several nodes that was killed before the upload leaves such. What is damaged, or was to go to another
     place, does not count. Raises BucketError.
     """
-    place, found = Place.of(cfg), []
-    newest = max(
-        (selection.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem), default=(-1,)
-    )
+    found = []
     for manifest in local.read_manifests(cfg.output_dir)[0]:
         folder, here = Path(cfg.output_dir, manifest["name"]), present(manifest, cfg.output_dir)
-        if cfg.resume not in ("latest", folder.name) or selection.key(manifest) <= newest:
+        if cfg.resume not in ("latest", folder.name) or len(here) == len(manifest["files"]):
             continue
         try:
             state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}
@@ -64,9 +61,13 @@ def in_parts(cfg: Config) -> list[tuple[dict[str, Any], set[str]]]:
             continue
         mine, saved = vars(cfg), state.get("config", {})
         same = all(saved.get(k, mine[k]) == mine[k] for k in ("bucket_name", "checkpoint_bucket_path"))
-        if same and local.is_whole(folder, manifest) and len(here) < len(manifest["files"]):
+        if same and local.is_whole(folder, manifest):
             found.append((manifest, here))
-    return found
+    if not found:  # as on most starts: the bucket need not be listed
+        return []
+    place = Place.of(cfg)
+    there = [selection.key(r.manifest) for r in place.checkpoints(place.objects()) if not r.problem]
+    return [(manifest, here) for manifest, here in found if selection.key(manifest) > max(there, default=(-1,))]
 
 
 def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
