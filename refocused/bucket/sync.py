@@ -19,7 +19,7 @@ from typing import Any
 from configs import Config
 from refocused import files
 from refocused.bucket import gcs, history
-from refocused.bucket.remote import Place, delete, listed, present, publish
+from refocused.bucket.remote import Place, Remote, delete, listed, present, publish
 from refocused.checkpoint import atomic, selection
 from refocused.checkpoint import manifest as local
 
@@ -150,7 +150,9 @@ class Syncer:
         if not waiting:
             return False
         objects = self._place.objects()
-        there = {r.name: r.manifest for r in self._place.checkpoints(objects) if not r.problem}
+        # One that is damaged neither counts nor goes: resume names it, and `ckpt.py prune` removes it.
+        good = [r for r in self._place.checkpoints(objects) if not r.problem]
+        there = {r.name: r.manifest for r in good}
         arrived = [m for m in waiting if there.get(m["name"], {}).get("save_id") == m["save_id"]]
         self._arrived = max([self._arrived, *arrived], key=selection.key)
         both = {m["name"]: m for m in sorted([*there.values(), *here], key=selection.key)}  # of two of a name the later
@@ -159,7 +161,7 @@ class Syncer:
         self._settled |= {m["save_id"] for m in waiting if m not in todo}
         self._waiting = {m["save_id"] for m in todo}
         if arrived:  # by this thread, by the leader's, or by a run that was killed before it came to this
-            self._prune()
+            self._prune(self._place, good, objects)
         if not todo:
             return bool(arrived)
         self._check_owner()
@@ -206,19 +208,15 @@ class Syncer:
         keep = selection.retained(manifests, self.cfg.bucket_total_limit, self.cfg.keep_every)
         return keep | {newest, self.resumed_from or newest}
 
-    def _prune(self) -> None:
+    def _prune(self, place: Place, good: list[Remote], objects: dict[str, gcs.Object]) -> None:
         """Delete what is not retained beside the last save that is verified in the bucket; there, then here."""
         newest = self._arrived["name"]
         if self.leader:
-            assert self._place is not None
-            objects = self._place.objects()
-            # One that is damaged neither counts nor goes: resume names it, and `ckpt.py prune` removes it.
-            good = [r for r in self._place.checkpoints(objects) if not r.problem]
             keep = self._retained([r.manifest for r in good], newest)
             for remote in [r for r in good if r.name not in keep]:
                 self._check_owner()
                 try:
-                    delete(self._place, remote, objects)
+                    delete(place, remote, objects)
                     files.notes.append(f"deleted {self.where}/{remote.name}")
                 except gcs.BucketError as error:  # no permission, a retention policy: what was to be saved is saved
                     files.name_once((self.token, "old"), f"old checkpoints stay in the bucket: {error}")
