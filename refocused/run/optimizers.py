@@ -30,6 +30,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
+        create_state(self)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for bucket in bounded(parameters, lambda p: 2 * p.numel(), BUCKET_BYTES):
@@ -44,8 +45,6 @@ class Muon(torch.optim.Muon):
         parts = []
         for p in bucket:
             assert p.grad is not None
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             gradient, momentum = local_part(p.grad), local_part(self.state[p]["momentum_buffer"])
             settle(momentum, momentum.lerp(gradient, 1 - group["momentum"]))
             parts.append((gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum).bfloat16())
