@@ -33,7 +33,6 @@ from refocused.run.generation import open_ended
 from refocused.shards import spelling, tokenizers
 from refocused.shards.shard import DataError
 
-WITHOUT = "without tokenizer files"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -142,7 +141,8 @@ Keys of the run that are not the trainer's defaults:
 def write_tokenizer(cfg: Config, folder: Path) -> str:
     """The files of the tokenizer that the model was trained with, if that is known; a line that says which it is."""
     if not cfg.tokenizer:
-        return f"{WITHOUT}: the checkpoint does not know which tokenizer made the ids that it was trained on"
+        why = "the checkpoint does not know which tokenizer made the ids that it was trained on"
+        return f"without tokenizer files: {why}"
     known, length = tokenizers.find(cfg.tokenizer), cfg.max_position_embeddings
     try:
         if known.size > cfg.vocab_size:
@@ -151,7 +151,7 @@ def write_tokenizer(cfg: Config, folder: Path) -> str:
         for name, content in written.items():
             (folder / name).write_bytes(content)
     except DataError as error:  # a vocabulary that cannot be fetched, too
-        return f"{WITHOUT}: {error}"
+        return f"without tokenizer files: {error}"
     return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}"
 
 
@@ -225,13 +225,9 @@ def main(argv: list[str]) -> int:
         folder.mkdir()
         write_configs(source.cfg, source.end, folder, dtype)
         write_weights(model, folder, dtype)
-        tokenizer = write_tokenizer(source.cfg, folder)
-        print(tokenizer)
-        text = (
-            ""
-            if tokenizer.startswith(WITHOUT)
-            else open_ended(model, dataclasses.replace(source.cfg, sample_tokens=60))
-        )
+        print(write_tokenizer(source.cfg, folder))
+        has_tokenizer = (folder / tokenizers.FILE).exists()
+        text = open_ended(model, dataclasses.replace(source.cfg, sample_tokens=60)) if has_tokenizer else ""
         (folder / "README.md").write_text(card(source, args.dtype, args.out, text), encoding="utf-8")
         if args.onnx:
             difference = write_onnx(model, folder / "onnx/model.onnx")
