@@ -126,9 +126,7 @@ def download(bucket: gcs.Bucket, shards: Shards, folder: Path, cfg: configs.Conf
             files.sync_folder(paths[path].parent)
 
         gcs.in_parallel(bring, todo, STREAMS, sum(shards[path].size for path in todo))
-        for parent, _, _ in os.walk(folder / COMING, topdown=False):
-            with contextlib.suppress(OSError):  # what another call has left there may still be of use
-                os.rmdir(parent)
+        remove_empty(folder / COMING)  # what another call has left there may still be of use
     print(f"{folder}: {len(shards):,} files ready, {len(todo):,} of them new")
     if text := notes.shares({key: sum(report.get(key, 0) for report in reports) for key in notes.ROWS}):
         print(text)
@@ -145,6 +143,13 @@ def prepare_in_place(folder: Path, path: str, cfg: configs.Config) -> dict[str, 
         end = find(cfg.tokenizer).end if cfg.tokenizer else None
         return prepare.convert(folder / path, folder, path, {"vocab_size": cfg.vocab_size, "end_of_text": end})
     return {}
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder and those below it. A folder in which anything is left stays."""
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(parent)
 
 
 def has_size(file: Path, size: int | None) -> bool:

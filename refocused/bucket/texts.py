@@ -1,17 +1,15 @@
 """Texts in a bucket, brought file after file through a folder of bounded size."""
 
 import itertools
-import os
 import sys
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 
 from refocused import files
 from refocused.bucket import gcs
-from refocused.bucket.download import choose, is_object
+from refocused.bucket.download import choose, is_object, remove_empty
 from refocused.shards import readers
 from refocused.shards.tokenize import Sources
 
@@ -69,9 +67,7 @@ def sources(url: str, target: Path, limit: int) -> Sources:
 
     def done() -> None:
         drop(range(len(objects)))
-        for parent, _, _ in os.walk(folder, topdown=False):
-            with suppress(OSError):  # a file that this call did not bring stays
-                os.rmdir(parent)
+        remove_empty(folder)  # a file that this call did not bring stays
 
     crcs, sizes = zip(*((obj.crc32c, obj.size) for _, obj in objects), strict=True)
     return Sources(url, [path for path, _ in objects], [*crcs], [*sizes], get, done)
