@@ -98,13 +98,19 @@ def run(command: Callable[[list[str]], int], argv: list[str]) -> int:
         print(file=sys.stderr)
         return 130
     except Exception as error:
-        text = str(error) if isinstance(error, ValueError) and hasattr(error, "exit_code") else absent(error)
-        if text:
-            print(f"error: {text}", file=sys.stderr)
-            return getattr(error, "exit_code", 2)
-        traceback.print_exc()
-        print("this is a bug, please report it with the lines above", file=sys.stderr)
-        return 70
+        code, text = explain(error)
+        print(text, file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message: a sentence for what a user can cause, a traceback for a bug."""
+    if isinstance(error, ValueError) and hasattr(error, "exit_code"):
+        return error.exit_code, f"error: {error}"
+    if text := absent(error):
+        return 2, f"error: {text}"
+    lines = "".join(traceback.format_exception(error))
+    return 70, f"{lines}this is a bug, please report it with the lines above"
 
 
 def absent(error: BaseException) -> str:

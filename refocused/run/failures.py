@@ -10,14 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from configs import Config
-from refocused.entry import ROOT, absent, here
+from refocused import entry
 from refocused.run import processes
 from refocused.run.environment import launch_or_alone
 from refocused.run.exits import INTERNAL, MISTAKE
@@ -38,13 +37,9 @@ def lost_peers(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Exit code and message: a sentence for what a user can cause and for lost peers, a traceback for a bug."""
-    if isinstance(error, ValueError) and hasattr(error, "exit_code"):
-        return error.exit_code, f"error: {error}"
+    """Exit code and message as entry.explain gives them, with a sentence also for what torch raises in a run."""
     if isinstance(error, KeyboardInterrupt):  # before there was a StopSignal
         return 128 + signal.SIGINT, "interrupted"
-    if text := absent(error):
-        return MISTAKE, f"error: {text}"
     if any(kind.__name__ == "ShortenTraceback" for kind in type(error).__mro__):  # of inductor, also without Triton
         said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         why = next((line for line in said if "error:" in line), said[0])
@@ -58,8 +53,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         when = f"at step {step:,}" if step is not None else "before the first step"
         cause = str(error).strip().splitlines()[0]
         return INTERNAL, f"error: rank {rank} on {socket.gethostname()} lost its peers {when}: {cause}"
-    lines = "".join(traceback.format_exception(error))
-    return INTERNAL, f"{lines}this is a bug, please report it with the lines above"
+    return entry.explain(error)
 
 
 def explain_out_of_memory(error: BaseException, cfg: Config) -> str | None:
@@ -73,7 +67,7 @@ def explain_out_of_memory(error: BaseException, cfg: Config) -> str | None:
     world_size = launch_or_alone().world_size
     # in a process of its own: this one has a process group, and no memory
     command = [sys.executable, "-m", "refocused.run.memory", json.dumps(dataclasses.asdict(cfg)), str(world_size)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "PYTHONPATH": str(entry.ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     needs = done.stdout.strip() or f"no plan: {done.stderr.strip()[-300:]}"
     B, accumulation = cfg.per_device_train_batch_size, cfg.batch(world_size)[0]
@@ -83,7 +77,7 @@ def explain_out_of_memory(error: BaseException, cfg: Config) -> str | None:
         f"{accumulation * (2 if B > 1 else 1)} (now {B} and {accumulation}), "
         f"activation_checkpointing=full (now {cfg.activation_checkpointing}), parallel=fsdp (now {cfg.parallel}), and with "
         f"it cpu_offload=true{' mixed_precision=bf16' * (cfg.mixed_precision == 'fp16')}; "
-        f"`{here('python bench.py plan CONFIG.py')} --search` compares them"
+        f"`{entry.here('python bench.py plan CONFIG.py')} --search` compares them"
     )
 
 
