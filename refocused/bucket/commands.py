@@ -93,8 +93,7 @@ def rows(where: str, hashes: bool) -> Iterator[tuple[list[str], bool]]:
         remotes = place.checkpoints(objects)
         gone = selection.abandoned(remote.manifest for remote in remotes if remote.manifest)
         reads: dict[str, Read] = {r.name: functools.partial(read_there, place, r, objects, hashes) for r in remotes}
-        for stranger in place.strangers(objects, remotes):
-            strangers[stranger.removeprefix(f"{place}/").partition("/")[0]] = f"{stranger}: {STRANGE}"
+        strangers = place.strangers(objects, remotes)
     else:
         folder, only = Path(where), ""
         if not folder.is_dir():
@@ -113,7 +112,7 @@ def rows(where: str, hashes: bool) -> Iterator[tuple[list[str], bool]]:
         except CheckpointError as error:
             yield row(where, name, str(error)), True
     for name in [name for name in strangers if only in ("", name)]:
-        yield row(where, name, strangers[name]), name not in reads
+        yield row(where, name, f"{strangers[name]}: {STRANGE}"), name not in reads
 
 
 def read_here(path: Path, hashes: bool) -> tuple[Json, Json]:

@@ -90,15 +90,15 @@ class Place:
         problem = difference(manifest, objects)
         return Remote(name, manifest, content, obj.generation, problem and f"{self}/{name}: {problem}")
 
-    def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> list[str]:
-        """What lies where checkpoints would and no save of ours wrote, as `checkpoint: object`, one for each name."""
+    def strangers(self, objects: dict[str, gcs.Object], remotes: list[Remote]) -> dict[str, str]:
+        """{checkpoint: object} of what lies where checkpoints would and no save of ours wrote, one for each name."""
         ours = {obj.name for r in remotes if r.manifest for obj in listed(r.manifest, objects).values()}
         found: dict[str, str] = {}
         for path, obj in objects.items():
             name, _, rest = path.partition("/")
             if local.parse(name) and rest not in (MANIFEST, "") and not PART.fullmatch(rest) and obj.name not in ours:
                 found.setdefault(name, f"{self}/{path}")
-        return list(found.values())
+        return found
 
 
 def decode(content: bytes, name: str, where: str) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
         if part and not unread and part[1] != saves.get(name) and time.time() - obj.updated > ORPHAN_SECONDS:
             place.bucket.delete(obj.name, obj.generation)
             done.append(f"deleted {place}/{path}, part of an upload that was never finished")
-    return done + [f"left {stranger}: {STRANGE}" for stranger in place.strangers(objects, remotes)]
+    return done + [f"left {stranger}: {STRANGE}" for stranger in place.strangers(objects, remotes).values()]
 
 
 def open_url(url: str) -> tuple[Place, str]:

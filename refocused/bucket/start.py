@@ -18,7 +18,7 @@ def choose(cfg: Config) -> selection.Choice:
     place = Place.of(cfg)
     objects = place.objects()
     choice = selection.choose(cfg.output_dir, cfg.resume, str(place), place.checkpoints(objects))
-    if cfg.resume == "latest" and not choice.path and (strangers := place.strangers(objects, [])):
+    if cfg.resume == "latest" and not choice.path and (strangers := [*place.strangers(objects, []).values()]):
         raise CheckpointError(
             f"resume=latest: {place} has no checkpoint of this trainer, but another system's: {strangers[0]}"
             f"{f' and {len(strangers) - 1} more' * (len(strangers) > 1)}; take its weights with `ckpt.py import`, or begin "
