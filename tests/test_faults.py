@@ -115,7 +115,7 @@ def test_tokens_are_counted(shards, tmp_path):
     assert "done: 0 steps, and no checkpoint: max_steps=0 trains nothing" in nothing and "Next:" not in nothing
     train(tmp_path, f"data_dir={shards}", "max_steps=10")  # 10 x 4 x 32
     train(tmp_path, f"data_dir={shards}", "max_steps=20", "resume=latest", "sequence_length=16", "allow_change=true")
-    assert manifest.read_state(newest(tmp_path))["tokens"] == 10 * 4 * 32 + 10 * 4 * 16
+    assert manifest.read(newest(tmp_path))[1]["tokens"] == 10 * 4 * 32 + 10 * 4 * 16
 
 
 def test_the_batch_is_kept(shards, tmp_path):
@@ -126,7 +126,7 @@ def test_the_batch_is_kept(shards, tmp_path):
     keys = ["resume=latest", "global_batch_size=4", "per_device_train_batch_size=2"]
     train(tmp_path, f"data_dir={shards}", "max_steps=6", *keys, nproc=2)
     train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", "allow_change=true", nproc=2)
-    assert manifest.read_state(newest(tmp_path))["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
+    assert manifest.read(newest(tmp_path))[1]["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
 
 
 SLOW_DISK = """
@@ -160,5 +160,5 @@ def test_git_is_asked_once(shards, tmp_path):
     )
     git.chmod(0o755)
     train(tmp_path, f"data_dir={shards}", "save_steps=1", env={"PATH": f"{git.parent}:{os.environ['PATH']}"})
-    assert manifest.read_state(newest(tmp_path))["run"]["git_commit"] == "c0ffee-dirty"
+    assert manifest.read(newest(tmp_path))[1]["run"]["git_commit"] == "c0ffee-dirty"
     assert sorted((tmp_path / "asked").read_text().split()) == ["rev-parse", "status"]

@@ -369,7 +369,7 @@ def compare(storm: Storm, calm: Path) -> None:
             assert found.setdefault(line["step"], bits) == bits or len(storm.layouts) > 1, line
     assert set(range(1, storm.steps + 1)) - set(found) <= storm.blind
     last = storm.out / next(name for name in selection.names(storm.out) if manifest.step_of(name) == storm.steps)
-    state = manifest.read_state(last)
+    state = manifest.read(last)[1]
     assert (state["step"], state["samples_seen"]) == (storm.steps, 8 * storm.steps)
     if len(storm.layouts) == 1:
         assert all(expected[step] == bits for step, bits in found.items())

@@ -101,7 +101,7 @@ def rows(where: str, hashes: bool) -> Iterator[tuple[list[str], bool]]:
         alone = [folder] if hashes or (folder / MANIFEST).exists() else []
         gone = selection.abandoned(local.read_manifests(folder)[0])
         paths = [folder / name for name in selection.names(folder)] or alone
-        reads = {path.name: functools.partial(read_here, path, hashes) for path in paths}
+        reads = {path.name: functools.partial(local.read, path, hashes) for path in paths}
     note = "verified" if hashes else "complete"
     for name in [name for name in reads if only in ("", name)]:
         try:
@@ -113,11 +113,6 @@ def rows(where: str, hashes: bool) -> Iterator[tuple[list[str], bool]]:
             yield row(where, name, str(error)), True
     for name in [name for name in strangers if only in ("", name)]:
         yield row(where, name, f"{strangers[name]}: {STRANGE}"), name not in reads
-
-
-def read_here(path: Path, hashes: bool) -> tuple[Json, Json]:
-    state = local.read_state(path, hashes)
-    return local.read_manifest(path), state
 
 
 def read_there(place: Place, remote: Remote, objects: dict[str, gcs.Object], hashes: bool) -> tuple[Json, Json]:

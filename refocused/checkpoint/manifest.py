@@ -203,13 +203,13 @@ def is_whole(path: Path, manifest: dict[str, Any]) -> bool:
     return True
 
 
-def read_state(path: Path, hashes: bool = True) -> dict[str, Any]:
-    """The state.json of a checkpoint, which is verified."""
-    entry = verify(path, hashes)["files"][STATE]
+def read(path: Path, hashes: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(manifest, state) of a checkpoint, which is verified."""
+    manifest = verify(path, hashes)
     content = (path / STATE).read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    if hashlib.sha256(content).hexdigest() != manifest["files"][STATE]["sha256"]:
         raise CheckpointError(f"{path / STATE} was changed while it was being read; start again")
-    return decode_state(content, path / STATE)
+    return manifest, decode_state(content, path / STATE)
 
 
 def decode_state(content: bytes, where: str | os.PathLike) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from configs import ConfigError
 from refocused import entry
-from refocused.checkpoint.manifest import CheckpointError, read_manifest, read_manifests, read_state, verify
+from refocused.checkpoint import manifest as manifests
+from refocused.checkpoint.manifest import CheckpointError, read_manifests, verify
 
 Manifest = dict[str, Any]
 
@@ -156,7 +157,7 @@ def bring(chosen: Choice, pull: Callable[[Choice], Any] | None = None) -> None:
 
 def read(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
     """The checkpoint at a path, verified. Raises CheckpointError."""
-    state = read_state(path)
+    manifest, state = manifests.read(path)
     if isinstance(loss := state.get("loss"), float) and not math.isfinite(loss):
         raise CheckpointError(f"{path} was saved while the loss was not finite: nothing good can start from it")
-    return Choice(path, state, passed_over, read_manifest(path)["save_id"])
+    return Choice(path, state, passed_over, manifest["save_id"])

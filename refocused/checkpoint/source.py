@@ -69,7 +69,7 @@ def source_at(place: str | Path) -> Source:
         return Source.of(chosen.path, chosen.state)
     if not (path / manifest.MANIFEST).exists() and (why := advice(str(place))):
         raise CheckpointError(why)
-    return Source.of(path, manifest.read_state(path))
+    return Source.of(path, manifest.read(path)[1])
 
 
 def snapshot(path: Path) -> Path:
