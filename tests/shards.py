@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from refocused.shards.prepare import write_shard
+from refocused.shards.shard import Shard
 
 END_OF_TEXT = 50256
 
@@ -89,6 +90,16 @@ def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
             file.write(local + header)
             file.seek(len(local) + size)
             file.write(central + end)
+
+
+def tokens_in(folder: Path) -> list[int]:
+    """The tokens of the shards in a folder, in the order of their names; nothing else is in it."""
+    return np.concatenate([Shard.open(folder, file.name).stream for file in sorted(folder.iterdir())]).tolist()
+
+
+def byte_ids(documents: list[str]) -> list[int]:
+    """What the tokenizer `byte` makes of documents."""
+    return [token for document in documents for token in (*document.encode(), 256)]
 
 
 def use_gpt2(folder: Path, monkeypatch) -> None:

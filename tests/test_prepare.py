@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import shards
 from launch import GUARD
+from shards import byte_ids, tokens_in
 from tokenizers import Tokenizer
 
 import data
@@ -611,19 +612,11 @@ def test_verify_names_what_is_wrong(tmp_path, capsys):
 # ---- tokenize
 
 
-def tokens_in(folder: Path) -> list[int]:
-    return np.concatenate([Shard.open(folder, name).stream for name in sorted(content(folder))]).tolist()
-
-
 def tokenizing(
     source: Path, target: Path, tokenizer: str, rules: Rules, shard_tokens: int, workers: int = 2
 ) -> Counter:
     sources = tokenize.local(source, target, rules, workers)
     return tokenize.tokenize(sources, target, tokenizer, rules, shard_tokens, workers)
-
-
-def byte_ids(documents: list[str]) -> list[int]:
-    return [token for document in documents for token in (*document.encode(), 256)]
 
 
 def drop_shards(folder: Path, kept: int) -> dict[str, bytes]:

@@ -9,18 +9,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
 from launch import GUARD
 from pyarrow import feather, parquet
+from shards import byte_ids, tokens_in
 
 import data
 from refocused.bucket import texts
 from refocused.shards import tables, tokenize
 from refocused.shards.readers import Rules
-from refocused.shards.shard import DataError, Shard
+from refocused.shards.shard import DataError
 
 TEXTS = [f"row {i}, naïve " + "word " * (i % 40) for i in range(3000)]
 COLUMN = [*TEXTS[:5], None, "", *TEXTS[5:]]
@@ -47,15 +47,6 @@ TABLES = {  # field that is named: the columns of the table
 }
 
 
-def tokens_in(folder: Path) -> list[int]:
-    files = sorted(folder.glob("*.npz"))
-    return np.concatenate([Shard.open(folder, file.name).stream for file in files]).tolist()
-
-
-def ids(texts: list[str]) -> list[int]:
-    return [token for text in texts for token in (*text.encode(), 256)]
-
-
 def tokenizing(source: Path, target: Path, field: str = "text", skip: bool = False) -> Counter:
     rules = Rules([field], "", skip)
     return tokenize.tokenize(tokenize.local(source, target, rules, 2), target, "byte", rules, 40_000, 2)
@@ -73,7 +64,7 @@ def test_a_table_is_a_document_a_row(tmp_path, suffix, name):
     for i in range(2):
         WRITE[suffix](pa.table(TABLES[name]), tmp_path / f"in/{i}{suffix}")
     totals = tokenizing(tmp_path / "in", tmp_path / "out", field)
-    assert tokens_in(tmp_path / "out") == ids(TEXTS * 2)
+    assert tokens_in(tmp_path / "out") == byte_ids(TEXTS * 2)
     assert (totals["documents"], totals["skipped"], totals["records"]) == (6000, 4, 6004) and totals["files"] > 6
     made = {file: file.read_bytes() for file in sorted((tmp_path / "out").glob("*.npz"))}
     for file in [*made][4:]:
@@ -168,10 +159,11 @@ def test_texts_in_a_bucket(server, tmp_path, capsys):
     assert (
         "left out readme.md" in said and "refused" not in said and "settings.json: no JSON lines and no array" in said
     )
-    assert tokens_in(tmp_path / "out") == ids(documents) and not (tmp_path / "out" / texts.COMING).exists()
+    assert tokens_in(tmp_path / "out") == byte_ids(documents) and not (tmp_path / "out" / texts.COMING).exists()
     before = server.count("GET", MEDIA)
     assert before == 5 and "0 were there" not in tokenized("gs://bucket/c")[1] and server.count("GET", MEDIA) == before
-    assert tokenized("gs://bucket/c/02/d.txt", "one")[0] == 0 and tokens_in(tmp_path / "one") == ids(["one document"])
+    assert tokenized("gs://bucket/c/02/d.txt", "one")[0] == 0
+    assert tokens_in(tmp_path / "one") == byte_ids(["one document"])
     server.put("c/02/d.txt", b"another one")
     code, said = tokenized("gs://bucket/c")
     assert code == 66 and "was made from other sources" in said
@@ -199,5 +191,5 @@ def test_a_bounded_folder_and_kills(server, tmp_path):
             process.send_signal(signal.SIGKILL)
         _, err = process.communicate(timeout=GUARD)
     assert process.returncode == 0, err
-    assert tokens_in(tmp_path / "out") == ids(TEXTS[:1000] * 12) and 1 <= most[0] <= 3
+    assert tokens_in(tmp_path / "out") == byte_ids(TEXTS[:1000] * 12) and 1 <= most[0] <= 3
     assert not (tmp_path / "out" / texts.COMING).exists()
