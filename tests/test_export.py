@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import ModelCard
-from launch import GUARD
+from launch import GUARD, train
 from safetensors.torch import load_file, save_file
 from shards import own_tokenizer
 from tokenizers import Tokenizer
@@ -33,7 +33,6 @@ from refocused.checkpoint.weights import load as load_model
 from refocused.commands import average, export, importing
 from refocused.shards import spelling, tokenizers
 from refocused.shards.shard import Shard
-from tests.launch import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

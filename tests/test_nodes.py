@@ -146,17 +146,15 @@ def test_a_node_that_may_not_write(shards, tmp_path, monkeypatch):
         assert [manifest.step_of(name) for name in door.commits + server.commits] == [10, 12] and not server.violations
 
 
-def test_nodes_that_share_a_disk_send_each_file_once(shards, tmp_path, monkeypatch):
+def test_nodes_that_share_a_disk_send_each_file_once(shards, tmp_path, server):
     """Two nodes with one output_dir: three checkpoints are in the bucket, each of their files was sent one time."""
-    with FakeGCS() as server:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        keys = ["save_steps=4", "save_total_limit=1", f"upload_deadline_seconds={GUARD}", "max_failed_starts=3"]
-        run = Launch(tmp_path, f"data_dir={shards}", *BUCKET, *keys, before=NODES)
-        assert run.process.wait(GUARD) == 0, run.text
-        assert len(server.commits) == 3 and server.violations == []
-        assert any(name.endswith("logs/.starts") for name in server.stored)  # counted there for the next machine
-        sent = [name for name in server.stored if "/logs/" not in name]
-        assert sorted(sent) == sorted(set(sent)), "the owner's note, manifests and files"
+    keys = ["save_steps=4", "save_total_limit=1", f"upload_deadline_seconds={GUARD}", "max_failed_starts=3"]
+    run = Launch(tmp_path, f"data_dir={shards}", *BUCKET, *keys, before=NODES)
+    assert run.process.wait(GUARD) == 0, run.text
+    assert len(server.commits) == 3
+    assert any(name.endswith("logs/.starts") for name in server.stored)  # counted there for the next machine
+    sent = [name for name in server.stored if "/logs/" not in name]
+    assert sorted(sent) == sorted(set(sent)), "the owner's note, manifests and files"
 
 
 def test_disks_of_their_own_need_a_bucket(shards, tmp_path):

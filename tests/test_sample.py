@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from launch import GUARD
 from test_export import CFG, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,8 +20,6 @@ from refocused.checkpoint import huggingface
 from refocused.run import generation
 from refocused.run.generation import Options
 from refocused.shards import spelling, tokenizers
-from tests.conftest import ROOT
-from tests.fakegcs import FakeGCS
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -187,16 +186,15 @@ def test_batch_from_a_file(checkpoint, tmp_path, capsys):
     assert bodies[0] != bodies[1] and bodies[2].startswith("import os,\u2028sys")
 
 
+@pytest.mark.usefixtures("server")
 def test_from_a_bucket(checkpoint, tmp_path, monkeypatch, capsys):
     """resume=gs://BUCKET/PREFIX gives the text that the local checkpoint gives."""
     monkeypatch.chdir(tmp_path)
-    with FakeGCS() as server:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        place, _ = remote.open_url("gs://bucket/runs/a")
-        remote.publish(place, checkpoint)
-        _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
-        keys = ["bucket_name=bucket", "checkpoint_bucket_path=runs/a", f"output_dir={tmp_path}/empty"]
-        _, latest, _ = main(capsys, *keys, "prompt=x", "max_new_tokens=9")  # no resume is the latest
+    place, _ = remote.open_url("gs://bucket/runs/a")
+    remote.publish(place, checkpoint)
+    _, pulled, _ = main(capsys, "resume=gs://bucket/runs/a", "prompt=x", "max_new_tokens=9")
+    keys = ["bucket_name=bucket", "checkpoint_bucket_path=runs/a", f"output_dir={tmp_path}/empty"]
+    _, latest, _ = main(capsys, *keys, "prompt=x", "max_new_tokens=9")  # no resume is the latest
     code, out, _ = main(capsys, f"resume={checkpoint}", "prompt=x", "max_new_tokens=9")
     assert code == 0 and pulled == out and latest == out
 
