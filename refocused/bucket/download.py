@@ -166,16 +166,17 @@ class Index:
 
     def __init__(self, folder: Path):
         self.folder, self.lock = folder, threading.Lock()
-        self.entries: list[dict[str, Any]] = []
+        self.entries: dict[Any, list[dict[str, Any]]] = {}  # by path
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / INDEX).read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError, RecursionError):  # a killed run's is torn
-                    self.entries.append({**json.loads(line)})
+                    entry = {**json.loads(line)}
+                    self.entries.setdefault(entry.get("path"), []).append(entry)
 
     def entry(self, path: str, file: Path) -> dict[str, Any]:
         """The line that describes the file as it is; {} if none does. Before a file is replaced both have one."""
-        for entry in reversed(self.entries):
-            if entry.get("path") == path and has_size(file, entry.get("size")) and not file.is_symlink():
+        for entry in reversed(self.entries.get(path, [])):
+            if has_size(file, entry.get("size")) and not file.is_symlink():
                 unchanged = file.stat().st_mtime_ns == entry.get("mtime_ns")
                 if unchanged or files.digest(file)["crc32c"] == entry.get("crc32c"):
                     return entry
