@@ -149,6 +149,7 @@ def train(
 
     model = strategy.build(cfg, env)  # weights are a function of (seed, parameter name), the same in any layout
     optimizers = optim.make_optimizers(model, cfg)
+    clips_in_kernel = optim.clips_in_kernel(cfg, env.device.type)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
     compile_seconds = strategy.warm_up(model, cfg, env)  # makes gradients, so it comes before the state is loaded
@@ -205,7 +206,7 @@ def train(
         if not any(state.step + 1 in steps for steps in skips):
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
             scaler.unscale_(optimizers[0])
-            norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=optim.clips_in_kernel(optimizers))
+            norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=clips_in_kernel)
             # decided on the device before the update, so that the host does not wait for the loss
             figures, apply = health.check(state.step, loss_sum, norm.to(env.device), tokens_per_step)
             checkpoints.before_update()  # the last save may still copy what it changes

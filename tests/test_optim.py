@@ -77,8 +77,18 @@ def test_clipping_in_the_kernel(kind, scale, device):
         found.append([norm, *(t.detach() for p in model.parameters() for t in (p, p.grad))])
     for a, b in zip(*found, strict=True):  # on a GPU a rounding of the divisor moves what bf16 rounds the other way
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7 if device == "cpu" else 1e-4)
-    # on a CPU the pass of its own stays: its numbers are those of every run before
-    assert optim.clips_in_kernel([optimizer]) == (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    "keys, clips",
+    [("", True), ("adam_moments=bf16", True), ("optimizer=muon", False), ("parallel=fsdp cpu_offload=true", False)],
+)
+def test_who_clips_in_the_kernel(keys, clips):
+    """CUDA's AdamW. On a CPU the pass of its own stays: its numbers are those of every run before."""
+    cfg, _ = configs.load([*TINY, *keys.split()])
+    adam = all(isinstance(kind, torch.optim.AdamW) for kind in optim.make_optimizers(GPTNeoX(cfg), cfg))
+    assert optim.clips_in_kernel(cfg, "cuda") == clips == (adam and not cfg.cpu_offload)
+    assert not optim.clips_in_kernel(cfg, "cpu")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -208,8 +208,7 @@ def simulate(cfg: Config, env: processes.Env, device_type: str) -> Estimate:
         model.embed_out.register_forward_pre_hook(lambda *_: setattr(ledger, "kind", "loss"))
 
         def update() -> None:
-            later = device_type == "cuda" and cfg.optimizer == "adamw"
-            strategy.clip_gradients(model, cfg.max_grad_norm, later)
+            strategy.clip_gradients(model, cfg.max_grad_norm, optim.clips_in_kernel(cfg, device_type))
             ledger.kind = "optimizer"
             for optimizer in optimizers:
                 optimizer.step()

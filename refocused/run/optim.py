@@ -80,10 +80,9 @@ def set_rate(optimizers: list[torch.optim.Optimizer], step: int, cfg: Config) ->
     return rate
 
 
-def clips_in_kernel(optimizers: list[torch.optim.Optimizer]) -> bool:
-    """Whether update() takes a divisor: CUDA's fused kernel divides as it reads, which saves a pass over gradients."""
-    adamw = all(isinstance(optimizer, torch.optim.AdamW) for optimizer in optimizers)
-    return adamw and optimizers[0].param_groups[0]["params"][0].device.type == "cuda"
+def clips_in_kernel(cfg: Config, device_type: str) -> bool:
+    """Whether update() takes a divisor: CUDA's fused AdamW divides as it reads, which saves a pass over gradients."""
+    return device_type == "cuda" and cfg.optimizer == "adamw" and not cfg.cpu_offload
 
 
 def update(
