@@ -26,7 +26,7 @@ eval_iters -> eval_samples, a number of windows
 log_interval -> logging_steps
 save_interval checkpoint_interval -> save_steps
 out_dir save_dir -> output_dir
-wandb wandb_log wandb_project report_to -> leave it out, curves and logs go to logging_dir and nothing is sent anywhere
+use_wandb wandb wandb_log wandb_project report_to -> leave it out, curves and logs go to logging_dir, none to a service
 dataset data_path -> data_dir, a folder of shards; `python data.py --help` says how to make them
 num_workers -> dataloader_num_workers
 resume_from_checkpoint load -> resume=latest, a checkpoint's name or its path

@@ -146,6 +146,10 @@ def test_words_of_others():
         assert set(re.findall(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", ours.split("`")[0])) <= known, word
         with pytest.raises(ConfigError, match=f"unknown key '{word}'"):
             load([f"--{word}=1"])
+    before = "bf16 torch_compile num_train_epochs resume_from_checkpoint fsdp gradient_checkpointing use_wandb gpus"
+    for word in before.split():
+        with pytest.raises(ConfigError, match=f"unknown key '{word}'; here: "):  # what the system before this one took
+            load([f"{word}=1"])
 
 
 def test_advice_is_good():
