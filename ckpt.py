@@ -1,4 +1,4 @@
-"""A run's checkpoints, on disk and in the bucket alike, through one object; and the commands that handle them.
+"""A run's checkpoints, on disk and in the bucket alike, through two objects; and the commands that handle them.
 
 OUTPUT_DIR/checkpoint-epoch{E}-step{S}-files{F}/
     shard-*.safetensors   parameters and optimizer state, each rank's part in files of about 1 GiB
@@ -122,7 +122,7 @@ class Folder:
 
 
 class Checkpoints:
-    """What a run saves, on disk and in the bucket. Every method but poll is collective."""
+    """What a run saves, on disk and in the bucket. Collective, but for poll, news, newest and status."""
 
     def __init__(
         self,
