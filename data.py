@@ -58,6 +58,7 @@ from refocused.shards.shard import DataError, PackedShard, Shard
 def cache_folder(cfg: Config) -> Path:
     """Where shards of cfg.data_dir lie once they are unpacked; inside cfg.cache_dir."""
     source = Path(cfg.data_dir).resolve()  # two names of one folder share a cache
+    # whatever decides about an unpacked byte: runs with other ids or another end-of-text have caches of their own
     settings = [str(source), cfg.vocab_size, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else None]
     return Path(cfg.cache_dir) / f"{source.name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
@@ -68,6 +69,7 @@ def chosen_shards(cfg: Config) -> list[str]:
         way = entry.here(f"python data.py {'demo' if cfg.tokenizer == 'byte' else 'tokenize TEXTS'} {cfg.data_dir}")
         raise DataError(f"data_dir={cfg.data_dir} is no folder; `{way}` makes it")
     caches = (cfg.cache_dir, cache_folder(cfg))  # unpacked copies inside data_dir are not read twice
+    # sorted, so that "the first max_files" are the same ones on every node and after every restart
     paths = find_files(cfg.data_dir, cfg.tokenized_file_pattern, but=caches)
     if not paths:
         others = find_files(cfg.data_dir, "*.npz", but=caches)
@@ -81,16 +83,18 @@ def chosen_shards(cfg: Config) -> list[str]:
 
 
 def permutation(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The sample at each of the given positions (int64 [k], in [0, n)) of an epoch; int64 [k].
+    """The sample at each of the given positions (int64 [k], in [0, n)) of an epoch, int64 [k]: a bijection of [0, n).
 
-    A bijection of [0, n) keyed by (seed, epoch) and computed per position: a Feistel network over the fewest bits that
-    hold n, walked along its cycle until it is back below n (Black and Rogaway, "Ciphers with arbitrary finite domains",
-    2002), at most two turns on average. Runs resume by it, so its values must never change.
+    A Feistel network, walked along its cycle until it is back below n (Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002). Runs resume by it, so its values must never change.
     """
+    # an array of shuffled indices would be state to save, and 400 MB for 51 billion tokens; this is computed for the
+    # positions that are asked for, whatever came before them
     bits = max((n - 1).bit_length(), 4)  # of both halves: fewer would mix too little
     low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     low_mask, high_mask = (np.uint64((1 << int(width)) - 1) for width in (low, high))
     keys = np.frombuffer(hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=64).digest(), "<u8")
+    # eight keys, so eight rounds; four would do with a perfect `mix` (Luby and Rackoff 1988), and this one is cheap
 
     def mix(x: np.ndarray, key: np.uint64) -> np.ndarray:  # multiply, fold, multiply, keep the well-mixed upper half
         x = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
@@ -104,15 +108,13 @@ def permutation(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndar
             left ^= mix(right, even) & high_mask
             right ^= mix(left, odd) & low_mask
         x[walking] = left << low | right
-        walking = walking[x[walking] >= n]
+        walking = walking[x[walking] >= n]  # at most about half: 2**bits is below 2 n, unless n is tiny
     return x.astype(np.int64)
 
 
 def window_shift(seed: int, epoch: int, sequence_length: int) -> int:
-    """By how many tokens, in [0, sequence_length), the windows of an epoch lie further on; runs resume by it.
-
-    Steps of the golden ratio: however many epochs there are, their cuts lie far from each other.
-    """
+    """By how many tokens, in [0, sequence_length), the windows of an epoch lie further on; runs resume by it."""
+    # steps of the golden ratio: however many epochs there are, their cuts lie far from each other
     start = int.from_bytes(hashlib.blake2b(f"shift {seed}".encode(), digest_size=8).digest(), "little")
     return (start + epoch * (sequence_length * 618 // 1000)) % sequence_length
 
@@ -123,10 +125,12 @@ def window_shift(seed: int, epoch: int, sequence_length: int) -> int:
 class Dataset:
     """The shards of a folder as windows of sequence_length + 1 tokens at stride sequence_length, in a fixed order.
 
-    Window ids: [0, num_samples) are trained on, [num_samples, num_samples + num_eval_samples) are held out. With
-    shift_windows an id is that of a window plus the number of all windows times the shift of its epoch, in tokens. A
-    shard gives as many windows as without; where its last one would reach beyond its end, it lies at the end.
+    Window ids: [0, num_samples) are trained on, [num_samples, num_samples + num_eval_samples) are held out.
     """
+
+    # With shift_windows an id is that of a window plus the number of all windows times the shift of its epoch, so that
+    # an id alone says where its window lies. A shard gives as many windows as without, or an epoch's length would change
+    # with its shift; where the last one would reach beyond the shard's end, it lies at the end.
 
     def __init__(
         self, shards: list[Shard], sequence_length: int, vocab_size: int, seed: int, eval_files: int,
@@ -138,10 +142,12 @@ class Dataset:
         held = min(eval_files, len(shards)) if len(shards) > 1 else 0  # one alone gives its tail, below
         if held and held == len(shards):
             raise DataError(f"eval_files={eval_files} holds out all of {len(shards)} shards; lower it or add shards")
+        # whole files: whatever sequence_length is, the same text is held out
         cut = len(shards) - held
         self.shards, self.eval_shards = shards[:cut], shards[cut:]
+        # a span is a stretch of a shard whose windows have consecutive ids: there are few, however many windows
         spans = [(shard, 0, count) for shard, count in zip(shards, windows, strict=True)]
-        divided = None
+        divided = None  # the shard that has both trained and held-out windows, if there is one
         if eval_files and any(windows) and (len(shards) == 1 or not any(windows[:cut]) or not any(windows[cut:])):
             # all windows are on one side, as where the last shard is a short remainder: the last long one gives its tail
             i = max(i for i, count in enumerate(windows) if count)
@@ -173,6 +179,7 @@ class Dataset:
         Raises PackedShard where a shard has to be unpacked first (open_dataset does it), and DataError.
         """
         paths = chosen_shards(cfg)
+        # headers alone are read, however large the shards are
         allow_open_files(len(paths))  # each shard keeps a map, and 774 of them pass the usual limit of 1,024 with room
         shards = [Shard.open(folder or cfg.data_dir, path) for path in paths]
         tokenizer = tokenizers.check_shards(shards, cfg)
@@ -201,12 +208,13 @@ class Dataset:
         Returns what the change means for the run that goes on, a sentence each; [] where nothing changed.
         """
         changes = explain_change(state["data"]["manifest"], self.manifest)
+        # the same shards in another order, or cut elsewhere, are another run as well: each key decides about that
         for key in ("seed", "sequence_length", "eval_files", "shift_windows"):
             was = state["config"].get(key, KEYS[key].default)  # a key that is younger than the checkpoint
             if was != getattr(cfg, key):
                 changes += f"\n{key} {was} -> {getattr(cfg, key)}"
         was = state["data"].get("tokenizer", state["config"].get("tokenizer"))
-        if was and self.tokenizer and was != self.tokenizer:
+        if was and self.tokenizer and was != self.tokenizer:  # the same numbers would be other words
             changes += f"\ntokenizer {was} -> {self.tokenizer}"
         if changes and not cfg.allow_change:
             raise DataError(
@@ -228,15 +236,14 @@ class Dataset:
         return np.concatenate(ids)
 
     def eval_ids(self, count: int) -> np.ndarray:
-        """Up to `count` held-out window ids, evenly spaced and always the same; int64 [min(count, held out)]."""
+        """Up to `count` held-out window ids, always the same; int64 [min(count, held out)]."""
+        # evenly spaced, as neighbours may be alike; always the same, or two evaluations could not be compared
         count = min(count, self.num_eval_samples)
         return self.num_samples + np.arange(count) * self.num_eval_samples // max(count, 1)
 
     def blocks(self, ids: np.ndarray, B: int, rank: int, world_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """This rank's share of the windows with these ids: x, y, int64 [B, T]; the same number on every rank.
-
-        What fills a block up is zeros whose targets, -100, do not count: a compiled model meets one shape.
-        """
+        """This rank's share of the windows with these ids: x, y, int64 [B, T]; the same number on every rank."""
+        # what fills a block up is zeros whose targets, -100, do not count: a compiled model meets one shape
         for first in range(rank * B, rank * B + len(ids), B * world_size):  # collective: as many on every rank
             rows = ids[first : first + B]
             x, y = torch.zeros(B, self.T, dtype=torch.int64), torch.full((B, self.T), -100)
@@ -266,7 +273,7 @@ class Dataset:
         for row, (shard, start) in zip(out, places, strict=True):
             row[:] = shard.stream[start : start + self.T + 1]  # one read of about 2 KB from the map
         for shard in distinct:
-            shard.check_unchanged()
+            shard.check_unchanged()  # again: what was read in between is now known to be the old file's
         unsigned = out.view(np.uint64)  # where a negative id is a huge one: one comparison finds both kinds
         if unsigned.max(initial=0) >= self.vocab_size:
             row, column = np.argwhere(unsigned >= self.vocab_size)[0]
@@ -279,7 +286,7 @@ class Dataset:
 
     def position(self, samples_seen: int) -> dict[str, Any]:
         """Where a run stands after so many samples: epoch, share of it done, files' worth read, the next sample."""
-        epoch, done = divmod(samples_seen, self.num_samples)
+        epoch, done = divmod(samples_seen, self.num_samples)  # a pure function of the count: nothing of it is saved
         [(path, offset)] = self.locate(self.sample_ids(samples_seen, 1))
         return {
             "epoch": epoch, "epoch_fraction": done / self.num_samples,
@@ -289,6 +296,7 @@ class Dataset:
 
 def allow_open_files(count: int) -> None:
     """Raises the soft limit of open files so that `count` more fit, as far as the hard one allows."""
+    # the soft limit is low for programs that use select(), which nothing here does with these files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
     if resource.RLIM_INFINITY != soft < wanted:
@@ -301,7 +309,7 @@ def open_dataset(cfg: Config) -> Dataset:
     Every process of a node may call this: one works, the others wait for it. Raises DataError.
     """
     try:
-        return Dataset.open(cfg)
+        return Dataset.open(cfg)  # most sets need nothing, and then nothing is written either
     except PackedShard:
         from refocused.shards import prepare  # only such a set needs it
 
@@ -326,17 +334,14 @@ class Batch:
 
 
 def to_tensors(windows: np.ndarray, pin_memory: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows [B, T + 1] as inputs and next-token targets, int64 tensors [B, T]. The only shift by one there is."""
+    """Windows [B, T + 1] as inputs and next-token targets, int64 tensors [B, T]."""
+    # the only shift by one there is: neither the model nor its loss shifts again
     pair = (torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy()))
     return (pair[0].pin_memory(), pair[1].pin_memory()) if pin_memory else pair
 
 
 class Loader:
-    """Yields a Batch per optimizer step in [start_step, max_steps), read ahead by threads: workers + 2 steps at most.
-
-    Rank r takes the contiguous block [r*G/W, (r+1)*G/W) of the global batch, its micro-steps consecutive blocks of
-    that: what a step trains on does not depend on the world size, the accumulation or the number of workers.
-    """
+    """Yields a Batch per optimizer step in [start_step, max_steps), read ahead by threads: workers + 2 steps at most."""
 
     def __init__(
         self, dataset: Dataset, start_step: int, max_steps: int, global_batch: int, rank: int = 0, world_size: int = 1,
@@ -345,15 +350,18 @@ class Loader:
     ):  # fmt: skip
         assert global_batch == micro_batch * accumulation * world_size
         self.dataset, self.global_batch, self.micro_batch = dataset, global_batch, micro_batch
+        # rank r takes the block [r*G/W, (r+1)*G/W) of the global batch, its micro-steps consecutive blocks of that: what a
+        # step trains on does not depend on the world size, the accumulation or the number of workers
         self.rows = slice(rank * micro_batch * accumulation, (rank + 1) * micro_batch * accumulation)
         self.pin_memory = pin_memory
         self.wait_seconds = 0.0  # that the consumer spent waiting for data, in all
         # start_step does not begin at start_step * global_batch if the batch was another one earlier in the run
         first_sample = start_step * global_batch if first_sample is None else first_sample
         self._plan = self._steps_and_ids(start_step, max_steps, first_sample)
+        # threads and not processes: numpy releases the GIL as it copies out of a map, and nothing has to be pickled
         self._pool = ThreadPoolExecutor(workers, "loader")
-        self._ahead: deque[Future[Batch]] = deque()
-        for _ in range(workers + 2):
+        self._ahead: deque[Future[Batch]] = deque()  # in the order of steps, whichever thread is done first
+        for _ in range(workers + 2):  # every thread has one, and two wait: a slow read is not felt at once
             self._submit()
 
     def _steps_and_ids(self, start_step: int, max_steps: int, first_sample: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -369,7 +377,7 @@ class Loader:
             self._ahead.append(self._pool.submit(self._assemble, *step_and_ids))
 
     def _assemble(self, step: int, ids: np.ndarray) -> Batch:
-        windows = self.dataset.gather(ids[self.rows])
+        windows = self.dataset.gather(ids[self.rows])  # this rank's part; the ids of all go into the trace
         blocks = range(0, len(windows), self.micro_batch)
         return Batch(step, ids, [to_tensors(windows[i : i + self.micro_batch], self.pin_memory) for i in blocks])
 
@@ -379,13 +387,14 @@ class Loader:
     def __next__(self) -> Batch:
         if not self._ahead:
             raise StopIteration
-        self.error()
+        self.error()  # waits here, where the time is counted
         batch = self._ahead.popleft().result()  # raises here what went wrong in a thread
         self._submit()
         return batch
 
     def error(self) -> BaseException | None:
         """Wait for the next batch, if there is one; what keeps it from being read."""
+        # asked after every step, so that all ranks agree to save and leave before one of them fails in __next__
         if not self._ahead:
             return None
         begin = time.perf_counter()
@@ -394,5 +403,5 @@ class Loader:
         return error
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)  # waits for what is being read, drops the rest
         self._ahead.clear()

@@ -63,6 +63,7 @@ def due_after(
     flags = (*checkpoints.poll(), stop.since > 0, loader.error() is not None, monitor.line_is_late())
     late_save, save_failed, stopping, unreadable, late_line = map(bool, processes.max_over_ranks(*flags))
     at_end = step == cfg.max_steps
+    # whatever ends the run, its last step is saved: nothing that was paid for is trained again
     last = at_end or stopping or unreadable
     log = every(cfg.logging_steps) or late_line or (at_end and monitor.averages)
     evaluation = every(eval_steps) or (at_end and eval_steps > 0)
@@ -74,7 +75,7 @@ def gradients(
     model: torch.nn.Module, batch: data.Batch, cfg: Config, env: processes.Env, scaler, tokens_per_step: int
 ) -> torch.Tensor:
     """Forward and backward of a step's micro-steps; the sum of this rank's losses, a scalar on the device."""
-    loss_sum = torch.zeros((), device=env.device)
+    loss_sum = torch.zeros((), device=env.device)  # stays there: reading it would make the host wait for the device
     for micro_step, (x, y) in enumerate(batch.micro):
         x, y = x.to(env.device, non_blocking=True), y.to(env.device, non_blocking=True)
         if cfg.hidden_dropout or cfg.attention_dropout:  # masks are a function of the step, not of history
@@ -103,15 +104,15 @@ def finish(
     checkpoints: ckpt.Checkpoints, monitor: Monitor, watch: Watchdog, stop: StopSignal,
 ) -> int:  # fmt: skip
     """The end of a run: what it still owes, then every cause that there was, in one order. Returns the exit code."""
-    watch.end()
+    watch.end()  # from here on the limit is that of a save and its upload
     error = loader.error() if due.unreadable else None
     if error and not env.main:
         log_error(f"error: {error}", cfg)  # rank 0 does not know which shard it was
     loader.close()
     failure, missing = checkpoints.close(monitor.log)  # waits for the last save and its upload
-    watch.stop()
+    watch.stop()  # after it: a disk that hangs would hold every GPU
     monitor.log(checkpoints.news(), screen=False)
-    processes.stop()
+    processes.stop()  # before the last line: what fails in it is said too
     code, text = messages.ending(
         cfg, step, checkpoints.newest, idle=idle, not_finite=not_finite, failure=failure, missing=missing,
         unreadable=str(error or "another rank could not read its data, and says why") if due.unreadable else None,
@@ -148,7 +149,7 @@ def train(
     logs.log(messages.describe_resume(choice, cfg, dataset))
 
     model = strategy.build(cfg, env)  # weights are a function of (seed, parameter name), the same in any layout
-    optimizers = optim.make_optimizers(model, cfg)
+    optimizers = optim.make_optimizers(model, cfg)  # after wrapping, which replaces parameters
     clips_in_kernel = optim.clips_in_kernel(cfg, env.device.type)
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
@@ -172,6 +173,7 @@ def train(
         if health.bad_in_a_row:
             return False
         guard.check_replicas(model, cfg, state.step)  # one copy is saved, and a wrong one would be loaded by all
+        # what the next steps depend on besides tensors: without it a resumed run would judge and scale otherwise
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
         name, saved = state.saved(cfg, dataset, made)
         stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
@@ -205,6 +207,7 @@ def train(
         figures = torch.empty(0)  # of a step that is skipped: all moves on but the weights
         if not any(state.step + 1 in steps for steps in skips):
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
+            # only fp16 has a scale; the norm is that of the true gradients
             scaler.unscale_(optimizers[0])
             norm, divisor = strategy.clip_gradients(model, cfg.max_grad_norm, later=clips_in_kernel)
             # decided on the device before the update, so that the host does not wait for the loss
@@ -217,7 +220,7 @@ def train(
         state.tokens += tokens_per_step
         # a skipped step goes through the same queue, or the trace and the replay proof would see it too early
         readback.put((state.step, lr, batch.ids), figures)
-        watch.step(state.step)
+        watch.step(state.step)  # a hang is told by 20 of these steps' median
         each_step()
         due = due_after(state.step, cfg, eval_steps, stop, loader, checkpoints, monitor)
         stop.pass_on(due.stop)
@@ -229,7 +232,7 @@ def train(
             status = health.status(*figure)
             monitor.step(at, figure, rate, ids, status, dataset.locate, due.log and at == state.step)
             checkpoints.after_step(at, finite=not health.bad_in_a_row)
-        if due.log:
+        if due.log:  # after the figures, of which its mean is made
             monitor.log_line(state.step, lr, loader.wait_seconds, checkpoints.status)
         logs.log(checkpoints.news(), screen=False)  # a save becomes complete behind training, at any step
         if due.save_failed:
@@ -250,6 +253,7 @@ def train(
         if due.last:
             break
 
+    # unsaved here: the last save found no finite loss
     not_finite = health.bad_in_a_row > 0 or unsaved
     return finish(cfg, env, state.step, due, idle, not_finite, loader, checkpoints, monitor, watch, stop)
 
