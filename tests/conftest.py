@@ -3,8 +3,11 @@ import os
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib  # noqa: E402
 import signal  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # as in an activated environment: `python` in what is printed, and in children's shells, is this one
@@ -54,12 +57,12 @@ LONG = """
     test_machine_check test_the_answer_comes_first test_search_on_made_up_hardware test_a_calibrated_plan
     test_killed_at_every_file_operation test_a_killed_import_or_export test_onnx test_one_tokenizer_from_text_to_export
     test_51_billion_tokens test_compiles_once_for_any_depth test_step_command test_offload_and_muon
-    test_plan_predicts_what_a_run_allocates[2 test_copies_of_shards test_the_first_steps_are_the_golden_ones[bf16]
+    test_plan_predicts_what_a_run_allocates[2 test_the_first_steps_are_the_golden_ones[bf16]
     test_two_commits test_checks_on_a_cpu test_checks_without_a_gpu test_makes_the_environment_in_the_folder
     test_peak_memory_does_not_grow test_files_of_somebody_where_a_command_writes test_everything_on_a_disk_that_lacks
     test_a_node_that_may_not_write test_a_host_dies test_nodes_that_share_a_disk test_slurm test_pods
     test_closed_and_ascii_streams test_what_broke_first_decides test_max_restarts test_a_stop_while_a_node_unpacks
-    test_torchrun_and_plain_python test_sixty_files_killed test_k_steps_and_the_rest_are_ten_steps[fsdp_2
+    test_sixty_files_killed test_k_steps_and_the_rest_are_ten_steps[fsdp_2
     test_spikes_are_skipped_alike test_show_prints_the_plan test_depths_that_were_not_looked_at
     test_a_machine_that_lacks test_mean_of_layouts test_sigterm_while_waiting_for_another_rank test_one_downloader_per_folder
     test_the_reason_arrives_though_rank_0 test_other_layouts_continue_the_run test_the_launcher_knows_that_a_run_was_stopped
@@ -104,6 +107,30 @@ def write_shards(folder: Path, shards: int = 4, tokens: int = 3000, vocab: int =
 def shards(tmp_path_factory) -> Path:
     """A data_dir of four small shards, the last one held out."""
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@contextlib.contextmanager
+def bad_shard(shard: Path) -> Iterator[None]:
+    """In this context another file is in a shard's place, with ids that no model has."""
+    good, status = shard.read_bytes(), shard.stat()
+    np.savez(other := shard.with_name("other.npz"), input_ids=np.full(3000, 60000, np.uint16))
+    os.replace(other, shard)  # one that is cut short where it lies can end a run without a save
+    yield
+    shard.write_bytes(good)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[bool]:
+    """A new folder, on a disk of its own so small where this user may mount one; whether so."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mounted = not subprocess.run(command, capture_output=True).returncode
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import importlib
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -24,12 +23,22 @@ CONTEXT.set_forkserver_preload(["train", "torch.utils.tensorboard"])
 GUARD = 600
 
 
-def until(happened: Callable[[], object]) -> None:
-    """Return once happened() is true; polls, because the other side is another process."""
+def until(happened: Callable[[], object], text: Callable[[], str] = str) -> None:
+    """Return once happened() is true; polls, because the other side is another process. text() is for the failure."""
     end = time.monotonic() + GUARD
     while not happened():
-        assert time.monotonic() < end, f"it did not happen in {GUARD} s"
+        assert time.monotonic() < end, f"it did not happen in {GUARD} s: {text()[-5000:]}"
         time.sleep(0.01)
+
+
+def last_step(text: str) -> int:
+    """The last step that a run has printed, 0 before the first."""
+    return int(["0", *re.findall(r"^Step (\d+): loss", text, re.M)][-1])
+
+
+def stopped_at(text: str) -> int:
+    """The step at which a run says that it was stopped."""
+    return int(re.search(r"stopped at step ([\d,]+)", text)[1].replace(",", ""))
 
 
 # a model and a run of a second; every test states what it changes
@@ -42,24 +51,49 @@ TINY = (
 ).split()
 
 
-def _rank(args: list[str], environment: dict[str, str], log: str, cwd: str) -> None:
+def _rank(environment: dict[str, str], cwd: Path | str, streams: tuple[Path, ...], main: Callable, args: tuple) -> None:
     gc.freeze()  # else the collection at a run's end goes through all that was imported, 0.2 s
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, path in enumerate(streams, 1):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
     os.environ.update(environment)
     os.chdir(cwd)
-    import train
+    raise SystemExit(main(*args))
 
-    raise SystemExit(train.main(args))
+
+def start(nproc: int, port: int, main: Callable, *args: object, env=None, cwd: Path | str = ".", streams=()) -> list:
+    """main(*args) in each of nproc ranks that may form a process group; streams: files for stdout and stderr."""
+    ranks = []
+    for rank in range(nproc):
+        environment = (variables(rank, nproc, port) if nproc > 1 else {}) | (env or {})
+        ranks.append(CONTEXT.Process(target=_rank, args=(environment, cwd, streams, main, args)))
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def join(ranks: list) -> list[int | None]:
+    """The exit codes; past the guard everything is killed."""
+    end = time.monotonic() + GUARD
+    for process in ranks:
+        process.join(max(0, end - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    return codes
+
+
+def _program(name: str, args: list[str]) -> int:
+    return importlib.import_module(name).main(args)
 
 
 class Run:
     """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
 
     def __init__(
-        self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config: str = "", base=TINY
-    ):
+        self, args: list[str], nproc: int, folder: Path, env: dict[str, str] | None = None, config="", base=TINY,
+        main: Callable[[str, list[str]], int] = _program,
+    ):  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"run-{len(list(folder.glob('run-*.log')))}.log"
         self.log.touch()
@@ -67,22 +101,14 @@ class Run:
         file.write_text(f"seed = 42\n{config}")  # a file that sets nothing is refused
         args = [str(file), *base, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
         self.port = free_port()
-        self.ranks = []
-        for rank in range(nproc):
-            environment = (variables(rank, nproc, self.port) if nproc > 1 else {}) | (env or {})
-            self.ranks.append(CONTEXT.Process(target=_rank, args=(args, environment, str(self.log), str(folder))))
-        for process in self.ranks:
-            process.start()
+        log = (self.log, self.log)
+        self.ranks = start(nproc, self.port, main, "train", args, env=env, cwd=folder, streams=log)
 
     def wait(self) -> list[int]:
-        """The exit codes; past the guard everything is killed and the test fails with the log."""
-        end = time.monotonic() + GUARD
-        for process in self.ranks:
-            process.join(max(0, end - time.monotonic()))
-        if any(process.is_alive() for process in self.ranks):
-            self.kill()
-            raise AssertionError(f"still running after {GUARD} s:\n{self.text}")
-        return [process.exitcode for process in self.ranks]
+        """The exit codes."""
+        codes = join(self.ranks)
+        assert None not in codes, f"still running after {GUARD} s:\n{self.text}"
+        return codes
 
     def signal(self, number: int, rank: int | None = None) -> None:
         for process in self.ranks if rank is None else [self.ranks[rank]]:
@@ -100,7 +126,7 @@ class Run:
         def found_or_over() -> bool:
             return bool(re.search(pattern, self.text)) or not any(process.is_alive() for process in self.ranks)
 
-        until(found_or_over)
+        until(found_or_over, lambda: self.text)
         assert re.search(pattern, self.text), f"no {pattern!r} in:\n{self.text}"
 
     @property
@@ -110,6 +136,32 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return [float(x) for x in re.findall(r"^Step \d+: loss=([\d.]+|nan|inf)", self.text, re.M)]
+
+
+def train(folder: Path, *args: str, nproc: int = 1, code: int = 0, env: dict[str, str] | None = None, config="") -> Run:
+    """Run to the end and insist on the exit code."""
+    run = Run(list(args), nproc, folder, env, config)
+    codes = run.wait()
+    assert codes == [code] * nproc, f"exit codes {codes}, expected {code}:\n{run.text}"
+    return run
+
+
+def _on_rank(function: Callable, args: tuple) -> int | None:
+    return function(int(os.environ.get("RANK", 0)), *args)
+
+
+def on_ranks(nproc: int, function: Callable, *args: object) -> None:
+    """function(rank, *args) in each of nproc ranks that may form a process group; all of them end well."""
+    codes = join(start(nproc, free_port(), _on_rank, function, args))
+    assert codes == [0] * nproc, codes
+
+
+def program(folder: Path, name: str, *args: object, nproc: int = 1) -> tuple[list[int], str, str]:
+    """`python NAME.py ARGS` in each of nproc ranks: exit codes, stdout and stderr of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out, err = (folder / f"{stream}-{time.monotonic_ns()}" for stream in ("out", "err"))
+    codes = join(start(nproc, free_port(), _program, name, [*map(str, args)], streams=(out, err)))
+    return codes, out.read_text(), err.read_text()
 
 
 STANDALONE = ("--standalone", "--nproc_per_node=2")
@@ -129,16 +181,9 @@ class Launch:
             "import train\nsys.exit(train.main(sys.argv[1:]))\n"
         )
         config.write_text("seed = 42")
-        command = [
-            *prefix,
-            sys.executable,
-            *(["-m", module, *flags] if module else []),
-            str(script),
-            str(config),
-            *TINY,
-        ]
-        command += [f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
-        self.module, self.begin, self.log = module, time.monotonic(), log or folder / "log"
+        command = [*prefix, sys.executable, *(["-m", module, *flags] if module else []), str(script), str(config)]
+        command += [*TINY, f"output_dir={folder}/out", f"logging_dir={folder}/logs", *args]
+        self.module, self.log = module, log or folder / "log"
         self.token = f"LAUNCH={time.monotonic_ns()}"  # in the environment of all processes, whose child they may be
         env = {**os.environ, "PYTHONPATH": str(ROOT), **env, "LAUNCH": self.token.partition("=")[2]}
         with self.log.open("ab") as file:
@@ -150,9 +195,6 @@ class Launch:
         with self.log.open("rb") as file:
             file.seek(self.at)
             return file.read().decode(errors="replace")
-
-    def wait_for(self, pattern: str) -> None:
-        until(lambda: re.search(pattern, self.text, re.M))
 
     def processes(self, only_ranks: bool = False) -> list[int]:
         found = []
@@ -167,59 +209,20 @@ class Launch:
     def over(self) -> bool:
         return self.process.poll() is not None
 
-    def send(self, number: int) -> None:
-        for pid in self.processes():
+    def gone(self) -> bool:
+        """Nor is any of its ranks left, which torchrun's death does not end at once."""
+        return self.over() and not self.processes()
+
+    def until(self, happened: Callable[[], object]) -> bool:
+        """Whether it happened while a process of the launch was left."""
+        until(lambda: happened() or self.gone(), lambda: self.text)
+        return bool(happened())
+
+    def wait_for(self, pattern: str) -> None:
+        assert self.until(lambda: re.search(pattern, self.text, re.M)), self.text
+
+    def send(self, number: int, *pids: int) -> None:
+        """To these processes, or to all."""
+        for pid in pids or self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-
-def _call(function: Callable, rank: int, environment: dict[str, str], args: tuple) -> None:
-    os.environ.update(environment)
-    raise SystemExit(function(rank, *args))
-
-
-def _on_ranks(nproc: int, function: Callable, *args: object) -> list[int]:
-    """The exit codes of function(rank, *args) in each of nproc ranks that may form a process group."""
-    port = free_port()
-    environments = [variables(rank, nproc, port) if nproc > 1 else {} for rank in range(nproc)]
-    ranks = [CONTEXT.Process(target=_call, args=(function, r, environments[r], args)) for r in range(nproc)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(GUARD)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    return codes
-
-
-def on_ranks(nproc: int, function: Callable, *args: object) -> None:
-    """The same, where all of them end well."""
-    codes = _on_ranks(nproc, function, *args)
-    assert codes == [0] * nproc, codes
-
-
-def _program(rank: int, name: str, args: list[str], out: str, err: str) -> int:
-    for number, path in ((1, out), (2, err)):
-        with open(path, "ab") as file:
-            os.dup2(file.fileno(), number)
-    return importlib.import_module(name).main(args)
-
-
-def program(folder: Path, name: str, *args: object, nproc: int = 1) -> tuple[list[int], str, str]:
-    """`python NAME.py ARGS` in each of nproc ranks: exit codes, stdout and stderr of all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out, err = folder / f"out-{time.monotonic_ns()}", folder / f"err-{time.monotonic_ns()}"
-    codes = _on_ranks(nproc, _program, name, [*map(str, args)], str(out), str(err))
-    return codes, out.read_text(), err.read_text()
-
-
-def train(folder: Path, *args: str, nproc: int = 1, code: int = 0, env: dict[str, str] | None = None) -> Run:
-    """Run to the end and insist on the exit code."""
-    run = Run(list(args), nproc, folder, env)
-    codes = run.wait()
-    assert codes == [code] * nproc, f"exit codes {codes}, expected {code}:\n{run.text}"
-    return run
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

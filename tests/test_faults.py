@@ -3,10 +3,9 @@
 import itertools
 import os
 
-import numpy as np
 import pytest
-from conftest import write_shards
-from launch import GUARD, Run, train
+from conftest import bad_shard, write_shards
+from launch import GUARD, Run, stopped_at, train
 from test_resume import newest, steps
 
 from configs import Config
@@ -30,11 +29,10 @@ def refusing(server):
     return keys, {"STORAGE_EMULATOR_HOST": server.url}
 
 
-@pytest.mark.parametrize(
-    "keys",
-    ["", "parallel=fsdp", "async_save=false", "max_steps=23 max_bad_steps=50", "save_steps=1 keep_every=1"],
-    ids=["", "fsdp", "waits for its saves", "ends inside the streak", "saves every step"],
-)
+SAVES = ["", "parallel=fsdp", "async_save=false", "max_steps=23 max_bad_steps=50", "save_steps=1 keep_every=1"]
+
+
+@pytest.mark.parametrize("keys", SAVES)
 def test_a_blown_up_model_costs_no_checkpoint(shards, tmp_path, keys, refusing):
     """An update with a finite loss ruins the weights: nothing of them is saved, nothing older is pruned, exit 65 names
     the checkpoint that stands, and that nothing came to the bucket; with a sane rate the run goes on from there."""
@@ -63,8 +61,7 @@ def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     """The all-reduced losses of steps 6 to 8 are infinite, as after a fault of one GPU, then all is well: the save that
     was due at 6 is made at 9, the next ones in time."""
     keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", "max_steps=15"]
-    run = Run(keys, 1, tmp_path, config=INFINITE)
-    assert run.wait() == [0] and run.text.count("not applied") == 3, run.text
+    assert train(tmp_path, *keys, config=INFINITE).text.count("not applied") == 3
     assert saved(tmp_path) == [3, 9, 12, 15]
 
 
@@ -79,16 +76,11 @@ def test_data_trouble_costs_no_step(tmp_path, nproc, refusing):
     run = Run([*args, *bucket], nproc, tmp_path, env)
     run.wait_for(r"Step 20: ")
     shard = sorted(data.rglob("*.npz"))[1]
-    good, status = shard.read_bytes(), shard.stat()
-    np.savez(tmp_path / "other.npz", input_ids=np.full(3000, 60000, np.uint16))
-    os.replace(tmp_path / "other.npz", shard)  # one that is cut short where it lies can end a run without a save
-    assert set(run.wait()) == {66}, run.text
+    with bad_shard(shard):
+        assert set(run.wait()) == {66}, run.text
     assert shard.name in run.text and ("not in the bucket: " in run.text.splitlines()[-1]) == bool(bucket)
-    stopped = newest(tmp_path)
-    step = manifest.parse(stopped.name).step
-    assert step >= 20 and max(steps(tmp_path)) == step and f"stopped at step {step}" in run.text
-    shard.write_bytes(good)
-    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    step = stopped_at(run.text)
+    assert step >= 20 and max(steps(tmp_path)) == step == manifest.step_of(newest(tmp_path).name)
     again = train(tmp_path, f"data_dir={data}", f"max_steps={step + 3}", "resume=latest", nproc=nproc)
     assert f"done: {step + 3:,} steps" in again.text
 
@@ -109,24 +101,24 @@ def test_the_order_of_causes():
         assert "saved in" not in text or some[0] == "missing", text
 
 
-def test_tokens_are_counted(shards, tmp_path):
-    """Half the length of a sequence after a resume: the tokens seen are the sum of what was seen. No step, no next one."""
-    nothing = train(tmp_path / "nothing", f"data_dir={shards}", "max_steps=0").text
-    assert "done: 0 steps, and no checkpoint: max_steps=0 trains nothing" in nothing and "Next:" not in nothing
-    train(tmp_path, f"data_dir={shards}", "max_steps=10")  # 10 x 4 x 32
-    train(tmp_path, f"data_dir={shards}", "max_steps=20", "resume=latest", "sequence_length=16", "allow_change=true")
-    assert manifest.read(newest(tmp_path))[1]["tokens"] == 10 * 4 * 32 + 10 * 4 * 16
-
-
-def test_the_batch_is_kept(shards, tmp_path):
-    """Two processes where there was one, without global_batch_size: refused with both ways out, and both work."""
-    train(tmp_path, f"data_dir={shards}", "max_steps=4")
-    run = train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", nproc=2, code=2)
-    assert "global_batch_size=4" in run.text and "allow_change=true" in run.text
-    keys = ["resume=latest", "global_batch_size=4", "per_device_train_batch_size=2"]
-    train(tmp_path, f"data_dir={shards}", "max_steps=6", *keys, nproc=2)
-    train(tmp_path, f"data_dir={shards}", "max_steps=8", "resume=latest", "allow_change=true", nproc=2)
-    assert manifest.read(newest(tmp_path))[1]["tokens"] == 6 * 4 * 32 + 2 * 8 * 32
+def test_batch_and_tokens_go_on(shards, tmp_path):
+    """Two processes where there was one, without global_batch_size: refused with both ways out, and both work; the tokens
+    seen are the sum of what was seen, also with shorter sequences. No step: no checkpoint, and none to go on from."""
+    data = f"data_dir={shards}"
+    text = train(tmp_path / "nothing", data, "max_steps=0").text
+    assert "done: 0 steps, and no checkpoint: max_steps=0 trains nothing" in text and "Next:" not in text
+    train(tmp_path, data, "max_steps=4")
+    text = train(tmp_path, data, "max_steps=8", "resume=latest", nproc=2, code=2).text
+    assert "global_batch_size=4" in text and "allow_change=true" in text
+    seen = 4 * 4 * 32
+    for nproc, last, tokens, *keys in (
+        (2, 6, 2 * 4 * 32, "global_batch_size=4", "per_device_train_batch_size=2"),
+        (2, 8, 2 * 8 * 32, "allow_change=true"),
+        (1, 10, 2 * 4 * 16, "allow_change=true", "sequence_length=16"),
+    ):
+        train(tmp_path, data, f"max_steps={last}", "resume=latest", *keys, nproc=nproc)
+        seen += tokens
+        assert manifest.read(newest(tmp_path))[1]["tokens"] == seen
 
 
 SLOW_DISK = """
@@ -147,17 +139,15 @@ atomic.commit = _slow
 
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path):
     """Saves that are always overdue, each as long as 20 steps: one after the other, and training waits for none."""
-    run = Run([f"data_dir={shards}", "save_seconds=1e-9", "max_steps=200"], 1, tmp_path, config=SLOW_DISK)
-    assert run.wait() == [0] and "TRAINING WAITED" not in run.text and 3 <= run.text.count("TRAINED ON") <= 11, run.text
+    text = train(tmp_path, f"data_dir={shards}", "save_seconds=1e-9", "max_steps=200", config=SLOW_DISK).text
+    assert "TRAINING WAITED" not in text and 3 <= text.count("TRAINED ON") <= 11, text
 
 
 def test_git_is_asked_once(shards, tmp_path):
     """However many saves there are; what they note is the commit at the start, and that a file was changed since."""
     git = tmp_path / "bin" / "git"
     git.parent.mkdir()
-    git.write_text(
-        f'#!/bin/sh\necho "$1" >> {tmp_path}/asked\n[ "$1" = status ] && echo " M train.py" || echo c0ffee\n'
-    )
+    git.write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/asked\n[ $1 = status ] && echo ' M train.py' || echo c0ffee\n")
     git.chmod(0o755)
     train(tmp_path, f"data_dir={shards}", "save_steps=1", env={"PATH": f"{git.parent}:{os.environ['PATH']}"})
     assert manifest.read(newest(tmp_path))[1]["run"]["git_commit"] == "c0ffee-dirty"

@@ -1,19 +1,15 @@
 """The launcher and its environment: what it is told, what it tells its ranks, and what it says of how they ended."""
 
-import contextlib
-import fcntl
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import launch
 import pytest
-from launch import GUARD, Launch, train, until
+from launch import GUARD, Launch, stopped_at, train
 
 from configs import ConfigError
 from refocused import entry
@@ -29,18 +25,14 @@ def test_launch_variables_are_whole():
     for change, words in (
         ("RANK=", "RANK= is set and RANK is empty"),
         ("RANK=4", "RANK=4 must be a whole number from 0 to 3"),
-        ("RANK=-1", "RANK=-1 must be"),
         ("WORLD_SIZE", "RANK=1 is set and WORLD_SIZE is not"),
-        ("WORLD_SIZE=0", "WORLD_SIZE=0 must be a whole number from 1 to"),
-        ("WORLD_SIZE=2.5", "WORLD_SIZE=2.5 must be"),
+        ("WORLD_SIZE=2.5", "WORLD_SIZE=2.5 must be a whole number from 1 to"),
         ("WORLD_SIZE=" + "9" * 5000, "must be a whole number"),
         ("LOCAL_RANK", "LOCAL_RANK is not"),
         ("LOCAL_RANK=3", "RANK=1 cannot have LOCAL_RANK=3: .*CUDA_VISIBLE_DEVICES"),
         ("LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE=0 must be a whole number from 1 to 4"),
         ("MASTER_ADDR", "MASTER_ADDR is not; torchrun sets"),
         ("MASTER_PORT=99999", "MASTER_PORT=99999 must be a whole number from 1 to 65535"),
-        ("GROUP_WORLD_SIZE=", "GROUP_WORLD_SIZE is empty"),
-        ("TORCHELASTIC_RESTART_COUNT=x", "TORCHELASTIC_RESTART_COUNT=x must be"),
     ):
         key, is_set, value = change.partition("=")
         with pytest.raises(ConfigError, match=words):
@@ -59,14 +51,11 @@ def test_launch_variables_that_are_enough():
         processes.join(several, "gloo", None)
 
 
-def _launched(argv: list[str], env: dict[str, str], log: str) -> None:
-    os.environ.update(env)
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(entry.run(launcher.launch, argv))
+def launched(argv: list[str]) -> int:
+    return entry.run(launcher.launch, argv)
 
 
+SCRIPT = "import os\nprint('world', os.environ['WORLD_SIZE'], flush=True)\n'DIE' in os.environ and os._exit(1)"
 NODE = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE"
 
 
@@ -74,9 +63,7 @@ NODE = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE"
     "flags, env, code, words",
     [
         ("--nproc_per_node=two", "", 2, "error: --nproc_per_node=two is no number from 1 on, gpu or cpu"),
-        ("--nproc_per_node=0", "", 2, "error: --nproc_per_node=0 is no number"),
-        ("--nnodes=0", "", 2, "error: --nnodes=0 is no number from 1 on"),
-        ("", "PET_NNODES=x", 2, "--nnodes=x is no number"),
+        ("", "PET_NNODES=0", 2, "error: --nnodes=0 is no number from 1 on"),
         ("--rdzv_backend=foo", "", 2, "torchrun ended with 2: .*foo"),
         ("--master_port=TAKEN", "", 2, "torchrun ended with 2: .*choose another --master_port"),
         ("--nproc_per_node=gpu --standalone", "", 0, "there is no GPU: one process .*world 1"),
@@ -88,19 +75,14 @@ NODE = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:FREE"
 )
 def test_faults_of_the_launcher_have_words(tmp_path, flags, env, code, words):
     """Flags that mean nothing, a port that is taken, nodes that do not come; PET_* variables and gpu without one work."""
-    script = (
-        "import os\nos.write(1, f'world {os.environ[\"WORLD_SIZE\"]}\\n'.encode())\n'DIE' in os.environ and os._exit(1)"
-    )
-    (tmp_path / "script.py").write_text(script)
+    script, log, free = tmp_path / "script.py", tmp_path / "log", environment.free_port()
+    script.write_text(SCRIPT)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port, free = server.getsockname()[1], environment.free_port()
-        argv = [*flags.replace("TAKEN", str(port)).replace("FREE", str(free)).split(), str(tmp_path / "script.py")]
-        args = (argv, dict([env.split("=")] if env else []), str(tmp_path / "log"))
-        process = launch.CONTEXT.Process(target=_launched, args=args)
-        process.start()
-        process.join(GUARD)
-    text = (tmp_path / "log").read_text()
-    assert process.exitcode == code and re.search(words, text, re.S | re.M) and "Traceback" not in text, text
+        flags = flags.replace("TAKEN", str(server.getsockname()[1])).replace("FREE", str(free)).split()
+        told = dict([env.split("=")] if env else [])
+        codes = launch.join(launch.start(1, free, launched, [*flags, str(script)], env=told, streams=(log, log)))
+    text = log.read_text()
+    assert codes == [code] and re.search(words, text, re.S | re.M) and "Traceback" not in text, text
 
 
 def test_the_reason_arrives_though_rank_0_has_not_spoken(tmp_path):
@@ -130,7 +112,6 @@ def test_order_of_causes():
     lost, late, first = exits.Cause(70, at=1, secondary=True), exits.Cause(75, at=3), exits.Cause(74, at=2)
     mistake = exits.Cause(65, at=9)
     assert exits.in_order([lost, late, first, mistake]) == [mistake, first, late, lost]
-    assert [cause.code for cause in exits.in_order([exits.Cause(74), exits.Cause(75), exits.Cause(66)])] == [66, 74, 75]
 
 
 def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):
@@ -142,17 +123,24 @@ def test_the_launcher_knows_that_a_run_was_stopped(shards, tmp_path):
     last = run.text.splitlines()[-1]
     assert re.search(r"launch: rank \d of this node ended with 75: stopped at step", last), run.text
     assert "death signal" not in run.text  # torch's words about it
-    step = int(re.search(r"stopped at step ([\d,]+)", last)[1].replace(",", ""))
-    assert manifest.parse(selection.names(tmp_path / "out")[0]).step == step
+    assert manifest.step_of(selection.names(tmp_path / "out")[0]) == stopped_at(last)
 
 
 @pytest.mark.parametrize("ends", ["torchrun", "all"])
 def test_a_stop_while_a_node_unpacks(shards, tmp_path, ends):
     """torchrun is killed, or Ctrl-C reaches all and breaks what unpacks: the ranks leave with words, none of them a bug."""
-    before = "import data\nfrom refocused.run import signals\nsignals.StopSignal.PATIENCE = 2\ndef unpack(cfg):\n"
-    before += "    print('unpacks', flush=True)\n    while not broken():\n        time.sleep(0.1)\n"
-    before += "    raise RuntimeError('a worker died')\n"
-    before += f"def broken():\n    return os.path.exists({str(tmp_path / 'broken')!r})\ndata.unpack = unpack"
+    broken = tmp_path / "broken"
+    before = f"""
+import data
+from refocused.run import signals
+signals.StopSignal.PATIENCE = 2
+def unpack(cfg):
+    print('unpacks', flush=True)
+    while not os.path.exists({str(broken)!r}):
+        time.sleep(0.1)
+    raise RuntimeError('a worker died')
+data.unpack = unpack
+"""
     run = Launch(tmp_path, f"data_dir={shards}", before=before, module="torch.distributed.run")
     run.wait_for("^unpacks")
     if ends == "torchrun":
@@ -161,17 +149,9 @@ def test_a_stop_while_a_node_unpacks(shards, tmp_path, ends):
     else:
         os.killpg(run.process.pid, signal.SIGINT)
         run.wait_for("stopping before the first step")
-        (tmp_path / "broken").touch()
-    run.process.wait(GUARD)
-    until(lambda: run.text.count(signals.EARLY) >= 2)
-    assert "bug" not in run.text
-
-
-def is_free(path: Path) -> bool:
-    with open(path) as file, contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+        broken.touch()
+    run.until(run.gone)
+    assert run.text.count(signals.EARLY) >= 2 and "bug" not in run.text, run.text
 
 
 def test_orphans_leave_saved(shards, tmp_path):
@@ -179,25 +159,26 @@ def test_orphans_leave_saved(shards, tmp_path):
     run = Launch(tmp_path, f"data_dir={shards}", "max_steps=1000000", module="torch.distributed.run")
     run.wait_for("^Step 5: ")
     run.process.kill()
-    run.process.wait()
-    run.wait_for("stopped at step")
-    assert "the torchrun of this process is gone" in run.text
-    until(lambda: is_free(tmp_path / "out/.lock"))
+    run.until(run.gone)
+    assert "the torchrun of this process is gone" in run.text and stopped_at(run.text) >= 5
     train(tmp_path, f"data_dir={shards}", "resume=latest", "max_steps=10", "global_batch_size=8")
+
+
+KILLED_ONCE = """
+from refocused.run import optim
+rate = optim.learning_rate
+def killed(at, cfg):
+    if at == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(at, cfg)
+optim.learning_rate = killed
+"""
 
 
 def test_max_restarts(shards, tmp_path):
     """A rank is killed in step 3: the engine's second attempt goes to the end, on the store that outlived the first."""
-    before = (
-        "from refocused.run import optim\nrate = optim.learning_rate\n"
-        "def killed(at, cfg):\n"
-        "    if at == 3 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return rate(at, cfg)\n"
-        "optim.learning_rate = killed"
-    )
     flags = (*launch.STANDALONE, "--max-restarts=1")
-    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=6", before=before, flags=flags)
+    run = Launch(tmp_path, f"data_dir={shards}", "max_steps=6", before=KILLED_ONCE, flags=flags)
     assert run.process.wait(GUARD) == 0 and run.text.count("lost its peers at step") == 1, run.text
     assert "done: 6 steps" in run.text
 
@@ -214,14 +195,11 @@ def without(what: str) -> list[str]:
     return prefix
 
 
-@pytest.mark.parametrize(
-    "lack, module, code, words",
-    [
-        ("name", "refocused.run.launch", 0, "done: 10 steps"),
-        ("loopback", "", 2, "ip link set lo up"),
-        ("temporary folder", "", 2, "set TMPDIR to a folder"),
-    ],
-)
+LACKS = [("name", "refocused.run.launch", 0, "done: 10 steps"), ("loopback", "", 2, "ip link set lo up")]
+LACKS += [("temporary folder", "", 2, "set TMPDIR to a folder")]
+
+
+@pytest.mark.parametrize("lack, module, code, words", LACKS)
 def test_a_machine_that_lacks(shards, tmp_path, lack, module, code, words):
     """A name that does not resolve: two ranks run as anywhere. A loopback interface, a temporary folder: one sentence, 2."""
     run = Launch(tmp_path, f"data_dir={shards}", prefix=without(lack), module=module, cwd="/proc")

@@ -1,4 +1,4 @@
-"""Pictures from traces, and the layout with copies and shards that several nodes use."""
+"""Pictures and figures from traces."""
 
 import json
 import re
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from launch import train
-from safetensors import safe_open
 
 import bench
-from refocused.measure import losses, report
+from refocused.measure import report
 from refocused.run.trace import goodput
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -76,7 +75,6 @@ def test_where_the_time_went(tmp_path, capsys):
     """Two runs, the second begun 100 s after the first's last word and 50 of its 150 steps run again: every second has
     one cause, they add up to what was paid, and a price makes dollars of them. What lies between a run that was done
     and the next is paid by nobody."""
-    pytest.importorskip("matplotlib")
     clocks = [clock(1000.0, 0, 50, 60.0, startup=10), clock(1000.0, 0, 100, 130.0, startup=10, compile=20)]
     clocks += [clock(1230.0, 50, 200, 310.0, startup=10, data=5, save=2, eval=3, end=1, compile=4)]
     folder = write(tmp_path / "run", [step(1), *clocks, {"event": "clock", "step": 9, "began": "damaged"}])
@@ -100,10 +98,9 @@ def test_bins_keep_the_mean_and_the_range():
 
 def test_picture_and_figures_of_a_resumed_run(shards, tmp_path, capsys):
     """A real run, stopped and resumed, beside a written one: marks as the run made them, one PNG, the figures of both."""
-    pytest.importorskip("matplotlib")
-    args = [f"data_dir={shards}", "eval_steps=4", "save_steps=3", "resume=latest", "sample_tokens=0"]
-    train(tmp_path / "a", *args, "max_steps=7", "warmup_steps=0", "lr_scheduler_type=constant")
-    train(tmp_path / "a", *args, "max_steps=10", "warmup_steps=0", "lr_scheduler_type=constant")
+    for last in (7, 10):
+        keys = ["eval_steps=4", "save_steps=3", "resume=latest", "lr_scheduler_type=constant", f"max_steps={last}"]
+        train(tmp_path / "a", f"data_dir={shards}", *keys)
     (tmp_path / "b").mkdir()
     logs = [tmp_path / "a" / "logs", write(tmp_path / "b" / "logs", [step(1), step(2)])]
     run = report.read(logs[0])
@@ -130,7 +127,6 @@ def test_configs_are_compared(tmp_path):
 
 def test_what_a_user_can_get_wrong(tmp_path, capsys):
     """No argument, no trace, a trace one folder deeper, a trace without a step, a folder that cannot be written."""
-    pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match="2"):
         report.main([])
     assert bench.main(["report", str(tmp_path / "none")]) == 66
@@ -142,7 +138,6 @@ def test_what_a_user_can_get_wrong(tmp_path, capsys):
 
 def test_somebodys_file_stays(tmp_path, capsys):
     """A report.png of somebody in the folder that takes one: exit 2, and it is as it was; a report's own is replaced."""
-    pytest.importorskip("matplotlib")
     folder = write(tmp_path / "run", [step(1), step(2)])
     mine = folder / "report.png"
     mine.write_bytes(PNG + b"mine")
@@ -159,33 +154,3 @@ def test_without_matplotlib(tmp_path):
     program = "import sys, bench; sys.modules['matplotlib'] = None; sys.exit(bench.main(['report', *sys.argv[1:]]))"
     done = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "pip install matplotlib" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_copies_of_shards(shards, tmp_path):
-    """fsdp with shard_size=2 over 4 ranks against ddp over 4; its checkpoint, each part once, goes on under fsdp 2.
-
-    A size that does not divide the ranks, or without fsdp: exit 2, with the sizes that do.
-    """
-    common = [f"data_dir={shards}", "global_batch_size=8", "per_device_train_batch_size=1", "save_steps=5"]
-    wrong = ["shard_size=3", "parallel=fsdp"]
-    assert "sizes that do: 1, 2" in train(tmp_path / "a", *common, *wrong, nproc=2, code=2).text
-    assert "needs parallel=fsdp" in train(tmp_path / "b", *common, wrong[0], code=2).text
-    train(tmp_path / "ddp", *common, nproc=4)
-    train(tmp_path / "copies", *common, "parallel=fsdp", "shard_size=2", nproc=4)
-    whole, copies = losses.read(tmp_path / "ddp/logs"), losses.read(tmp_path / "copies/logs")
-    for n in range(1, 11):
-        assert copies[n]["samples"] == whole[n]["samples"]
-        assert copies[n]["loss"] == pytest.approx(whole[n]["loss"], rel=1e-5)
-        assert copies[n]["grad_norm"] == pytest.approx(whole[n]["grad_norm"], rel=1e-4)
-
-    [saved] = (tmp_path / "copies" / "out").glob("checkpoint-*-step5-*")
-    parts = []
-    for file in saved.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-            parts += [(key, *offsets[key]["saved_offsets"]) for key in opened.keys()]
-    assert len(parts) == len(set(parts)) > 0
-
-    train(tmp_path / "two", *common, "parallel=fsdp", f"resume={saved}", nproc=2)
-    for n, line in losses.read(tmp_path / "two/logs").items():
-        assert n > 5 and line["loss"] == pytest.approx(whole[n]["loss"], rel=1e-5)

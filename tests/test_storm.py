@@ -20,14 +20,13 @@ import struct
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, write_shards
+from conftest import ROOT, bad_shard, small_disk, write_shards
 from fakegcs import FakeGCS
-from launch import GUARD, Launch, Run, train
+from launch import GUARD, Launch, Run, last_step, stopped_at, train
 from test_resume import newest, steps, tensors
 
 from refocused.bucket import gcs, remote
@@ -54,9 +53,9 @@ WAYS = ["torch.distributed.run", "refocused.run.launch"]
 MOMENTS = ["a step", "a step", "a save", "an upload", "the start"]
 
 
-def kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+def empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 class Storm:
@@ -79,57 +78,39 @@ class Storm:
         self.kept: list[str] = []  # lines of traces that were removed
         self.blind: set[int] = set()  # steps whose lines in the trace may be missing
         self.held = 0  # the last step of what is complete somewhere
-        self.restarts: list[float] = []  # seconds to the first step
-        self.hangs: list[float] = []  # seconds until the ranks that wait leave
         self.damaged: set[str] = set()  # names of checkpoints that this storm has damaged
-        self.theirs: dict[str, bytes] = {}  # what somebody has put into output_dir, by the end of its path
-        self.theirs_there: dict[str, bytes] = {}  # and into the bucket
+        self.theirs: dict[bytes, Path] = {}  # what somebody has put into output_dir, and where; the disk may go
+        self.theirs_there: dict[str, bytes] = {}  # and into the bucket, by its name
 
     # --- what can be seen of the run
 
-    def lines(self) -> list[dict]:
-        """Of all traces so far; of a line that is being written nothing."""
+    def lines(self) -> list[str]:
+        """Of all traces so far, each once, as some came back from the bucket; of one that is being written nothing."""
         here = self.logs / "trace.jsonl"
         whole = here.read_text().splitlines(keepends=True) if here.exists() else []
-        both = dict.fromkeys([*self.kept, *whole])  # what came back from the bucket was kept here as well
-        return [json.loads(line) for line in both if line.endswith("\n")]
+        return [*dict.fromkeys([*self.kept, *(line for line in whole if line.endswith("\n"))])]
 
-    def step(self, launch: Launch) -> int:
-        """The last one that the launch has printed; 0 before the first."""
-        with self.log.open("rb") as file:
-            file.seek(max(launch.at, self.log.stat().st_size - 8192))
-            found = re.findall(rb"^Step (\d+): loss", file.read(), re.M)
-        return int(found[-1]) if found else 0
+    def there(self) -> list[str]:
+        """Names of the checkpoints that are complete in the bucket, the last save first."""
+        place = remote.Place(gcs.Bucket("bucket"), "run")
+        return [r.name for r in place.checkpoints(place.objects()) if not r.problem]
 
-    def until(self, launch: Launch, happened: Callable[[], object], pause: float = 0.02) -> bool:
-        """Whether it happened before the launch was over."""
-        end = time.monotonic() + GUARD
-        while not happened():
-            if launch.over():
-                return False
-            if time.monotonic() > end:
-                launch.send(signal.SIGKILL)
-                raise AssertionError(f"it did not happen in {GUARD} s: {launch.text[-5000:]}")
-            time.sleep(pause)
-        return True
+    def ours(self) -> list[str]:
+        """Names of checkpoints in output_dir, the last save first, but those that are damaged or somebody's."""
+        return [name for name in selection.names(self.out) if name not in self.damaged]
 
     def complete(self) -> list[int]:
         """The steps of checkpoints that can be loaded, ascending, from the disk and from the bucket.
 
         What is not complete is absent, unless this storm has damaged it.
         """
-        place = remote.Place(gcs.Bucket("bucket"), "run")
-        found = [manifest.step_of(r.name) for r in place.checkpoints(place.objects()) if not r.problem]
+        found = [manifest.step_of(name) for name in self.there()]
         for name in selection.names(self.out):
             try:
                 found.append(manifest.verify(self.out / name)["step"])
             except manifest.CheckpointError:
                 assert name in self.damaged, f"{name} is neither complete nor absent"
         return sorted(found)
-
-    def ours(self) -> list[str]:
-        """Names of checkpoints in output_dir, the last save first, but those that are damaged or somebody's."""
-        return [name for name in selection.names(self.out) if name not in self.damaged]
 
     # --- what happens
 
@@ -142,23 +123,18 @@ class Storm:
         cards.remove(card)
         return card
 
-    def wait(self, launch: Launch, moment: str) -> bool:
-        """Until the moment has come; False if the run was over before."""
+    def wait(self, launch: Launch, moment: str) -> None:
+        """Until the moment has come, or the run is over."""
         if moment == "the start":
-            time.sleep(self.dice.uniform(0.0, 8.0))
-            return not launch.over()
-        if not self.until(launch, lambda: self.step(launch)):
-            return False
-        self.restarts.append(time.monotonic() - launch.begin)
-        goal = self.step(launch) + self.dice.randrange(1, max(2, self.steps // 8))
-        if not self.until(launch, lambda: self.step(launch) >= goal):
-            return False
+            return time.sleep(self.dice.uniform(0.0, 8.0))
+        launch.until(lambda: last_step(launch.text))
+        goal = last_step(launch.text) + self.dice.randrange(1, max(2, self.steps // 8))
+        launch.until(lambda: last_step(launch.text) >= goal)
         requests = len(self.server.requests)
         if moment == "a save":
-            return self.until(launch, lambda: list(self.out.glob(".tmp-*")))
-        if moment == "an upload":
-            return self.until(launch, lambda: any(m != "GET" for m, _ in self.server.requests[requests:]))
-        return True
+            launch.until(lambda: list(self.out.glob(".tmp-*")))
+        elif moment == "an upload":
+            launch.until(lambda: any(method != "GET" for method, _ in self.server.requests[requests:]))
 
     def jump(self, days: int) -> None:
         """Set the clock of all launches, of those that run too, so many days off; the file is changed in place."""
@@ -174,20 +150,16 @@ class Storm:
             time.sleep(1.5 * WATCHDOG)
             launch.send(signal.SIGCONT)
         elif fault == "the bucket fails":
+            ways = [{"status": 503}, {"status": 429}, {"reset": True}, {"lost": True}, {"cut": 1000}]
             for _ in range(self.dice.randrange(1, 5)):
-                what = self.dice.choice(
-                    [{"status": 503}, {"status": 429}, {"reset": True}, {"lost": True}, {"cut": 1000}]
-                )
-                self.server.fault(
-                    self.dice.choice(["GET", "PUT|POST", "DELETE"]), "", times=self.dice.randrange(1, 4), **what
-                )
+                what, method = self.dice.choice(ways), self.dice.choice(["GET", "PUT|POST", "DELETE"])
+                self.server.fault(method, "", times=self.dice.randrange(1, 4), **what)
         elif fault == "shards are touched":
             for shard in self.data.rglob("*.npz"):
                 os.utime(shard)
         elif fault == "the logs are removed":
-            self.keep_lines()
-            for entry in self.logs.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.kept = self.lines()
+            empty(self.logs)
         elif fault == "a checkpoint cannot be read":
             self.hide()
         elif fault == "somebody puts files there":
@@ -206,35 +178,27 @@ class Storm:
         """Something that ends the run."""
         ranks = launch.processes(only_ranks=True)
         if fault == "a rank is killed":
-            kill(self.dice.choice(ranks or [launch.process.pid]), signal.SIGKILL)
+            launch.send(signal.SIGKILL, self.dice.choice(ranks or [launch.process.pid]))
         elif fault == "torchrun is killed":
             launch.process.kill()
         elif fault == "SIGTERM":
             launch.process.terminate()
         elif fault == "a rank hangs":
             stopped = self.dice.choice(ranks)
-            begin = time.monotonic()
-            kill(stopped, signal.SIGSTOP)
-            self.until(launch, lambda: set(launch.processes(only_ranks=True)) <= {stopped}, 0.2)
-            self.hangs.append(time.monotonic() - begin)
-            kill(stopped, self.dice.choice([signal.SIGCONT, signal.SIGKILL]))
+            launch.send(signal.SIGSTOP, stopped)
+            launch.until(lambda: set(launch.processes(only_ranks=True)) <= {stopped})
+            launch.send(self.dice.choice([signal.SIGCONT, signal.SIGKILL]), stopped)
         elif fault == "a shard goes bad":
-            shard = self.dice.choice(sorted(self.data.rglob("*.npz"))[:-1])  # the last one is held out
-            good, status = shard.read_bytes(), shard.stat()
-            np.savez(self.folder / "bad.npz", input_ids=np.full(3000, 60000, np.uint16))
-            os.replace(self.folder / "bad.npz", shard)
-            self.until(launch, lambda: False)
-            shard.write_bytes(good)
-            os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+            with bad_shard(self.dice.choice(sorted(self.data.rglob("*.npz"))[:-1])):  # the last one is held out
+                launch.until(launch.gone)
         else:
             launch.send(signal.SIGKILL)
-        self.gone(launch)
+        launch.until(launch.gone)
         if launch.process.returncode == 0:  # it was over before: nothing would make good what is taken now
             return
         if fault == "the machine is lost":  # its logs are on a disk that is not
             self.theirs.clear()
-            for entry in self.out.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            empty(self.out)
         elif fault == "a bit of the newest checkpoint flips" and len(self.complete()) > 1 and self.ours():
             name = self.ours()[0]
             self.damaged.add(name)
@@ -252,47 +216,28 @@ class Storm:
             os.rename(path, aside)
             path.symlink_to(path)  # opening it is an OSError
             time.sleep(1)
-            gone = not path.is_symlink()
-            if not gone:
-                os.replace(aside, path)
-            assert not gone, f"{newest} was deleted although nothing could be known of it"
+            assert path.is_symlink(), f"{newest} was deleted although nothing could be known of it"
+            os.replace(aside, path)
 
     def put_files(self) -> None:
         """Into output_dir, beside it in the bucket, and into a checkpoint that is complete in both."""
-        place = remote.Place(gcs.Bucket("bucket"), "run")
-        good = []
+        there = []
         with contextlib.suppress(gcs.BucketError):  # what was listed is pruned in the same moment
-            good = [r.name for r in place.checkpoints(place.objects()) if not r.problem]
-        if not good:  # beside nothing of ours they would be another system's place, which is refused
+            there = self.there()
+        if not there:  # beside nothing of ours they would be another system's place, which is refused
             return
         number = len(self.theirs_there)
         old, note = f"checkpoint-epoch0-step{number}-files9", f"notes-{number}.txt"
+        both = [name for name in self.ours() if name in there[1:]][-1:]  # one that a prune would take
+        self.damaged |= {old, *both}
         (self.out / old).mkdir()
-        mine = {note: self.out / note, f"{old}/model.safetensors": self.out / old / "model.safetensors"}
-        self.damaged.add(old)
-        both = [name for name in good[1:] if name in selection.names(self.out) and name not in self.damaged]
-        if both:  # not the newest, so that one goes that a prune would take
-            self.damaged.add(both[-1])
-            mine[f"inside-{number}.txt"] = self.out / both[-1] / f"inside-{number}.txt"
-        for end, path in mine.items():
+        for path in (note, f"{old}/model.safetensors", *(f"{name}/inside-{number}.txt" for name in both)):
+            data = os.urandom(99)
             with contextlib.suppress(FileNotFoundError):  # the checkpoint was pruned in the same moment
-                path.write_bytes(os.urandom(99))
-                self.theirs[end] = path.read_bytes()
+                (self.out / path).write_bytes(data)
+                self.theirs[data] = path
         for path in (f"run/{note}", f"run/{old}/optimizer_0/__0_0.distcp", f"run/logs/{note}"):
             self.theirs_there[path] = self.server.put(path, os.urandom(99)).data
-
-    def gone(self, launch: Launch) -> None:
-        """Wait until no process of the launch is left: torchrun's death does not end its ranks at once."""
-        end = time.monotonic() + GUARD
-        while not launch.over() or launch.processes():
-            if time.monotonic() > end:
-                launch.send(signal.SIGKILL)
-                raise AssertionError(f"still running after {GUARD} s: {launch.text[-5000:]}")
-            time.sleep(0.1)
-
-    def keep_lines(self) -> None:
-        here = self.logs / "trace.jsonl"
-        self.kept += here.read_text().splitlines(keepends=True) if here.exists() else []
 
     def start(self, layout: str, way: str) -> Launch:
         """The run in a layout, by torchrun, by refocused.run.launch, or of one process by neither."""
@@ -312,28 +257,25 @@ class Storm:
             known, hit = len(self.lines()), []
             layout, way = self.draw(self.layouts), self.draw(WAYS)
             launch = self.start(layout, way)
-            self.counts["starts"] += 1
             if struck < faults:
                 moment = self.draw(MOMENTS, lambda moment, started=started: started or moment != "the start")
                 started = moment != "the start"
-                if self.wait(launch, moment):
-                    for _ in range(self.dice.randrange(3) if started else 0):
-                        hit.append(self.draw(SOFT, self.possible))
-                        self.disturb(launch, hit[-1])
-                    if not launch.over():
-                        may_hang = started and launch.module
-                        hit.append(self.draw(HARD, lambda fault, may=may_hang: fault != "a rank hangs" or may))
-                        struck += 1
-                        self.end(launch, hit[-1])
-            self.gone(launch)
+                self.wait(launch, moment)
+                for _ in range(self.dice.randrange(3) if started and not launch.over() else 0):
+                    hit.append(self.draw(SOFT, self.possible))
+                    self.disturb(launch, hit[-1])
+                if not launch.over():
+                    may_hang = started and launch.module
+                    hit.append(self.draw(HARD, lambda fault, may=may_hang: fault != "a rank hangs" or may))
+                    struck += 1
+                    self.end(launch, hit[-1])
+            launch.until(launch.gone)
             self.server.faults.clear()
-            self.counts.update(hit)
-            print(
-                f"  {layout}, {launch.module}: {', '.join(hit) or 'nothing'}; exit code {launch.process.returncode}",
-                flush=True,
-            )
+            self.counts.update(hit, starts=1)
+            code = launch.process.returncode
+            print(f"  {layout}, {launch.module}: {', '.join(hit) or 'nothing'}; exit code {code}", flush=True)
             self.judge(launch, hit, known)
-            if launch.process.returncode == 0:  # done, now or, killed before it could say so, the time before
+            if code == 0:  # done, now or, killed before it could say so, the time before
                 return
 
     def possible(self, fault: str) -> bool:
@@ -345,24 +287,24 @@ class Storm:
         said = f"after {hit or 'nothing'}, exit code {code}:\n{text[-20000:]}"
         assert "this is a bug" not in text, said
         assert len(self.layouts) > 1 or "not the same run" not in text, said
-        for line in self.lines()[known:]:
+        for line in map(json.loads, self.lines()[known:]):
             if line.get("event") in ("start", "resume"):
                 assert line["step"] >= before, f"step {before} was complete, it began from {line['step']} {said}"
         if any("logs" in fault for fault in hit):
-            self.blind |= set(range(before, self.step(launch) + 2))
+            self.blind |= set(range(before, last_step(text) + 2))
         self.counts["replays, identical"] += len(re.findall(r"replayed (\d+) steps, \1 identical", text))
         self.held = max(self.complete(), default=0)
         assert self.held >= before or LOSSES & set(hit), f"step {before} was complete, now {self.held} is {said}"
         if launch.module != "torch.distributed.run":  # which turns every code into 1
             assert code in {0, 70, -9} | CODES.get(hit[-1] if hit else "", set()), said
-        if hit == ["SIGTERM"] and (stopped := re.search(r"stopped at step ([\d,]+)", text)):
-            assert self.held == int(stopped[1].replace(",", "")), said
+        if hit == ["SIGTERM"] and "stopped at step" in text:
+            assert self.held == stopped_at(text), said
 
 
 def compare(storm: Storm, calm: Path) -> None:
     """The samples of every step are those of an undisturbed run; with one layout, so is every bit."""
     expected, found = steps(calm), {}
-    for line in storm.lines():
+    for line in map(json.loads, storm.lines()):
         if "event" not in line:
             bits = tuple(line[key] for key in ("loss_hex", "grad_norm_hex", "lr_hex", "samples"))
             assert bits[3] == expected[line["step"]][3], line
@@ -376,32 +318,13 @@ def compare(storm: Storm, calm: Path) -> None:
         a, b = tensors(newest(calm)), tensors(last)
         assert [name for name in a if not (a[name] == b[name]).all()] == []
     assert storm.complete()[-1] == storm.steps and len(storm.ours()) <= LIMIT
-    there = {
-        str(path): path.read_bytes() for path in storm.out.rglob("*") if path.is_file() and path.stat().st_size == 99
-    }
-    for end, data in storm.theirs.items():
-        assert data in [found for path, found in there.items() if path.endswith(end)], f"{end} is gone"
+    here = {path.read_bytes() for path in storm.out.rglob("*") if path.is_file()}
+    assert [path for data, path in storm.theirs.items() if data not in here] == []
     assert {path: storm.server.data(path) for path in storm.theirs_there} == storm.theirs_there
     there = [name for name in storm.server.names("run/") if name.endswith(manifest.MANIFEST)]
     assert f"run/{last.name}/{manifest.MANIFEST}" in there and len(there) <= LIMIT + 1, there
     assert not [p for p in storm.out.iterdir() if p.name.startswith((".tmp-", ".old-", ".pull-"))]
     assert storm.server.violations == []
-
-
-@contextlib.contextmanager
-def small_disks(*folders: Path) -> Iterator[bool]:
-    """Each folder on a disk of its own, where this user may mount one: of 90 MB, as a pull leaves 64 MiB; whether so."""
-    mounted = []
-    try:
-        for folder in folders:
-            folder.mkdir()
-            command = ["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", str(folder)]
-            if subprocess.run(command, capture_output=True).returncode == 0:
-                mounted.append(folder)
-        yield len(mounted) == len(folders)
-    finally:
-        for folder in mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def weather(folder: Path, layouts: list[str], length: int, faults: int, seed: int, monkeypatch) -> tuple[Storm, dict]:
@@ -414,12 +337,14 @@ def weather(folder: Path, layouts: list[str], length: int, faults: int, seed: in
         strategy, world = layouts[0].split()
         keys = [f"data_dir={storm.data}", f"max_steps={length}", f"parallel={strategy}", "global_batch_size=8"]
         train(folder / "calm", *keys, f"per_device_train_batch_size={8 // int(world)}", nproc=int(world))
-        with small_disks(storm.out, storm.logs) as small:
+        # of 90 MB, as a pull leaves 64 MiB
+        with small_disk(storm.out, "90m") as small, small_disk(storm.logs, "90m"):
             begin = time.monotonic()
             storm.play(faults)
             paid = time.monotonic() - begin
             compare(storm, folder / "calm")
-            seconds = goodput(line for line in storm.lines() if line.get("event") == "clock")
+            clocks = (line for line in map(json.loads, storm.lines()) if line.get("event") == "clock")
+            seconds = goodput(clocks)
         storm.counts["without small disks"] += not small
         storm.counts["without clock jumps"] += not storm.has_clock
     seconds["gap_seconds"] += paid - seconds["paid_seconds"]  # by a clock that does not jump
@@ -433,7 +358,7 @@ def test_one_layout(tmp_path, monkeypatch):
 
 def test_many_layouts(tmp_path, monkeypatch):
     """Every start has another world size and strategy, and two faults: the same samples."""
-    weather(tmp_path / "storm", ["ddp 1", "fsdp 2", "ddp 2"], 120, 2, 231, monkeypatch)
+    weather(tmp_path / "storm", ["ddp 1", "fsdp 2", "ddp 2"], 120, 2, 3640, monkeypatch)
 
 
 @pytest.mark.slow
@@ -441,58 +366,39 @@ def test_the_long_storm(tmp_path, monkeypatch, pytestconfig):
     """The same for --minutes, run after run; prints what happened and what became of the time."""
     seed = pytestconfig.getoption("seed") or time.time_ns()
     end = time.monotonic() + 60 * pytestconfig.getoption("minutes")
-    counts: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    restarts, hangs = [], []
+    counts, seconds = Counter(), Counter()
     for number, layouts in enumerate(itertools.cycle([["ddp 2"], ["ddp 1", "fsdp 2", "ddp 2"], ["fsdp 2"], ["ddp 1"]])):
-        storm, seconds = weather(tmp_path / f"{number}", layouts, 300, 8, seed + number, monkeypatch)
+        storm, spent = weather(tmp_path / f"{number}", layouts, 300, 8, seed + number, monkeypatch)
         counts.update(storm.counts, runs=1)
-        total.update(seconds)
-        restarts, hangs = restarts + storm.restarts, hangs + storm.hangs
+        seconds.update(spent)
         print(f"{layouts}: as if nothing had happened; {dict(storm.counts)}")
         shutil.rmtree(tmp_path / f"{number}")
         if time.monotonic() > end:
             break
-    print(*(f"{count:5} {what}" for what, count in counts.most_common() if count), sep="\n")
-    print(sentence(total))
-    print(f"start to first step: {spread(restarts)}; hang to exit, with a limit of {WATCHDOG} s: {spread(hangs)}")
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(*(f"{count:5} {what}" for what, count in counts.most_common() if count), sentence(seconds), sep="\n")
 
 
 @pytest.mark.slow
-def test_nothing_grows(shards, tmp_path, capsys):
+def test_nothing_grows(shards, tmp_path, server, capsys):
     """3,000 steps, a save after every ten, each to the bucket: memory, descriptors, threads and files of rank 0, by the
     medians of steps 300 to 900 and of the last 600."""
     (tmp_path / "tmp").mkdir()
-    with FakeGCS() as server:
-        keys = [f"data_dir={shards}", "max_steps=3000", "save_steps=10", "bucket_name=bucket", "bucket_total_limit=3"]
-        environment = {"STORAGE_EMULATOR_HOST": server.url, "TMPDIR": str(tmp_path / "tmp")}
-        run = Run([*keys, "checkpoint_bucket_path=run"], 2, tmp_path, environment)
-        process = Path(f"/proc/{run.ranks[0].pid}")
-        seen = []
-        for step in range(300, 2990, 10):
-            run.wait_for(rf"Step {step}: ")
-            with contextlib.suppress(OSError):  # a file that goes while it is counted
-                status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
-                files = sum(len(found) for _, _, found in os.walk(tmp_path))
-                mib = int(status["VmRSS"].split()[0]) / 1024
-                seen.append((mib, len(os.listdir(process / "fd")), int(status["Threads"]), files))
-        assert run.wait() == [0, 0] and len(server.commits) > 10, run.text
-    assert not list((tmp_path / "tmp").iterdir()) and server.violations == []
-    first, last = (
-        [statistics.median(column) for column in zip(*part, strict=True)] for part in (seen[:60], seen[-60:])
-    )
+    keys = [f"data_dir={shards}", "max_steps=3000", "save_steps=10", "bucket_name=bucket", "bucket_total_limit=3"]
+    environment = {"STORAGE_EMULATOR_HOST": server.url, "TMPDIR": str(tmp_path / "tmp")}
+    run = Run([*keys, "checkpoint_bucket_path=run"], 2, tmp_path, environment)
+    process, seen = Path(f"/proc/{run.ranks[0].pid}"), []
+    for step in range(300, 2990, 10):
+        run.wait_for(rf"Step {step}: ")
+        with contextlib.suppress(OSError):  # a file that goes while it is counted
+            status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+            files = sum(len(found) for _, _, found in os.walk(tmp_path))
+            mib = int(status["VmRSS"].split()[0]) / 1024
+            seen.append((mib, len(os.listdir(process / "fd")), int(status["Threads"]), files))
+    assert run.wait() == [0, 0] and len(server.commits) > 10, run.text
+    assert not list((tmp_path / "tmp").iterdir())
+    parts = (zip(*part, strict=True) for part in (seen[:60], seen[-60:]))
+    first, last = ([statistics.median(column) for column in part] for part in parts)
+    said = f"MiB, descriptors, threads, files: {first}, at the end {last}; {len(server.commits)} came to the bucket"
     with capsys.disabled():
-        print(
-            f"\nMiB, descriptors, threads, files: {first}, at the end {last}; {len(server.commits)} came to the bucket"
-        )
-    assert last[0] < 1.03 * first[0] + 5 and all(b <= a + 2 for a, b in zip(first[1:], last[1:], strict=True)), (
-        first,
-        last,
-    )
-
-
-def spread(seconds: list[float]) -> str:
-    return (
-        f"median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s of {len(seconds)}" if seconds else "-"
-    )
+        print(f"\n{said}")
+    assert last[0] < 1.03 * first[0] + 5 and all(b <= a + 2 for a, b in zip(first[1:], last[1:], strict=True)), said

@@ -6,14 +6,16 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
+import torch._inductor.config as inductor
 from conftest import ROOT, write_shards
-from launch import GUARD, TINY, program, train
+from launch import GUARD, on_ranks, program, train
+from safetensors import safe_open
 
 import configs
 from refocused.measure import losses
+from refocused.run import devices
 from refocused.run.optim import learning_rate
 
 
@@ -22,15 +24,12 @@ def relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
-def trace(run) -> list[dict]:
-    """What each step did, without what depends on the clock."""
-    keys = ("step", "loss", "loss_hex", "grad_norm", "grad_norm_hex", "lr", "lr_hex", "samples")
-    return [{key: line[key] for key in keys} for line in losses.read(run.log.parent / "logs").values()]
-
-
 def test_strategies_and_accumulation_agree(shards, tmp_path):
-    """One process, DDP 2, FSDP2 2 and accumulation 1, 2, 4 of the same 8 sequences: the same 20 losses and samples."""
-    common = [f"data_dir={shards}", "max_steps=20", "global_batch_size=8"]
+    """One process, DDP 2, FSDP2 2, HSDP 2 x 2 and accumulation 1, 2, 4 of the same 8 sequences: the same 20 samples, losses
+    and norms, and the same held-out losses of windows that do not fill the last block. A checkpoint of HSDP has each part
+    once, and goes on under FSDP2."""
+    common = [f"data_dir={shards}", "max_steps=20", "global_batch_size=8", "eval_steps=10", "eval_samples=7"]
+    hsdp, saved = tmp_path / "hsdp/out", "checkpoint-epoch0-step10-files0"
     layouts = {
         "one": (1, "per_device_train_batch_size=8"),
         "one, accumulation 2": (1, "per_device_train_batch_size=4"),
@@ -41,13 +40,28 @@ def test_strategies_and_accumulation_agree(shards, tmp_path):
         "fsdp, accumulation 4": (2, "per_device_train_batch_size=1", "parallel=fsdp"),
         "fsdp, reduced twice": (2, "per_device_train_batch_size=2", "parallel=fsdp", "cpu_offload=true"),
         "fsdp, one process": (1, "per_device_train_batch_size=4", "parallel=fsdp"),
+        "hsdp": (4, "per_device_train_batch_size=2", "parallel=fsdp", "shard_size=2", "save_steps=10"),
+        "hsdp, then fsdp": (2, "per_device_train_batch_size=4", "parallel=fsdp", f"resume={hsdp / saved}"),
     }
-    lines = {name: trace(train(tmp_path / name, *common, *args, nproc=n)) for name, (n, *args) in layouts.items()}
-    reference = lines["one"]
-    for name, other in lines.items():
-        assert [x["samples"] for x in other] == [x["samples"] for x in reference], name
-        assert relative([x["loss"] for x in reference], [x["loss"] for x in other]) < 1e-5, name
-        assert relative([x["grad_norm"] for x in reference], [x["grad_norm"] for x in other]) < 1e-4, name
+    for name, (nproc, *args) in layouts.items():
+        run = train(tmp_path / name, *common, *args, nproc=nproc)
+        held_out = [float(x) for x in re.findall(r"eval_loss=([\d.]+)", run.text)]
+        steps = losses.read(tmp_path / name / "logs")
+        if name == "one":
+            expected, expected_held_out = steps, held_out
+        first = 11 if "then" in name else 1
+        assert [*steps] == [*range(first, 21)] and len(expected_held_out) == 2
+        assert held_out == pytest.approx(expected_held_out[-len(held_out) :], abs=2e-4), name
+        for step, line in steps.items():
+            assert line["samples"] == expected[step]["samples"], name
+            assert line["loss"] == pytest.approx(expected[step]["loss"], rel=1e-5), name
+            assert line["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-4), name
+    parts = []
+    for file in (hsdp / saved).glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            parts += [(key, *offsets[key]["saved_offsets"]) for key in opened.keys()]
+    assert len(parts) == len(set(parts)) > 0
 
 
 @pytest.mark.parametrize("tied", ["false", "true"])
@@ -72,17 +86,6 @@ def test_learns_and_evaluates(shards, tmp_path):
     one = write_shards(tmp_path / "one", shards=1, tokens=4 * 32 + 1)
     run = train(tmp_path / "over", f"data_dir={one}", "eval_files=0", "max_steps=60", "lr_scheduler_type=constant")
     assert run.losses[-1] < 0.2
-
-
-def test_eval_does_not_depend_on_the_layout(shards, tmp_path):
-    """Held-out loss over windows that do not fill the last block: one process, DDP 2, FSDP2 2 with accumulation."""
-    common = [f"data_dir={shards}", "max_steps=4", "eval_steps=2", "eval_samples=7", "global_batch_size=8"]
-    found = []
-    for name, n, *args in (("a", 1, "parallel=ddp"), ("b", 2, "parallel=ddp"), ("c", 2, "parallel=fsdp")):
-        run = train(tmp_path / name, *common, *args, "per_device_train_batch_size=2", nproc=n)
-        found.append([float(x) for x in re.findall(r"eval_loss=([\d.]+)", run.text)])
-    assert len(found[0]) == 2
-    assert found[0] == pytest.approx(found[1], abs=2e-4) and found[0] == pytest.approx(found[2], abs=2e-4)
 
 
 def test_compiled_equals_eager(shards, tmp_path):
@@ -118,23 +121,23 @@ def test_non_finite_steps_are_named_not_applied_and_end_the_run(shards, tmp_path
     assert len(report["windows"]) == 8 and report["windows"][0]["shard"].endswith(".npz")
 
 
-def test_deterministic_sets():
+def deterministic(rank: int, value: bool) -> None:
+    devices.tune(configs.Config(deterministic=value), torch.device("cpu"), 0, 1)
+    kinds = [
+        f"allow_{kind}_reduced_precision_reduction{more}" for kind in ("bf16", "fp16") for more in ("", "_split_k")
+    ]
+    set_here = [torch.are_deterministic_algorithms_enabled(), inductor.deterministic]
+    set_here += [
+        not inductor.triton.autotune_pointwise,
+        *(not getattr(torch.backends.cuda.matmul, kind) for kind in kinds),
+    ]
+    assert set_here == [value] * len(set_here) and not torch.backends.cudnn.benchmark, set_here
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_deterministic_sets(value):
     """What torch says of itself after deterministic=true, in a process of its own; without it, torch's defaults."""
-    names = (
-        "torch.are_deterministic_algorithms_enabled() inductor.deterministic not(inductor.triton.autotune_pointwise) "
-        "not(torch.backends.cudnn.benchmark) not(blas.allow_bf16_reduced_precision_reduction) "
-        "not(blas.allow_bf16_reduced_precision_reduction_split_k) not(blas.allow_fp16_reduced_precision_reduction) "
-        "not(blas.allow_fp16_reduced_precision_reduction_split_k)"
-    ).split()
-    code = "import sys, torch, configs; from refocused.run import devices; import torch._inductor.config as inductor; "
-    code += (
-        "blas = torch.backends.cuda.matmul; devices.tune(configs.load(sys.argv[1:])[0], torch.device('cpu'), 0, 1); "
-    )
-    code += f"print([name for name in {names} if eval(name)])"
-    for value, expected in (("true", names), ("false", ["not(torch.backends.cudnn.benchmark)"])):
-        command = [sys.executable, "-c", code, f"deterministic={value}"]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD, check=True).stdout
-        assert said == f"{expected}\n"
+    on_ranks(1, deterministic, value)
 
 
 def test_fp16_has_a_scaler_or_a_clear_no(shards, tmp_path):
@@ -161,12 +164,9 @@ def test_bad_input(shards, tmp_path):
         ([f"data_dir={tmp_path}/empty"], 66, "tokenized_cleaned_*.npz"),
         ([f"data_dir={short}"], 66, "sequence_length+1=33"),
         ([f"data_dir={cut}"], 66, victim.name),
+        (["parallel=fsdp", "shard_size=3"], 2, "sizes that do: 1"),
     ):
         assert words in train(tmp_path / "run", f"data_dir={shards}", *args, code=code).text
-
-
-def command(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
 
 
 def test_show_prints_the_plan_and_help_every_key(tmp_path):
@@ -178,17 +178,6 @@ def test_show_prints_the_plan_and_help_every_key(tmp_path):
     assert re.search(r"max_steps = 25000  \[.*configs/production.py\]", out) and "note" not in out and codes == [0]
     _, out, _ = program(tmp_path, "train", production, "vocab_size=1000", "--show")
     assert "tokenizer=gpt2 has 50,257 ids, vocab_size=1,000: not the one of these shards" in out
-    out = command("train.py", "--help").stdout
+    help_ = [sys.executable, "train.py", "--help"]
+    out = subprocess.run(help_, cwd=ROOT, capture_output=True, text=True, timeout=GUARD).stdout
     assert [key for key in configs.KEYS if not re.search(rf"^  {key} .*\w", out, re.M)] == []
-
-
-def test_torchrun_and_plain_python(shards, tmp_path):
-    """The command lines of the README: torchrun with two ranks and plain python print the same losses."""
-    base = ["train.py", "configs/demo.py", *TINY, f"data_dir={shards}", "max_steps=3", "global_batch_size=8"]
-    places = [[f"output_dir={tmp_path}/{n}/out", f"logging_dir={tmp_path}/{n}/logs"] for n in ("one", "two")]
-    one = command(*base, *places[0])
-    two = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *base, *places[1])
-    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
-    losses = [re.findall(r": loss=(\d\.\d{4})", r.stdout) for r in (one, two)]
-    assert len(losses[0]) == 3 and losses[0] == losses[1]
-    assert np.isfinite([float(x) for x in losses[0]]).all()
