@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_shards
-from launch import TINY, Run, train
+from launch import TINY, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import assert_same_run, assert_same_tensors, forget, newest, steps, take, trace
 
@@ -47,9 +47,9 @@ def test_a_resumed_run_has_one_curve(shards, tmp_path):
     assert logged[6]["mfu"] is None and logged[6]["tokens_per_second"] > 0
 
     forget(tmp_path, after=4)
-    [events_file] = (tmp_path / "logs").glob("events.*")
-    clock = int(events_file.name.split(".")[3]) + 3600
-    events_file.rename(events_file.with_name(events_file.name.replace(events_file.name.split(".")[3], str(clock))))
+    [curves_file] = (tmp_path / "logs").glob("events.*")
+    clock = curves_file.name.split(".")[3]
+    curves_file.rename(curves_file.with_name(curves_file.name.replace(clock, str(int(clock) + 3600))))
     second = train(tmp_path, *args, "resume=latest")
     assert "replayed 8 steps, 8 identical" in second.text
     assert logged_text(tmp_path) == first.text + second.text
@@ -64,13 +64,10 @@ def test_a_resumed_run_has_one_curve(shards, tmp_path):
     for name in ("loss/train", "optimizer/grad_norm", "speed/tokens_per_second", "memory/peak_gib"):
         assert at[name] == [2, 4, 6, 8, 10, 12], (name, at)
     assert at["loss/validation"] == [4, 8, 12] and min(at) == "loss/train"  # what TensorBoard opens on
-    assert [point.value for point in curves.Scalars("loss/train")] == pytest.approx(
-        [logged[step]["mean_loss"] for step in (2, 4, 6, 8, 10, 12)]
-    )
-    texts = {name: curves.Tensors(name) for name in ("config/text_summary", "sample/text_summary")}
-    assert [t.step for t in texts["config/text_summary"]] == [1, 5]
-    assert b"max_steps = 12" in texts["config/text_summary"][0].tensor_proto.string_val[0]
-    assert [t.step for t in texts["sample/text_summary"]] == [4, 8, 12]
+    assert [p.value for p in curves.Scalars("loss/train")] == pytest.approx([x["mean_loss"] for x in logged.values()])
+    settings, samples = (curves.Tensors(f"{name}/text_summary") for name in ("config", "sample"))
+    assert [t.step for t in settings] == [1, 5] and b"max_steps = 12" in settings[0].tensor_proto.string_val[0]
+    assert [t.step for t in samples] == [4, 8, 12]
 
 
 def test_a_quiet_screen_that_is_never_blind(shards, tmp_path):
@@ -78,8 +75,7 @@ def test_a_quiet_screen_that_is_never_blind(shards, tmp_path):
     one line at the end, of all steps; of what the config file set the screen is silent and train.log is not; the end
     says what the time went to."""
     args = [f"data_dir={shards}", "logging_steps=0", "logging_seconds=1e-9", "save_steps=2", "max_steps=5"]
-    run = Run(args, 2, tmp_path, config="weight_decay = 0.2")
-    assert run.wait() == [0, 0], run.text
+    run = train(tmp_path, *args, nproc=2, config="weight_decay = 0.2")
     assert len(run.losses) == 5 and all(len(line) <= 100 for line in run.text.splitlines() if line.startswith("Step"))
     assert "weight_decay" not in run.text and "max_steps = 5  [command line]" in run.text
     assert "  weight_decay = 0.2  [" in logged_text(tmp_path)
@@ -92,15 +88,11 @@ def test_a_quiet_screen_that_is_never_blind(shards, tmp_path):
     assert "history" not in json.loads(state.read_text())  # the trace has it, and a resume needs none of it
 
 
-def test_found_at_start(shards, tmp_path):
-    """A log directory that cannot be, and ranks with different configs: exit 2 on every rank, named."""
-    (tmp_path / "file").write_text("")
-    text = train(tmp_path / "a", f"data_dir={shards}", f"logging_dir={tmp_path}/file/logs", nproc=2, code=2).text
-    assert re.search(r"logging_dir=.*/file/logs cannot be written", text)
+def test_ranks_with_different_configs(shards, tmp_path):
+    """Exit 2 on every rank, with the keys and both values."""
     config = "import os\nweight_decay = 0.1 * (1 + int(os.environ['RANK']))\nadam_beta2 = 1 - weight_decay / 10"
-    run = Run([f"data_dir={shards}"], 2, tmp_path / "b", config=config)
-    assert run.wait() == [2, 2]
-    assert "ranks 1 and 0 differ in weight_decay (0.2 and 0.1), adam_beta2 (0.98 and 0.99)" in run.text
+    text = train(tmp_path, f"data_dir={shards}", nproc=2, code=2, config=config).text
+    assert "ranks 1 and 0 differ in weight_decay (0.2 and 0.1), adam_beta2 (0.98 and 0.99)" in text
 
 
 def test_step_ranges():
@@ -128,14 +120,12 @@ def test_spikes_are_skipped_alike_after_a_resume(tmp_path):
     skipping = [*args, "spikes=skip"]
     whole = train(tmp_path / "whole", *skipping, nproc=2)
     spikes = {line["step"]: line["verdict"] for line in trace(tmp_path / "whole") if "verdict" in line}
-    assert list(spikes) == [67, 80]
     a, b = steps(tmp_path / "off"), steps(tmp_path / "whole")
-    same = [step for step in a if a[step] == b[step]]
-    assert same == list(range(1, min(spikes) + 1))  # the first spike is not applied, so what follows differs
-    step = max(spikes)
-    assert f"Step {step}: loss=" in whole.text and "not applied. Read part" in whole.text
-    report = json.loads((tmp_path / "whole" / "logs" / f"bad-step-{step}.json").read_text())
-    assert len(report["windows"]) == 8 and report["verdict"] == spikes[step]
+    # the first spike is not applied, so what follows differs
+    assert list(spikes) == [67, 80] and [step for step in a if a[step] == b[step]] == [*range(1, 68)]
+    assert "Step 80: loss=" in whole.text and "not applied. Read part" in whole.text
+    report = json.loads((tmp_path / "whole" / "logs" / "bad-step-80.json").read_text())
+    assert len(report["windows"]) == 8 and report["verdict"] == spikes[80]
 
     take(tmp_path / "whole", 70, tmp_path / "resumed")
     train(tmp_path / "resumed", *skipping, "resume=latest", nproc=2)
@@ -197,33 +187,31 @@ def test_every_falsified_line_is_found(shards, tmp_path):
 
 def test_profile(shards, tmp_path):
     """profile=3-4 leaves a Chrome trace with the steps' matrix products; where it cannot be written, the run goes on."""
-    run = train(tmp_path, f"data_dir={shards}", "max_steps=5", "profile=3-4")
+    keys = [f"data_dir={shards}", "max_steps=5", "profile=3-4"]
+    run = train(tmp_path, *keys)
     path = tmp_path / "logs" / "profile" / "steps-3-4.pt.trace.json"
     assert f"profile of steps 3-4 in {path}" in run.text
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("aten::_fused_adamw_") == 4  # two steps, two groups
     (tmp_path / "b" / "logs").mkdir(parents=True)
     (tmp_path / "b" / "logs" / "profile").write_text("in the way")
-    assert "no profile in" in train(tmp_path / "b", f"data_dir={shards}", "max_steps=5", "profile=3-4").text
+    assert "no profile in" in train(tmp_path / "b", *keys).text
 
 
 def test_out_of_memory_is_explained(shards, tmp_path):
     """A batch that the machine holds and the address space does not: exit 70 with the plan by kind and the keys that help."""
     limit = "import resource\n_ = resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))"
     keys = ["per_device_train_batch_size=20000", "hidden_size=512", "num_hidden_layers=1", "eval_files=0"]
-    run = Run([f"data_dir={shards}", *keys], 1, tmp_path, config=limit)
-    assert run.wait() == [70], run.text
-    assert re.search(r"planned GiB per process: parameters 0\.\d+, .*activations \d+", run.text), run.text
-    for words in ("per_device_train_batch_size=10000 with gradient_accumulation_steps=2", "cpu_offload=true"):
-        assert words in run.text
-    assert "Traceback" not in run.text and "out of memory" in (tmp_path / "logs" / "train.log").read_text()
+    text = train(tmp_path, f"data_dir={shards}", *keys, config=limit, code=70).text
+    assert re.search(r"planned GiB per process: parameters 0\.\d+, .*activations \d+", text), text
+    assert "per_device_train_batch_size=10000 with gradient_accumulation_steps=2" in text and "cpu_offload=true" in text
+    assert "Traceback" not in text and "out of memory" in (tmp_path / "logs" / "train.log").read_text()
 
 
 def test_allocator_retries_are_said(shards, tmp_path):
     """Where torch's allocator has had to give back its cache and try again, the log line says how often since the last."""
     config = "from refocused.run import strategy\n_ = setattr(strategy, 'alloc_retries', iter((2, 2, 5)).__next__)"
-    run = Run([f"data_dir={shards}", "max_steps=3"], 1, tmp_path, config=config)
-    assert run.wait() == [0], run.text
+    run = train(tmp_path, f"data_dir={shards}", "max_steps=3", config=config)
     assert re.findall(r"^Step (\d): loss.* (\d) allocator retries \| ", run.text, re.M) == [("1", "2"), ("3", "3")]
     assert [line["alloc_retries"] for line in trace(tmp_path) if "alloc_retries" in line] == [2, 2, 5]
 
