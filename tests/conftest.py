@@ -21,6 +21,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from fakegcs import FakeGCS  # noqa: E402
 
+import data  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of each parser
 
@@ -140,6 +142,20 @@ def server(monkeypatch):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
         yield running
     assert not running.violations
+
+
+@pytest.fixture
+def data_py(capsys):
+    """data_py(*arguments): `python data.py ARGUMENTS` in this process; exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = data.main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse's own
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def pytest_addoption(parser):

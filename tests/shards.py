@@ -1,41 +1,51 @@
-"""Makes shards for tests: the bucket's own format, mapped ones, and huge sparse ones."""
+"""Makes what shards are made of, shards of every kind, and says what is in them."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import feather, parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from configs import Config
 from refocused.shards.prepare import write_shard
 from refocused.shards.shard import Shard
 
 END_OF_TEXT = 50256
 
 
+def config(folder: Path, **changes) -> Config:
+    """Of a run that reads windows of 16 + 1 tokens from a folder."""
+    keys = {"cache_dir": f"{folder}-cache", "sequence_length": 16, "seed": 7}
+    return dataclasses.replace(Config(), data_dir=str(folder), **{**keys, **changes})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def flip(file: Path, at: int) -> bytes:
+    """Changes one bit of a file; what it holds now."""
+    damaged = bytearray(file.read_bytes())
+    damaged[at] ^= 1
+    file.write_bytes(damaged)
+    return bytes(damaged)
+
+
 def rows_to_stream(rows: list[np.ndarray], width: int) -> np.ndarray:
     """The plain meaning of a padded file: each row, and an end-of-text after one that is shorter than the width."""
-    parts = []
-    for row in rows:
-        parts.append(row)
-        if len(row) < width:
-            parts.append([END_OF_TEXT])
-    return np.concatenate(parts)
+    return np.concatenate([[*row, END_OF_TEXT] if len(row) < width else row for row in rows])
 
 
-def write_seed_shards(
-    folder: Path, files: int = 4, rows: int = 50, width: int = 64, vocab_size: int = 50257, seed: int = 0
-) -> dict[str, np.ndarray]:
+def write_seed_shards(folder: Path, files: int = 4, rows: int = 50, width: int = 64) -> dict[str, np.ndarray]:
     """Writes compressed, padded shards in nested folders as the bucket has them; {relative path: stream expected}."""
-    rng = np.random.default_rng(seed)
-    expected = {}
+    rng, expected = np.random.default_rng(0), {}
     for i in range(files):
-        texts = [rng.integers(0, vocab_size, rng.integers(1, width + 1)) for _ in range(rows)]
-        texts[rng.integers(rows)] = rng.integers(0, vocab_size, width)  # the longest row sets the width
+        texts = [rng.integers(0, END_OF_TEXT + 1, rng.integers(1, width + 1)) for _ in range(rows)]
         path = f"subreddit_{i // 4:02d}/{('comments', 'submissions')[i % 2]}/tokenized_cleaned_{i:03d}.npz"
         write_padded(folder / path, texts, width)
         expected[path] = rows_to_stream(texts, width)
@@ -50,46 +60,32 @@ def write_padded(file: Path, rows: list[np.ndarray], width: int, pad: int = END_
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     mask = (np.arange(width) < lengths[:, None]).astype(np.int32)
-    content = {"input_ids": ids, "attention_mask": mask, "sequence_lengths": lengths} | arrays
-    np.savez_compressed(file, **{name: array for name, array in content.items() if array is not None})
+    made = {"input_ids": ids, "attention_mask": mask, "sequence_lengths": lengths} | arrays
+    np.savez_compressed(file, **{name: array for name, array in made.items() if array is not None})
 
 
 def write_mapped(folder: Path, lengths: list[int], vocab_size: int = 50257, seed: int = 0, parts: int = 3) -> None:
     """Mapped shards of random tokens, one per length, in so many folders."""
     rng = np.random.default_rng(seed)
     for i, length in enumerate(lengths):
-        tokens = rng.integers(0, vocab_size, length)
-        write_shard(folder / f"part_{i % parts}/tokenized_cleaned_{i:03d}.npz", np.dtype("<u2"), [tokens], {})
+        write_tokens(folder / f"part_{i % parts}/tokenized_cleaned_{i:03d}.npz", rng.integers(0, vocab_size, length))
+
+
+def write_tokens(file: Path, tokens: np.ndarray, dtype: str = "<u2", **note) -> None:
+    """One mapped shard."""
+    write_shard(file, np.dtype(dtype), [tokens], note)
 
 
 def write_sparse_set(folder: Path, files: int, tokens: int) -> None:
-    """Mapped uint16 shards of zeros, each a hole of 2 * tokens bytes in its file; the zip around it is complete."""
-    write_shard(folder / "small.npz", np.dtype("<u2"), [[0]], {})
-    with open(folder / "small.npz", "rb") as file, zipfile.ZipFile(file) as archive:
-        entry = archive.infolist()[0]
-        file.seek(entry.header_offset)
-        local = file.read(30 + len(entry.filename) + len(entry.extra))
-        header = file.read(128).replace(b"(1,)", f"({tokens},)".encode()).rstrip(b" \n")
-    (folder / "small.npz").unlink()
-    header = header.ljust(127) + b"\n"
-    size = len(header) + 2 * tokens
-    crc, left = zlib.crc32(header), 2 * tokens
-    zeros = bytes(1 << 24)
-    while left:
-        crc = zlib.crc32(zeros[: min(left, len(zeros))], crc)
-        left -= min(left, len(zeros))
-    local = local[:14] + struct.pack("<III", crc, size, size) + local[26:]
-    name = entry.filename.encode()
-    fields = (20, 3, 20, 0, 0, 0, 0, 33, crc, size, size, len(name), 0, 0, 0, 0, 0, 0)
-    central = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", *fields) + name
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local) + size, 0)
+    """Mapped uint16 shards of zeros, each a hole in its file; the zip around it is complete."""
+    np.savez(folder / "one", input_ids=np.zeros(tokens, np.uint16))
+    whole = (folder / "one.npz").read_bytes()
+    (folder / "one.npz").unlink()
     for i in range(files):
-        path = folder / f"part_{i // 100}" / f"tokenized_cleaned_{i:03d}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(local + header)
-            file.seek(len(local) + size)
-            file.write(central + end)
+        with open(folder / f"tokenized_cleaned_{i:03d}.npz", "wb") as file:
+            file.write(whole[:4096])
+            file.seek(len(whole) - 4096)
+            file.write(whole[-4096:])
 
 
 def tokens_in(folder: Path) -> list[int]:
@@ -100,6 +96,17 @@ def tokens_in(folder: Path) -> list[int]:
 def byte_ids(documents: list[str]) -> list[int]:
     """What the tokenizer `byte` makes of documents."""
     return [token for document in documents for token in (*document.encode(), 256)]
+
+
+def write_table(file: Path, table: pa.Table, rows: int) -> None:
+    """A table as its file's suffix says, in groups of so many rows; .arrow is a stream, as `datasets` writes it."""
+    if file.suffix == ".parquet":
+        parquet.write_table(table, file, row_group_size=rows)
+    elif file.suffix == ".feather":
+        feather.write_feather(table, file, chunksize=rows)
+    else:
+        with pa.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table, rows)
 
 
 def use_gpt2(folder: Path, monkeypatch) -> None:
@@ -117,13 +124,20 @@ def own_tokenizer(folder: Path, texts: list[str], size: int = 500) -> None:
     known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     known.decoder = decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|padding|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    known.train_from_iterator(texts, trainer)
+    more = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    known.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **more))
     known.enable_truncation(16)
     known.enable_padding(length=16)
+    folder.mkdir(exist_ok=True)
     known.save(str(folder / "tokenizer.json"))
     token = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "__type": "AddedToken"}
     settings = {"tokenizer_class": "GPTNeoXTokenizer", "eos_token": token, "unk_token": None, "add_prefix_space": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def plain_tokenizer(folder: Path, model: dict, end: int, token: str = "</s>", **more) -> None:
+    """A tokenizer.json written by hand, with one special token."""
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    made = {"model": model, "added_tokens": [{"id": end, "content": token, **special}], **more}
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(made))
