@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ import torch
 from conftest import FUZZ_CASES, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
-from safetensors.torch import save_file
+from safetensors.torch import save
+from shards import write_table
 
 import configs
 from refocused.bucket import commands, gcs, remote
@@ -85,31 +86,24 @@ def mutated_bytes(good: bytes) -> st.SearchStrategy[bytes]:
 
 
 def mutated_json(good: Any) -> st.SearchStrategy[Any]:
-    """`good` with one node, at any depth, replaced, renamed or removed."""
-    paths: list[tuple] = []
+    """`good` with one node, at any depth, replaced or removed."""
+    changed = [NODES]
+    for key in list(good) if isinstance(good, dict) else range(len(good) if isinstance(good, list) else 0):
 
-    def walk(node: Any, path: tuple) -> None:
-        paths.append(path)
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        for key, inner in items:
-            walk(inner, (*path, key))
+        def put(new: Any, key: Any = key) -> Any:
+            copy = good.copy()
+            copy[key] = new
+            return copy
 
-    walk(good, ())
+        less = good.copy()
+        del less[key]
+        changed += [st.just(less), mutated_json(good[key]).map(put)]
+    return st.one_of(changed)
 
-    def apply(path: tuple, value: Any, remove: bool) -> Any:
-        if not path:
-            return value
-        copy = json.loads(json.dumps(good))
-        node = copy
-        for key in path[:-1]:
-            node = node[key]
-        if remove:
-            del node[path[-1]]
-        else:
-            node[path[-1]] = value
-        return copy
 
-    return st.builds(apply, st.sampled_from(paths), NODES, st.booleans())
+def mutated(good: dict) -> st.SearchStrategy[bytes]:
+    """The JSON of `good`, changed as an object or as bytes."""
+    return st.one_of(mutated_json(good).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(good).encode()))
 
 
 def in_own_words(function: Callable[[], Any]) -> None:
@@ -133,9 +127,15 @@ def nothing_was_executed(place):
 
 
 def npz(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer := io.BytesIO(), **arrays)
     return buffer.getvalue()
+
+
+def table(suffix: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"table{suffix}")
+        write_table(file, pa.table({"text": [f"text {i}" for i in range(99)], "n": range(99)}), 40)
+        return file.read_bytes()
 
 
 ROWS = np.arange(40, dtype=np.int32).reshape(4, 10)
@@ -150,62 +150,49 @@ STATE = {
     "data": {"fingerprint": "00", "manifest": [{"path": "a", "tokens": 1, "dtype": "uint16", "crc32": 1}], "position": {}},
     "run": {"git_commit": None, "torch": "2", "python": "3", "device": "cpu", "world_size": 1},
 }  # fmt: skip
-HF = {"model_type": "gpt_neox", "vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
-      "intermediate_size": 128, "hidden_act": "gelu", "max_position_embeddings": 64, "rotary_pct": 0.25,
-      "layer_norm_eps": 1e-5,
-      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}, "eos_token_id": 0,
-      "tie_word_embeddings": False, "use_parallel_residual": True, "attention_bias": True,
-      "initializer_range": 0.02}  # fmt: skip
+HF = huggingface.to_config(configs.Config(vocab_size=257, hidden_size=128, num_hidden_layers=1)) | {"eos_token_id": 0}
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "decoder": {"type": "ByteLevel"},
              "added_tokens": [{"id": 3, "content": "</s>", "special": True, "normalized": False}]}  # fmt: skip
 SETTINGS = {"eos_token": {"content": "</s>"}, "unk_token": None, "chat_template": "x", tokenizers.OURS: ["byte", "00"]}
 LINE = {"step": 3, "loss": 2.0, "loss_hex": "0x1p+1", "grad_norm": 1.0, "grad_norm_hex": "0x1p+0", "samples": "00"}
+WHERE = {key: {"saved_offsets": [0, 0]} for key in ("model.a", "model.b")}
+INFO = {"DCP_SHARDING_INFO": json.dumps(WHERE), "format": "pt"}
+PART = save({"model.a": torch.zeros(2, 3), "model.b": torch.ones(3, 2)}, INFO)
+SIZE = int.from_bytes(PART[:8], "little")
+HEADER = json.loads(PART[8 : 8 + SIZE])
 
 
-def write_checkpoint(where: Path, state: bytes, part: bytes) -> Path:
+def write_checkpoint(where: Path, state: bytes = json.dumps(STATE).encode(), part: bytes = PART) -> Path:
     """A checkpoint whose manifest vouches for whatever these bytes are."""
     final = where / manifest.name(0, 10, 0)
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
     (final / "shard-00000-00000.safetensors").write_bytes(part)
     (final / manifest.STATE).write_bytes(state)
-    content = {
-        "format": manifest.FORMAT,
-        "name": final.name,
-        "save_id": "ab" * 8,
-        "step": 10,
-        "generation": 1,
-        "time": 1,
-    }
-    content["files"] = {path.name: manifest.digest(path) for path in final.iterdir()}
-    (final / manifest.MANIFEST).write_bytes(manifest.encode_manifest(content))
+    told = {"format": manifest.FORMAT, "name": final.name, "save_id": "ab" * 8, "step": 10, "generation": 1, "time": 1}
+    told["files"] = {path.name: manifest.digest(path) for path in final.iterdir()}
+    (final / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
     return final
 
 
-@pytest.fixture(scope="module")
-def part(place) -> bytes:
-    where = {key: {"saved_offsets": [0, 0]} for key in ("model.a", "model.b")}
-    weights = {"model.a": torch.zeros(2, 3), "model.b": torch.ones(3, 2)}
-    save_file(weights, place / "part", {"DCP_SHARDING_INFO": json.dumps(where), "format": "pt"})
-    return (place / "part").read_bytes()
+def part_with(header: Any) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + PART[8 + SIZE :]
 
 
-def mutated(good: dict) -> st.SearchStrategy[bytes]:
-    """The JSON of `good`, changed as an object or as bytes."""
-    return st.one_of(mutated_json(good).map(json.dumps).map(str.encode), mutated_bytes(json.dumps(good).encode()))
+def part_of(where: Any) -> bytes:
+    return part_with(HEADER | {"__metadata__": INFO | {"DCP_SHARDING_INFO": json.dumps(where)}})
 
 
-def table(suffix: str) -> bytes:
-    texts = pa.table({"text": [f"text {i}" for i in range(99)], "n": range(99)})
-    out = io.BytesIO()
-    if suffix == ".parquet":
-        parquet.write_table(texts, out, row_group_size=40)
-    else:
-        with (
-            pa.ipc.new_file(out, texts.schema) if suffix == ".feather" else pa.ipc.new_stream(out, texts.schema) as made
-        ):
-            made.write_table(texts, 40)
-    return out.getvalue()
+def signed(content: Any) -> bytes:
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"manifest": content, "sha256": own}, indent=1, sort_keys=True).encode()
+
+
+PARTS = st.one_of(mutated_bytes(PART), mutated_json(HEADER).map(part_with), mutated_json(WHERE).map(part_of))
+with tempfile.TemporaryDirectory() as folder:
+    MANIFEST = (write_checkpoint(Path(folder)) / manifest.MANIFEST).read_bytes()
+MANIFESTS = st.one_of(mutated_bytes(MANIFEST), mutated_json(json.loads(MANIFEST)["manifest"]).map(signed))
 
 
 def use_table(suffix: str) -> Callable[[Path, bytes], None]:
@@ -256,6 +243,23 @@ def use_trace(place: Path, line: bytes) -> None:
     assert 2 in Trace(Logs(str(place), str(place)).file(path.name), 1).expected
 
 
+def use_part(place: Path, part: bytes) -> None:
+    tensors.load(write_checkpoint(place, part=part), {"model.a": torch.zeros(2, 3), "model.b": torch.zeros(3, 2)})
+
+
+def use_state(place: Path, state: bytes) -> None:
+    write_checkpoint(place, state)
+    selection.choose(place, "latest")
+
+
+def use_manifest(place: Path, content: bytes) -> None:
+    final = write_checkpoint(place)
+    (final / manifest.MANIFEST).write_bytes(content)
+    in_own_words(lambda: selection.choose(place, "latest"))
+    in_own_words(lambda: commands.list_command([str(place)]))
+    remote.decode(content, final.name, "gs://bucket/it")
+
+
 KEYS = st.tuples(st.sampled_from(sorted(configs.KEYS)), st.one_of(SCALARS.map(str), st.text(max_size=20)))
 BIN = st.one_of(st.binary(max_size=3000), mutated_bytes(np.arange(900, dtype="<u4").tobytes()))
 CASES: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], object]]] = {
@@ -268,6 +272,9 @@ CASES: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], object]]] = {
     "command line": (KEYS, lambda place, pair: configs.load(["=".join(pair)])),
     "object name": (st.one_of(st.text(max_size=40), st.text("./\\\0a", max_size=12)), use_name),
     "trace": (mutated(LINE), use_trace),
+    "safetensors": (PARTS, use_part),
+    "state": (mutated(STATE), use_state),
+    "manifest": (MANIFESTS, use_manifest),
 }
 
 
@@ -275,67 +282,19 @@ CASES: dict[str, tuple[st.SearchStrategy, Callable[[Path, Any], object]]] = {
 @FUZZ
 @given(st.data())
 def test_parser(place, name, data):
+    """What a parser makes of changed input: a result, or an error of ours."""
     strategy, use = CASES[name]
     case = data.draw(strategy)
     in_own_words(lambda: use(place, case))
 
 
-def header_changed(part: bytes, header: Any) -> bytes:
-    text = json.dumps(header).encode()
-    (size,) = struct.unpack("<Q", part[:8])
-    return struct.pack("<Q", len(text)) + text + part[8 + size :]
-
-
-@FUZZ
-@given(st.data())
-def test_safetensors(place, part, data):
-    (size,) = struct.unpack("<Q", part[:8])
-    header = json.loads(part[8 : 8 + size])
-    sharding = mutated_json(json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])).map(json.dumps)
-    inner = sharding.map(lambda text: {**header, "__metadata__": {"DCP_SHARDING_INFO": text}})
-    changed = st.one_of(mutated_json(header), inner).map(lambda h: header_changed(part, h))
-    final = write_checkpoint(place, json.dumps(STATE).encode(), data.draw(st.one_of(mutated_bytes(part), changed)))
-    tree = {"model.a": torch.full((2, 3), 7.0), "model.b": torch.full((3, 2), 7.0)}
-    in_own_words(lambda: tensors.load(final, tree))
-
-
-@FUZZ
-@given(mutated(STATE))
-def test_state(place, part, state):
-    write_checkpoint(place, state, part)
-    in_own_words(lambda: selection.choose(place, "latest"))
-
-
-def signed(content: Any) -> bytes:
-    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"manifest": content, "sha256": own}, indent=1, sort_keys=True).encode()
-
-
-@FUZZ
-@given(st.data())
-def test_manifest(place, part, data):
-    final = write_checkpoint(place, json.dumps(STATE).encode(), part)
-    good = (final / manifest.MANIFEST).read_bytes()
-    content = data.draw(st.one_of(mutated_bytes(good), mutated_json(json.loads(good)["manifest"]).map(signed)))
-    (final / manifest.MANIFEST).write_bytes(content)
-    in_own_words(lambda: selection.choose(place, "latest"))
-    in_own_words(lambda: commands.list_command([str(place)]))
-    in_own_words(lambda: remote.decode(content, final.name, "gs://bucket/it"))
-
-
-@pytest.mark.parametrize("file", ["shard.npz", "source.npz", "source.bin", "part.safetensors", "config.json"])
-def test_pickles_are_never_opened(place, part, file):
+def test_pickles_are_never_opened(place):
     """A pickle that makes a file, under every name that is read: an error of ours, and no file."""
     hostile = pickle.dumps(Payload(str(place / "executed")))
-    (place / file).write_bytes(hostile)
+    for name in (*TABLES, "shard", "foreign shard", ".bin", "config.json", "safetensors", "state", "manifest"):
+        in_own_words(lambda use=CASES[name][1]: use(place, hostile))
     np.save(place / "object.npy", np.array([Payload(str(place / "executed"))], object), allow_pickle=True)
-    in_own_words(lambda: Shard.open(place, "shard.npz"))
-    in_own_words(lambda: list(TokenFile(place / file, 1 << 16, 0).chunks({})))
-    final = write_checkpoint(place, hostile, hostile)
-    in_own_words(lambda: tensors.load(final, {"model.a": torch.zeros(2, 3)}))
-    in_own_words(lambda: selection.choose(place, "latest"))
-    (place / "config.json").write_bytes(hostile)
-    in_own_words(lambda: huggingface.source(place))
+    in_own_words(lambda: TokenFile(place / "object.npy", 1 << 16, 0))
 
 
 @pytest.mark.slow
