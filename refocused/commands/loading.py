@@ -7,6 +7,7 @@ import data
 from configs import Config
 from refocused import arguments
 from refocused.shards.find import find_files, local_path
+from refocused.shards.prepare import absent
 from refocused.shards.shard import DataError, Shard
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     paths = find_files(args.DIR, "*.npz")
     if not paths:
-        raise DataError(f"{args.DIR} and its subfolders have no .npz file")
+        raise DataError(absent(args.DIR, ".npz file", find_files(args.DIR)))
     data.allow_open_files(len(paths))
     shards = [Shard.open(args.DIR, path) for path in paths]
     dataset = data.Dataset(shards, args.sequence_length, 1 << 32, seed=0, eval_files=0)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from configs import Config
 from refocused.shards.find import find_files, local_path
 from refocused.shards.formats import TokenFile
-from refocused.shards.prepare import common_arguments, others
+from refocused.shards.prepare import absent, common_arguments
 from refocused.shards.shard import DTYPES, DataError, Shard
 from refocused.shards.tokenizers import find
 
@@ -24,7 +24,7 @@ def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 1) 
     """
     paths = find_files(folder, "*.npz")
     if not paths:
-        raise DataError(f"{folder} and its subfolders have no .npz file{others(find_files(folder))}")
+        raise DataError(absent(folder, ".npz file", find_files(folder)))
     job = partial(examine, folder, vocab_size=vocab_size, fast=fast)
     with ThreadPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(job, paths), total=len(paths), desc=f"verifying {folder}", unit="file"))
