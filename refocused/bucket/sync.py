@@ -45,7 +45,7 @@ class Syncer:
     def __init__(self, cfg: Config, resumed_from: str | None = None, leader: bool = True):
         self.cfg, self.leader, self.resumed_from = cfg, leader, resumed_from
         self.where = f"gs://{cfg.bucket_name}/{(cfg.checkpoint_bucket_path or '').strip('/')}"
-        self.output_dir = Path(os.path.realpath(cfg.output_dir))  # once: a link may be turned to another run's folder
+        self.output_dir = Path(cfg.output_dir)  # links on the way are resolved by ckpt.Folder
         self.token = secrets.token_hex(8)
         self.failure: str | None = None  # why the last try failed; None once one succeeded
         self.reached = 0  # the highest generation that is in the bucket, or that is not to be sent
