@@ -6,24 +6,14 @@ python tests/saves.py OUTPUT_DIR PREFIX SAVES SIZE    saves SAVES times, each fo
 import json
 import os
 import secrets
-import shutil
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configs import Config
-from refocused.checkpoint import manifest, selection
+from refocused.checkpoint import atomic, manifest, selection
 from refocused.files import create, digest
-
-
-def shard(size: int) -> bytes:
-    """A safetensors file of exactly so many bytes, of one tensor of random ones."""
-    note = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps({"x": {"saved_offsets": [0]}})}}
-    rest = size - 8 - 200
-    header = json.dumps(note | {"x": {"dtype": "U8", "shape": [rest], "data_offsets": [0, rest]}}).ljust(200).encode()
-    return len(header).to_bytes(8, "little") + header + os.urandom(rest)
 
 
 def save(
@@ -31,31 +21,19 @@ def save(
     step: int,
     size: int = 300_000,
     files: int = 3,
-    at: float | None = None,
     generation: int | None = None,
     state: dict | None = None,
 ) -> Path:
     """A complete checkpoint of `files` data files, with `state` beside the usual; replaces one of the same name."""
-    final = Path(output_dir, manifest.name(0, step, 1))
-    save_id = secrets.token_hex(8)
-    building = final.with_name(f".tmp-{save_id}-{final.name}")
+    final, save_id = Path(output_dir, manifest.name(0, step, 1)), secrets.token_hex(8)
+    building = atomic.unfinished(final, save_id)
     building.mkdir(parents=True)
     for i in range(files):
-        create(building / f"shard-00000-{i:05d}.safetensors", shard(size))
-    create(
-        building / manifest.STATE,
-        json.dumps({"step": step, "tokens": step * 512, "loss": 1.5, **(state or {})}).encode(),
-    )
-    entries = {path.name: digest(path) for path in building.iterdir()}
-    content = {
-        "format": manifest.FORMAT, "name": final.name, "save_id": save_id, "step": step,
-        "generation": manifest.generation(output_dir) + 1 if generation is None else generation,
-        "time": int(time.time() if at is None else at), "files": entries,
-    }  # fmt: skip
-    create(building / manifest.MANIFEST, manifest.encode_manifest(content))
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(building, final)
+        create(building / f"shard-00000-{i:05d}.safetensors", os.urandom(size))
+    listed = {path.name: digest(path) for path in building.iterdir()}
+    more = {manifest.STATE: json.dumps({"step": step, "tokens": step * 512, "loss": 1.5, **(state or {})}).encode()}
+    generation = manifest.generation(output_dir) + 1 if generation is None else generation
+    atomic.commit(building, final, save_id, listed, more, generation)
     return final
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from launch import TINY, Run
+from launch import GUARD, TINY, Run
 from saves import save
 
 from configs import ConfigError
@@ -39,17 +39,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def old_checkpoint(out: Path, step: int, number: int = 0) -> Path:
     """What the system that this one replaces saves, under a name that is also ours."""
-    folder = out / f"checkpoint-epoch0-step{step}-files{number}"
-    folder.mkdir(parents=True)
+    (folder := out / manifest.name(0, step, number)).mkdir(parents=True)
     for name in OLD:
         (folder / name).write_bytes(os.urandom(100))
     return folder
 
 
-def run(args: list, env: dict[str, str], code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=600
-    )
+def run(args: list, env: dict[str, str] | None = None, code: int = 0) -> str:
+    command, env = [sys.executable, *map(str, args)], os.environ | (env or {})
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=GUARD)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -84,10 +82,10 @@ def test_a_second_run(odd, tmp_path, lacks):
         "import sys; from refocused.checkpoint import atomic; atomic.lock(sys.argv[1]); print('has it', flush=True); "
     )
     command = [sys.executable, "-c", code + "sys.stdin.read()", str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | odd(lacks, tmp_path), **pipes)
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | odd(lacks, tmp_path), text=True, **pipes)
 
     first = start()
     try:
@@ -107,8 +105,8 @@ def test_a_second_run(odd, tmp_path, lacks):
 
 def test_a_disk_that_renames_no_folders(odd, tmp_path):
     """No checkpoint could appear there: the start says so in words."""
-    said = run(["-c", f"from refocused.checkpoint import atomic; atomic.lock({str(tmp_path)!r})"],
-               odd("rename", tmp_path), 1)  # fmt: skip
+    code = f"from refocused.checkpoint import atomic; atomic.lock({str(tmp_path)!r})"
+    said = run(["-c", code], odd("rename", tmp_path), 1)
     assert f"output_dir={tmp_path} cannot be written: its disk does not rename files and folders (Function not" in said
 
 
@@ -120,6 +118,7 @@ def test_another_systems_checkpoints(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_bytes(b"x")
     (old_checkpoint(tmp_path, 7, 1) / "note").write_text("mine")
+    (tmp_path / manifest.name(0, 9, 1)).write_bytes(b"a file")
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="cannot read: damaged, or another program's.*ckpt.py import FOLDER"):
         choose(tmp_path, None)
@@ -127,15 +126,7 @@ def test_another_systems_checkpoints(tmp_path):
         choose(tmp_path, "latest")
     atomic.lock(tmp_path)
     for step in range(2, 22):
-        if step == 9:  # a file, to which the same happens below
-            (tmp_path / manifest.name(0, step, 1)).write_bytes(b"a file")
-            before[manifest.name(0, step, 1)] = b"a file"
-        if step in (7, 9):  # the name is taken: theirs moves aside
-            made = save(tmp_path / "elsewhere", step, generation=manifest.generation(tmp_path) + 1)
-            (made / manifest.MANIFEST).rename(tmp_path / "told")
-            atomic.put(made, tmp_path / made.name, "ab" * 8, (tmp_path / "told").read_bytes())
-            (tmp_path / "told").unlink()
-        newest = made.name if step in (7, 9) else save(tmp_path, step).name
+        newest = save(tmp_path, step).name  # where the name is taken, at 7 and 9, theirs moves aside
         if step == 11:
             (tmp_path / newest / "NOTES.txt").write_text("look at this one")
         atomic.prune(tmp_path, newest, 2, 10)
@@ -173,23 +164,23 @@ def test_files_of_somebody_where_a_command_writes(shards, tmp_path):
     (tmp_path / "config.py").write_text("seed = 1")
     train = ["train.py", tmp_path / "config.py", *TINY, f"data_dir={shards}", "warmup_steps=1"]
     own = [*train, f"output_dir={out}", f"logging_dir={logs}"]
-    run([*own, "max_steps=1"], {})
-    run([*own, "max_steps=2", "resume=latest"], {})
-    run([*train, f"output_dir={tmp_path}/locked", f"logging_dir={tmp_path}/other"], {}, 2)
-    said = run([*train, f"output_dir={tmp_path}/new", f"logging_dir={tmp_path}/noted"], {}, 2)
+    run([*own, "max_steps=1"])
+    run([*own, "max_steps=2", "resume=latest"])
+    run([*train, f"output_dir={tmp_path}/locked", f"logging_dir={tmp_path}/other"], code=2)
+    said = run([*train, f"output_dir={tmp_path}/new", f"logging_dir={tmp_path}/noted"], code=2)
     assert f"{tmp_path}/noted/.output_dir is not of this program; move it away" in said
-    said = run(["data.py", "prepare", texts, made, "--vocab_size", "9", "--end_of_text", "8"], {}, 66)
+    said = run(["data.py", "prepare", texts, made, "--vocab_size", "9", "--end_of_text", "8"], code=66)
     assert "a.npz was not made by this command, and stays" in said
-    said = run(["data.py", "tokenize", texts / "a.txt", made, "--tokenizer", "byte"], {}, 66)
+    said = run(["data.py", "tokenize", texts / "a.txt", made, "--tokenizer", "byte"], code=66)
     assert "tokenized_cleaned_00001.npz was not made from these sources and stays" in said
-    run(["ckpt.py", "export", out, tmp_path / "weights.pt", "--torch"], {}, 2)
-    run(["ckpt.py", "export", out, tmp_path / "hf"], {})
+    run(["ckpt.py", "export", out, tmp_path / "weights.pt", "--torch"], code=2)
+    run(["ckpt.py", "export", out, tmp_path / "hf"])
     for path, content in theirs.items():
         assert path.name == ".filling" or path.read_bytes().startswith(content), path
     demo = tmp_path / "demo"
-    run(["data.py", "demo", demo], {})
+    run(["data.py", "demo", demo])
     (shard := sorted(demo.rglob("*.npz"))[0]).write_bytes(b"replaced by somebody")
-    assert "demo was damaged or changed; remove it" in run(["data.py", "demo", demo], {}, 66)
+    assert "demo was damaged or changed; remove it" in run(["data.py", "demo", demo], code=66)
     assert shard.read_bytes() == b"replaced by somebody"
 
 
