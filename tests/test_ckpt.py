@@ -1,17 +1,20 @@
 """Checkpoints: what is saved is what was there, in any layout, whatever dies, and nothing else is ever loaded."""
 
+import builtins
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
-import tempfile
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,11 +66,10 @@ def build(layout: str = "one", world: int = 1, width: int = 8) -> tuple[nn.Modul
     return model, [torch.optim.AdamW(rest, fused=True), torch.optim.Muon(matrices)]
 
 
-def build_tree(*args, seed: int | None = None) -> dict[str, torch.Tensor]:
+def build_tree(*args, seed: int = 0) -> dict[str, torch.Tensor]:
     model, optimizers = build(*args)
     tree = tensors.state_tree(model, *optimizers)
-    if seed is not None:
-        fill(tree, seed)
+    fill(tree, seed)
     return tree
 
 
@@ -121,50 +123,57 @@ def two(alone, tmp_path) -> tuple[Path, Path]:
     return save(tmp_path, 1), save(tmp_path, 2)
 
 
-def _layouts(rank: int, folder: Path) -> None:
+def _in_group(rank: int, layout: str, world: int, folder: Path, function: Callable, *args) -> None:
+    """function(rank, tree, *args) in a process group of its own, whose ranks meet in the folder."""
     torch.set_num_threads(1)
-    expected = None
-    for save_or_load in ("save", "load"):
-        for layout, world in LAYOUTS:
-            if rank >= world:
-                continue
-            store = dist.FileStore(str(folder / f"{save_or_load}-{layout}{world}.store"), world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-            model, optimizers = build(layout, world)
-            tree = tensors.state_tree(model, *optimizers)
-            if save_or_load == "save":
-                fill(tree, 7)
-                expected = expected or digest(tree)
-                saver, history = Saver(folder / f"{layout}{world}", async_save=layout != "one"), [1.0]
-                saver.save(manifest.name(0, 1, 1), tree, {"step": 1, "history": history})
-                saver.before_update()
-                fill(tree, 8)  # the save is of the values at the call, whatever happens behind it
-                history.append(2.0)
-                assert saver.close() is None
-            else:
-                for source, saved_by in LAYOUTS:
-                    fill(tree, 9)
-                    choice = processes.on_rank_0(choose, folder / f"{source}{saved_by}", "latest")
-                    assert choice.state["history"] == [1.0]
-                    tensors.load(choice.path, tree)
-                    live = tensors.state_tree(model, *optimizers)
-                    assert digest(live) == expected, f"saved by {source} {saved_by}, loaded by {layout} {world}"
-                if layout == "fsdp" and world == 2:
-                    _one_rank_fails(rank, folder / "disk", tree)
-                    for fails in (0, 1):
-                        _one_node_fails(rank, fails, folder / f"node{rank}-{fails}", tree)
-            dist.barrier()
-            dist.destroy_process_group()
-            if save_or_load == "save" and rank == 0:
-                (folder / "expected").write_text(expected)
-        # ranks beyond the world wait here until the others have saved in every layout
-        done = dist.FileStore(str(folder / f"{save_or_load}.store"), 4)
-        done.set(f"{rank}", "")
-        done.wait([f"{r}" for r in range(4)])
-        expected = (folder / "expected").read_text()
+    store = dist.FileStore(f"{folder}/{function.__name__}-{layout}{world}", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    function(rank, build_tree(layout, world), *args)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
+def _save(rank: int, tree: dict[str, torch.Tensor], folder: Path, async_save: bool) -> None:
+    fill(tree, 7)
+    saver, history = Saver(folder, async_save=async_save), [1.0]
+    saver.save(manifest.name(0, 1, 1), tree, {"step": 1, "history": history})
+    saver.before_update()
+    fill(tree, 8)  # the save is of the values at the call, whatever happens behind it
+    history.append(2.0)
+    assert saver.close() is None
+
+
+def _load(rank: int, tree: dict[str, torch.Tensor], folders: list[Path], expected: str) -> None:
+    for folder in folders:
+        fill(tree, 9)
+        choice = processes.on_rank_0(choose, folder, "latest")
+        assert choice.state["history"] == [1.0]
+        tensors.load(choice.path, tree)
+        assert digest(tree) == expected, folder
+
+
+def _layouts(rank: int, folder: Path, made: dict[tuple, Path], expected: str) -> None:
+    for layout, world in [(layout, world) for layout, world in LAYOUTS if rank < world]:
+        _in_group(rank, layout, world, folder, _save, made[layout, world], layout != "one")
+    until(lambda: len(list(folder.glob("*/*/MANIFEST.json"))) == len(LAYOUTS))
+    for layout, world in [(layout, world) for layout, world in LAYOUTS if rank < world]:
+        _in_group(rank, layout, world, folder, _load, [*made.values()], expected)
+
+
+def test_every_layout_loads_into_every_other(tmp_path):
+    """One process, DDP and FSDP2 at 2 and 4: each saves, each loads each; all parameters and moments bit for bit."""
+    made = {(layout, world): tmp_path / f"{layout}{world}" for layout, world in LAYOUTS}
+    on_ranks(4, _layouts, tmp_path, made, digest(build_tree(seed=7)))
+    sizes = []
+    for (_, world), folder in made.items():
+        shards = [file["size"] for file in manifest.verify(folder / manifest.name(0, 1, 1))["files"].values()][:-1]
+        sizes.append(sum(shards))
+        assert len(shards) == world, "each rank writes a part"
+        assert max(shards) < 1.5 * min(shards) + 1000, "the parts are about equal"
+    assert max(sizes) < min(sizes) + 20_000, "replicated state is written once"
+
+
+def _one_rank_fails(rank: int, tree: dict[str, torch.Tensor], folder: Path) -> None:
     processes.on_rank_0(atomic.lock, folder)
     saver = Saver(folder)
     saver.reserve(tree)
@@ -193,9 +202,7 @@ def _one_rank_fails(rank: int, folder: Path, tree: dict[str, torch.Tensor]) -> N
     manifest.verify(folder / manifest.name(0, 2, 1))
 
 
-def _one_node_fails(rank: int, fails: int, folder: Path, tree: dict[str, torch.Tensor]) -> None:
-    """Two nodes without a shared disk; one cannot write its manifest: both say why, and neither keeps anything of it, or
-    would wait for the rest."""
+def _one_node_fails(rank: int, tree: dict[str, torch.Tensor], folder: Path, fails: int) -> None:
     atomic.lock(folder)
     saver = Saver(folder)
     saver.save(manifest.name(0, 1, 1), tree, {}, validated=False)
@@ -209,18 +216,16 @@ def _one_node_fails(rank: int, fails: int, folder: Path, tree: dict[str, torch.T
     assert os.listdir(folder) == [".lock"]
 
 
-def test_every_layout_loads_into_every_other(tmp_path):
-    """One process, DDP and FSDP2 at 2 and 4: each saves, each loads each; all parameters and moments bit for bit.
-    One rank's full disk fails the save on both ranks and nothing else."""
-    on_ranks(4, _layouts, tmp_path)
-    sizes = {}
-    for layout, world in LAYOUTS:
-        folder = tmp_path / f"{layout}{world}" / manifest.name(0, 1, 1)
-        shards = [file["size"] for file in manifest.verify(folder)["files"].values()][:-1]
-        sizes[layout, world] = sum(shards)
-        assert len(shards) == world, "each rank writes a part"
-        assert max(shards) < 1.5 * min(shards) + 1000, "the parts are about equal"
-    assert max(sizes.values()) < min(sizes.values()) + 20_000, "replicated state is written once"
+def _failures(rank: int, tree: dict[str, torch.Tensor], folder: Path) -> None:
+    _one_rank_fails(rank, tree, folder / "disk")
+    for fails in (0, 1):
+        _one_node_fails(rank, tree, folder / f"node{rank}-{fails}", fails)
+
+
+def test_what_fails_on_one_rank_fails_on_all(tmp_path):
+    """A full disk, or a value that is not finite, of one of two ranks fails the save and nothing else. Of two nodes without
+    a shared disk one cannot write its manifest: both say why, and neither keeps anything of it, or would wait for it."""
+    on_ranks(2, _in_group, "fsdp", 2, tmp_path, _failures, tmp_path)
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -235,7 +240,7 @@ def test_steps_go_on_while_a_save_is_copied(alone, tmp_path, monkeypatch, at_onc
     saver = Saver(tmp_path)
     saver.reserve(tree)
     for step in (1, 2):  # the second save reuses the memory of the first
-        clone, begins = {key: t.clone() for key, t in tree.items()}, threading.Event()
+        before, begins = digest(tree), threading.Event()
         saver._thread.submit(begins.wait)
         saver.save(manifest.name(0, step, 1), tree, {})
         h = model.narrow(model.blocks[1](model.blocks[0](model.embed_in.weight)))
@@ -246,12 +251,10 @@ def test_steps_go_on_while_a_save_is_copied(alone, tmp_path, monkeypatch, at_onc
         for optimizer in optimizers:
             optimizer.step()
         begins.set()
-        assert saver.wait() is None and digest(tree) != digest(clone)
-        live = {key: t.clone() for key, t in tree.items()}
-        tensors.load(tmp_path / manifest.name(0, step, 1), tree)
-        assert digest(tree) == digest(clone)
-        for key, t in tree.items():
-            t.copy_(live[key])
+        assert saver.wait() is None and digest(tree) != before
+        saved = build_tree("one", 1, 64)
+        tensors.load(tmp_path / manifest.name(0, step, 1), saved)
+        assert digest(saved) == before
     saver.close()
 
 
@@ -274,37 +277,29 @@ def test_tree_names_do_not_depend_on_wrapping(alone):
             assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
 
 
-OPERATIONS = ["fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod"]
-
-
 def _die_at(n: int) -> None:
     """Make this process kill itself instead of performing its n-th file operation."""
-    import builtins
+    count = itertools.count(1)
 
-    count = 0
-
-    def counting(function, is_one=lambda *a: True):
+    def counting(function: Callable, is_one=lambda *a: True) -> Callable:
         def call(*args, **kwargs):
-            nonlocal count
-            if is_one(*args):
-                count += 1
-                if count == n:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            if is_one(*args) and next(count) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
         return call
 
-    for operation in OPERATIONS:
+    for operation in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod"):
         setattr(os, operation, counting(getattr(os, operation)))
     io.open = builtins.open = counting(builtins.open, lambda path, mode="r", *a: mode[0] in "xwa")
 
 
-def _in_child(function, *args) -> int:
-    """Exit status of function(*args) in a forked child: 0, or minus the signal that ended it."""
+def _in_child(function: Callable, *args, **settings) -> int:
+    """Exit status of a forked child: 0, 1, or minus the signal that ended it."""
     pid = os.fork()
     if pid == 0:
         try:
-            function(*args)
+            function(*args, **settings)
             os._exit(0)
         finally:
             os._exit(1)
@@ -320,10 +315,7 @@ def _save_alone(folder: Path, step: int, seed: int, die_at: int = 0, file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills in the middle of a write
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     saver.save(manifest.name(0, step, 1), tree, {"seed": seed})
-    error = saver.wait()
-    if error:
-        print(error, flush=True)
-    os._exit(1 if error else 0)
+    assert saver.wait() is None
 
 
 def _recover_alone(folder: Path, die_at: int) -> None:
@@ -334,66 +326,53 @@ def _recover_alone(folder: Path, die_at: int) -> None:
 def _crash_everywhere(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     build()  # imports what an optimizer imports, once for all children
-    survived = {"old": 0, "new": 0}
+    survived = {1: 0, 2: 0}  # by the seed of the old and of the new
     for step, settings in [(1, {}), (2, {"save_total_limit": 1})]:  # over the same name; as the next, with pruning
-        died, n = True, 0
-        while died:
-            n += 1
+        for n in itertools.count(1):
             here = folder / f"{step}-{n}"
             here.mkdir(parents=True)
-            assert _in_child(lambda h=here: _save_alone(h, 1, seed=1)) == 0
-            died = _in_child(lambda h=here, n=n, s=step, k=settings: _save_alone(h, s, 2, n, **k)) == -signal.SIGKILL
-            m = 1
-            while _in_child(lambda h=here, m=m: _recover_alone(h, m)) == -signal.SIGKILL:  # and in the clean-up too
-                m += 1
+            assert _in_child(_save_alone, here, 1, seed=1) == 0
+            died = _in_child(_save_alone, here, step, seed=2, die_at=n, **settings) == -signal.SIGKILL
+            clean_ups = itertools.count(1)
+            while _in_child(_recover_alone, here, next(clean_ups)) == -signal.SIGKILL:  # and in the clean-up too
+                pass
             choice = choose(here, "latest")
-            survived["old" if choice.state["seed"] == 1 else "new"] += 1
+            survived[choice.state["seed"]] += 1
             assert not choice.passed_over, choice.passed_over
             assert {n for n in os.listdir(here) if n != ".lock"} <= {manifest.name(0, 1, 1), manifest.name(0, 2, 1)}
-            assert died or choice.state["seed"] == 2
             shutil.rmtree(here)
-        assert n > 12, f"only {n - 1} operations were seen"
+            if not died:
+                break
+        assert choice.state["seed"] == 2 and n > 12, f"only {n - 1} operations were seen"
+    assert survived[1] > 10 and survived[2] > 5
     for limit in (100, 1000, 4000):  # bytes of a file
         here = folder / f"write-{limit}"
         here.mkdir()
-        assert _in_child(lambda h=here: _save_alone(h, 1, seed=1)) == 0
-        assert _in_child(lambda h=here, b=limit: _save_alone(h, 2, 2, file_limit=b)) == -signal.SIGXFSZ
+        assert _in_child(_save_alone, here, 1, seed=1) == 0
+        assert _in_child(_save_alone, here, 2, seed=2, file_limit=limit) == -signal.SIGXFSZ
         atomic.recover(here)
         assert choose(here, "latest").state["seed"] == 1 and os.listdir(here) == [manifest.name(0, 1, 1)]
-    (folder / "survived").write_text(json.dumps(survived))
 
 
 def test_killed_at_every_file_operation(tmp_path):
     """SIGKILL before each file operation of a save and of the clean-up after it, and inside writes: the old or the new
     checkpoint is complete, nothing else is left."""
     on_ranks(1, _crash_everywhere, tmp_path)
-    survived = json.loads((tmp_path / "survived").read_text())
-    assert survived["old"] > 10 and survived["new"] > 5
 
 
 def test_500_bit_flips(two):
     """Each of 500 random bit flips over all files of the newer checkpoint: found, and the older one is chosen."""
     older, newer = two
     dice = random.Random(0)
-    files = sorted(newer.iterdir())
     for i in range(500):
-        file = dice.choice(files)
+        file = dice.choice(sorted(newer.iterdir()))
         bit = dice.randrange(8 * file.stat().st_size)
         bit_flip(file, bit)
         choice = choose(newer.parent, "latest")
         assert choice.path == older, f"flip {i}: bit {bit} of {file.name} was not noticed"
-        [(passed_over, reason)] = choice.passed_over
-        assert passed_over == newer.name and str(newer) in reason
+        assert [name for name, reason in choice.passed_over if str(newer) in reason] == [newer.name]
         bit_flip(file, bit)
     assert choose(newer.parent, "latest").path == newer
-
-
-def forge(file: Path, content: bytes) -> None:
-    """Other content for a file of a checkpoint, and a manifest that was recomputed to match."""
-    file.write_bytes(content)
-    told = manifest.read_manifest(file.parent)
-    told["files"][file.name] = manifest.digest(file)
-    (file.parent / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
 
 
 def _cut(folder: Path) -> None:
@@ -405,13 +384,9 @@ def _newer_format(folder: Path) -> None:
     (folder / manifest.MANIFEST).write_bytes(manifest.encode_manifest(told))
 
 
-def _other_manifest(folder: Path) -> None:
-    shutil.copy(folder.with_name(manifest.name(0, 1, 1)) / manifest.MANIFEST, folder)
-
-
-def _link(folder: Path) -> None:
-    (folder / manifest.STATE).unlink()
-    (folder / manifest.STATE).symlink_to("/etc/hostname")
+def _link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
 
 
 DAMAGES = {
@@ -422,13 +397,20 @@ DAMAGES = {
         for name in ("note.json", ".metadata", "__0_0.distcp", "model.pt", "extra.safetensors")
     },
     "no state": (lambda d: (d / manifest.STATE).unlink(), "state.json is missing"),
-    "link": (_link, "state.json is not a plain file"),
+    "link": (lambda d: _link(d / manifest.STATE, "/etc/hostname"), "state.json is not a plain file"),
+    "cannot be read": (
+        lambda d: _link(d / manifest.MANIFEST, manifest.MANIFEST),
+        "cannot read .*MANIFEST.json: Too many",
+    ),
     "no manifest": (lambda d: (d / manifest.MANIFEST).unlink(), "has no MANIFEST.json"),
     "empty manifest": (lambda d: os.truncate(d / manifest.MANIFEST, 0), "MANIFEST.json is damaged"),
     "malformed manifest": (lambda d: (d / manifest.MANIFEST).write_text("[" * 100_000), "MANIFEST.json is damaged"),
     "foreign manifest": (lambda d: (d / manifest.MANIFEST).write_text('{"manifest": []}'), "MANIFEST.json is damaged"),
     "newer format": (_newer_format, "format 2, this code reads up to 1; update"),
-    "another's manifest": (_other_manifest, "holds the manifest of checkpoint-epoch0-step1-files1"),
+    "another's manifest": (
+        lambda d: shutil.copy(d.with_name(manifest.name(0, 1, 1)) / manifest.MANIFEST, d),
+        "holds the manifest of checkpoint-epoch0-step1-files1",
+    ),
 }
 
 
@@ -443,7 +425,7 @@ def test_damage_is_named(two, damage, capsys):
     assert f"has {newer.name}, {older.name}" in str(caught.value)
     choice = choose(newer.parent, "latest")
     assert choice.path == older and choice.passed_over[0][0] == newer.name
-    assert ckpt.main(["verify", str(newer.parent)]) == 66 and message in capsys.readouterr().out
+    assert ckpt.main(["verify", str(newer.parent)]) == 66 and re.search(message, capsys.readouterr().out)
     shutil.rmtree(older)
     shutil.copytree(newer, older, symlinks=True)
     with pytest.raises(ckpt.CheckpointError, match="no checkpoint in .* can be loaded:\n"):
@@ -453,24 +435,21 @@ def test_damage_is_named(two, damage, capsys):
 def test_resume_words(two, tmp_path):
     """resume as none, latest, name and path, with and without checkpoints there: the choice or the error."""
     older, newer = two
-    with pytest.raises(ConfigError, match=f"already has 2 checkpoints, the last one {newer.name}; .*resume=latest"):
-        choose(tmp_path, None)
-    chosen = choose(tmp_path, "latest")
+    other, empty = tmp_path / "other", tmp_path / "empty"
     save_id = manifest.read_manifest(newer)["save_id"]
-    assert chosen == (newer, {"step": 2, "tokens": 2000, "loss": 1.5}, [], save_id)
-    assert choose(tmp_path, older.name).path == older
-    assert choose(tmp_path / "other", str(older)).path == older
-    assert choose(tmp_path / "other", os.path.relpath(older) + "/").state["step"] == 1
-    with pytest.raises(ckpt.CheckpointError, match=f"no such directory.* has {newer.name}, {older.name}"):
-        choose(tmp_path, "checkpoint-epoch0-step3-files1")
-    with pytest.raises(ckpt.CheckpointError, match=f"a folder of checkpoints; name one, {newer}, or set output_dir="):
-        choose(tmp_path, str(tmp_path))
-    with pytest.raises(ckpt.CheckpointError, match="not a complete checkpoint"):
-        choose(tmp_path, str(tmp_path.parent))
-    assert choose(tmp_path / "empty", None).path is None
-    assert choose(tmp_path / "empty", "latest").path is None
-    with pytest.raises(ckpt.CheckpointError, match="has no checkpoints"):
-        choose(tmp_path / "empty", "any")
+    assert choose(tmp_path, "latest") == (newer, {"step": 2, "tokens": 2000, "loss": 1.5}, [], save_id)
+    assert choose(tmp_path, older.name).path == choose(other, str(older)).path == older
+    assert choose(other, os.path.relpath(older) + "/").state["step"] == 1
+    assert choose(empty, None).path is choose(empty, "latest").path is None
+    for folder, resume, words in (
+        (tmp_path, None, f"already has 2 checkpoints, the last one {newer.name}; .*resume=latest"),
+        (tmp_path, "checkpoint-epoch0-step3-files1", f"no such directory.* has {newer.name}, {older.name}"),
+        (tmp_path, str(tmp_path), f"a folder of checkpoints; name one, {newer}, or set output_dir="),
+        (tmp_path, str(tmp_path.parent), "not a complete checkpoint"),
+        (empty, "any", "has no checkpoints"),
+    ):
+        with pytest.raises(ConfigError if resume is None else ckpt.CheckpointError, match=words):
+            choose(folder, resume)
     save(tmp_path, 10)
     assert choose(tmp_path, "latest").path.name == manifest.name(0, 10, 1), "steps are numbers, not text"
 
@@ -491,29 +470,6 @@ def test_other_model_is_named(two):
     tensors.load(two[1], same)  # the weights alone
     fill(tree := tensors.state_tree(build()[0]), 0)
     assert digest(same) == digest(tree)
-
-
-def test_permission_denied(alone):
-    """As a user who may not read the newer checkpoint's data, its manifest, or the folder: said so, by path; one who
-    may not write output_dir is told before training."""
-    with tempfile.TemporaryDirectory() as folder:
-        older, newer = save(Path(folder), 1), save(Path(folder), 2)
-        os.chmod(folder, 0o555)
-        me = os.geteuid()
-        for closed in (newer / manifest.STATE, newer / manifest.MANIFEST, newer):
-            mode = closed.stat().st_mode
-            os.chmod(closed, 0)
-            os.seteuid(65534 if me == 0 else me)  # root may read everything
-            try:
-                choice = choose(folder, "latest")
-                with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
-                    atomic.lock(Path(folder, "new"))
-            finally:
-                os.seteuid(me)
-                os.chmod(closed, mode)
-            assert choice.path == older
-            assert str(newer) in choice.passed_over[0][1] and "Permission denied" in choice.passed_over[0][1]
-        os.chmod(folder, 0o755)
 
 
 def test_a_lock_and_its_leader(tmp_path, monkeypatch):
@@ -660,61 +616,34 @@ def test_a_run_stops_when_its_lock_is_gone(shards, tmp_path):
 
 def test_a_file_that_is_swapped_between_check_and_load(two):
     """Another file of the same size and times under the name of one that was verified: found after the load."""
-    tree = build_tree()
-    choice = choose(two[0].parent, two[1].name)
+    choice, tree = choose(two[0].parent, two[1].name), build_tree()
     tensors.load(choice.path, tree)
     manifest.check_unchanged(choice.path)
     shard = next(two[1].glob("*.safetensors"))
     times = shard.stat()
     bit_flip(shard, 8 * times.st_size - 1)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    tensors.load(choice.path, tree)
     with pytest.raises(ckpt.CheckpointError, match=f"{shard.name} was changed while it was being loaded"):
         manifest.check_unchanged(choice.path)
 
 
 def test_parts_cover_their_tensor_once(two):
-    """A part missing in the middle, or over another: refused before a value changes; cut into rows it loads."""
-    tree = build_tree(seed=5)
-    before = digest(tree)
-    shard = next(two[1].glob("*.safetensors"))
+    """A tensor that is cut into rows loads; a part missing in the middle, or over another: refused before a value changes."""
+    key, shard = "model.embed_in.weight", next(two[1].glob("*.safetensors"))
     whole = load_file(shard)
-    rows = whole.pop("model.embed_in.weight")  # (51, 8)
+    rows, tree = whole.pop(key), build_tree(seed=5)  # (51, 8)
+    save_file(whole, shard)
 
-    def write(name: str, content: dict[str, torch.Tensor], row: int = 0) -> None:
-        note = {key: {"saved_offsets": [row, 0][: t.ndim]} for key, t in content.items()}
-        save_file(content, two[1] / name, {"DCP_SHARDING_INFO": json.dumps(note)})
-
-    write(shard.name, whole)
-    for pieces, what in (
-        ([(0, 20), (20, 45), (45, 51)], ""),
-        ([(0, 20), (30, 45), (45, 51)], "are 328 of its 408"),
-        ([(0, 20), (10, 35), (45, 51)], "overlap"),
-    ):
+    def load(*pieces: tuple[int, int]) -> None:
         for i, (first, last) in enumerate(pieces):
-            write(f"shard-00001-{i:05d}.safetensors", {"model.embed_in.weight": rows[first:last].contiguous()}, first)
-        if not what:
-            tensors.load(two[1], tree)
-            assert digest(tree) == digest(build_tree(seed=0))
-            fill(tree, 5)
-        else:
-            with pytest.raises(ckpt.CheckpointError, match=f"parts of model.embed_in.weight {what}"):
-                tensors.load(two[1], tree)
-            assert digest(tree) == before
+            note = {"DCP_SHARDING_INFO": json.dumps({key: {"saved_offsets": [first, 0]}})}
+            save_file({key: rows[first:last].contiguous()}, two[1] / f"shard-00001-{i:05d}.safetensors", note)
+        tensors.load(two[1], tree)
 
-
-def test_forged_state_and_header(two, tmp_path):
-    """What is no state and no safetensors header, signed again: passed over by name, or refused by the load."""
-    file, shard = two[1] / manifest.STATE, next(two[1].glob("*.safetensors"))
-    for changed in (None, True, -1, 1e400, "", [], [[]], {"data": {}}, {"step": 2, "data": {}, "tokens": 1}):
-        forge(file, json.dumps(changed).encode())
-        choice = choose(tmp_path, "latest")
-        assert choice.path == two[0] and f"{file} cannot be used" in choice.passed_over[0][1]
-    forge(file, b"{}")
-    content = shard.read_bytes()
-    headers = [len(text).to_bytes(8, "little") + text for text in (b"[" * 100_000, b"\xff", b"", b"[]", b'{"x": {}}')]
-    whole = [header + content for header in headers]
-    for bytes_ in (*whole, b"", content[:7], b"\xff" * 8 + content[8:], content[:100]):
-        forge(shard, bytes_)
-        with pytest.raises(ckpt.CheckpointError, match=f"{shard.name} is damaged|another model"):
-            tensors.load(choose(tmp_path, "latest").path, build_tree())
+    load((0, 20), (20, 45), (45, 51))
+    assert digest(tree) == digest(build_tree())
+    fill(tree, 5)
+    for middle, what in (((30, 45), "are 328 of its 408"), ((10, 35), "overlap")):
+        with pytest.raises(ckpt.CheckpointError, match=f"parts of {key} {what}"):
+            load((0, 20), middle, (45, 51))
+        assert digest(tree) == digest(build_tree(seed=5))
