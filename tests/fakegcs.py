@@ -3,10 +3,8 @@
     with FakeGCS() as server:                            # listens on a free port of 127.0.0.1
         os.environ["STORAGE_EMULATOR_HOST"] = server.url
         server.fault("PUT", "upload_id", status=503)     # the next chunk of an upload is answered with 503
-        server.fault("GET", "alt=media", cut=1000)       # a download breaks after 1000 bytes of its body
 
-Objects live in memory. What it knows is what the official client uses: list, get, media with ranges, delete,
-one-request and resumable uploads.
+Objects live in memory. It knows what the official client uses: list, get, media with ranges, delete, both uploads.
 """
 
 import base64
@@ -140,8 +138,8 @@ class FakeGCS:
     def fault(self, method: str, pattern: str, **what) -> Fault:
         """Arm a fault for requests whose method and path with query match; see Fault for what it can be."""
         with self.lock:
-            self.faults.append(Fault(method, pattern, **what))
-            return self.faults[-1]
+            self.faults.append(fault := Fault(method, pattern, **what))
+            return fault
 
     def count(self, method: str, pattern: str) -> int:
         """How many such requests there were."""
@@ -276,11 +274,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def list(self, bucket: str) -> None:
         with self.gcs.lock:
-            names = [
-                name
-                for name in self.gcs.names(self.query.get("prefix", ""), bucket)
-                if name > self.query.get("pageToken", "")
-            ]
+            after = self.query.get("pageToken", "")
+            names = [name for name in self.gcs.names(self.query.get("prefix", ""), bucket) if name > after]
             shown = names[: self.gcs.page_size]
             items = [self.gcs.buckets[bucket][name].metadata(self.gcs.url, bucket) for name in shown]
         self.answer({"items": items, **({"nextPageToken": shown[-1]} if len(names) > len(shown) else {})})
@@ -299,7 +294,7 @@ class _Handler(BaseHTTPRequestHandler):
         if stored.encoding:
             headers |= {"Content-Encoding": stored.encoding, "X-Goog-Stored-Content-Encoding": stored.encoding}
         if match:
-            headers |= {"Content-Range": f"bytes {start}-{end - 1}/{size}"}
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         self.begin(206 if match else 200, headers)
         if self.fault.corrupt:
             body = flip(body)

@@ -1,17 +1,15 @@
 """gcs.py against a real HTTP server that misbehaves on request, and against two programs that others wrote."""
 
+import gzip
 import hashlib
 import logging
 import random
-import subprocess
-import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from fakegcs import FakeGCS
 from launch import GUARD
 
@@ -48,59 +46,59 @@ def test_round_trip_and_paged_list(server, bucket, tmp_path):
     assert [(o.name, o.size) for o in listed] == sorted((f"dir/{size}", size) for size in sizes)
     assert [o.crc32c for o in listed] == [server.buckets["bucket"][o.name].crc32c for o in listed]
     assert bucket.find("none") is None and bucket.read("none") is None
-    assert [p.name for p in tmp_path.iterdir()] == ["up", "down"] or not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part"))
 
 
-UPLOADS = [
-    dict(status=408), dict(status=429), dict(status=500), dict(status=503), dict(status=504), dict(reset=True),
-    dict(cut=300_000), dict(lost=True), dict(keep=256 << 10), dict(corrupt=True), dict(status=410), dict(status=404),
-    dict(stall=4), dict(lost=True, skip=1), dict(status=503, skip=1, times=2), dict(status=404, skip=1),
-]  # fmt: skip
-SMALL_UPLOADS = [dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True)]
-DOWNLOADS = [
-    dict(status=503), dict(status=429, times=2), dict(reset=True), dict(cut=1_000_000), dict(cut=5_000_000, times=3),
-    dict(corrupt=True), dict(stall=4), dict(status=408),
-]  # fmt: skip
-
-
-def survives_upload(server, bucket, folder, what):
+def survives_upload(server, bucket, folder):
     """In a resumable upload: exactly one object."""
-    fault = server.fault("PUT", "upload_id", **what)
     put(bucket, folder / "up", BIG)
-    assert fault.hits and server.names() == ["a/b"] and server.data("a/b") == BIG
+    assert server.names() == ["a/b"] and server.data("a/b") == BIG
 
 
-def survives_small_upload(server, bucket, folder, what):
+def survives_small_upload(server, bucket, folder):
     """In what is sent in one request: a lost answer does not read as a conflict."""
-    fault = server.fault("POST", "uploadType=multipart", **what)
     generation = bucket.create("m", SMALL)
-    assert fault.hits and server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
+    assert server.data("m") == SMALL and bucket.read("m") == (SMALL, generation)
 
 
-def survives_download(server, bucket, folder, what):
+def survives_download(server, bucket, folder):
     """Nothing else is left behind."""
     server.put("a/b", BIG)
-    fault = server.fault("GET", "alt=media", **what)
-    assert get(bucket, folder / "down") == BIG
-    assert fault.hits and [p.name for p in folder.iterdir()] == ["down"]
+    assert get(bucket, folder / "down") == BIG and [p.name for p in folder.iterdir()] == ["down"]
 
 
-@pytest.mark.parametrize(
-    "check, faults",
-    [(survives_upload, UPLOADS), (survives_small_upload, SMALL_UPLOADS), (survives_download, DOWNLOADS)],
-)
-def test_survives(monkeypatch, tmp_path, check, faults):
+FAULTS = {
+    survives_upload: (("PUT", "upload_id"), [
+        dict(status=408), dict(status=429), dict(status=500), dict(status=503), dict(status=504), dict(reset=True),
+        dict(cut=300_000), dict(lost=True), dict(keep=256 << 10), dict(corrupt=True), dict(status=410), dict(status=404),
+        dict(stall=4), dict(lost=True, skip=1), dict(status=503, skip=1, times=2), dict(status=404, skip=1),
+    ]),
+    survives_small_upload: (("POST", "uploadType=multipart"), [
+        dict(lost=True), dict(status=503), dict(reset=True), dict(corrupt=True),
+    ]),
+    survives_download: (("GET", "alt=media"), [
+        dict(status=503), dict(status=429, times=2), dict(reset=True), dict(cut=1_000_000),
+        dict(cut=5_000_000, times=3), dict(corrupt=True), dict(stall=4), dict(status=408),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", FAULTS)
+def test_survives(monkeypatch, tmp_path, check):
     """Each fault ends in the same bytes as no fault; side by side, because each of them waits for a retry."""
     with ExitStack() as stack:
         jobs = []
+        requests, faults = FAULTS[check]
         for what in faults:
             server = stack.enter_context(FakeGCS())
             monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
             (tmp_path / str(what)).mkdir()
-            jobs.append((server, gcs.Bucket("bucket", patience=GUARD, timeout=2.5), tmp_path / str(what), what))
+            bucket = gcs.Bucket("bucket", patience=GUARD, timeout=2.5)
+            jobs.append((server.fault(*requests, **what), server, bucket, tmp_path / str(what)))
         with ThreadPoolExecutor(len(jobs)) as pool:
-            problems = {str(job[-1]): pool.submit(check, *job) for job in jobs}
-        assert not {what: future.exception() for what, future in problems.items() if future.exception()}
+            ends = [pool.submit(check, *job[1:]) for job in jobs]
+        assert not {job[-1].name: end.exception() for job, end in zip(jobs, ends, strict=True) if end.exception()}
+        assert all(fault.hits for fault, *_ in jobs)
 
 
 def test_download_continues_a_part(server, bucket, tmp_path):
@@ -146,8 +144,6 @@ def test_damaged_file_stays_out(server, bucket, tmp_path):
 
 def test_encoded_and_oversized_bodies(server, bucket, tmp_path):
     """A gzip-encoded object is fetched as stored, not inflated; an object past the limit is not read."""
-    import gzip
-
     packed = gzip.compress(bytes(50_000_000))
     server.put("bomb", packed, encoding="gzip")
     assert get(bucket, tmp_path / "down", "bomb") == packed and bucket.find("bomb").encoded
@@ -155,14 +151,23 @@ def test_encoded_and_oversized_bodies(server, bucket, tmp_path):
         bucket.content(bucket.find("bomb"), limit=1000)
 
 
-HOSTILE = ["/etc/passwd", "../up", "a/../../up", "a//b", "a\\b", "a\0b", "a\nb", "", ".", "a/.", "a/" + "n" * 300]
-
-
-@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: repr(name)[:20])
-def test_hostile_names(name, tmp_path):
+def test_hostile_names(tmp_path):
     """Names that are no plain path below a folder are refused; so is one that a link leads out of it."""
-    with pytest.raises(gcs.BucketError, match="refused"):
-        gcs.local_path(tmp_path, name)
+    for name in (
+        "/etc/passwd",
+        "../up",
+        "a/../../up",
+        "a//b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "",
+        ".",
+        "a/.",
+        "a/" + "n" * 300,
+    ):
+        with pytest.raises(gcs.BucketError, match="refused"):
+            gcs.local_path(tmp_path, name)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path)
     with pytest.raises(gcs.BucketError, match="leads out"):
@@ -170,24 +175,20 @@ def test_hostile_names(name, tmp_path):
     assert gcs.local_path(tmp_path, "a/b..c/ü d.npz") == tmp_path / "a/b..c/ü d.npz"
 
 
-BAD_PLACES = [(name, "x") for name in ("demo/", "/demo", "demo_", "gs://demo", "demo/runs", "../b", "a..b", "b")]
-BAD_PLACES += [
-    ("demo", path) for path in ("gs://demo/run", "a\nb", "/", "/a", "../a", "a/./b", "a//b", "a\0b", "x" * 800)
-]
+NO_BUCKETS = ("demo/", "/demo", "demo_", "gs://demo", "demo/runs", "../b", "a..b", "b")
+NO_PATHS = ("gs://demo/run", "a\nb", "/", "/a", "../a", "a/./b", "a//b", "a\0b", "x" * 800)
 
 
-@pytest.mark.parametrize("name, path", BAD_PLACES, ids=lambda part: repr(part)[:20])
-def test_places_that_are_none(name, path):
+def test_places_that_are_none():
     """What no bucket can be called, and paths that nothing is written below: by keys and as gs:// the same refusal."""
-    key = "bucket_name" if path == "x" else "checkpoint_bucket_path"
-    with pytest.raises(ConfigError, match=key) as refused:
-        Config(bucket_name=name, checkpoint_bucket_path=path)
-    assert refused.value.exit_code == 2 and refused.value.args[0].isprintable()
-    if "/" not in name and not path.startswith("/"):
-        with pytest.raises(gcs.BucketError, match="write gs://BUCKET/PREFIX"):
-            gcs.split(f"gs://{name}/{path}")
-    with pytest.raises(gcs.BucketError, match="'b' is no bucket's name: that has 3 or more of a-z"):
-        gcs.split("gs://b/x")
+    for name, path in [*((name, "x") for name in NO_BUCKETS), *(("demo", path) for path in NO_PATHS)]:
+        key = "bucket_name" if path == "x" else "checkpoint_bucket_path"
+        with pytest.raises(ConfigError, match=key) as refused:
+            Config(bucket_name=name, checkpoint_bucket_path=path)
+        assert refused.value.exit_code == 2 and refused.value.args[0].isprintable()
+        if "/" not in name and not path.startswith("/"):
+            with pytest.raises(gcs.BucketError, match="write gs://BUCKET/PREFIX"):
+                gcs.split(f"gs://{name}/{path}")
     Config(bucket_name="my-bucket.example.com", checkpoint_bucket_path="runs/ü 1/")
     assert gcs.split("gs://my-bucket.example.com/runs/ü 1/") == ("my-bucket.example.com", "runs/ü 1")
 
@@ -195,9 +196,7 @@ def test_places_that_are_none(name, path):
 def test_final_errors_are_one_line(server, bucket, tmp_path, monkeypatch):
     """Missing bucket, 401, 403 and missing credentials: one line with the fix, at once."""
     server.fault("GET", "/o", status=401)
-    with pytest.raises(
-        gcs.BucketError, match="cannot list gs://bucket/.*gcloud auth application-default login"
-    ) as caught:
+    with pytest.raises(gcs.BucketError, match="cannot list gs://bucket/.*gcloud auth application-def") as caught:
         bucket.list()
     server.fault("POST", "upload", status=403)
     with pytest.raises(gcs.BucketError, match="cannot write gs://bucket/m: 403.*storage.objectUser"):
@@ -205,9 +204,8 @@ def test_final_errors_are_one_line(server, bucket, tmp_path, monkeypatch):
     with pytest.raises(gcs.BucketError, match="there is no bucket gs://nowhere: create it"):
         gcs.Bucket("nowhere", patience=3).list()
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    for name, value in (("NO_GCE_CHECK", "true"), ("HOME", str(tmp_path)), ("CLOUDSDK_CONFIG", str(tmp_path))):
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     with pytest.raises(gcs.BucketError, match="no credentials for gs://bucket; run `gcloud auth") as missing:
         gcs.Bucket("bucket")
@@ -237,13 +235,6 @@ def test_slow_link(server, tmp_path):
     bucket.limits["retry"] = bucket.limits["retry"].with_timeout(1)
     put(bucket, tmp_path / "up", BIG[: 9 << 20])
     assert server.data("a/b") == BIG[: 9 << 20]
-
-
-def test_not_imported_without_a_bucket():
-    """Importing gcs (and what imports it) loads nothing of google.cloud; only Bucket does."""
-    code = "import sys, train, data, ckpt; from refocused.bucket import gcs, download; "
-    code += "assert not [m for m in sys.modules if m.startswith('google.cloud')]"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.fixture
