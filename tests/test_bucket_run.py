@@ -1,11 +1,10 @@
 """The trainer and a bucket: an empty disk continues the same run, failures never stop it, nothing half-sent is trusted."""
 
-import json
 import shutil
 
 import pytest
 from launch import GUARD, Run, train
-from test_resume import lines, newest, steps, tensors
+from test_resume import assert_same_tensors, lines, newest, steps, trace
 
 from refocused.checkpoint import manifest
 
@@ -23,22 +22,19 @@ def test_an_empty_disk_continues_the_run(shards, tmp_path, server):
     args = [f"data_dir={shards}", "max_steps=200", "save_steps=40"]
     calm = train(tmp_path / "calm", *args, nproc=2)
     run = Run([*args, *BUCKET], 2, tmp_path / "vanished", environment(server))
-    server.wait_until(lambda: any("logs/events" in name for name in server.names()))
-    server.wait_until(lambda: any("logs/trace" in name for name in server.names()))
+    for logs in ("logs/events", "logs/trace"):
+        server.wait_until(lambda logs=logs: any(logs in name for name in server.names()))
     run.kill()
-    shutil.rmtree(tmp_path / "vanished" / "out")
-    shutil.rmtree(tmp_path / "vanished" / "logs")
+    for folder in ("out", "logs"):
+        shutil.rmtree(tmp_path / "vanished" / folder)
     again = train(tmp_path / "vanished", *args, *BUCKET, nproc=2, env=environment(server))
     assert lines(again.text) == lines(calm.text)[-len(lines(again.text)) :]
     assert 0 < len(lines(again.text)) < 200
     found, wanted = steps(tmp_path / "vanished"), steps(tmp_path / "calm")
     assert found.items() <= wanted.items() and {1, 40, 200} <= found.keys()
-    logs = tmp_path / "vanished" / "logs"
-    trace = [json.loads(line) for line in (logs / "trace.jsonl").read_text().splitlines()]
-    assert len({line["began"] for line in trace if line.get("event") == "clock"}) == 2
-    assert len(list(logs.glob("events.out.tfevents.*"))) == 2
-    x, y = tensors(newest(tmp_path / "calm")), tensors(newest(tmp_path / "vanished"))
-    assert [name for name in x if not (x[name] == y[name]).all()] == []
+    clocks = [line["began"] for line in trace(tmp_path / "vanished") if line.get("event") == "clock"]
+    assert len({*clocks}) == len(list((tmp_path / "vanished/logs").glob("events.out.tfevents.*"))) == 2
+    assert_same_tensors(newest(tmp_path / "calm"), newest(tmp_path / "vanished"))
     assert any("step200" in name for name in server.commits)
 
 
@@ -54,6 +50,5 @@ def test_saves_that_take_longer_than_save_seconds(shards, tmp_path, server):
     """Saves that are always overdue: the next one begins when the last is in the bucket, so that each comes there."""
     keys = ["max_steps=600", "save_seconds=1e-9", "save_total_limit=0", "bucket_total_limit=2"]
     train(tmp_path, f"data_dir={shards}", *keys, *BUCKET, env=environment(server))
-    trace = map(json.loads, (tmp_path / "logs" / "trace.jsonl").read_text().splitlines())
-    saved = [line["step"] for line in trace if line.get("event") == "checkpoint"]
+    saved = [line["step"] for line in trace(tmp_path) if line.get("event") == "checkpoint"]
     assert sorted(manifest.parse(name).step for name in server.commits) == saved and len(saved) > 1
