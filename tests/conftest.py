@@ -53,9 +53,9 @@ LONG = """
     test_k_steps_and_the_rest_are_ten_steps[1] test_k_steps_and_the_rest_are_ten_steps[ddp
     test_k_steps_and_the_rest_are_ten_steps[fsdp_4] test_sigkill_at_random_moments test_sigterm_while_compiling
     test_one_layout test_many_layouts test_killed_and_restarted test_a_hang_in_what_may_take_long_is_found
-    test_what_one_rank_or_node_lacks_ends_all test_a_hang_is_found test_the_last_save_is_watched
+    test_how_two_ranks_end test_a_hang_is_found
     test_left_over_variables_start_one_process test_what_compiling_lacks_is_said test_a_first_collective_that_hangs
-    test_a_rank_that_fails_alone_leaves_nobody_behind test_five_minutes test_real_runs test_bucket_recipe
+    test_five_minutes test_real_runs test_bucket_recipe
     test_machine_check test_the_answer_comes_first test_search_on_made_up_hardware test_a_calibrated_plan
     test_killed_at_every_file_operation test_a_killed_import_or_export test_onnx test_one_tokenizer_from_text_to_export
     test_51_billion_tokens test_compiles_once_for_any_depth test_step_command test_offload_and_muon

@@ -87,7 +87,20 @@ def _program(name: str, args: list[str]) -> int:
     return importlib.import_module(name).main(args)
 
 
-class Run:
+class Started:
+    """What a test has started and waits for: `text` is its output so far, `gone()` whether nothing of it is left."""
+
+    def until(self, happened: Callable[[], object]) -> bool:
+        """Whether it happened while something was left."""
+        until(lambda: happened() or self.gone(), lambda: self.text)
+        return bool(happened())
+
+    def wait_for(self, pattern: str) -> None:
+        """Until the output has the pattern; an error as soon as nothing is left that could still write it."""
+        assert self.until(lambda: re.search(pattern, self.text, re.M)), f"no {pattern!r} in:\n{self.text}"
+
+
+class Run(Started):
     """One launch of `nproc` ranks, as torchrun would make it, with the output of all in one log."""
 
     def __init__(
@@ -120,14 +133,8 @@ class Run:
         for process in self.ranks:
             process.join()
 
-    def wait_for(self, pattern: str) -> None:
-        """Until the log has the pattern; an error as soon as nothing runs that could still write it."""
-
-        def found_or_over() -> bool:
-            return bool(re.search(pattern, self.text)) or not any(process.is_alive() for process in self.ranks)
-
-        until(found_or_over, lambda: self.text)
-        assert re.search(pattern, self.text), f"no {pattern!r} in:\n{self.text}"
+    def gone(self) -> bool:
+        return not any(process.is_alive() for process in self.ranks)
 
     @property
     def text(self) -> str:
@@ -167,7 +174,7 @@ def program(folder: Path, name: str, *args: object, nproc: int = 1) -> tuple[lis
 STANDALONE = ("--standalone", "--nproc_per_node=2")
 
 
-class Launch:
+class Launch(Started):
     """`python -m MODULE FLAGS`, or one process without a module: a script that runs `before` and then train.main."""
 
     def __init__(
@@ -212,14 +219,6 @@ class Launch:
     def gone(self) -> bool:
         """Nor is any of its ranks left, which torchrun's death does not end at once."""
         return self.over() and not self.processes()
-
-    def until(self, happened: Callable[[], object]) -> bool:
-        """Whether it happened while a process of the launch was left."""
-        until(lambda: happened() or self.gone(), lambda: self.text)
-        return bool(happened())
-
-    def wait_for(self, pattern: str) -> None:
-        assert self.until(lambda: re.search(pattern, self.text, re.M)), self.text
 
     def send(self, number: int, *pids: int) -> None:
         """To these processes, or to all."""
