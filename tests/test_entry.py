@@ -16,11 +16,15 @@ from launch import GUARD
 PRINTS = "print('out: na\\u00efve \\u2603'); print('err: \\u2603', file=sys.stderr); return 0"
 
 
+def bash(line: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    how = {"capture_output": True, "text": True, "timeout": GUARD}
+    return subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=folder, env=os.environ | env, **how)
+
+
 def run(body: str, redirect: str = "", **env: str) -> subprocess.CompletedProcess:
     """A command with this body, as a shell starts it."""
     code = f"import sys\nfrom refocused import entry\ndef command(argv):\n    {body}\nsys.exit(entry.run(command, []))"
-    shell = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {redirect}', sys.executable, code]
-    return subprocess.run(shell, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=GUARD)
+    return bash(f"{shlex.join([sys.executable, '-c', code])} {redirect}", **env)
 
 
 def test_closed_and_ascii_streams():
@@ -46,17 +50,20 @@ def test_closed_pipe(reader):
 @pytest.mark.parametrize("program", ["bench.py --help", "bench.py losses --help", "bench.py losses A B"])
 def test_a_program_into_a_closed_pipe(program):
     """A program's list of commands and a command's help end like any output; a mistake keeps its code and its words."""
-    line = f'exec 3>&1; {{ "$0" {program}; echo $? >&3; }} | true'
-    done = subprocess.run(["bash", "-c", line, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
+    done = bash(f"exec 3>&1; {{ {sys.executable} {program}; echo $? >&3; }} | true")
     code, said = ("2\n", "error: git worktree A: ") if program.endswith("A B") else ("0\n", "")
     assert done.stdout == code and done.stderr.startswith(said) and bool(done.stderr) == bool(said), done
 
 
 def test_mistake_or_bug():
-    """A user's mistake is one sentence and its own exit code; anything else a traceback that says what it is, and 70."""
+    """A user's mistake is one sentence and its own exit code, a package that is only needed later a line too; anything else
+    is a traceback that says what it is, and 70."""
     mistake = run("from configs import ConfigError; raise ConfigError('max_steps=x is wrong')")
     assert (mistake.returncode, mistake.stderr) == (2, "error: max_steps=x is wrong\n")
-    for bug in ("assert False", "raise ValueError('no exit code')", "1 / 0"):
+    package = run("sys.modules['tiktoken'] = None; import tiktoken")
+    assert package.returncode == 2
+    assert package.stderr.startswith("error: tiktoken is not installed: `python -m pip install -r ")
+    for bug in ("assert False", "raise ValueError('no exit code')", "import refocused.nothing"):
         done = run(bug)
         assert done.returncode == 70 and "Traceback" in done.stderr and done.stderr.endswith("with the lines above\n")
 
@@ -75,17 +82,12 @@ def copy(tmp_path) -> Path:
     return folder
 
 
-def shell(line: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
-    how = {"shell": True, "capture_output": True, "text": True, "timeout": GUARD}
-    return subprocess.run(line, cwd=folder, env=os.environ | env, **how)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_machine_without_torch(copy, command):
     """Each program where no package is installed (-S): exit 2 and one line that names the command which mends it; with an
     environment made by make or setup.sh that is the same command in it, and runs as printed, from anywhere."""
     python = shlex.quote(sys.executable)
-    done = shell(f"{python} -S {command}", copy)
+    done = bash(f"{python} -S {command}", copy)
     assert (done.returncode, done.stdout) == (2, ""), done
     assert done.stderr == f"error: {sys.executable} has no torch; run `./setup.sh`, which makes .venv with all of it\n"
     made = copy / ".venv/bin/python"
@@ -95,37 +97,25 @@ def test_a_machine_without_torch(copy, command):
     (copy / ".venv/runtime").touch()
     above = command.startswith("-m")
     program = command if above else command.replace(command.split()[0], f"'{copy}/{command.split()[0]}'", 1)
-    done = shell(f"{python} -S {program}", copy if above else copy.parent)
+    done = bash(f"{python} -S {program}", copy if above else copy.parent)
     [line] = re.findall(r"has no torch; run `(.*)`$", done.stderr)
-    again = shell(line, copy if above else copy.parent).stdout
+    again = bash(line, copy if above else copy.parent).stdout
     assert done.returncode == 2 and again == ".".join(["-S", *shlex.split(program), ""])
 
 
-def test_an_environment_without_torch(copy):
-    """In an environment of one's own, and as Python 3.10: pip's line, and setup.sh's."""
+def test_what_an_interpreter_lacks(copy):
+    """In an environment of one's own torch, Python 3.10, and Windows: exit 2 and one line with the way out."""
     venv.create(copy.parent / "mine", symlinks=True)
-    done = shell("../mine/bin/python ckpt.py list", copy)
-    assert done.returncode == 2 and "has no torch; run `" in done.stderr
-    [line] = re.findall("`(.*)`", done.stderr)
-    assert line == f"{copy.parent}/mine/bin/python -m pip install -r requirements.txt"
-    done = shell(f"{sys.executable} -S -c 'import sys; sys.version_info = (3, 10, 1); import data'", copy)
-    assert done.returncode == 2 and "is Python 3.10, not 3.11 to 3.13; run `./setup.sh`" in done.stderr
-
-
-def test_windows():
-    """Where sys.platform says win32: one sentence that names WSL2, and exit 2."""
-    code = "import sys, runpy; sys.platform = 'win32'; runpy.run_path('train.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=GUARD)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: this runs on Linux and macOS")
-    assert "WSL2" in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_a_missing_package_in_mid_run():
-    """One that is only needed later is a line too; a module of ours that is missing is a bug."""
-    done = run("sys.modules['tiktoken'] = None; import tiktoken")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: tiktoken is not installed: `python -m pip install -r ")
-    assert run("import refocused.nothing").returncode == 70
+    for line, said in (
+        ("../mine/bin/python ckpt.py list", f"run `{copy.parent}/mine/bin/python -m pip install -r requirements.txt`"),
+        (
+            f"{sys.executable} -c 'import sys; sys.version_info = (3, 10, 1); import data'",
+            "is Python 3.10, not 3.11 to 3.13",
+        ),
+        (f"{sys.executable} -c 'import sys; sys.platform = \"win32\"; import train'", "on Windows inside WSL2: `wsl"),
+    ):
+        done = bash(line, copy)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and said in done.stderr, done
 
 
 def test_commands_as_they_are_printed(copy, monkeypatch):
@@ -151,8 +141,8 @@ def test_commands_as_they_are_printed(copy, monkeypatch):
         ("python data.py", other, active, f"python '{copy}/data.py'"),
     ):
         line = shlex.join([sys.executable, "-c", code, str(copy), command])
-        assert shell(line, folder, PATH=path).stdout.strip() == printed
+        assert bash(line, folder, PATH=path).stdout.strip() == printed
     (copy / ".venv").symlink_to(sys.prefix)
     line = shlex.join([".venv/bin/python", "-c", code, str(copy), "python data.py demo"])
-    assert shell(line, copy, PATH=bare).stdout == ".venv/bin/python data.py demo\n"
-    assert shell(f"PATH=.venv/bin; {line}", copy).stdout == "python data.py demo\n"
+    assert bash(line, copy, PATH=bare).stdout == ".venv/bin/python data.py demo\n"
+    assert bash(f"PATH=.venv/bin; {line}", copy).stdout == "python data.py demo\n"
