@@ -108,7 +108,7 @@ def test_what_broke_first_decides(shards, tmp_path, faults, last):
 
 
 def test_order_of_causes():
-    """What no restart mends, then the first in time, then the secondary ones; causes without a time as they are given."""
+    """What no restart mends, then the first in time, then what only followed."""
     lost, late, first = exits.Cause(70, at=1, secondary=True), exits.Cause(75, at=3), exits.Cause(74, at=2)
     mistake = exits.Cause(65, at=9)
     assert exits.in_order([lost, late, first, mistake]) == [mistake, first, late, lost]

@@ -64,17 +64,15 @@ def test_strategies_and_accumulation_agree(shards, tmp_path):
     assert len(parts) == len(set(parts)) > 0
 
 
-@pytest.mark.parametrize("tied", ["false", "true"])
-def test_bf16_and_tied(shards, tmp_path, tied):
-    """bf16 under DDP (autocast) and FSDP2 (its own policy) stay close to fp32; tied embeddings train under both."""
-    common = [f"data_dir={shards}", "max_steps=12", f"tie_word_embeddings={tied}", "per_device_train_batch_size=4"]
+def test_tied_embeddings_and_bf16(shards, tmp_path):
+    """One parameter of two modules, and in one group of FSDP2: as under DDP; bf16 under DDP (autocast) and FSDP2 (its own
+    policy) stays close to fp32."""
+    common = [f"data_dir={shards}", "max_steps=12", "tie_word_embeddings=true", "per_device_train_batch_size=4"]
     exact = train(tmp_path / "fp32", *common, nproc=2).losses
-    if tied == "true":  # one parameter of two modules, in one group of FSDP2
-        sharded = train(tmp_path / "sharded", *common, "parallel=fsdp", nproc=2).losses
-        assert relative(exact, sharded) < 1e-5
-    for parallel in ("ddp", "fsdp"):
-        half = train(tmp_path / parallel, *common, "mixed_precision=bf16", f"parallel={parallel}", nproc=2).losses
-        assert relative(exact, half) < 1e-2
+    for parallel, precision, bound in (("fsdp", "no", 1e-5), ("ddp", "bf16", 1e-2), ("fsdp", "bf16", 1e-2)):
+        keys = [f"parallel={parallel}", f"mixed_precision={precision}"]
+        run = train(tmp_path / f"{parallel} {precision}", *common, *keys, nproc=2)
+        assert relative(exact, run.losses) < bound, run.text
 
 
 def test_learns_and_evaluates(shards, tmp_path):
@@ -110,28 +108,24 @@ def test_schedules():
             assert rates[70] == pytest.approx(1e-3) and rates[85] == pytest.approx((1e-3 + 1e-5) / 2)
 
 
-def test_non_finite_steps_are_named_not_applied_and_end_the_run(shards, tmp_path):
-    """Weights that overflow: every step is refused with its shards, exit 65 after max_bad_steps, on both ranks."""
+def test_non_finite_steps_end_the_run(shards, tmp_path):
+    """Weights that overflow: every step is refused, exit 65 after max_bad_steps, on both ranks. A fresh run beside that
+    trace is another one, also with deterministic=true."""
     args = [f"data_dir={shards}", "initializer_range=1e38", "max_bad_steps=3", "max_steps=30"]
     run = train(tmp_path, *args, nproc=2, code=65)
     assert "nothing of them is saved (max_bad_steps=3)" in run.text.splitlines()[-1]
-    mended = train(tmp_path, f"data_dir={shards}", "max_steps=5", "deterministic=true")  # no checkpoint: a fresh run
-    assert "not the same run" in mended.text and "done: 5 steps" in mended.text
-    report = json.loads((tmp_path / "logs" / "bad-step-2.json").read_text())
-    assert len(report["windows"]) == 8 and report["windows"][0]["shard"].endswith(".npz")
+    fresh = train(tmp_path, f"data_dir={shards}", "max_steps=5", "deterministic=true").text
+    assert "not the same run" in fresh and "done: 5 steps" in fresh
 
 
 def deterministic(rank: int, value: bool) -> None:
     devices.tune(configs.Config(deterministic=value), torch.device("cpu"), 0, 1)
-    kinds = [
+    names = [
         f"allow_{kind}_reduced_precision_reduction{more}" for kind in ("bf16", "fp16") for more in ("", "_split_k")
     ]
-    set_here = [torch.are_deterministic_algorithms_enabled(), inductor.deterministic]
-    set_here += [
-        not inductor.triton.autotune_pointwise,
-        *(not getattr(torch.backends.cuda.matmul, kind) for kind in kinds),
-    ]
-    assert set_here == [value] * len(set_here) and not torch.backends.cudnn.benchmark, set_here
+    on = [torch.are_deterministic_algorithms_enabled(), inductor.deterministic]
+    off = [inductor.triton.autotune_pointwise, *(getattr(torch.backends.cuda.matmul, name) for name in names)]
+    assert {*on} == {value} and {*off} == {not value} and not torch.backends.cudnn.benchmark, (on, off)
 
 
 @pytest.mark.parametrize("value", [True, False])
@@ -157,7 +151,6 @@ def test_bad_input(shards, tmp_path):
     victim.write_bytes(victim.read_bytes()[:2000])
     for args, code, words in (
         (["data_dir=/nowhere"], 66, "/nowhere"),
-        (["sequence_length=60", "max_position_embeddings=32"], 2, "max_position_embeddings"),
         (["global_batch_size=6"], 2, "nearest: 4 and 8"),
         (["vocab_size=100"], 66, "vocab_size=100"),
         (["resume=nothing"], 66, "has no checkpoints"),
@@ -173,8 +166,8 @@ def test_show_prints_the_plan_and_help_every_key(tmp_path):
     """--show: the production model's parameters, batch as a product, and tokens in all; --help: every key."""
     production = str(ROOT / "configs/production.py")
     codes, out, _ = program(tmp_path, "train", production, "--show")
-    for words in ("1.414B parameters (1.209B without", "32,768 tokens per step = 4 x 4 x 2 x 1024", "819.2M tokens"):
-        assert words in out, out
+    words = ("1.414B parameters (1.209B without", "32,768 tokens per step = 4 x 4 x 2 x 1024", "819.2M tokens")
+    assert [word for word in words if word not in out] == []
     assert re.search(r"max_steps = 25000  \[.*configs/production.py\]", out) and "note" not in out and codes == [0]
     _, out, _ = program(tmp_path, "train", production, "vocab_size=1000", "--show")
     assert "tokenizer=gpt2 has 50,257 ids, vocab_size=1,000: not the one of these shards" in out
