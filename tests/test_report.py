@@ -110,10 +110,8 @@ def test_picture_and_figures_of_a_resumed_run(shards, tmp_path, capsys):
     assert report.main([*map(str, logs), f"out={out}"]) == 0
     assert (out / "report.png").read_bytes().startswith(PNG)
     said = capsys.readouterr().out
-    assert re.search(
-        r"a/logs\n  steps: 1 to 10\n(  .*\n)+  resume: 1 \(step 7\)\n(  .*\n)*b/logs\n  steps: 1 to 2\n", said
-    )
-    assert "became training" in said
+    shown = r"a/logs\n  steps: 1 to 10\n(  .*\n)+  resume: 1 \(step 7\)\n(  .*\n)*b/logs\n  steps: 1 to 2\n"
+    assert re.search(shown, said) and "became training" in said
 
 
 def test_configs_are_compared(tmp_path):
@@ -126,26 +124,22 @@ def test_configs_are_compared(tmp_path):
 
 
 def test_what_a_user_can_get_wrong(tmp_path, capsys):
-    """No argument, no trace, a trace one folder deeper, a trace without a step, a folder that cannot be written."""
+    """No argument; no trace, one a folder deeper, one without a step; a folder that cannot be written; a report.png of
+    somebody, which is then as it was. A report's own is replaced."""
     with pytest.raises(SystemExit, match="2"):
         report.main([])
-    assert bench.main(["report", str(tmp_path / "none")]) == 66
-    folder = write(tmp_path / "run", [step(1)])
-    assert bench.main(["report", str(tmp_path)]) == 66 and f"there is one in {folder}" in capsys.readouterr().err
-    assert bench.main(["report", str(folder), f"out={folder / 'trace.jsonl'}"]) == 2
-    assert bench.main(["report", str(write(tmp_path / "empty", [], '{"st'))]) == 66
-
-
-def test_somebodys_file_stays(tmp_path, capsys):
-    """A report.png of somebody in the folder that takes one: exit 2, and it is as it was; a report's own is replaced."""
-    folder = write(tmp_path / "run", [step(1), step(2)])
-    mine = folder / "report.png"
+    folder, mine = write(tmp_path / "run", [step(1)]), write(tmp_path / "mine", [step(1)]) / "report.png"
     mine.write_bytes(PNG + b"mine")
-    assert bench.main(["report", str(folder)]) == 2 and f"{mine} was not written by" in capsys.readouterr().err
+    for args, code, words in (
+        ([tmp_path / "none"], 66, "name the logging_dir of a run"),
+        ([tmp_path], 66, f"{mine.parent}, {folder}"),
+        ([write(tmp_path / "empty", [], '{"st')], 66, "has no whole line of a step yet"),
+        ([folder, f"out={folder / 'trace.jsonl'}"], 2, "cannot be written"),
+        ([mine.parent], 2, f"{mine} was not written by"),
+    ):
+        assert bench.main(["report", *map(str, args)]) == code and words in capsys.readouterr().err
     assert mine.read_bytes() == PNG + b"mine"
-    mine.unlink()
-    for _ in range(2):
-        assert bench.main(["report", str(folder)]) == 0
+    assert [bench.main(["report", str(folder)]) for _ in range(2)] == [0, 0]
 
 
 def test_without_matplotlib(tmp_path):
