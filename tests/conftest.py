@@ -58,10 +58,10 @@ LONG = """
     test_five_minutes test_real_runs test_bucket_recipe
     test_machine_check test_the_answer_comes_first test_search_on_made_up_hardware test_a_calibrated_plan
     test_killed_at_every_file_operation test_a_killed_import_or_export test_onnx test_one_tokenizer_from_text_to_export
-    test_51_billion_tokens test_compiles_once_for_any_depth test_step_command test_offload_and_muon
+    test_51_billion_tokens test_compiles_once_for_any_depth test_step_command test_offload
     test_plan_predicts_what_a_run_allocates[2 test_the_first_steps_are_the_golden_ones[bf16]
     test_two_commits test_checks_on_a_cpu test_checks_without_a_gpu test_makes_the_environment_in_the_folder
-    test_peak_memory_does_not_grow test_files_of_somebody_where_a_command_writes test_everything_on_a_disk_that_lacks
+    test_files_of_somebody_where_a_command_writes test_everything_on_a_disk_that_lacks
     test_a_node_that_may_not_write test_a_host_dies test_nodes_that_share_a_disk test_slurm test_pods
     test_closed_and_ascii_streams test_what_broke_first_decides test_max_restarts test_a_stop_while_a_node_unpacks
     test_sixty_files_killed test_k_steps_and_the_rest_are_ten_steps[fsdp_2

@@ -5,46 +5,17 @@ import itertools
 import json
 import subprocess
 import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from launch import GUARD, TINY, Run, on_ranks, train
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configs
 import model as neox
 from refocused.measure import steps
 from refocused.run import gpus, memory, processes, strategy
-
-
-def largest_difference(a: list[float], b: list[float]) -> float:
-    assert len(a) == len(b) > 0
-    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
-
-
-def test_a_pool_for_each_stream():
-    """Blocks on two streams, by hand: 7 MiB are alive at most, 6 on the one and 4 on the other stream need 10."""
-    side, pieces = torch.cpu.Stream(), {}
-
-    def make(name: str, size: int) -> None:
-        pieces[name] = torch.empty(size << 20, dtype=torch.uint8)
-
-    with FakeTensorMode(), memory.Ledger() as ledger:
-        make("a", 6)
-        del pieces["a"]
-        with torch.cpu.stream(side):
-            make("b", 4)
-        make("c", 3)  # 7 are alive
-        del pieces["b"]
-        with torch.cpu.stream(side):
-            make("d", 2)  # in b's place
-        make("e", 1)  # in a's place
-    assert ledger.peak == 7 << 20
-    assert sorted(ledger.pools.values()) == [4 << 20, 6 << 20]
 
 
 def test_plan_of_production():
@@ -117,9 +88,7 @@ def test_contender_that_dies(tmp_path):
     contender = steps.start("floor", tmp_path, ["intermediate_size=256"])
     assert contender.turn(1)["seconds"] > 0
     contender.processes[0].kill()
-    with pytest.raises(
-        steps.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often because memory"
-    ):
+    with pytest.raises(steps.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often"):
         contender.turn(1)
 
 
@@ -142,16 +111,6 @@ def test_recomputation_changes_nothing(dropout):
         assert all(torch.equal(a, b) for a, b in zip(reference, gradients(kind), strict=True)), kind
 
 
-def test_recomputation_saves_memory():
-    """Predicted activations: each level keeps less than the one before it."""
-    base, _ = configs.load([*TINY, *MEDIUM])
-    kept = [
-        memory.estimate(dataclasses.replace(base, activation_checkpointing=kind), 1).device["activations"]
-        for kind in ("none", "activation", "selective", "full")
-    ]
-    assert all(more > 1.1 * less for more, less in itertools.pairwise(kept))
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_plan_of_offload(world):
     """With cpu_offload parameters, gradients and two moments are in host memory, and none of them on the device."""
@@ -162,61 +121,45 @@ def test_plan_of_offload(world):
     assert not any(found.device[kind] for kind in ("parameters", "gradients", "unreduced", "optimizer"))
 
 
-def test_offload_and_muon(shards, tmp_path):
-    """FSDP2 with parameters in host memory: the losses of FSDP2 without. Muon: DDP and FSDP2 agree, and it learns."""
-    common = [f"data_dir={shards}", "gradient_accumulation_steps=2"]
-    plain = train(tmp_path / "fsdp", *common, "parallel=fsdp", nproc=2).losses
-    offloaded = train(tmp_path / "offload", *common, "parallel=fsdp", "cpu_offload=true", nproc=2).losses
-    assert largest_difference(plain, offloaded) < 1e-6
-    ddp = train(tmp_path / "ddp", *common, "optimizer=muon", nproc=2).losses
-    fsdp = train(tmp_path / "muon", *common, "optimizer=muon", "parallel=fsdp", nproc=2).losses
-    assert largest_difference(ddp, fsdp) < 2e-3
-    assert ddp[-1] < ddp[0] - 0.3
+def test_offload(shards, tmp_path):
+    """FSDP2 with parameters in host memory: the losses of FSDP2 without."""
+    common = [f"data_dir={shards}", "gradient_accumulation_steps=2", "parallel=fsdp"]
+    plain = train(tmp_path / "fsdp", *common, nproc=2).losses
+    offloaded = train(tmp_path / "offload", *common, "cpu_offload=true", nproc=2).losses
+    assert len(plain) == 10 and offloaded == pytest.approx(plain, rel=1e-6)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts calls of c10d, by name."""
+class Reductions(TorchDispatchMode):
+    """Counts the collectives that carry gradients."""
 
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.counts[func.__name__.split(".")[0]] += 1
+        self.count += func.__name__.startswith(("allreduce_.", "_reduce_scatter_base_."))
         return func(*args, **(kwargs or {}))
 
 
-def count_collectives(rank: int, layout: str, folder: Path) -> None:
-    """One rank: the collectives of an optimizer step's backwards with accumulation 1, 4 and 4 that reduce each time."""
+def send_once(rank: int, layout: str) -> None:
     cfg, _ = configs.load([*TINY, f"parallel={layout}"])
-    env = processes.start(cfg)
+    env, x, sent = processes.start(cfg), torch.zeros(2, 32, dtype=torch.int64), []
     model = strategy.build(cfg, env)
     strategy.warm_up(model, cfg, env)
-    x = torch.zeros(2, 32, dtype=torch.int64)
-    found = []
     always = dataclasses.replace(cfg, cpu_offload=layout == "fsdp")
     for accumulation, how in ((1, cfg), (4, cfg), (4, always)):
-        with Collectives() as seen:
+        with Reductions() as seen:
             for micro_step in range(accumulation):
                 strategy.sync_gradients(model, how, last=micro_step == accumulation - 1)
                 model(x, x).backward()
-        found.append(dict(seen.counts))
-    (folder / str(rank)).write_text(json.dumps(found))
+        sent.append(seen.count)
     processes.stop()
+    assert sent[0] == sent[1] > 0 and sent[2] == sent[0] * (4 if layout == "fsdp" else 1), sent
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_gradients_are_sent_once_per_optimizer_step(layout, tmp_path):
-    """Collectives that carry gradients, with accumulation 1 and 4, on two real processes: the same number.
-
-    With cpu_offload, whose gradients are in host memory, four times as many.
-    """
-    on_ranks(2, count_collectives, layout, tmp_path)
-    found = json.loads((tmp_path / "0").read_text())
-    carriers = ("allreduce_", "_reduce_scatter_base_")
-    sent = [sum(counts.get(name, 0) for name in carriers) for counts in found]
-    assert sent[0] == sent[1] > 0 and sent[2] == sent[0] * (4 if layout == "fsdp" else 1)
+def test_gradients_are_sent_once_per_optimizer_step(layout):
+    """Collectives that carry gradients, with accumulation 1 and 4, on two real processes: as many. With cpu_offload, whose
+    gradients are in host memory, four times as many."""
+    on_ranks(2, send_once, layout)
 
 
 @pytest.mark.parametrize(
