@@ -70,14 +70,13 @@ def test_greedy_equals_transformers(keys, tmp_path):
 def test_full_window(model):
     """Beyond the window, tokens equal those of whole forward passes over what is still remembered; a prompt of 100 tokens in
     a window of 64 goes on as its last 64 - 20 + 1 tokens alone would."""
-    prompt, window = [5, 6, 7, 8], 16
-    row, seen = list(prompt), len(prompt)
+    row, window = [5, 6, 7, 8], 16
+    seen = len(row)
     for left in range(40, 0, -1):
-        if seen > window:
-            seen = max(window // 2, window - left + 1)
+        seen = seen if seen <= window else max(window // 2, window - left + 1)
         row += greedy(model, row[-seen:], 1)
         seen += 1
-    assert collect(model, [prompt], max_new_tokens=40, window=window)[0] == row[len(prompt) :]
+    assert collect(model, [row[:4]], max_new_tokens=40, window=window)[0] == row[4:]
     prompt = [i * 7 % 257 for i in range(100)]
     assert collect(model, [prompt], max_new_tokens=20)[0] == greedy(model, prompt[-45:], 20)
 
@@ -90,26 +89,27 @@ def test_end_of_text(model):
     assert stopped == [alone[0][: alone[0].index(end)], alone[1]]
 
 
+DRAWN = [  # keys, what is drawn how often of five tokens with the probabilities 4 : 3 : 2 : 1 : 0
+    ({}, (4, 3, 2, 1, 0)),
+    ({"temperature": 0.5}, (16, 9, 4, 1, 0)),
+    ({"top_k": 2}, (4, 3, 0, 0, 0)),
+    ({"top_p": 0.69}, (4, 3, 0, 0, 0)),
+    ({"top_p": 0.71}, (4, 3, 2, 0, 0)),
+    ({"top_p": 0.01}, (1, 0, 0, 0, 0)),
+    ({"temperature": 0}, (1, 0, 0, 0, 0)),
+]
+
+
 def test_choose():
     """Frequencies of 20,000 draws against the probabilities that temperature, top_k and top_p leave; the same seed."""
-    logits = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]).log()[None].clamp(min=-50)  # probabilities 4 : 3 : 2 : 1 : 0
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]).log()[None].clamp(min=-50).expand(20_000, -1)
 
     def draw(seed=0, **keys):
         options = Options(**{"temperature": 1.0, "top_p": 1.0, **keys})
-        generator = torch.Generator().manual_seed(seed)
-        drawn = generation.choose(logits.expand(20_000, -1), options, generator)
-        return drawn.bincount(minlength=5) / 20_000
+        return generation.choose(logits, options, torch.Generator().manual_seed(seed)).bincount(minlength=5) / 20_000
 
-    def close(got, *wanted):
-        return torch.allclose(got, torch.tensor(wanted) / sum(wanted), atol=0.02)
-
-    assert close(draw(), 4.0, 3.0, 2.0, 1.0, 0.0)
-    assert close(draw(temperature=0.5), 16.0, 9.0, 4.0, 1.0, 0.0)
-    assert close(draw(top_k=2), 4.0, 3.0, 0.0, 0.0, 0.0)
-    assert close(draw(top_p=0.69), 4.0, 3.0, 0.0, 0.0, 0.0)
-    assert close(draw(top_p=0.71), 4.0, 3.0, 2.0, 0.0, 0.0)
-    assert close(draw(top_p=0.01), 1.0, 0.0, 0.0, 0.0, 0.0)
-    assert close(draw(temperature=0), 1.0, 0.0, 0.0, 0.0, 0.0)
+    for keys, wanted in DRAWN:
+        assert draw(**keys).tolist() == pytest.approx([share / sum(wanted) for share in wanted], abs=0.02), keys
     assert torch.equal(draw(seed=1), draw(seed=1)) and not torch.equal(draw(seed=1), draw(seed=2))
 
 
@@ -135,41 +135,20 @@ def test_program_on_latest(checkpoint, model):
     assert b"step 7" in done.stderr and b"tokens/s" in done.stderr
 
 
-METASPACE = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}
-WORDS = {"pre_tokenizer": pre_tokenizers.Whitespace()}
-FORMATS = {  # the model, its parts, its trainer
-    "like Llama": (models.BPE(unk_token="<unk>"), METASPACE, trainers.BpeTrainer),
-    "unigram": (models.Unigram(), METASPACE, trainers.UnigramTrainer),
-    "wordpiece": (
-        models.WordPiece(unk_token="<unk>"),
-        {**WORDS, "decoder": decoders.WordPiece()},
-        trainers.WordPieceTrainer,
-    ),
-    "no decoder": (models.BPE(unk_token="<unk>"), WORDS, trainers.BpeTrainer),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_text_is_one_decode(name, model, tmp_path, capsys):
-    """Of a tokenizer that is not byte-level, the text is what one decode of the prompt's and the new ids gives: blanks
-    between words stay, also behind the prompt."""
-    kind, parts, trainer = FORMATS[name]
-    made = Tokenizer(kind)
-    for part, value in parts.items():
-        setattr(made, part, value)
-    more = {"unk_token": "<unk>"} if name == "unigram" else {}
-    texts = ["once upon a time, there was a girl; don't stop"] * 50
-    made.train_from_iterator(texts, trainer(special_tokens=["<unk>"], vocab_size=60, show_progress=False, **more))
+def test_a_text_is_one_decode(model, tmp_path, capsys):
+    """Of a tokenizer like Llama's the text is what one decode of the prompt's and the new ids gives: blanks between words
+    stay, also behind the prompt."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>"], vocab_size=60, show_progress=False)
+    made.train_from_iterator(["once upon a time, there was a girl; don't stop"] * 50, trainer)
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer, prompt = tokenizers.find(str(tmp_path)), "once upon a time"
-    ids = tokenizer.encode(prompt)
-    sample.write(
-        model, SimpleNamespace(end=None), tokenizer, [prompt], [ids], Options(max_new_tokens=20, temperature=0)
-    )
+    ids, options = tokenizer.encode(prompt), Options(max_new_tokens=20, temperature=0)
+    sample.write(model, SimpleNamespace(end=None), tokenizer, [prompt], [ids], options)
     new = [i for i in greedy(model, ids, 20) if i < tokenizer.size]
     out = capsys.readouterr().out
-    assert out == made.decode(ids + new, skip_special_tokens=False) + "\n"
-    assert out.startswith(prompt) or name == "no decoder"
+    assert out == made.decode(ids + new, skip_special_tokens=False) + "\n" and out.startswith(prompt)
 
 
 def test_batch_from_a_file(checkpoint, tmp_path, capsys):
@@ -179,9 +158,8 @@ def test_batch_from_a_file(checkpoint, tmp_path, capsys):
     args = [f"resume={checkpoint}", f"prompt=FILE:{tmp_path}/prompts.txt", "num_samples=2", "batch_size=3"]
     code, out, _ = main(capsys, *args, "max_new_tokens=9")
     assert code == 0
-    texts = ["--- " + text for text in out.split("--- ")[1:]]
-    assert [text.split("\n")[0] for text in texts] == [f"--- {i} of 4" for i in range(1, 5)]
-    bodies = [text.split("\n", 1)[1] for text in texts]
+    heads, bodies = zip(*(text.split("\n", 1) for text in out.split("--- ")[1:]), strict=True)
+    assert heads == tuple(f"{i} of 4" for i in range(1, 5))
     assert [body.startswith("def f") for body in bodies] == [True, True, False, False]
     assert bodies[0] != bodies[1] and bodies[2].startswith("import os,\u2028sys")
 
@@ -212,39 +190,32 @@ def test_numbers_near_zero_and_a_full_window(checkpoint, capsys):
     """A temperature or top_p down to the smallest number that a float has: the likeliest token. A text that outgrows the
     window is written, and that is said."""
     args = [f"resume={checkpoint}", "prompt=a", "max_new_tokens=9"]
-    _, greedy, _ = main(capsys, *args, "temperature=0")
-    for key in ("temperature", "top_p"):
-        for number in ("1e-7", "1e-39", "1e-46", "5e-324"):
-            assert main(capsys, *args, f"{key}={number}")[:2] == (0, greedy), (key, number)
+    _, likeliest, _ = main(capsys, *args, "temperature=0")
+    for setting in ("temperature=1e-7", "temperature=5e-324", "top_p=1e-7", "top_p=5e-324"):
+        assert main(capsys, *args, setting)[:2] == (0, likeliest), setting
     code, _, err = main(capsys, f"resume={checkpoint}", "prompt=abcd", "max_new_tokens=90")
     assert code == 0 and "window of 64" in err
 
 
 def test_mistakes(checkpoint, tmp_path, capsys):
     """Exit code and the words that say what is wrong."""
-    broken, hf = tmp_path / "broken", GPTNeoX(CFG)
-    broken.mkdir()
-    init_weights(hf)
-    hf.final_layer_norm.weight.data[3] = torch.nan
-    huggingface.write_configs(CFG, 256, broken, torch.float32)
-    huggingface.write_weights(hf, broken, torch.float32)
-    (broken / "tokenizer.json").write_bytes(spelling.files(tokenizers.find("byte"), 64)["tokenizer.json"])
+    init_weights(broken := GPTNeoX(CFG))
+    broken.final_layer_norm.weight.data[3] = torch.nan
+    huggingface.write_configs(CFG, 256, tmp_path, torch.float32)
+    huggingface.write_weights(broken, tmp_path, torch.float32)
+    (tmp_path / "tokenizer.json").write_bytes(spelling.files(tokenizers.find("byte"), 64)["tokenizer.json"])
+    (tmp_path / "none").mkdir()
     for args, code, words in [
         (["temprature=1"], 2, "unknown key 'temprature'; did you mean temperature"),
         (["temperature=-1"], 2, "must be at least 0"),
         (["temperature=hot"], 2, "temperature=hot is not a float; its default is 0.8"),
         (["top_p=0"], 2, "above 0"),
-        (["temperature=nan"], 2, "temperature=nan"),
-        ([f"resume={broken}", "prompt=a"], 65, "logits are not finite"),
-        (["seed=99999999999999999999"], 2, "beyond 2**53"),
-        (["seed=-1"], 2, "must be at least 0"),
         (["prompt"], 2, "no config file prompt"),
-        (["cpu_threads=100000"], 2, "at most 1024"),
         (["dtype=int8"], 2, "none of auto, bf16, fp16, fp32"),
-        (["max_new_tokens=0"], 2, "at least 1"),
-        ([f"prompt=FILE:{tmp_path}/none"], 2, "cannot be read"),
-        ([f"resume={tmp_path}/none"], 66, "no such directory"),
-        ([f"output_dir={tmp_path}", "resume=latest"], 66, "train first"),
+        ([f"prompt=FILE:{tmp_path}/gone"], 2, "cannot be read"),
+        ([f"resume={tmp_path}", "prompt=a"], 65, "logits are not finite"),
+        ([f"resume={tmp_path}/gone"], 66, "no such directory"),
+        ([f"output_dir={tmp_path}/none", "resume=latest"], 66, "train first"),
     ]:
         got, _, err = main(capsys, *args)
         assert (got, words in err) == (code, True), (args, got, err)
