@@ -38,9 +38,9 @@ def check_keys(words: list[str]) -> None:
     configs.load(words[words.index("train.py") + 1 :])
 
 
-def check_sky(text: str) -> None:
-    """What SkyPilot's own schema lets pass: unknown keys inside job_recovery, and codes that mean something else."""
-    task = yaml.safe_load(text)
+def test_skypilot_says_what_exit_codes_mean():
+    """Where SkyPilot's own schema lets all pass: the keys of job_recovery, the codes of exits.py, the keys of Config."""
+    task = yaml.safe_load(SKY.read_text())
     recovery = task["resources"]["job_recovery"]
     assert recovery.keys() == {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
     assert recovery["recover_on_exit_codes"] == AGAIN
@@ -49,8 +49,9 @@ def check_sky(text: str) -> None:
     check_keys(re.sub(r"\$(\w+)", lambda name: known[name[1]], task["run"].replace("\\\n", " ")).split())
 
 
-def check_kubernetes(text: str) -> None:
-    runtime, job = yaml.safe_load_all(text)
+def test_kubernetes_says_what_exit_codes_mean():
+    """The codes of exits.py, and no other restart; shared memory; processes and GPUs; the keys of Config."""
+    runtime, job = yaml.safe_load_all(KUBERNETES.read_text())
     spec, trainer = runtime["spec"]["template"]["spec"], job["spec"]["trainer"]
     one = spec["replicatedJobs"][0]["template"]["spec"]
     pod, final = one["template"]["spec"], {"operator": "In", "values": FINAL}
@@ -61,24 +62,6 @@ def check_kubernetes(text: str) -> None:
     assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
     check_keys(trainer["command"] + trainer["args"])
-
-
-MISTAKES = {
-    check_sky: "70, 74, 75|70, 75; recover_on|recovers_on; save_seconds|save_second; path=$RUN|path=$RUM",
-    check_kubernetes: "2, 65|2, 64; 65, 66|65; action: FailJob|action: FailIndex; FailJobSet|RestartJobSet; "
-    "Seconds: 300|Seconds: 30; medium: Memory|medium: ''; gpu: 8|gpu: 4; save_seconds|save_second; 8gpu.py|8.py",
-}
-
-
-@pytest.mark.parametrize("check, file", [(check_sky, SKY), (check_kubernetes, KUBERNETES)])
-def test_files_say_what_exit_codes_mean(check, file):
-    """The codes are those of exits.py, the keys those of Config; each planted mistake is found."""
-    text = file.read_text()
-    check(text)
-    for right, wrong in (mistake.split("|") for mistake in MISTAKES[check].split("; ")):
-        assert right in text
-        with pytest.raises((AssertionError, ValueError, KeyError)):
-            check(text.replace(right, wrong))
 
 
 @pytest.mark.slow
@@ -92,19 +75,21 @@ def test_skypilot_takes_the_file():
 
 @pytest.mark.slow
 def test_kubeflow_takes_the_file():
-    """Trainer's own models keep every field and refuse wrong values: `pip install kubeflow-trainer-api==2.3.0`."""
+    """Trainer's own models keep every field: `pip install kubeflow-trainer-api==2.3.0`."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
+    for document in yaml.safe_load_all(KUBERNETES.read_text()):
+        assert getattr(models, f"TrainerV1alpha1{document['kind']}").from_dict(document).to_dict() == document
 
-    def kept(document: dict) -> dict:
-        return getattr(models, f"TrainerV1alpha1{document['kind']}").from_dict(document).to_dict()
 
-    runtime, job = yaml.safe_load_all(KUBERNETES.read_text())
-    assert kept(runtime) == runtime and kept(job) == job
-    job["spec"]["trainer"]["numNode"] = 3
-    assert kept(job) != job
-    [wrong] = yaml.safe_load_all(KUBERNETES.read_text().split("---")[0].replace("operator: In", "operator: Is"))
-    with pytest.raises(ValueError, match="operator"):
-        kept(wrong)
+CONSTANT = "lr_scheduler_type=constant"
+
+
+def is_the_calm_run(folder: Path, shards: Path, last: int) -> None:
+    """Every step in the folder's trace, and each tensor of its last save, has the bits of an undisturbed run's."""
+    train(folder / "calm", f"data_dir={shards}", CONSTANT, f"max_steps={last}", nproc=2)
+    assert steps(folder) == steps(folder / "calm")
+    x, y = tensors(newest(folder)), tensors(newest(folder / "calm"))
+    assert x.keys() == y.keys() and [name for name in x if not (x[name] == y[name]).all()] == []
 
 
 def test_pods_that_know_only_what_kubeflow_sets(shards, tmp_path):
@@ -114,7 +99,7 @@ def test_pods_that_know_only_what_kubeflow_sets(shards, tmp_path):
         pet = {"NNODES": 2, "NPROC_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
             Launch(
-                tmp_path, f"data_dir={shards}", "save_steps=10", "lr_scheduler_type=constant", "resume=latest", *args,
+                tmp_path, f"data_dir={shards}", "save_steps=10", CONSTANT, "resume=latest", *args,
                 flags=(), log=tmp_path / f"pod{i}",
                 **{f"PET_{key}": str(value) for key, value in {**pet, "NODE_RANK": i}.items()},
             )
@@ -129,10 +114,7 @@ def test_pods_that_know_only_what_kubeflow_sets(shards, tmp_path):
     pair = pods(free_port(), f"max_steps={end}")
     assert [pod.process.wait(GUARD) for pod in pair] == [0, 0], pair[0].text + pair[1].text
     assert re.search(r"replayed (\d+) steps, \1 identical", pair[0].text), pair[0].text
-    train(tmp_path / "calm", f"data_dir={shards}", "lr_scheduler_type=constant", f"max_steps={end}", nproc=2)
-    assert steps(tmp_path) == steps(tmp_path / "calm")
-    x, y = tensors(newest(tmp_path)), tensors(newest(tmp_path / "calm"))
-    assert x.keys() == y.keys() and [name for name in x if not (x[name] == y[name]).all()] == []
+    is_the_calm_run(tmp_path, shards, end)
 
 
 def test_starts_are_counted_though_each_disk_is_new(tmp_path, server, monkeypatch):
@@ -176,7 +158,7 @@ def test_slurm(shards, tmp_path):
     queue, log = tmp_path / "queue", tmp_path / "log"
 
     def job(*args: str) -> subprocess.Popen:
-        command = [str(SLURM), "config.py", *TINY, f"data_dir={shards}", "lr_scheduler_type=constant", *args]
+        command = [str(SLURM), "config.py", *TINY, f"data_dir={shards}", CONSTANT, *args]
         with log.open("wb") as out:
             return subprocess.Popen(
                 [*command, "output_dir=out", "logging_dir=logs"], cwd=tmp_path, stdout=out, stderr=out,
@@ -190,8 +172,7 @@ def test_slurm(shards, tmp_path):
     end = max(steps(tmp_path)) + 5
     assert job(f"max_steps={end}").wait(GUARD) == 0, log.read_text()
     assert job("max_steps=-1").wait(GUARD) == 2 and queue.read_text() == "7\n", log.read_text()
-    train(tmp_path / "calm", f"data_dir={shards}", "lr_scheduler_type=constant", f"max_steps={end}", nproc=2)
-    assert steps(tmp_path) == steps(tmp_path / "calm")
+    is_the_calm_run(tmp_path, shards, end)
 
 
 SMALL = """from configs.demo import *

@@ -16,7 +16,6 @@ import torch
 from launch import TINY, Run
 
 from refocused.measure import steps
-from refocused.run import hardware
 
 SMALL = (
     "vocab_size=50257 hidden_size=512 num_hidden_layers=4 num_attention_heads=8 intermediate_size=2048 "
@@ -53,9 +52,6 @@ class Card:
         if not self.cuda:
             pytest.skip(why)
 
-    def seconds(self, function: Callable, repeats: int = 5) -> float:
-        return hardware.seconds(torch.device(self.device), function, repeats)
-
 
 def trace(run: Run) -> list[dict]:
     """The step lines of a run."""
@@ -90,7 +86,7 @@ def _returned(card):
 
 
 @pytest.fixture
-def say(record_property, capsys) -> Callable[..., None]:
+def say(record_property) -> Callable[..., None]:
     """Note a value, and the bound that it is held against."""
 
     def note(value: str, bound: str = "") -> None:

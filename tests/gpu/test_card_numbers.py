@@ -15,31 +15,25 @@ from launch import GUARD
 
 import configs
 import model as neox
-from refocused.run import gpus, hardware
-
-HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
+from refocused.run import hardware
 
 
 def test_rates(card, say):
-    """A large product, as a share of what is known of the card; its memory, and copies to and from the host."""
+    """A large product beside what is known of the card; its memory, and copies to and from the host."""
     rates = hardware.gpu(torch.device(card.device), *(() if card.cuda else (256, 1 << 16)))
-    known = gpus.find(torch.cuda.get_device_name()) if card.cuda else None
-    shares = {"peak": known.peak, "rate measured elsewhere": known.ceiling} if known else {}
-    text = [f"{key} {rate:.4g} {'TFLOP/s' if key == 'product' else 'GB/s'}" for key, rate in rates.items()]
-    say(
-        ", ".join(
-            text + [f"{1e12 * rates['product'] / full:.0%} of the {what}" for what, full in shares.items() if full]
-        )
-    )
+    say("; ".join(hardware.describe([rates], [card.device], torch.cuda.get_device_name() if card.cuda else "CPU")))
+
+
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
+EXACT = "import torch as _torch\n_torch.set_float32_matmul_precision = lambda precision: None\n"
 
 
 @pytest.mark.parametrize("precision, limit", [("no", 1e-4), ("bf16", 1e-2)])
 def test_device_against_cpu(card, run, say, precision, limit):
     """Ten losses with the GPU and without it, products in full fp32."""
     card.needs_cuda()
-    exact = "import torch as _torch\n_torch.set_float32_matmul_precision = lambda precision: None\n"
     keys = [f"mixed_precision={precision}"]
-    found = apart(*(losses(run(name, *keys, before=exact, env=env)) for name, env in (("cpu", HIDDEN), ("gpu", {}))))
+    found = apart(*(losses(run(name, *keys, before=EXACT, env=env)) for name, env in (("cpu", HIDDEN), ("gpu", {}))))
     say(f"{found:.2g}", f"{limit:g}")
     assert found <= limit
 
@@ -53,19 +47,16 @@ def test_compiled_against_eager(card, run, say):
 
 
 def test_attention_kernel(card, say):
-    """What torch chooses for causal attention, against plain products in fp32."""
+    """What torch chooses for causal attention."""
     dtype, shape = (torch.bfloat16, (8, 16, 1024, 384)) if card.cuda else (torch.float32, (1, 2, 32, 24))
-    q, k, v = torch.randn(*shape, device=card.device, dtype=dtype).chunk(3, dim=-1)
     with torch.profiler.profile() as profile:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        F.scaled_dot_product_attention(
+            *torch.randn(*shape, device=card.device, dtype=dtype).chunk(3, -1), is_causal=True
+        )
         if card.cuda:
             torch.cuda.synchronize()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        plain = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     names = [event.key for event in profile.key_averages() if re.search("flash|efficient|cudnn|attention", event.key)]
-    error = ((y.float() - plain).norm() / plain.norm()).item()
-    say(f"{error:.2g}; {', '.join(names)[:160]}", "1e-2 of the plain products")
-    assert error < 1e-2
+    say(", ".join(names)[:160])
 
 
 def test_documents_apart(card, say):
