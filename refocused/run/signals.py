@@ -98,7 +98,7 @@ def watch_preemption(ask: Callable[[str], None]) -> None:
             threading.Thread(target=wait_for_notice, args=(notice, host, ask), daemon=True, name="preemption").start()
 
 
-def wait_for_notice(notice: Callable[[str], None], host: str, ask: Callable[[str], None], pause: float = 10.0) -> None:
+def wait_for_notice(notice: Callable[[str], None], host: str, ask: Callable[[str], None]) -> None:
     while True:
         try:
             notice(host)
@@ -106,7 +106,7 @@ def wait_for_notice(notice: Callable[[str], None], host: str, ask: Callable[[str
         except OSError as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 404:
                 return None  # this server knows no preemption
-            time.sleep(pause)
+            time.sleep(10.0)
 
 
 def request(url: str, headers: dict[str, str], method: str = "GET", timeout: float = 5.0) -> tuple[str, Message]:
@@ -127,7 +127,7 @@ def google_notice(host: str) -> None:
         time.sleep(0.1)  # a server that does not wait must not be asked without end
 
 
-def aws_notice(host: str, pause: float = 5.0) -> None:
+def aws_notice(host: str) -> None:
     """Return once the metadata service (IMDSv2) has an interruption notice for this spot instance, two minutes before."""
     while True:
         token, _ = request(f"{host}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
@@ -137,4 +137,4 @@ def aws_notice(host: str, pause: float = 5.0) -> None:
         except urllib.error.HTTPError as error:
             if error.code != 404:  # which means that there is no notice
                 raise
-        time.sleep(pause)
+        time.sleep(5.0)
