@@ -1,7 +1,6 @@
 """Checkpoints: what is saved is what was there, in any layout, whatever dies, and nothing else is ever loaded."""
 
 import builtins
-import ctypes
 import hashlib
 import io
 import itertools
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import small_disk
 from launch import Run, on_ranks, until
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -488,41 +488,34 @@ def test_a_lock_and_its_leader(tmp_path, monkeypatch):
     assert atomic.lock(alone, "host other, pid 1") != "host other, pid 1" and atomic.holds(alone)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB of its own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", bytes(tmp_path), b"tmpfs", 0, b"size=4m"):
-        pytest.skip(f"mounting a tmpfs: {os.strerror(ctypes.get_errno())}")
-    yield tmp_path
-    libc.umount2(bytes(tmp_path), 2)
-
-
-def test_full_disk(alone, small_disk):
+def test_full_disk(alone, tmp_path):
     """A disk without room, seen before the save or filled during it: that save fails, the one before stands, the next
     is good again; a disk that is full at the start is found by lock() or check_space()."""
-    first = save(small_disk, 1, width=64)
-    tree = build_tree("one", 1, 256)
-    saver = Saver(small_disk)
-    saver.reserve(tree)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(2 << 20))
-    saver.save(manifest.name(0, 2, 1), tree, {})
-    assert "GB free" in saver.wait()
-    with pytest.raises(ConfigError, match="lower save_total_limit"):
-        atomic.check_space(small_disk, sum(t.nbytes for t in tree.values()))
-    filler.unlink()
-    saver.save(manifest.name(0, 2, 1), tree, {"history": list(range(1 << 20))})  # the tensors fit, the state does not
-    error = saver.wait()
-    assert "No space left on device" in error and saver.wait() is None
-    assert os.listdir(small_disk) == [first.name] and manifest.verify(first)
-    saver.save(manifest.name(0, 2, 1), tree, {})
-    assert saver.close() is None and manifest.verify(small_disk / manifest.name(0, 2, 1))
-    with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        atomic.lock(small_disk)
+    with small_disk(disk := tmp_path / "disk", "4m") as mounted:
+        if not mounted:
+            pytest.skip("mounting needs root")
+        first = save(disk, 1, width=64)
+        tree = build_tree("one", 1, 256)
+        saver = Saver(disk)
+        saver.reserve(tree)
+        filler = disk / "filler"
+        filler.write_bytes(bytes(2 << 20))
+        saver.save(manifest.name(0, 2, 1), tree, {})
+        assert "GB free" in saver.wait()
+        with pytest.raises(ConfigError, match="lower save_total_limit"):
+            atomic.check_space(disk, sum(t.nbytes for t in tree.values()))
+        filler.unlink()
+        # the tensors fit, the state does not
+        saver.save(manifest.name(0, 2, 1), tree, {"history": list(range(1 << 20))})
+        assert "No space left on device" in saver.wait() and saver.wait() is None
+        assert os.listdir(disk) == [first.name] and manifest.verify(first)
+        saver.save(manifest.name(0, 2, 1), tree, {})
+        assert saver.close() is None and manifest.verify(disk / manifest.name(0, 2, 1))
+        with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+            atomic.lock(disk)
 
 
 def test_retention(alone, tmp_path):
@@ -647,3 +640,17 @@ def test_parts_cover_their_tensor_once(two):
         with pytest.raises(ckpt.CheckpointError, match=f"parts of {key} {what}"):
             load((0, 20), middle, (45, 51))
         assert digest(tree) == digest(build_tree(seed=5))
+
+
+def test_forged_state_and_header(two):
+    """What is no state, or no safetensors header, though a manifest vouches for it: refused."""
+    for state in (None, True, -1, 1e400, "", [], [[]], {"data": {}}, {"step": 2, "data": {}, "tokens": 1}):
+        with pytest.raises(ckpt.CheckpointError, match="it cannot be used"):
+            manifest.decode_state(json.dumps(state).encode(), "it")
+    shard = next(two[1].glob("*.safetensors"))
+    content, texts = shard.read_bytes(), (b"[" * 100_000, b"\xff", b"", b"[]", b'{"x": {}}')
+    whole = [len(text).to_bytes(8, "little") + text + content for text in texts]
+    for forged in (*whole, b"", content[:7], b"\xff" * 8 + content[8:], content[:100]):
+        shard.write_bytes(forged)
+        with pytest.raises(ckpt.CheckpointError, match=f"{shard.name} is damaged|another model"):
+            tensors.load(two[1], build_tree())
