@@ -67,7 +67,7 @@ LONG = """
     test_sixty_files_killed test_k_steps_and_the_rest_are_ten_steps[fsdp_2
     test_spikes_are_skipped_alike test_show_prints_the_plan test_depths_that_were_not_looked_at
     test_a_machine_that_lacks test_mean_of_layouts test_sigterm_while_waiting_for_another_rank test_one_downloader_per_folder
-    test_the_reason_arrives_though_rank_0 test_other_layouts_continue_the_run test_the_launcher_knows_that_a_run_was_stopped
+    test_the_reason_arrives_though_rank_0 test_the_launcher_knows_that_a_run_was_stopped
     test_plan_predicts_what_a_run_allocates[1
 """.split()
 

@@ -1,4 +1,4 @@
-"""The trainer and a bucket: an empty disk continues the same run, failures never stop it, nothing half-sent is trusted."""
+"""The trainer and a bucket: an empty disk continues the same run, and saves do not overtake their uploads."""
 
 import shutil
 
@@ -36,14 +36,6 @@ def test_an_empty_disk_continues_the_run(shards, tmp_path, server):
     assert len({*clocks}) == len(list((tmp_path / "vanished/logs").glob("events.out.tfevents.*"))) == 2
     assert_same_tensors(newest(tmp_path / "calm"), newest(tmp_path / "vanished"))
     assert any("step200" in name for name in server.commits)
-
-
-def test_a_bucket_that_refuses_writes(shards, tmp_path, server):
-    """403 on every write: training goes on, the reason is printed, the exit code is 74 and the disk has the checkpoint."""
-    server.fault("POST", "upload", status=403, times=10**6)
-    run = train(tmp_path, f"data_dir={shards}", "save_steps=5", *BUCKET, env=environment(server), code=74)
-    assert "Step 10: " in run.text and "403" in run.text and "not in the bucket" in run.text
-    manifest.verify(newest(tmp_path))
 
 
 def test_saves_that_take_longer_than_save_seconds(shards, tmp_path, server):
