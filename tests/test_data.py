@@ -69,15 +69,6 @@ def test_permutation_is_a_bijection(n):
         assert (epochs[0] != epochs[1]).any() and (epochs[0] != epochs[2]).any() and (np.diff(epochs[0]) != 1).any()
 
 
-def test_an_epoch_visits_every_window_once(dataset):
-    """The ids of steps that span two epochs against the set of all windows; the two orders differ."""
-    n = dataset.num_samples
-    ids = np.concatenate([dataset.sample_ids(first, 5) for first in range(0, 2 * n, 5)]).tolist()
-    assert sorted(ids[:n]) == sorted(ids[n : 2 * n]) == list(range(n)) and ids[:n] != ids[n : 2 * n]
-    straddling = dataset.sample_ids(n - 2, 4 * n)  # more than a whole epoch in one batch
-    assert straddling.tolist() == np.concatenate([dataset.sample_ids(p, 1) for p in range(n - 2, 5 * n - 2)]).tolist()
-
-
 def paths_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.npz"))
 
@@ -88,16 +79,22 @@ def windows_of(folder: Path, paths: list[str]) -> list[list[int]]:
     return [tokens[i : i + T + 1] for tokens in streams for i in range(0, len(tokens) - T, T)]
 
 
-def test_gather_and_locate(folder, dataset):
-    """Every window by id against slices of np.load; held-out windows come from the last file alone."""
-    paths = paths_in(folder)
+def test_gather_locate_and_position(folder, dataset):
+    """Every window by id against slices of np.load; held-out windows come from the last file alone. Where a run stands
+    after so many samples; max_files=3 is the first three paths, the third held out."""
+    paths, n = paths_in(folder), dataset.num_samples
     expected, held_out = windows_of(folder, paths[:-1]), windows_of(folder, paths[-1:])
-    assert dataset.num_samples == len(expected) and dataset.num_tokens == len(expected) * T
-    assert dataset.gather(np.arange(dataset.num_samples)).tolist() == expected
-    assert dataset.num_eval_samples == len(held_out) and len(set(dataset.eval_ids(3).tolist())) == 3
-    assert dataset.gather(dataset.eval_ids(10**6)).tolist() == held_out
-    for window, (path, start) in zip(expected, dataset.locate(np.arange(len(expected))), strict=True):
+    assert n == len(expected) and dataset.num_tokens == n * T and dataset.num_eval_samples == len(held_out)
+    assert dataset.gather(np.arange(n)).tolist() == expected
+    assert dataset.gather(dataset.eval_ids(10**6)).tolist() == held_out and len({*dataset.eval_ids(3).tolist()}) == 3
+    for window, (path, start) in zip(expected, dataset.locate(np.arange(n)), strict=True):
         assert np.load(folder / path)["input_ids"][start : start + T + 1].tolist() == window
+    assert dataset.position(0)["epoch"] == 0 and dataset.position(n)["epoch"] == 1
+    [(path, offset)] = dataset.locate(dataset.sample_ids(n + n // 2, 1))
+    at = {"epoch": 1, "epoch_fraction": (n // 2) / n, "files": (n // 2) * 5 // n}
+    assert dataset.position(n + n // 2) == at | {"next_shard": path, "next_offset": offset}
+    first = Dataset.open(config(folder, max_files=3))
+    assert [[s.path for s in some] for some in (first.shards, first.eval_shards)] == [paths[:2], paths[2:3]]
 
 
 @pytest.mark.parametrize("lengths", [[1000], [400, 1000, 16], [16, 1000], [16, 1000, 3, 3]])
@@ -115,16 +112,6 @@ def test_the_last_long_shard_holds_out_its_tail(tmp_path, lengths):
     moving = Dataset.open(config(tmp_path, shift_windows=True))
     read = [start for path, start in moving.locate(moving.sample_ids(0, 50 * moving.num_samples)) if path == long]
     assert max(read) + T <= min(start for _, start in moving.locate(moving.eval_ids(9)))
-
-
-def test_max_files_and_position(folder, dataset):
-    """max_files=3 against the first three paths, the third held out; where a run stands after so many samples."""
-    first, paths, n = Dataset.open(config(folder, max_files=3)), paths_in(folder), dataset.num_samples
-    assert [s.path for s in first.shards] == paths[:2] and [s.path for s in first.eval_shards] == paths[2:3]
-    assert dataset.position(0)["epoch"] == 0 and dataset.position(n)["epoch"] == 1
-    [(path, offset)] = dataset.locate(dataset.sample_ids(n + n // 2, 1))
-    at = {"epoch": 1, "epoch_fraction": (n // 2) / n, "files": (n // 2) * 5 // n}
-    assert dataset.position(n + n // 2) == at | {"next_shard": path, "next_offset": offset}
 
 
 # ---- another set
