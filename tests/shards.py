@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from pyarrow import feather, parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs import Config
+from refocused.entry import ROOT
 from refocused.shards.prepare import write_shard
 from refocused.shards.shard import Shard
 
@@ -22,6 +25,12 @@ def config(folder: Path, **changes) -> Config:
     """Of a run that reads windows of 16 + 1 tokens from a folder."""
     keys = {"cache_dir": f"{folder}-cache", "sequence_length": 16, "seed": 7}
     return dataclasses.replace(Config(), data_dir=str(folder), **{**keys, **changes})
+
+
+def data_py_process(*arguments: object, **options) -> subprocess.Popen:
+    """`python data.py ARGUMENTS` as a process, whose stderr can be read."""
+    command = [sys.executable, ROOT / "data.py", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:

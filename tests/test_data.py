@@ -24,7 +24,7 @@ import shards
 import torch
 from conftest import ROOT
 from launch import GUARD
-from shards import config, content, write_tokens
+from shards import config, content, data_py_process, write_tokens
 
 from configs import ConfigError
 from data import Dataset, Loader, explain_change, permutation
@@ -368,12 +368,10 @@ def test_too_many_open_files(tmp_path):
     One is open for each shard, until they are garbage.
     """
     shards.write_mapped(tmp_path, [100] * 60)
-    few = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))}
-    command = [sys.executable, ROOT / "data.py", "bench", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, **few)
-    assert done.returncode == 66 and re.search("tokenized_cleaned_0.*Too many open files; `ulimit -n`", done.stderr), (
-        done
-    )
+    few = (resource.RLIMIT_NOFILE, (50, 50))
+    process = data_py_process("bench", tmp_path, preexec_fn=lambda: resource.setrlimit(*few))
+    _, said = process.communicate(timeout=GUARD)
+    assert process.returncode == 66 and re.search("cleaned_0.*Too many open files; `ulimit -n`", said), said
     gc.collect()  # what earlier tests left open
     before = len(os.listdir("/proc/self/fd"))
     dataset = Dataset.open(config(tmp_path))

@@ -6,16 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shards
-from conftest import ROOT
 from launch import GUARD
-from shards import content, flip, tokens_in
+from shards import content, data_py_process, flip, tokens_in
 
 from refocused.bucket import download
 
@@ -41,10 +38,6 @@ def fetch(data_py, folder):
         return "".join(said)
 
     return run
-
-
-def start(folder: Path, *args: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, ROOT / "data.py", *command(folder, *args)], stdout=subprocess.DEVNULL)
 
 
 def shard(seed: int, tokens: int = 50_000) -> bytes:
@@ -85,7 +78,7 @@ def test_sixty_files_killed_ten_times(server, fetch, folder):
     server.fault("GET", MEDIA, rate=500_000, times=10**6)  # so that a run takes longer than it is let live
     for _ in range(10):
         goal = server.count("GET", MEDIA) + rng.randrange(1, 8)
-        process = start(folder, "gs://bucket/tokens")
+        process = data_py_process(*command(folder, "gs://bucket/tokens"))
         server.wait_until(lambda g=goal, p=process: server.count("GET", MEDIA) >= g or p.poll() is not None)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -204,7 +197,7 @@ def test_one_downloader_per_folder(server, fetch, folder):
     """While one process fills a folder, a second one refuses with its pid and harms nothing."""
     server.put("tokenized_cleaned_a.npz", shard(1))
     slow = server.fault("GET", MEDIA, rate=10_000)
-    first = start(folder, "gs://bucket")
+    first = data_py_process(*command(folder, "gs://bucket"))
     server.wait_until(lambda: slow.hits > 0)
     said = fetch("gs://bucket", code=2)
     assert "is in use by host " in said and f", pid {first.pid}; " in said

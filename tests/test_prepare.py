@@ -15,7 +15,7 @@ import pytest
 import shards
 from conftest import ROOT
 from launch import GUARD
-from shards import config, content, flip, write_tokens
+from shards import config, content, data_py_process, flip, write_tokens
 
 import data
 from data import Dataset, open_dataset
@@ -388,11 +388,6 @@ def test_usage_errors(tmp_path, data_py):
 
 
 # ---- interruptions
-
-
-def data_py_process(*arguments, **options) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "data.py", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_disk_full(tmp_path):
