@@ -54,7 +54,7 @@ def write_seed_shards(folder: Path, files: int = 4, rows: int = 50, width: int =
     """Writes compressed, padded shards in nested folders as the bucket has them; {relative path: stream expected}."""
     rng, expected = np.random.default_rng(0), {}
     for i in range(files):
-        texts = [rng.integers(0, END_OF_TEXT + 1, rng.integers(1, width + 1)) for _ in range(rows)]
+        texts = [rng.integers(0, END_OF_TEXT, rng.integers(1, width + 1)) for _ in range(rows)]
         path = f"subreddit_{i // 4:02d}/{('comments', 'submissions')[i % 2]}/tokenized_cleaned_{i:03d}.npz"
         write_padded(folder / path, texts, width)
         expected[path] = rows_to_stream(texts, width)
@@ -65,11 +65,9 @@ def write_padded(file: Path, rows: list[np.ndarray], width: int, pad: int = END_
     """One file as the bucket's writer makes it; arrays replace its own, None leaves one out."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(row) for row in rows], np.int32)
-    ids = np.full((len(rows), width), pad, np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    mask = (np.arange(width) < lengths[:, None]).astype(np.int32)
-    made = {"input_ids": ids, "attention_mask": mask, "sequence_lengths": lengths} | arrays
+    mask, ids = np.arange(width) < lengths[:, None], np.full((len(rows), width), pad, np.int32)
+    ids[mask] = np.concatenate(rows)
+    made = {"input_ids": ids, "attention_mask": mask.astype(np.int32), "sequence_lengths": lengths} | arrays
     np.savez_compressed(file, **{name: array for name, array in made.items() if array is not None})
 
 

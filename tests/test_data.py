@@ -441,7 +441,6 @@ def test_a_file_that_only_has_another_time(file_and_ids, dataset, monkeypatch):
     file, ids = file_and_ids
     before, readings, real = dataset.gather(ids), [], Shard.has_its_checksum
     monkeypatch.setattr(Shard, "has_its_checksum", lambda shard: readings.append(shard.path) or real(shard))
-
     for change in (lambda: os.utime(file, ns=(1, 1)), lambda: os.replace(shutil.copy(file, f"{file}.new"), file)):
         change()
         for _ in range(3):
