@@ -21,7 +21,7 @@ class CalibrationError(ValueError):
 def measure_rank(nbytes: int = 1 << 26) -> None:
     """One of the processes of `measured`: rank 0 prints the slowest one's rates, while all are at work."""
     env = processes.start(Config())
-    found = hardware.gpu(env.device, *(() if env.device.type != "cpu" else (2048, nbytes)))
+    found = hardware.gpu(env.device, *(() if env.device.type != "cpu" else (1024, nbytes)))
     if env.world_size > 1:
         block = torch.ones(nbytes // 4, device=env.device)
         dist.barrier()
