@@ -224,6 +224,8 @@ def test_machine_check(copy):
     ours = torch.__version__.partition("+")[0]
     said = run(copy, "./setup.sh --check", code=int(ours != pinned))
     assert (f"torch {ours}, wanted {pinned}" in said) == (ours != pinned)
+    assert "nproc_per_node=2 train.py configs/demo.py" in run(copy, "make -n train NPROC=2", activated=False)
+    assert ".venv/bin/python -m pytest" in run(copy, "make -n test", activated=False)
 
 
 def test_bucket_recipe(copy):
@@ -308,6 +310,7 @@ PROVOKED = [
     ("python ckpt.py import * OUT", "python train.py init_from=exported/first output_dir=out/a logging_dir=logs/a", 2),
     ("python ckpt.py import * OUT", "python ckpt.py average exported/first exported/first OUT2", 2),
     ("python data.py * *", "python train.py data_dir=data/none", 66),
+    ("python data.py * *", "python train.py configs/production.py data_dir=data/none2", 66),
     ("python data.py tokenize TEXTS SHARDS --tokenizer *", "python ckpt.py import exported/first OUT3", 0),
     (
         "python data.py tokenize SRC DST --tokenizer *",
