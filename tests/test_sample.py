@@ -191,7 +191,7 @@ def test_numbers_near_zero_and_a_full_window(checkpoint, capsys):
     window is written, and that is said."""
     args = [f"resume={checkpoint}", "prompt=a", "max_new_tokens=9"]
     _, likeliest, _ = main(capsys, *args, "temperature=0")
-    for setting in ("temperature=1e-7", "temperature=5e-324", "top_p=1e-7", "top_p=5e-324"):
+    for setting in ("temperature=1e-7", "temperature=1e-39", "temperature=5e-324", "top_p=1e-39", "top_p=5e-324"):
         assert main(capsys, *args, setting)[:2] == (0, likeliest), setting
     code, _, err = main(capsys, f"resume={checkpoint}", "prompt=abcd", "max_new_tokens=90")
     assert code == 0 and "window of 64" in err
