@@ -45,7 +45,7 @@ def save(folder: Path, cfg: Config, step: int = 7) -> Path:
     model = GPTNeoX(cfg)
     init_weights(model)
     tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters(), fused=True))
-    data = {"fingerprint": "f00d", "manifest": [{"path": "a", "tokens": 9, "dtype": "<u2", "crc32": "0f"}]}
+    data = {"fingerprint": "f00d", "position": {"epoch": 2, "epoch_fraction": 0.25}}
     state = {"step": step, "tokens": step * 1000, "loss": 2.5, "eval_loss": 2.25}
     state |= {"run": {"torch": torch.__version__, "git_commit": "c0ffee"}, "config": dict(cfg.__dict__)}
     state |= {"samples_seen": step * 10, "data": data}
@@ -106,14 +106,15 @@ def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     card = ModelCard.load(tmp_path / "hf/README.md")
     wanted = {"license": "other", "library_name": "transformers", "pipeline_tag": "text-generation"}
     assert card.data.to_dict() == wanted | {"tags": ["gpt_neox", "pretrained"]}
-    facts = ["step7", "7,000", "2.5000", "f00d", "c0ffee", "bf16", f"torch | {torch.__version__}", "778 of 9 tokens"]
+    facts = ["step7", "7,000", "2.5000", "f00d", "c0ffee", "bf16", f"torch | {torch.__version__}", "epochs | 2.25 "]
     facts += ["held-out loss | 2.2500 nats per token", "It wrote, with nothing", "sequence_length=32", "vllm serve"]
     assert [fact for fact in facts if fact not in card.text] == []
     assert "out/" not in card.text and "_dir" not in card.text  # names of this machine are nobody's business
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"to publish it: hf upload USER/hf {tmp_path / 'hf'}"
+    *_, read_back, last = capsys.readouterr().out.splitlines()
+    assert read_back.endswith(", by the rounding to bf16")
+    assert last == f"to publish it: hf upload USER/hf {tmp_path / 'hf'}"
     hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_none"}
-    tried = subprocess.run(shlex.split(said.partition(": ")[2]), env=hub, capture_output=True, text=True, timeout=GUARD)
+    tried = subprocess.run(shlex.split(last.partition(": ")[2]), env=hub, capture_output=True, text=True, timeout=GUARD)
     assert "Connection refused" in tried.stderr  # as far as it gets without the hub
 
 

@@ -81,7 +81,7 @@ def card(source: Source, dtype: str, out: Path, text: str) -> str:
     cfg, state, made = source.cfg, source.state, source.state.get("run", {})
     total, body = num_parameters(cfg)
     known = tokenizers.fits(cfg.tokenizer, cfg.vocab_size)
-    size = sum(shard["tokens"] for shard in state.get("data", {}).get("manifest", ()))
+    at = state.get("data", {}).get("position")  # in the part that is trained on
     facts = {
         "architecture": f"GPT-NeoX, {total:,} parameters ({body:,} without embeddings)",
         "shape": f"{cfg.num_hidden_layers} layers, width {cfg.hidden_size}, {cfg.num_attention_heads} heads",
@@ -90,7 +90,7 @@ def card(source: Source, dtype: str, out: Path, text: str) -> str:
         "context": f"trained on {cfg.sequence_length} tokens, at most {cfg.max_position_embeddings}",
         "checkpoint": f"{source.path.name}, step {state['step']:,}",
         "tokens seen": f"{state['tokens']:,}" if "tokens" in state else None,
-        "epochs": f"{state['tokens'] / size:.3g} of {size:,} tokens" if size and "tokens" in state else None,
+        "epochs": f"{at['epoch'] + at['epoch_fraction']:.3g}" if at else None,
         "held-out loss": f"{state['eval_loss']:.4f} nats per token" if state.get("eval_loss") else None,
         "last training loss": f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else None,
         "data fingerprint": source.trained_on,
@@ -232,6 +232,7 @@ def main(argv: list[str]) -> int:
         if args.onnx:
             difference = write_onnx(model, folder / "onnx/model.onnx")
             print(f"onnxruntime: logits differ by at most {difference:.1e}; in optimum load it with use_cache=False")
-        print(f"read back: logits differ from the checkpoint's by at most {check(model, folder, dtype):.1e}")
+        rounding = f", by the rounding to {args.dtype}" * (dtype != torch.float32)
+        print(f"read back: logits differ from the checkpoint's by at most {check(model, folder, dtype):.1e}{rounding}")
     print(f"to publish it: hf upload USER/{args.out.name} {shlex.quote(str(args.out))}")
     return 0
