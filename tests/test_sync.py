@@ -539,7 +539,7 @@ def test_find(server, place, tmp_path):
 def test_hostile_manifests(server, place, tmp_path):
     """A manifest that is no JSON, is of another name, or names files outside is listed as damaged and never fetched."""
     good = manifest.read_manifest(save(tmp_path, 10))
-    outside = [{"files": {file: good["files"][manifest.STATE]}} for file in ("../../x", "/etc/x")]
+    outside = [{"files": {**good["files"], file: good["files"][manifest.STATE]}} for file in ("../../x", "/etc/x")]
     for at, change in enumerate([*outside, {"save_id": "../.."}, {"name": good["name"]}, None]):
         name = manifest.name(0, 10 * (at + 2), 1)
         told = manifest.encode_manifest({**good, "name": name, "step": 10 * (at + 2), **(change or {})})
