@@ -109,13 +109,11 @@ def test_schedules():
 
 
 def test_non_finite_steps_end_the_run(shards, tmp_path):
-    """Weights that overflow: every step is refused, exit 65 after max_bad_steps, on both ranks; a file has the windows of
-    both. A fresh run beside that trace is another one, also with deterministic=true."""
+    """Weights that overflow: every step is refused, exit 65 after max_bad_steps, on both ranks. A fresh run beside that
+    trace is another one, also with deterministic=true."""
     args = [f"data_dir={shards}", "initializer_range=1e38", "max_bad_steps=3", "max_steps=30"]
     run = train(tmp_path, *args, nproc=2, code=65)
     assert "nothing of them is saved (max_bad_steps=3)" in run.text.splitlines()[-1]
-    windows = json.loads((tmp_path / "logs" / "bad-step-2.json").read_text())["windows"]
-    assert len(windows) == 8 and all((shards / window["shard"]).is_file() for window in windows)
     fresh = train(tmp_path, f"data_dir={shards}", "max_steps=5", "deterministic=true").text
     assert "not the same run" in fresh and "done: 5 steps" in fresh
 
