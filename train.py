@@ -154,7 +154,7 @@ def train(
     scaler = torch.amp.GradScaler(env.device.type, enabled=cfg.mixed_precision == "fp16")
     logs.log("compiling, 20 to 90 s if it is new" if cfg.compile_model else "")
     compile_seconds = strategy.warm_up(model, cfg, env)  # makes gradients, so it comes before the state is loaded
-    logs.log(f"ready in {compile_seconds:.1f} s of compilation and warm-up")
+    logs.log(f"ready in {compile_seconds:.1f} s of {'compilation and ' * cfg.compile_model}warm-up")
     tree = tensors.state_tree(model, *optimizers)
     checkpoints = ckpt.Checkpoints(folder, choice, source, tree, logs.log)  # fills the tree, and saves it from now on
     if state.scaler:

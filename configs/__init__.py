@@ -256,7 +256,7 @@ def _check(cfg: Config) -> None:
         "larger batches come from gradient_accumulation_steps or global_batch_size": B * T > MOST_TOKENS,
         "max_files=0 leaves no shard to train on; use -1 for all or a positive number": cfg.max_files == 0,
         f"min_learning_rate={lowest:g} exceeds learning_rate={rate:g}": lowest > rate,
-        f"{ramps} exceeds max_steps={steps}: the peak learning rate would never be reached; lower warmup_steps": 0
+        f"{ramps} exceeds max_steps={steps}: the peak learning rate is never reached; try warmup_steps={steps // 20}": 0
         < steps
         < cfg.warmup_steps + decay,
         f"adam_moments=bf16 with {betas}: bf16 does not resolve the change of a moment that decays more slowly than by "
@@ -351,7 +351,8 @@ def _config_file(words: list[str]) -> tuple[Path, list[str]]:
         value = words.pop(0) if words and not words[0].startswith("-") and not words[0].endswith(".py") else ""
         usual = "true" if types_of(Config).get(key) is bool else "latest" if key == "resume" else "VALUE"
         try:
-            mistakes.append(f"{word} {value}".strip() + f": write {_known(key)}={value or usual}")
+            ours = theirs if (theirs := _theirs(key)) in KEYS else _known(key)
+            mistakes.append(f"{word} {value}".strip() + f": write {ours}={value or usual}")
         except ConfigError as error:
             mistakes.append(str(error))
     if len(files) > 1:
@@ -362,7 +363,8 @@ def _config_file(words: list[str]) -> tuple[Path, list[str]]:
         shipped = ", ".join(f"configs/{file.name}" for file in sorted(DEMO.parent.glob("[!_]*.py")))
         what = f"{files[0]} is no Python file"
         if not path.exists():
-            what = f"no config file {files[0]} in {Path.cwd()} or {DEMO.parent.parent}"
+            folders = dict.fromkeys((Path.cwd(), DEMO.parent.parent))
+            what = f"no config file {files[0]} in {' or '.join(map(str, folders))}"
         raise ConfigError(f"{what}; a config file is Python that assigns keys, such as {shipped}")
     return path, mistakes
 
@@ -496,7 +498,7 @@ def parse(key: str, text: str, owner: type = Config) -> typing.Any:
         )  # fmt: skip
     except (KeyError, ValueError):
         hint = f"{' (true or false)' * (kind is bool)}; its default is {getattr(owner, key)}"
-        raise ConfigError(f"{key}={text:.80} is not a {type_name(key, owner)}{hint}") from None
+        raise ConfigError(f"{key}={text:.80} is no {type_name(key, owner)}{hint}") from None
     return convert(key, value, owner)
 
 

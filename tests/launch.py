@@ -38,7 +38,7 @@ def last_step(text: str) -> int:
 
 def stopped_at(text: str) -> int:
     """The step at which a run says that it was stopped."""
-    return int(re.search(r"stopped at step ([\d,]+)", text)[1].replace(",", ""))
+    return int(re.search(r"stopped at step ([\d,]+), ", text)[1].replace(",", ""))
 
 
 # a model and a run of a second; every test states what it changes

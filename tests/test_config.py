@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import os
 import re
 
 import pytest
@@ -54,7 +53,7 @@ max_steps 5 batch_size=4 | max_steps 5: write max_steps=5\\nunknown key 'batch_s
 --compile_model --resume | --compile_model: write compile_model=true\\n--resume: write resume=latest
 tests | tests is no Python file
 README.md | README.md is no Python file
-nofile.py | in {os.getcwd()} or {ROOT}; a config file is Python that assigns keys, such as configs/demo.py
+nofile.py | in {ROOT}; a config file is Python that assigns keys, such as configs/demo.py
 configs/demo.py configs/test.py | expected one config file
 per_device_train_batch_size=1e9 | tokens at once are more than 2**24
 global_batch_size=1e9 | 1,000,000,000 sequences per step
@@ -63,7 +62,7 @@ skip_steps={5000 * "9"} | is no step or range of steps
 output_dir=gs://bucket/x | A bucket is named by bucket_name=
 logging_dir=a\x01b | a control character
 LEARNING_RAT=1 | unknown key 'LEARNING_RAT'; did you mean learning_rate
-max_steps=many | max_steps=many is not a int
+max_steps=many | max_steps=many is no int
 max_steps=1.5 | max_steps=1.5 is a float; max_steps wants int
 compile_model=yes | true or false
 learning_rate=nan | not a number

@@ -110,7 +110,7 @@ def test_bf16_in_several_files(checkpoint, tmp_path, monkeypatch, capsys):
     facts += ["held-out loss | 2.2500 nats per token", "It wrote, with nothing", "sequence_length=32", "vllm serve"]
     assert [fact for fact in facts if fact not in card.text] == []
     assert "out/" not in card.text and "_dir" not in card.text  # names of this machine are nobody's business
-    *_, read_back, last = capsys.readouterr().out.splitlines()
+    *_, read_back, _, last = capsys.readouterr().out.splitlines()
     assert read_back.endswith(", by the rounding to bf16")
     assert last == f"to publish it: hf upload USER/hf {tmp_path / 'hf'}"
     hub = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_none"}

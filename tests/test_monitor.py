@@ -218,7 +218,7 @@ def test_lines_fit_the_terminal():
     """At 80 columns: no line is longer, the plan's go on below their text, words stay whole, and so do commands."""
     long = plan(configs.load([])[0], 2, "a folder with a long name " * 4, "here")
     resume = f"resume    checkpoint-epoch0-step500-files0 (saved last), step 500\n{'':10}data: {'at x ' * 20}"
-    stopped = "stopped at step 101 1.4 s after the signal; resume=latest continues from checkpoint-epoch0-step1"
+    stopped = "stopped at step 101, 1.4 s after the signal; resume=latest continues from checkpoint-epoch0-step1"
     for text in (long, resume, stopped):
         shown = fitted(text, 80)
         assert max(map(len, shown.splitlines())) < 80 and shown.split() == text.split()

@@ -309,8 +309,8 @@ PROVOKED = [
     ("python sample.py --help", "python sample.py temprature=1", 2),
     ("python ckpt.py import * OUT", "python train.py init_from=exported/first output_dir=out/a logging_dir=logs/a", 2),
     ("python ckpt.py import * OUT", "python ckpt.py average exported/first exported/first OUT2", 2),
-    ("python data.py * *", "python train.py data_dir=data/none", 66),
-    ("python data.py * *", "python train.py configs/production.py data_dir=data/none2", 66),
+    ("python data.py demo *", "python train.py data_dir=data/none", 66),
+    ("python data.py tokenize TEXTS *", "python train.py configs/production.py data_dir=data/none2", 66),
     ("python data.py tokenize TEXTS SHARDS --tokenizer *", "python ckpt.py import exported/first OUT3", 0),
     (
         "python data.py tokenize SRC DST --tokenizer *",

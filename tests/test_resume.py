@@ -231,7 +231,7 @@ def test_an_evaluation_that_a_stop_meets_is_made_by_the_next_start(shards, tmp_p
     for _ in range(2):
         run = Run(args, 2, tmp_path / "stopped", config=STOP_IN_EVALUATION)
         assert run.wait() == [75, 75], run.text
-        assert "stopped at step 5 " in run.text and "eval_loss" not in run.text
+        assert "stopped at step 5, " in run.text and "eval_loss" not in run.text
     ends = [train(tmp_path / "stopped", *args, nproc=2).text.split("\n")[-5:] for _ in range(2)]
     assert any(line.startswith(f"done: {max_steps} steps") for line in ends[0]), ends
     assert any(line.startswith("nothing to do: ") for line in ends[1]), ends

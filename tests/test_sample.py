@@ -208,7 +208,7 @@ def test_mistakes(checkpoint, tmp_path, capsys):
     for args, code, words in [
         (["temprature=1"], 2, "unknown key 'temprature'; did you mean temperature"),
         (["temperature=-1"], 2, "must be at least 0"),
-        (["temperature=hot"], 2, "temperature=hot is not a float; its default is 0.8"),
+        (["temperature=hot"], 2, "temperature=hot is no float; its default is 0.8"),
         (["top_p=0"], 2, "above 0"),
         (["prompt"], 2, "no config file prompt"),
         (["dtype=int8"], 2, "none of auto, bf16, fp16, fp32"),

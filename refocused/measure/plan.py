@@ -193,7 +193,8 @@ def target(options: argparse.Namespace, cfg: Config, world: int, *links: Any) ->
             name, usable = machine.name, torch.cuda.get_device_properties(0).total_memory / GIB
     elif options.gpu:
         if (gpu := gpus.find(options.gpu)) is None:
-            raise ConfigError(f"--gpu {options.gpu!r} is none of {', '.join(GPUS)}")
+            near = configs.nearest(options.gpu, map(str.lower, GPUS))
+            raise ConfigError(f"--gpu {options.gpu!r} is none of {', '.join(GPUS)}{near}")
         name, usable, machine = options.gpu, gpu.found, Machine.of(options.gpu, gpu, *links)
     else:
         gpu = machine = None

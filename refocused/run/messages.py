@@ -60,7 +60,9 @@ def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> s
     shards, notes = dataset, [note]
     if not isinstance(dataset, str):
         epochs = cfg.max_steps * global_batch / dataset.num_samples
-        steps += f" = {epochs:.3g} epochs" + (f" ({epochs:.2%} of the data)" if epochs < 1 else "")
+        steps += f" = {f'{epochs:,.0f}' if epochs >= 100 else f'{epochs:.3g}'} epochs" + (
+            f" ({epochs:.2%} of the data)" if epochs < 1 else ""
+        )
         held = f"{dataset.num_eval_samples:,} windows" if dataset.num_eval_samples else "none"
         per_epoch = f"{count(dataset.num_tokens)} tokens per epoch"
         shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {per_epoch}, {held} held out"
@@ -146,7 +148,7 @@ def ending(
         Cause(NOT_IN_BUCKET, f"{newest or 'the run'} is not in the bucket: {missing}"): missing
         and f"ended at step {step:,}, saved in {cfg.output_dir}, but not in the bucket: {missing}",
         Cause(STOPPED, "a signal had asked for a stop"): stopped is not None
-        and f"stopped at step {step:,} {stopped:.1f} s after the signal; {goes_on}",
+        and f"stopped at step {step:,}, {stopped:.1f} s after the signal; {goes_on}",
     }
     if found := in_order(cause for cause, text in causes.items() if text):
         also = "".join(f"; also: {cause.message}" for cause in found[1:])
