@@ -66,10 +66,9 @@ def cache_folder(cfg: Config) -> Path:
 def chosen_shards(cfg: Config) -> list[str]:
     """Relative paths of the first max_files shards of cfg.data_dir, training and held-out ones together."""
     if not os.path.isdir(cfg.data_dir):
-        way = f"`{entry.here(f'python data.py tokenize TEXTS {cfg.data_dir}')}` makes it of your own text"
-        if cfg.tokenizer == "byte":
-            way = f"`{entry.here(f'python data.py demo {cfg.data_dir}')}` makes it, or {way}"
-        raise DataError(f"data_dir={cfg.data_dir} is no folder; {way}")
+        own = f"`{entry.here(f'python data.py tokenize TEXTS {cfg.data_dir}')}` makes it of your own text"
+        demo = f"`{entry.here(f'python data.py demo {cfg.data_dir}')}` makes it, or " * (cfg.tokenizer == "byte")
+        raise DataError(f"data_dir={cfg.data_dir} is no folder; {demo}{own}")
     caches = (cfg.cache_dir, cache_folder(cfg))  # unpacked copies inside data_dir are not read twice
     # sorted, so that "the first max_files" are the same ones on every node and after every restart
     paths = find_files(cfg.data_dir, cfg.tokenized_file_pattern, but=caches)

@@ -30,7 +30,7 @@ import data
 from configs import Config
 from refocused.checkpoint import tensors
 from refocused.run import exits, failures, guard, messages, optim, preflight, processes, strategy
-from refocused.run.devices import Readback, check_compiler
+from refocused.run.devices import Readback, check_compiler, precision_note
 from refocused.run.evaluate import evaluate, loss_is_finite
 from refocused.run.exits import DONE, STOPPED
 from refocused.run.logs import Logs, check_folder, log_error
@@ -92,8 +92,8 @@ def gradients(
 
 def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: data.Dataset, logs: Logs) -> str:
     """Log the plan and what the command line set. Returns the plan with every key that something set."""
-    where, busy = processes.describe(env, cfg), processes.busy_note(env.device, env.threads)
-    plan = messages.plan(cfg, env.world_size, dataset, where, busy)
+    notes = processes.busy_note(env.device, env.threads), precision_note(cfg, env.device)
+    plan = messages.plan(cfg, env.world_size, dataset, processes.describe(env, cfg), *notes)
     settings = f"{plan}\n{configs.show_changes(cfg, origins)}"
     logs.log("\n".join([plan, *(x for x in settings.splitlines() if "[command line]" in x)]), more=settings)
     return settings

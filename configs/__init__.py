@@ -152,10 +152,8 @@ class Config:
         """
         B, micro_step = self.per_device_train_batch_size, self.per_device_train_batch_size * world_size
         whole = self.global_batch_size or self.gradient_accumulation_steps * micro_step
-        way = "lower global_batch_size or gradient_accumulation_steps"
-        require(
-            whole <= MOST_SEQUENCES, f"{whole:,} sequences per step are more than 2**24 = {MOST_SEQUENCES:,}; {way}"
-        )
+        most = f"2**24 = {MOST_SEQUENCES:,}; lower global_batch_size or gradient_accumulation_steps"
+        require(whole <= MOST_SEQUENCES, f"{whole:,} sequences per step are more than {most}")
         product = f"per_device_train_batch_size * processes = {B} * {world_size} = {micro_step}"
         near = _multiples(whole, micro_step)
         require(whole % micro_step == 0, f"global_batch_size={whole} is not a multiple of {product}; nearest: {near}")
@@ -349,9 +347,9 @@ def _config_file(words: list[str]) -> tuple[Path, list[str]]:
             files.append(word)
             continue
         value = words.pop(0) if words and not words[0].startswith("-") and not words[0].endswith(".py") else ""
-        usual = "true" if types_of(Config).get(key) is bool else "latest" if key == "resume" else "VALUE"
         try:
             ours = theirs if (theirs := _theirs(key)) in KEYS else _known(key)
+            usual = "true" if types_of(Config)[ours] is bool else "latest" if ours == "resume" else "VALUE"
             mistakes.append(f"{word} {value}".strip() + f": write {ours}={value or usual}")
         except ConfigError as error:
             mistakes.append(str(error))

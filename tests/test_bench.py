@@ -47,8 +47,8 @@ MEDIUM = (
 @pytest.mark.parametrize("nproc, layout, accumulation", [(1, "ddp", 1), (2, "ddp", 2), (2, "fsdp", 2)])
 def test_plan_predicts_what_a_run_allocates(shards, tmp_path, nproc, layout, accumulation):
     """What the plan adds to what stays between steps, against the most that a real third step holds beyond that."""
-    # in fp32 on a CPU that has no instructions for bf16: there it takes 20 times as long
-    precision = [] if torch.cpu._is_avx512_bf16_supported() else ["mixed_precision=no"]
+    # in fp32 on a CPU that has no bf16 products: there it takes 20 times as long
+    precision = [] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["mixed_precision=no"]
     keys = [*MEDIUM, *precision, f"parallel={layout}", f"gradient_accumulation_steps={accumulation}", "max_steps=3"]
     keys += ["profile=3-3"]
     train(tmp_path, f"data_dir={shards}", *keys, nproc=nproc)

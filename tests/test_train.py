@@ -73,6 +73,8 @@ def test_tied_embeddings_and_bf16(shards, tmp_path):
         keys = [f"parallel={parallel}", f"mixed_precision={precision}"]
         run = train(tmp_path / f"{parallel} {precision}", *common, *keys, nproc=2)
         assert relative(exact, run.losses) < bound, run.text
+        emulated = precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert ("this CPU has no bf16 matrix products" in run.text) == emulated, run.text
 
 
 def test_learns_and_evaluates(shards, tmp_path):

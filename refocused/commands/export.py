@@ -92,9 +92,7 @@ def card(source: Source, dtype: str, out: Path, text: str) -> str:
         "tokens seen": f"{state['tokens']:,}" if "tokens" in state else None,
         "epochs": f"{at['epoch'] + at['epoch_fraction']:.3g}" if at else None,
         "held-out loss": f"{state['eval_loss']:.4f} nats per token" if state.get("eval_loss") else None,
-        "training loss": f"{state['loss']:.4f}, the mean of its last log line"
-        if isinstance(state.get("loss"), float)
-        else None,
+        "loss of the last log line": f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else None,
         "data fingerprint": source.trained_on,
         "weights": f"{dtype}, from fp32",
         "code": made.get("git_commit"),
@@ -236,6 +234,6 @@ def main(argv: list[str]) -> int:
             print(f"onnxruntime: logits differ by at most {difference:.1e}; in optimum load it with use_cache=False")
         rounding = f", by the rounding to {args.dtype}" * (dtype != torch.float32)
         print(f"read back: logits differ from the checkpoint's by at most {check(model, folder, dtype):.1e}{rounding}")
-    print(f"to publish: once `{here('pip install huggingface_hub')}` and `hf auth login`, then")
+    print(f"once: `{here('pip install huggingface_hub')}` and `hf auth login`")
     print(f"to publish it: hf upload USER/{args.out.name} {shlex.quote(str(args.out))}")
     return 0

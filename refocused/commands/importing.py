@@ -33,9 +33,11 @@ def read(place: str, config: str | None) -> Source:
             raise ConfigError(f"{place} has a config.json, which says what model it is; leave --config out")
         return huggingface.source(path)
     if not config or not path.is_dir():
-        what = "has no config.json: not a Hugging Face folder" if path.is_dir() else "is no folder"
-        way = here(f"hf download ORG/{path.name} --local-dir {shlex.quote(place)}")
-        raise CheckpointError(advice(place) or f"{place} {what}; a model of the hub comes by `{way}`")
+        why = f"{place} has no config.json: not a Hugging Face folder"
+        if not path.is_dir():
+            way = here(f"hf download ORG/{path.name} --local-dir {shlex.quote(place)}")
+            why = f"{place} is no folder; `{way}` makes one of a model on the hub"
+        raise CheckpointError(advice(place) or why)
     cfg, _ = configs.load([config])
     return Source(path, cfg, {}, tokenizers.find(cfg.tokenizer).end if cfg.tokenizer else None)
 

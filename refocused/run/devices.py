@@ -68,6 +68,14 @@ def check_precision(cfg: Config, device: torch.device) -> None:
         raise ConfigError("MPS runs one process: start train.py without torchrun")
 
 
+def precision_note(cfg: Config, device: torch.device) -> str:
+    """A note where a CPU would take bf16 apart into fp32 and back, number by number."""
+    bf16_on_cpu = device.type == "cpu" and cfg.mixed_precision == "bf16" and torch.backends.mkldnn.is_available()
+    if bf16_on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bf16 matrix products: mixed_precision=no is about ten times as fast"
+    return ""
+
+
 def check_compiler(cfg: Config, device: torch.device) -> None:
     """Raises ConfigError if a run that compiles lacks a compiler (C++ for a CPU, C for Triton on a GPU) or a folder."""
     if not cfg.compile_model or device.type == "mps":  # whose shaders need no compiler of this machine's

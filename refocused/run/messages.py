@@ -50,19 +50,18 @@ def fitted(text: str, columns: int) -> str:
     return "\n".join(lines)
 
 
-def plan(cfg: Config, world_size: int, dataset, where: str, note: str = "") -> str:
-    """The run in a few aligned lines. dataset: a data.Dataset, or the reason why there is none; note: of the machine."""
+def plan(cfg: Config, world_size: int, dataset, where: str, *of_machine: str) -> str:
+    """The run in a few aligned lines. dataset: a data.Dataset, or the reason why there is none; of_machine: notes."""
     parameters, body = neox.num_parameters(cfg)
     accumulation, global_batch = cfg.batch(world_size)
     tokens = global_batch * cfg.sequence_length
     product = f"{cfg.per_device_train_batch_size} x {accumulation} x {world_size} x {cfg.sequence_length}"
     steps = f"{cfg.max_steps:,} steps = {count(cfg.max_steps * tokens)} tokens"
-    shards, notes = dataset, [note]
+    shards, notes = dataset, [*of_machine]
     if not isinstance(dataset, str):
         epochs = cfg.max_steps * global_batch / dataset.num_samples
-        steps += f" = {f'{epochs:,.0f}' if epochs >= 100 else f'{epochs:.3g}'} epochs" + (
-            f" ({epochs:.2%} of the data)" if epochs < 1 else ""
-        )
+        shown = f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}"
+        steps += f" = {shown} epochs" + f" ({epochs:.2%} of the data)" * (epochs < 1)
         held = f"{dataset.num_eval_samples:,} windows" if dataset.num_eval_samples else "none"
         per_epoch = f"{count(dataset.num_tokens)} tokens per epoch"
         shards = f"{cfg.data_dir}: {len(dataset.shards):,} shards, {per_epoch}, {held} held out"
