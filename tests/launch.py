@@ -159,7 +159,13 @@ def _on_rank(function: Callable, args: tuple) -> int | None:
 
 def on_ranks(nproc: int, function: Callable, *args: object) -> None:
     """function(rank, *args) in each of nproc ranks that may form a process group; all of them end well."""
-    codes = join(start(nproc, free_port(), _on_rank, function, args))
+    ranks = start(nproc, free_port(), _on_rank, function, args)
+    try:  # the others of one that fails would wait for it
+        until(lambda: any(codes := [rank.exitcode for rank in ranks]) or None not in codes)
+    finally:
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
     assert codes == [0] * nproc, codes
 
 

@@ -112,9 +112,11 @@ def test_bytes_of_tokens(run, tmp_path):
         tokenizers.find(str(tmp_path)).byte_lengths()
 
 
-def test_refused(run, evaluate):
-    """Another model's keys, nothing held out, no such place: one sentence each."""
+def test_refused(run, two, evaluate):
+    """Another model's keys, nothing held out: one sentence each; and a note where a CPU has no bf16 products."""
     folder, _ = run
+    said = evaluate(folder / "hf", "eval_files=0", f"data_dir={two}", code=66)  # in bf16, as no run says otherwise
+    assert ("no bf16 matrix products" in said) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert "the model is the checkpoint's" in evaluate(folder / "out", "hidden_size=64", code=2)
     assert "eval_files=0 holds nothing out" in evaluate(folder / "out", "eval_files=0", code=66)
     assert np.isfinite(json.loads(evaluate(folder / "out", "eval_samples=1", "--json"))["loss"])

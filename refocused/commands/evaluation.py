@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
         source = processes.on_rank_0(huggingface.source if is_hf(Path(place)) else ckpt.find, place)
         cfg = dataclasses.replace(source.cfg, **values)
         devices.check_precision(cfg, env.device)
+        if env.main and (note := devices.precision_note(cfg, env.device)):
+            print(f"note: {note}", file=sys.stderr, flush=True)
         processes.on_each_node(env, data.unpack, cfg)
         dataset = data.open_dataset(cfg)
         if not dataset.num_eval_samples:
