@@ -125,7 +125,7 @@ class Folder:
 
 
 class Checkpoints:
-    """What a run saves, on disk and in the bucket. Collective, but for poll, news, newest and status."""
+    """What a run saves, on disk and in the bucket. Collective, but for after_step, poll, news, newest and status."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Checkpoints:
         here = processes.on_each_node(self.env, manifest.generation, cfg.output_dir)
         self._saver = saver = Saver(
             cfg.output_dir, async_save=cfg.saves_behind, save_total_limit=kept, keep_every=cfg.keep_every,
-            generation=max(there, *(n or 0 for n in here)), files=tokenizers.own_files(cfg),
+            generation=max(there, *(n or 0 for n in here)), more=tokenizers.own_files(cfg),
         )  # fmt: skip
         exits.at_leave.append(lambda code, _: saver.give_time(20 if code < 128 else 0))  # not at a second signal
         log(saver.reserve(tree))  # memory for the copies now, not at the first save, hours later
@@ -178,7 +178,7 @@ class Checkpoints:
         """
         # An update with a finite loss can ruin the weights, so a save becomes a checkpoint once after_step() has seen a
         # finite step with them. Where no step comes that could show it, loss_is_finite() is asked before: at the last
-        # save, at one that is waited for, and while the one before still waits.
+        # save, at one that is waited for, and where the save before is not confirmed yet.
         validated = last or not self.cfg.saves_behind or not self._saver.confirmed
         if validated and not loss_is_finite():  # a forward of its own: no later step shows it
             return None
@@ -219,7 +219,7 @@ class Checkpoints:
         return self._syncer.status if self._syncer else ""
 
     def close(self, log: Callable[[str], None]) -> tuple[str | None, str | None]:
-        """Wait for the last save and its upload; why the first failed, why the second is not in the bucket, or None."""
+        """Wait for the last save and its upload. (why the save failed, why it is not in the bucket), each None if well."""
         # the save first, as the upload is of what it writes
         failure, reason = self._saver.close(), None
         syncer, deadline = self._syncer, self.cfg.upload_deadline_seconds

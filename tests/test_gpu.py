@@ -32,16 +32,6 @@ def test_saves_where_memory_cannot_be_pinned(monkeypatch):
     host.free()  # what is not registered is not unregistered
 
 
-def test_runs_without_googles_packages():
-    """Nothing that trains needs google-cloud-storage; without the checksum's package there is a sentence."""
-    code = "import sys; sys.modules['google'] = None; import train, ckpt, data, sample, bench"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    code = "from importlib import util; find = util.find_spec; "
-    code += "util.find_spec = lambda name: name != 'google_crc32c' and find(name); import ckpt"
-    lacking = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert lacking.returncode == 2 and "has no google_crc32c; run " in lacking.stderr
-
-
 def check(*words: str) -> tuple[int, str]:
     """`make gpu-check` with these words more; (its exit code, what it says)."""
     command = [sys.executable, *"-m pytest -q -n 0 -p no:cacheprovider --timeout".split(), str(GUARD), *words]

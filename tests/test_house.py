@@ -163,6 +163,21 @@ def test_one_place_reads_the_launch_environment():
     assert found(LAUNCH).keys() <= {"refocused/run/environment.py"}
 
 
+def test_one_file_speaks_to_the_cloud():
+    """refocused/bucket/gcs.py, wherever the import stands."""
+    assert [*found(r"^\s*(import|from) google\b")] == ["refocused/bucket/gcs.py"]
+
+
+def test_runs_without_googles_packages():
+    """Nothing that trains needs google-cloud-storage; without the checksum's package there is a sentence."""
+    code = "import sys; sys.modules['google'] = None; import train, ckpt, data, sample, bench"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    code = "from importlib import util; find = util.find_spec; "
+    code += "util.find_spec = lambda name: name != 'google_crc32c' and find(name); import ckpt"
+    lacking = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert lacking.returncode == 2 and "has no google_crc32c; run " in lacking.stderr
+
+
 def test_nothing_runs_what_it_reads():
     """No pickle, eval, exec, shell, yaml or tar anywhere: data never becomes code. Config files are the exception."""
     [(file, lines)] = found(UNSAFE).items()

@@ -24,7 +24,7 @@ from refocused.checkpoint.manifest import MANIFEST, CheckpointError
 STREAMS = 4  # files at once; two to four streams of 16 MiB chunks do not disturb a training loop
 ORPHAN_SECONDS = 86400  # unfinished uploads older than this are nobody's
 # what a save puts below its random id: without a manifest that names it, only this is known to be ours
-PART = re.compile(r"([0-9a-f]{16})/(shard-\d+-\d+\.safetensors|state\.json|tokenizer(_config)?\.json)")
+UPLOADED = re.compile(r"([0-9a-f]{16})/(shard-\d+-\d+\.safetensors|state\.json|tokenizer(_config)?\.json)")
 STRANGE = "no save of this trainer wrote it"
 
 
@@ -96,7 +96,8 @@ class Place:
         found: dict[str, str] = {}
         for path, obj in objects.items():
             name, _, rest = path.partition("/")
-            if local.parse(name) and rest not in (MANIFEST, "") and not PART.fullmatch(rest) and obj.name not in ours:
+            own = rest in (MANIFEST, "") or UPLOADED.fullmatch(rest) or obj.name in ours
+            if local.parse(name) and not own:
                 found.setdefault(name, f"{self}/{path}")
         return found
 
@@ -239,7 +240,7 @@ def compare_bytes(place: Place, remote: Remote, objects: dict[str, gcs.Object]) 
 def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> list[str]:
     """Delete complete checkpoints that are not retained, damaged ones that are older, and old parts of broken uploads.
 
-    Of what is damaged, what may be newer than the newest complete one and what keep_every keeps go only if asked for.
+    Damaged ones that may be newer than the newest complete one, and those of keep_every, go only with damaged=True.
     What is not known to be ours stays. Returns a line for each thing that was done or left.
     """
     objects = place.objects()
@@ -267,7 +268,7 @@ def prune(place: Place, keep: int, keep_every: int, damaged: bool = False) -> li
     saves = {remote.name: remote.manifest["save_id"] for remote in remotes if remote.manifest}
     for path, obj in objects.items():
         name, _, rest = path.partition("/")
-        part = local.parse(name) and PART.fullmatch(rest)
+        part = local.parse(name) and UPLOADED.fullmatch(rest)
         unread = name not in saves and f"{name}/{MANIFEST}" in objects
         if part and not unread and part[1] != saves.get(name) and time.time() - obj.updated > ORPHAN_SECONDS:
             place.bucket.delete(obj.name, obj.generation)

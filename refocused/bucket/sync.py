@@ -35,10 +35,10 @@ class Incomplete(gcs.BucketError):
 class Syncer:
     """A thread that publishes each complete checkpoint of output_dir, the newest first, and prunes in both places.
 
-    It only looks at what is there, so it can be killed at any moment. It never raises into training: `status` says what
-    is waiting and what failed last. There is one per disk; only the leader, rank 0's, writes manifests and deletes in the
-    bucket. After each upload of the newest both places are pruned, so ckpt.Saver gets save_total_limit=0. A local
-    checkpoint is deleted only after a newer one is verified in the bucket. It must be there itself, unless
+    It only looks at what is there, so it can be killed at any moment. It never raises into training: `status` says what is
+    waiting and what failed last. There is one per disk; only the leader, rank 0's, writes manifests and deletes in the
+    bucket. After each upload of the newest both places are pruned, so ckpt.Checkpoints gives its Saver save_total_limit=0.
+    A local checkpoint is deleted only after a newer one is verified in the bucket. It must be there itself, unless
     bucket_total_limit would drop it. A refused delete is said once and is no failed upload.
     """
 
@@ -141,7 +141,7 @@ class Syncer:
             if self.leader:
                 self._take_over(place)
             self._place = place
-        # On one of several nodes whole is what this node has its part of.
+        # With a disk for each node, whole is a save whose files here have their sizes.
         readable = local.read_manifests(self.output_dir)[0]
         here = [m for m in readable if local.is_whole(self.output_dir / m["name"], m)]
         waiting = [m for m in here if m["save_id"] not in self._settled]

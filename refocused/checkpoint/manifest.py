@@ -19,7 +19,7 @@ FORMAT = 1  # of the directory; raise it when an older version could not read wh
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 SHARD = ".safetensors"
-PART = re.compile(r"\.(safetensors|json|distcp|metadata|bin|pt|pth)$")  # a reader might load it; else it is a note
+LOADABLE = re.compile(r"\.(safetensors|json|distcp|metadata|bin|pt|pth)$")  # a reader might load it; else it is a note
 
 
 class CheckpointError(ValueError):
@@ -157,7 +157,7 @@ def verify(path: str | os.PathLike, hashes: bool = True) -> dict[str, Any]:
             if file not in here:
                 raise CheckpointError(f"{path / file} is missing")
             if file not in files:
-                if PART.search(file):
+                if LOADABLE.search(file):
                     raise CheckpointError(f"{path / file} is an extra file that {MANIFEST} does not know")
             elif not stat.S_ISREG(here[file].st_mode):
                 raise CheckpointError(f"{path / file} is not a plain file")

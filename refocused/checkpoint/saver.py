@@ -26,14 +26,14 @@ FILES_AT_A_TIME = 4  # that a rank writes: with one, a core that hashes is slowe
 
 
 class Saver:
-    """Writes checkpoints behind training, at most one at a time. Every method but poll is collective.
+    """Writes checkpoints behind training, at most one at a time. Construction, save() and close() are collective.
 
     A save that fails, as one with values that are not finite does, leaves nothing under a final name: poll() tells why,
     on every rank. A save may wait, written but not committed, for confirm(): weights that an update has just ruined look
     like any others until a loss is computed with them. The copy is made beside forward and backward, which only read:
     before_update() comes before anything that changes the tensors.
 
-    generation: the highest of any save that the run knows of. files: what else every checkpoint holds, by name.
+    generation: the highest of any save that the run knows of. more: files that every checkpoint holds besides, by name.
     stall_seconds: for which the last save() held training up.
     """
 
@@ -45,12 +45,12 @@ class Saver:
         save_total_limit: int = 0,
         keep_every: int = 0,
         generation: int | None = None,
-        files: Mapping[str, bytes] | None = None,
+        more: Mapping[str, bytes] | None = None,
     ):
         self.output_dir = Path(output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)  # once: a folder that goes away in mid-run is not made again
         self.generation = manifest.generation(output_dir) if generation is None else generation
-        self.files = files or {}
+        self.more = more or {}
         self.async_save, self.save_total_limit, self.keep_every = async_save, save_total_limit, keep_every
         self.group = dist.new_group(backend="gloo")  # its own: a collective behind training must not meet training's
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -85,7 +85,7 @@ class Saver:
             self._host.begin(part)
         text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in state.items()) + "\n}\n"
         need = sum(t.nbytes for t in tree.values())
-        more = {manifest.STATE: text.encode(), **self.files}
+        more = {manifest.STATE: text.encode(), **self.more}
         self._saving = self._thread.submit(self._write, name, part, more, need)
         if not self.async_save:
             self.join()

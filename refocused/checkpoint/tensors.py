@@ -56,7 +56,7 @@ def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Tree:
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """What the first step would create, where it is not there yet; `moments`, where it has them, is their dtype."""
+    """What the first step would create, where it is not there yet, of the dtype `moments` of an optimizer that has it."""
     kind, dtype = type(optimizer).__name__, getattr(optimizer, "moments", None)  # None for the parameter's
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -19,7 +19,7 @@ NOT_FINITE = 65
 NO_DATA = 66  # or no checkpoint that can be loaded
 INTERNAL = 70  # a bug, lost peers, or a hang
 NOT_IN_BUCKET = 74  # the last checkpoint did not get there
-STOPPED = 75  # by a signal, and saved
+STOPPED = 75  # when asked to; all steps are saved
 CRASH_LOOP = 78
 
 FINAL = (MISTAKE, NOT_FINITE, NO_DATA, CRASH_LOOP)  # what no restart mends

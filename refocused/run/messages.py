@@ -138,7 +138,7 @@ def ending(
     """
     goes_on = f"resume=latest continues from {newest}" if newest else "there is no checkpoint"
     stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"
-    causes = {  # in the order of time; the text after a colon is the last line if that cause decides the code
+    causes = {  # in the order of time; a cause's value is the last line if it decides the code
         Cause(NOT_FINITE, "the last steps were not finite"): not_finite
         and f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
         f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above",

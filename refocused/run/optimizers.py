@@ -21,7 +21,7 @@ BUCKET_BYTES = 1 << 29  # of bf16 updates that travel at once: few collectives, 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon, to the bit, where each rank orthogonalises 1/W of the matrices.
 
-    Momentum is kept and saved as there: by every rank under DDP, by rows under FSDP2. A bucket of updates then takes one
+    Momentum is fp32, kept and saved as there: by every rank under DDP, by rows under FSDP2. A bucket of updates then takes one
     gather under DDP, and under FSDP2 an exchange that brings the rows of a matrix to its owner and one that takes them
     back. `apply` is a bool on the device that step() obeys: where it is false nothing changes, and no host waits for it.
     """

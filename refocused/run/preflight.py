@@ -151,7 +151,7 @@ def check_disk(cfg: Config, step: int) -> None:
 
 
 def check_room(cfg: Config, env: Env, step: int) -> None:
-    """Both, of a run from this step on; the same on every rank. Collective. Raises ConfigError."""
+    """check_memory and check_disk, of a run from this step on; the same on every rank. Collective. Raises ConfigError."""
     processes.on_each_node(env, check_memory, cfg, env)
     processes.on_rank_0(check_disk, cfg, step)
 
@@ -175,7 +175,7 @@ class CrashLoop(ValueError):
 class Starts:
     """Counts the starts in a row without a new step: on rank 0, in output_dir and, for the next machine, in the bucket.
 
-    Not counted: a start that ended well, or for a reason that its exit code names; one of another config or other code.
+    Not counted: a start that ended well, with 2 or 66, or by a signal; one of another config or other code.
     A checkpoint counts as progress, because a run that fell back repeats steps that were made before.
     """
 

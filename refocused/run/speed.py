@@ -78,7 +78,7 @@ def units(cfg: Config) -> tuple[float, float]:
 
     x, the residual stream, is fp32 under autocast, so it counts twice in half precision. `m` is inner / C.
     Forward: both norms read x and write one each (x + 2); rotary reads and writes q, k, v (6); attention's output is laid
-    out anew (2, as when these rates were measured: now q's layout spares it); the MLP's nonlinearity (2 m); the sum reads x
+    out anew (2: today's layout spares it, and the rates were fitted with it); the MLP's nonlinearity (2 m); the sum reads x
     and two branches and writes x (2 x + 2).
     Backward: the output's gradient laid out (2), and its bias and the MLP's second (2); nonlinearity (3 m); rotary (6)
     and the bias of qkv (3); each norm's gradient is read with x twice, for x and for its weights (4 + 2 x); x's own is

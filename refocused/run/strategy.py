@@ -1,4 +1,4 @@
-"""One process, DDP or FSDP2: how the model is wrapped, filled, compiled and stepped through. Nothing else asks which."""
+"""One process, DDP or FSDP2: how the model is wrapped, filled, compiled and stepped through."""
 
 import contextlib
 import functools

@@ -37,8 +37,8 @@ class Watchdog:
 
     Every step and every batch of an evaluation calls processes.max_over_ranks. If no call ends for
     max(watchdog_seconds, 20 median steps), the stacks of all threads go to stderr, then a line that names the missing
-    ranks, from the heartbeats in the store; then the process leaves. Before begin(), and in may_take_long(), that limit
-    holds only if a rank has fallen silent; otherwise it is `longest`.
+    ranks, from the heartbeats in the store; then the process leaves. Before begin() and in may_take_long()
+    the limit is `longest`, unless a rank has fallen silent.
 
     A collective that hangs fills a GPU's queue, and a launch into a full queue keeps the GIL (pytorch#109074), so that
     no thread here runs. With several ranks faulthandler, which needs no GIL, ends a process without heartbeats, with

@@ -19,7 +19,7 @@ from refocused.shards.notes import LEAST_OVERLAP, PAIRS, ROWS, overlap_of
 from refocused.shards.shard import BLOCK, INTEGERS, DataError, npy_header
 
 MASKS = ("|b1", *INTEGERS)
-RULE = 2  # by which rows become a stream: what was made by an older one is made again
+ROW_RULE = 2  # by which rows become a stream: what was made by an older one is made again
 FLAT = (".bin", ".npy")
 KINDS = (".npz", *FLAT)
 BIN_DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -54,7 +54,7 @@ def read_blocks(stream: IO[bytes], dtype: np.dtype, count: int, path: Path, mult
 class TokenFile:
     """A file of tokens in any of the formats, opened by its headers; its tokens are streamed block by block.
 
-    The bucket's own format is `input_ids` [rows, width] padded on the right, with `sequence_lengths` [rows] or
+    The trainer before this one wrote `input_ids` [rows, width] padded on the right, with `sequence_lengths` [rows] or
     `attention_mask` [rows, width] or both. docs/data.md has the rules by which rows become a stream. Raises DataError.
 
     end_of_text: None where no tokenizer is known; then nothing may be padded. overlap: how many tokens a row repeats of
@@ -229,8 +229,8 @@ class TokenFile:
     def note(self) -> dict[str, Any]:
         """What a shard made from this is recognised by."""
         named = {} if self.overlap is None else {"overlap": self.overlap}
-        made = {"source": self.identity, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text, "rule": RULE}
-        return made | named
+        made = {"source": self.identity, "vocab_size": self.vocab_size, "end_of_text": self.end_of_text}
+        return made | {"rule": ROW_RULE} | named
 
     def read(self, report: dict[str, Any]) -> Iterator[np.ndarray]:
         """All items, with padding, in blocks of whole rows. Raises DataError for a token that is no id."""

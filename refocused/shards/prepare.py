@@ -27,7 +27,7 @@ from refocused import arguments, files, locks
 from refocused.entry import here
 from refocused.shards import shard
 from refocused.shards.find import find_files, find_sources, local_path
-from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, RULE, TokenFile, zip_identity
+from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, ROW_RULE, TokenFile, zip_identity
 from refocused.shards.notes import shares
 from refocused.shards.shard import BLOCK, DataError, Shard, WriteError
 from refocused.shards.tokenizers import HELP, find
@@ -220,7 +220,7 @@ def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_
 def is_unpacked(source: Path, target: Path) -> bool:
     """Whether target was made from this source as it is now, by today's rule; by the zip directories alone."""
     note = read_note(target)
-    if note.get("rule") != RULE:
+    if note.get("rule") != ROW_RULE:
         return False
     with open(source, "rb") as file:
         return note["source"] == zip_identity(shard.zip_members(file, source))

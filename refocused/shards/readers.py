@@ -15,7 +15,7 @@ from typing import IO, Any
 from refocused.entry import here
 from refocused.shards.shard import DataError
 
-RULE = 3  # by which files become texts: an interrupted run by an older one is not gone on with
+TEXT_RULE = 3  # by which files become texts: an interrupted run by an older one is not gone on with
 PIECE = 1 << 20  # bytes of a .txt that are handled at once
 GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
 FIELD = "with field {}"  # what a field's lines are counted by

@@ -117,7 +117,7 @@ def tokenize(sources: Sources, target: Path, tokenizer: str, rules: Rules, shard
         settings = {
             "sources": hashlib.sha256(listed.encode()).hexdigest(),
             "tokenizer": known.identity, "fields": rules.fields, "split": rules.split, "shard_tokens": shard_tokens,
-            "on_error": "skip" if rules.skip_errors else "stop", "rule": readers.RULE,
+            "on_error": "skip" if rules.skip_errors else "stop", "rule": readers.TEXT_RULE,
         }  # fmt: skip
         totals, begin = finished(target, settings)
         cut = batches(sources, rules, begin, min(BATCH, shard_tokens))

@@ -26,7 +26,7 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # what mo
 LARGEST = 1 << 24  # of an id; there is no vocabulary of millions
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 OURS = "tokenizer_of_the_run"  # in the settings that are written: [name, SHA-256 of the tokenizer.json beside them]
-# what a file of other content than meant comes to
+# what can be raised by a file whose content is another than meant
 MALFORMED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
