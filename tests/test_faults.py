@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 
 import pytest
 from conftest import bad_shard, write_shards
@@ -59,10 +60,13 @@ processes.all_reduce = lambda value, *op: _real(value, *op) + (float("inf") if n
 
 def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     """The all-reduced losses of steps 6 to 8 are infinite, as after a fault of one GPU, then all is well: the save that
-    was due at 6 is made at 9, the next ones in time."""
-    keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", "max_steps=15"]
-    assert train(tmp_path, *keys, config=INFINITE).text.count("not applied") == 3
+    was due at 6 is made at 9, the next ones in time. A run goes on from it, whose last log line had a mean with them."""
+    keys = [f"data_dir={shards}", "save_steps=3", "save_total_limit=0", "max_steps=15", "logging_steps=4"]
+    text = train(tmp_path, *keys, config=INFINITE).text
+    assert text.count("not applied") == 3 and len(re.findall(r"Step \d+: loss=[\d.]+, lr=", text)) == 4
     assert saved(tmp_path) == [3, 9, 12, 15]
+    [ninth] = [name for name in selection.names(tmp_path / "out") if manifest.step_of(name) == 9]
+    assert "replayed 6 steps, 6 identical" in train(tmp_path, *keys, f"resume={ninth}").text
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -158,6 +158,4 @@ def bring(chosen: Choice, pull: Callable[[Choice], Any] | None = None) -> None:
 def read(path: Path, passed_over: list[tuple[str, str]]) -> Choice:
     """The checkpoint at a path, verified. Raises CheckpointError."""
     manifest, state = manifests.read(path)
-    if isinstance(loss := state.get("loss"), float) and not math.isfinite(loss):
-        raise CheckpointError(f"{path} was saved while the loss was not finite: nothing good can start from it")
     return Choice(path, state, passed_over, manifest["save_id"])

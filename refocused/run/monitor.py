@@ -248,7 +248,10 @@ class Monitor:
         self.logs.retry()
         if not self.state.recent_losses:  # every step was skipped
             return
-        loss = self.state.loss = math.fsum(self.state.recent_losses) / len(self.state.recent_losses)
+        applied = [
+            loss for loss in self.state.recent_losses if math.isfinite(loss)
+        ]  # the others have lines of their own
+        loss = self.state.loss = math.fsum(applied) / len(applied) if applied else math.nan
         self.state.recent_losses = []
         self.state.best_loss = min(self.state.best_loss, loss)
         now = time.perf_counter()
