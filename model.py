@@ -331,12 +331,6 @@ def initial_value(name: str, shape: torch.Size, cfg) -> torch.Tensor:
     return torch.empty(shape).normal_(0.0, cfg.initializer_range, generator=generator)
 
 
-@torch.no_grad()
-def init_weights(model: GPTNeoX) -> None:
-    for name, p in model.named_parameters():
-        p.copy_(initial_value(name, p.shape, model.cfg))
-
-
 def num_parameters(cfg) -> tuple[int, int]:
     """(all parameters, parameters without the input and output embeddings) of a config."""
     C, inner, V = cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size

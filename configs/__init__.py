@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -498,10 +497,6 @@ def parse(key: str, text: str, owner: type = Config) -> typing.Any:
         hint = f"{' (true or false)' * (kind is bool)}; its default is {getattr(owner, key)}"
         raise ConfigError(f"{key}={text:.80} is no {type_name(key, owner)}{hint}") from None
     return convert(key, value, owner)
-
-
-def to_json(cfg: Config) -> str:
-    return json.dumps(dataclasses.asdict(cfg), indent=1)
 
 
 def difference(old: dict[str, typing.Any], new: dict[str, typing.Any]) -> list[tuple[str, typing.Any, typing.Any]]:

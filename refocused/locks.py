@@ -41,7 +41,7 @@ class Lock:
     def __init__(self, path: Path, leader: str | None = None):
         self.path = Path(os.path.realpath(path.parent), path.name)  # once: a link on the way may be turned later
         self.me = f"{_machine()}, pid {os.getpid()}"
-        self.content = f"{self.me}\n{_began(os.getpid())} {secrets.token_hex(8)}\n".encode()
+        self.content = f"{self.me}\n{began(os.getpid())} {secrets.token_hex(8)}\n".encode()
         self.fd = os.open(self.path, FLAGS, 0o666)
         try:
             self.kernel = self._ask_kernel()
@@ -78,11 +78,11 @@ class Lock:
     def _lives(self, owner: str, rest: str) -> bool:
         """Whether the owner is another process of this machine, or container, that still runs."""
         machine, _, pid = owner.rpartition(", pid ")
-        began = rest.partition(" ")[0]
+        since = rest.partition(" ")[0]
         if machine and machine != _machine():
             text = f"{self.path.parent} was last used by {owner}; nothing here can tell whether it runs"
             files.name_once(self.path, text)
-        return machine == _machine() and pid != str(os.getpid()) and began != "" and _began(pid) == began
+        return machine == _machine() and pid != str(os.getpid()) and since != "" and began(pid) == since
 
     def intact(self) -> bool:
         """Whether the file still says what this lock wrote; one that cannot be read at the moment does."""
@@ -107,10 +107,10 @@ def _machine() -> str:
     return f"host {socket.gethostname()} ({zlib.crc32(known.encode()):08x})"
 
 
-def _began(pid: int | str) -> str:
+def began(pid: int | str) -> str:
     """When a process of this machine began, in the kernel's ticks; "" where there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 

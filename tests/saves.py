@@ -47,7 +47,7 @@ if __name__ == "__main__":
 
     folder, prefix, count, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     syncer = sync.Syncer(config(folder, prefix, bucket_total_limit=2, save_total_limit=2))
-    last = max((manifest.parse(name).step for name in selection.names(folder)), default=0)
+    last = max((manifest.step_of(name) for name in selection.names(folder)), default=0)
     for i in range(count):
         save(folder, last + 10 * (i + 1), size)
         syncer.flush(30)

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import configs
 import model as neox
+from refocused import entry
 from refocused.measure import steps
 from refocused.run import gpus, memory, processes, strategy
+from refocused.run.strategy import materialise
 
 
 def test_plan_of_production():
@@ -92,8 +94,9 @@ def test_contender_that_dies(tmp_path):
     contender = steps.start("floor", tmp_path, toy)
     assert contender.turn(1)["seconds"] > 0
     contender.processes[0].kill()
-    with pytest.raises(steps.ContenderError, match=r"floor ended early with \[-9\]; -9 is a kill, most often"):
+    with pytest.raises(steps.MeasureError, match=r"floor ended early with \[-9\]; -9 is a kill, most often") as died:
         contender.turn(1)
+    assert entry.explain(died.value) == (1, f"error: {died.value}"), "a bug, by its exit code and words"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -104,7 +107,7 @@ def test_recomputation_changes_nothing(dropout):
 
     def gradients(kind: str) -> list[torch.Tensor]:
         model = neox.GPTNeoX(dataclasses.replace(base, activation_checkpointing=kind))
-        neox.init_weights(model)
+        materialise(model, 1)
         torch.manual_seed(1)
         loss = model(x, x)
         loss.backward()

@@ -521,7 +521,7 @@ def test_full_disk(alone, tmp_path):
 def test_retention(alone, tmp_path):
     """Which checkpoints remain after each save, with a limit of 2, every 4th step kept, damage and a step back."""
     settings = {"save_total_limit": 2, "keep_every": 4}
-    left = lambda: sorted(manifest.parse(n).step for n in selection.names(tmp_path))  # noqa: E731
+    left = lambda: sorted(manifest.step_of(n) for n in selection.names(tmp_path))  # noqa: E731
     for step in range(1, 8):
         save(tmp_path, step, **settings)
     assert left() == [4, 6, 7]

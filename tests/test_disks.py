@@ -98,7 +98,7 @@ def test_a_second_run(odd, tmp_path, lacks):
     # this process lives: its pid in another container, which has the same host name, says nothing here
     container = locks._machine()[:-9] + "00000000)"
     for owner in ("host elsewhere, pid 1", f"{container}, pid {os.getpid()}"):
-        (tmp_path / ".lock").write_text(f"{owner}\n{locks._began(os.getpid())} 00\n")
+        (tmp_path / ".lock").write_text(f"{owner}\n{locks.began(os.getpid())} 00\n")
         out, said = start().communicate()
         assert out == "has it\n" and (f"was last used by {owner}" in said) == bool(lacks)
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_read_for_a_moment_stays(odd, shards, tmp_path):
     env = odd("eio", tmp_path) | {"ODD_EIO": f"/{manifest.name(0, 6, 0)}/"}
     keys = [*TINY, f"data_dir={shards}", f"output_dir={tmp_path}/out", f"logging_dir={tmp_path}/logs", "save_steps=2"]
     run(["train.py", "configs/demo.py", *keys, "save_total_limit=2", "max_steps=6"], env)
-    kept = {manifest.parse(n).step for n in selection.names(tmp_path / "out")}
+    kept = {manifest.step_of(n) for n in selection.names(tmp_path / "out")}
     assert {4, 6} <= kept, kept
 
 

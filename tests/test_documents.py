@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 import configs
 import model as neox
 from data import Dataset, window_shift
+from refocused.run.strategy import materialise
 from refocused.shards.tokenizers import separator
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
@@ -39,7 +40,7 @@ def packed(lengths: list[int]) -> tuple[torch.Tensor, list[slice]]:
 def build(in_pieces: bool) -> neox.GPTNeoX:
     torch.manual_seed(0)
     model = neox.GPTNeoX(SMALL, END)
-    neox.init_weights(model)
+    materialise(model, 1)
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.1)
     for block in model.layers:

@@ -232,7 +232,7 @@ def test_copies_of_the_model_that_differ_are_not_saved(faulty, tmp_path, nproc, 
     run = faulty("save_steps=3", *layout, nproc=nproc, **{f"FAULT{nproc - 1}": "flip"})
     who = r"rank 1 has .*\(or rank 0 has\)" if nproc == 2 else r"ranks? [13]"
     assert run.wait() == [70] * nproc and re.search(rf"error: at step 6 {who}", run.text), run.text
-    assert [manifest.parse(name).step for name in selection.names(tmp_path / "out")] == [3]
+    assert [manifest.step_of(name) for name in selection.names(tmp_path / "out")] == [3]
 
 
 def test_starts_that_come_to_nothing_are_counted(faulty, tmp_path, shards):

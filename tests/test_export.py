@@ -25,11 +25,12 @@ import configs
 import data
 import sample
 from configs import Config, ConfigError
-from model import GPTNeoX, init_weights
+from model import GPTNeoX
 from refocused.checkpoint import huggingface, manifest, tensors
 from refocused.checkpoint.manifest import CheckpointError
 from refocused.checkpoint.weights import load as load_model
 from refocused.commands import average, export, importing
+from refocused.run.strategy import materialise
 from refocused.shards import spelling, tokenizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -43,7 +44,7 @@ CFG = Config(
 def save(folder: Path, cfg: Config, step: int = 7) -> Path:
     """A checkpoint as train.py leaves it, of the initial weights, with the optimizer's tensors."""
     model = GPTNeoX(cfg)
-    init_weights(model)
+    materialise(model, 1)
     tree = tensors.state_tree(model, torch.optim.AdamW(model.parameters(), fused=True))
     data = {"fingerprint": "f00d", "position": {"epoch": 2, "epoch_fraction": 0.25}}
     state = {"step": step, "tokens": step * 1000, "loss": 2.5, "eval_loss": 2.25}
@@ -289,7 +290,7 @@ def test_import(way, tmp_path, capsys):
 def test_import_what_accelerate_saved(tmp_path, capsys):
     """The folder of its save_state: a config file says what model it is, the message what does not come along, and the
     command that is printed trains it with that file."""
-    init_weights(model := GPTNeoX(CFG).eval())
+    materialise(model := GPTNeoX(CFG).eval(), 1)
     keys = (*huggingface.MODEL_KEYS, "sequence_length", "tokenizer")
     (tmp_path / "old.py").write_text("".join(f"{key} = {getattr(CFG, key)!r}\n" for key in keys))
     (folder := tmp_path / "state").mkdir()

@@ -145,7 +145,7 @@ SHARDS = st.sampled_from([
 ]).flatmap(mutated_bytes)  # fmt: skip
 STATE = {
     "step": 10, "samples_seen": 40, "tokens": 1280, "global_batch": 4, "best_loss": 2.0, "loss": 2.5, "eval_loss": None,
-    "recent_losses": [2.5], "scaler": {}, "spike_window": None, "config": json.loads(configs.to_json(configs.Config())),
+    "recent_losses": [2.5], "scaler": {}, "spike_window": None, "config": vars(configs.Config()),
     "data": {"fingerprint": "00", "manifest": [{"path": "a", "tokens": 1, "dtype": "uint16", "crc32": 1}], "position": {}},
     "run": {"git_commit": None, "torch": "2", "python": "3", "device": "cpu", "world_size": 1},
 }  # fmt: skip

@@ -21,6 +21,7 @@ import model as neox
 from configs import Config
 from refocused.checkpoint import huggingface
 from refocused.run import memory
+from refocused.run.strategy import materialise
 
 SMALL = Config(
     vocab_size=101, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
@@ -31,7 +32,7 @@ SMALL = Config(
 def pair(cfg: Config) -> tuple[neox.GPTNeoX, transformers.GPTNeoXForCausalLM]:
     """Ours and theirs, built from our config.json, with the same weights by a rename."""
     ours = neox.GPTNeoX(cfg)
-    neox.init_weights(ours)
+    materialise(ours, 1)
     with torch.no_grad():  # biases and norms too, so that none is where it could hide an error
         for p in ours.parameters():
             p.add_(torch.randn_like(p) * 0.05)
@@ -133,9 +134,9 @@ def test_counts_and_flops():
 def test_initial_weights():
     """A parameter's first value depends on (seed, name) alone: not on order, other parameters or the seed of torch."""
     a, b = neox.GPTNeoX(SMALL), neox.GPTNeoX(dataclasses.replace(SMALL, num_hidden_layers=2))
-    neox.init_weights(a)
+    materialise(a, 1)
     torch.manual_seed(123)
-    neox.init_weights(b)
+    materialise(b, 1)
     for (name, p), q in zip(b.named_parameters(), map(a.get_parameter, dict(b.named_parameters())), strict=True):
         assert torch.equal(p, q), name
     assert a.embed_in.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -57,7 +57,7 @@ def trace(folder: Path) -> list[dict]:
 def forget(folder: Path, after: int) -> None:
     """Delete the checkpoints beyond a step, as if a kill had come before them."""
     for name in selection.names(folder / "out"):
-        if manifest.parse(name).step > after:
+        if manifest.step_of(name) > after:
             shutil.rmtree(folder / "out" / name)
 
 
@@ -160,7 +160,7 @@ def test_replay_is_proven(shards, tmp_path):
     refused = train(tmp_path, *args, code=2).text
     assert f"pid {run.ranks[0].pid}" in refused and os.uname().nodename in refused
     run.kill()
-    again = len(steps(tmp_path)) - manifest.parse(newest(tmp_path).name).step
+    again = len(steps(tmp_path)) - manifest.step_of(newest(tmp_path).name)
     assert again > 0
     with (tmp_path / "logs" / "trace.jsonl").open("a") as file:
         file.write('{"step": 99, "loss"')
@@ -199,7 +199,7 @@ def test_a_signal_on_one_rank_stops_all_and_loses_nothing(shards, tmp_path, numb
     run.signal(number, rank=1)
     assert run.wait() == [75, 75], run.text
     stopped = stopped_at(run.text)
-    assert manifest.parse(newest(tmp_path / "stopped").name).step == stopped < 150
+    assert manifest.step_of(newest(tmp_path / "stopped").name) == stopped < 150
     resumed = Run(args, 2, tmp_path / "stopped")
     resumed.wait_for(rf"Step {stopped + 2}: loss")
     resumed.kill()
@@ -259,7 +259,7 @@ def test_a_closed_terminal_saves(shards, tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
     stopped = stopped_at(log.read_text())
-    assert manifest.parse(newest(tmp_path).name).step == stopped
+    assert manifest.step_of(newest(tmp_path).name) == stopped
 
 
 def test_sigterm_while_compiling(shards, tmp_path):
@@ -345,4 +345,4 @@ def test_saves_that_take_longer_than_save_seconds(shards, tmp_path, server):
     keys = ["max_steps=600", "save_seconds=1e-9", "save_total_limit=0", "bucket_total_limit=2"]
     train(tmp_path, f"data_dir={shards}", *keys, *BUCKET, env={"STORAGE_EMULATOR_HOST": server.url})
     saved = [line["step"] for line in trace(tmp_path) if line.get("event") == "checkpoint"]
-    assert sorted(manifest.parse(name).step for name in server.commits) == saved and len(saved) > 1
+    assert sorted(manifest.step_of(name) for name in server.commits) == saved and len(saved) > 1

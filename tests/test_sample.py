@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import sample
 from configs import Config, ConfigError
-from model import GPTNeoX, init_weights
+from model import GPTNeoX
 from refocused.bucket import remote
 from refocused.checkpoint import huggingface
 from refocused.run import generation
 from refocused.run.generation import Options
+from refocused.run.strategy import materialise
 from refocused.shards import spelling, tokenizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -29,7 +30,7 @@ PROMPTS = [[100, 101, 102, 32], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 @pytest.fixture(scope="module")
 def model():
     model = GPTNeoX(CFG).eval()
-    init_weights(model)
+    materialise(model, 1)
     return model
 
 
@@ -53,7 +54,7 @@ def test_greedy_equals_transformers(keys, tmp_path):
     """Greedy tokens of three prompts of other lengths, alone and as one batch, equal transformers.generate's."""
     cfg = Config(**{**CFG.__dict__, **keys})
     model = GPTNeoX(cfg).eval()
-    init_weights(model)
+    materialise(model, 1)
     huggingface.write_configs(cfg, 256, tmp_path, torch.float32)
     huggingface.write_weights(model, tmp_path, torch.float32)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -199,7 +200,7 @@ def test_numbers_near_zero_and_a_full_window(checkpoint, capsys):
 
 def test_mistakes(checkpoint, tmp_path, capsys):
     """Exit code and the words that say what is wrong."""
-    init_weights(broken := GPTNeoX(CFG))
+    materialise(broken := GPTNeoX(CFG), 1)
     broken.final_layer_norm.weight.data[3] = torch.nan
     huggingface.write_configs(CFG, 256, tmp_path, torch.float32)
     huggingface.write_weights(broken, tmp_path, torch.float32)

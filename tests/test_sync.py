@@ -33,7 +33,7 @@ def steps(place) -> list[int]:
 
 
 def local_steps(folder: Path) -> list[int]:
-    return [manifest.parse(name).step for name in selection.names(folder)]
+    return [manifest.step_of(name) for name in selection.names(folder)]
 
 
 def find(cfg) -> selection.Choice | None:

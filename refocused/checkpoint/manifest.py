@@ -11,7 +11,7 @@ import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from refocused.files import digest, why
 
@@ -29,27 +29,18 @@ class CheckpointError(ValueError):
     same_on_all_ranks = True  # so one of them says it
 
 
-class Name(NamedTuple):
-    epoch: int
-    step: int
-    files: int
-
-
 def name(epoch: int, step: int, files: int) -> str:
     """F counts the files' worth of data consumed in this epoch."""
     return f"checkpoint-epoch{epoch}-step{step}-files{files}"
 
 
-def parse(text: str) -> Name | None:
-    """The numbers in a checkpoint's name, or None if it is no such name."""
-    match = re.fullmatch(r"checkpoint-epoch(\d+)-step(\d+)-files(\d+)", text, re.ASCII)
-    return Name(*map(int, match.groups())) if match else None
+parse = re.compile(r"checkpoint-epoch\d+-step(\d+)-files\d+", re.ASCII).fullmatch  # None if it is no such name
 
 
 def step_of(text: str) -> int:
     found = parse(text)
     assert found is not None, text
-    return found.step
+    return int(found[1])
 
 
 def read_manifests(output_dir: str | os.PathLike) -> tuple[list[dict[str, Any]], list[str]]:
@@ -129,7 +120,7 @@ def _wrong(manifest: Any) -> str:
         if not all(map(whole, numbers)) or not re.fullmatch(r"[0-9a-f]{8,64}", manifest["save_id"]):
             return f"save_id={manifest['save_id']!s:.80} and step, generation and time {numbers!s:.80}"
         found = parse(manifest["name"])
-        if STATE not in manifest["files"] or not found or found.step != manifest["step"]:
+        if STATE not in manifest["files"] or not found or int(found[1]) != manifest["step"]:
             return f"name={manifest['name'][:80]}, step={manifest['step']} and files {[*manifest['files']]!s:.80}"
     except (LookupError, TypeError, AttributeError) as error:
         return f"no {error}"

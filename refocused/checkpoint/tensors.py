@@ -41,9 +41,7 @@ def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Tree:
     `model.<parameter>` and `optim.<slot>.<parameter>`, without the prefixes of DDP and torch.compile; a tied parameter
     comes once, a frozen one has no optimizer state. State that the first step would create is created here.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation some parameters are still whole
+    reshard(model)
     keys: dict[Tensor, str] = {
         p: key.replace("_orig_mod.", "").removeprefix("module.") for key, p in model.named_parameters()
     }
@@ -53,6 +51,13 @@ def state_tree(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Tree:
         for p, slots in optimizer.state.items():
             tree |= {f"optim.{slot}.{keys[p]}": value for slot, value in slots.items()}
     return tree
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP2 keeps whole after a forward without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -14,7 +14,9 @@ from refocused import entry
 from refocused.run import gpus, hardware, processes, speed
 
 
-class CalibrationError(ValueError):
+class MeasureError(ValueError):
+    """A process that is measured has ended early."""
+
     exit_code = 1
 
 
@@ -34,17 +36,17 @@ def measure_rank(nbytes: int = 1 << 26) -> None:
 
 
 def measured(world: int) -> dict[str, Any]:
-    """The rates of `world` processes on this machine, and the device's name. Raises CalibrationError."""
+    """The rates of `world` processes on this machine, and the device's name. Raises MeasureError."""
     launch = ["-m", "refocused.run.launch", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     command = [sys.executable, *launch, "-m", "refocused.measure.calibrate", "--rates"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(entry.ROOT)})
     if done.returncode:
-        raise CalibrationError(f"a process of the calibration failed: {done.stderr.strip()[-1000:]}")
+        raise MeasureError(f"a process of the calibration failed: {done.stderr.strip()[-1000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine(world: int) -> speed.Machine:
-    """This machine as the plan wants it. Raises CalibrationError."""
+    """This machine as the plan wants it. Raises MeasureError."""
     found = measured(world)
     gpu, link = gpus.find(found["name"]), 1e9 * found.get("all-reduce", 1e3)
     return speed.Machine(
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> int:
     if count > 1:
         try:
             first += f", all-reduce {measured(count)['all-reduce']:.3g} GB/s"
-        except CalibrationError as error:
+        except MeasureError as error:
             complaints.append(f"the all-reduce between the GPUs could not be measured: {error}")
     print(f"{first} ({name})", *complaints, sep="\n")
     return 0

@@ -22,6 +22,7 @@ import model as neox
 from configs import Config, ConfigError
 from refocused import entry
 from refocused.arguments import parse_with_settings, positive
+from refocused.measure.calibrate import MeasureError
 from refocused.run import environment, gpus
 from refocused.run.preflight import git
 
@@ -47,10 +48,6 @@ NAMES = {
 }
 
 
-class ContenderError(RuntimeError):
-    exit_code = 1
-
-
 @dataclasses.dataclass
 class Contender:
     """A contender's processes, all waiting for their turn but one."""
@@ -69,7 +66,7 @@ class Contender:
                 process.stdin.flush()
             lines = [process.stdout.readline() for process in self.processes if process.stdout]
         if not (lines and all(lines)):
-            raise ContenderError(self.last_words())
+            raise MeasureError(self.last_words())
         reports = [json.loads(line) for line in lines]
         return {key: max(report[key] for report in reports) for key in reports[0]}
 
@@ -156,14 +153,14 @@ def table(size: str, cfg: Config, rows: dict[str, dict]) -> str:
         "| | tokens/s | of the Transformers design | of the floor | peak memory, GiB | first step, s | spread | MFU |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    peak = gpus.peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    gpu = gpus.find(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     spreads = []
     for name, row in rows.items():
         kind, _, rest = name.partition("-")
         shares = [f"{row['rate'] / rows[k]['rate']:.2f}" if k in rows else "n/a" for k in ("transformers", "floor")]
         costs = ["", ""] if kind == "floor" else [f"{row['memory'] / 2**30:.2f}", f"{row['first']:.0f}"]
         world = int(rest.rpartition("-")[2] or 1)
-        mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world / peak:.1%}" if peak else "n/a"
+        mfu = f"{row['rate'] * neox.flops_per_token(cfg) / world / gpu.peak:.1%}" if gpu else "n/a"
         spreads.append((max(row["seconds"]) - min(row["seconds"])) / statistics.median(row["seconds"]))
         label = NAMES[kind] + (f" ({rest.replace('-', ' on ')} processes)" if rest else "")
         lines.append(

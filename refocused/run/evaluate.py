@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from configs import Config
+from refocused.checkpoint import tensors
 from refocused.run import processes, strategy
 from refocused.run.signals import StopSignal
 from refocused.shards.shard import DataError
@@ -69,7 +70,7 @@ def evaluate(
         if stopped := stop is not None and any(processes.max_over_ranks(stop.since > 0)):
             break
     model.train()
-    strategy.reshard(model)
+    tensors.reshard(model)
     counts = torch.tensor([tokens, size], device=env.device, dtype=loss.dtype)
     return None if stopped else Score(*processes.all_reduce(torch.cat((loss, counts))).tolist())
 
@@ -79,5 +80,5 @@ def loss_is_finite(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, cfg
     """Whether the weights give a finite loss on x, y (B, T) of every rank. Only then may they be saved."""
     with strategy.eager(cfg), strategy.autocast(cfg, env):  # no time to compile a forward alone
         loss = model(x.to(env.device), y.to(env.device))
-    strategy.reshard(model)
+    tensors.reshard(model)
     return bool(processes.all_reduce(loss.detach().clone()).isfinite())

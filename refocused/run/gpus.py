@@ -71,12 +71,6 @@ def find(name: str) -> GPU | None:
     return next((GPUS[key] for key, own in fits.items() if words >= own and not (words - own) & OTHERS), None)
 
 
-def peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name, None where unknown: an invented peak would be an invented MFU."""
-    gpu = find(name)
-    return gpu and gpu.peak
-
-
 def usable(sold: float) -> float:
     """GiB that torch finds on a card, by the GB that it is sold with; 2 percent less for a card that is not in the table."""
     return next((gpu.found for gpu in GPUS.values() if gpu.sold == sold), 0.98 * sold)

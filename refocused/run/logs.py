@@ -143,12 +143,6 @@ class Logs:
         self.files.append(File(self, self.folder / name))
         return self.files[-1]
 
-    def replace(self, name: str, content: bytes) -> None:
-        """A whole file, in the place of what has the name."""
-        file = File(self, self.folder / name, os.O_TRUNC)
-        file.write(content)
-        file.close()
-
     def retry(self) -> None:
         """At every log line: try again what failed, and make anew what was removed or moved away meanwhile."""
         if not self.main:
@@ -180,8 +174,8 @@ class Logs:
 class File:
     """A file that grows by whole writes, each of which reaches the kernel at once: a SIGKILL loses none."""
 
-    def __init__(self, logs: Logs, path: Path, flags: int = os.O_APPEND):
-        self.logs, self.path, self.flags = logs, path, flags
+    def __init__(self, logs: Logs, path: Path):
+        self.logs, self.path = logs, path
         self.fd, self.shut = -1, False  # shut: it failed and was not tried again yet
 
     def write(self, data: bytes) -> None:
@@ -191,7 +185,7 @@ class File:
         try:
             if self.fd < 0:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.fd = os.open(self.path, PLAIN | self.flags, 0o666)
+                self.fd = os.open(self.path, PLAIN | os.O_APPEND, 0o666)
             end = os.fstat(self.fd).st_size
             try:
                 left = memoryview(data)

@@ -102,8 +102,7 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
     reason = "what was saved last and is complete" if cfg.resume == "latest" else "as asked"
     lines = [f"resume    {choice.path.name} ({reason}), step {state['step']:,} of {cfg.max_steps:,}"]
     lines += [f"          passed over {name}: {why}" for name, why in choice.passed_over]
-    there = ((n, manifest.parse(n)) for n in selection.names(cfg.output_dir))
-    ahead = [n for n, parsed in there if parsed and parsed.step > state["step"]]
+    ahead = [n for n in selection.names(cfg.output_dir) if manifest.step_of(n) > state["step"]]
     if ahead and cfg.resume != "latest":
         then = "once this run has saved; resume=latest then goes on here"
         lines.append(f"          {ahead[0]} is ahead of it: abandoned, {then}")

@@ -1,5 +1,6 @@
 """What a run reports as it goes: the log lines, the curves, and the figures of the trace."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from tqdm import tqdm
 import configs
 import model as neox
 from configs import Config
+from refocused import files
 from refocused.checkpoint import manifest
 from refocused.checkpoint.selection import Choice
 from refocused.run import devices, gpus, processes, strategy
@@ -94,7 +96,8 @@ class Monitor:
         self.max_steps, self.logging_seconds = cfg.max_steps, cfg.logging_seconds
         self.averages = bool(cfg.logging_steps or cfg.logging_seconds)
         self.samples = cfg.sample_tokens and cfg.parallel != "fsdp"  # where rank 0 has the whole model
-        self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpus.peak_flops(env.device_name)
+        gpu = gpus.find(env.device_name)
+        self.flops_per_token, self.peak = neox.flops_per_token(cfg), gpu and gpu.peak
         self.norm, self.stall, self.retries = math.nan, 0.0, 0
         self.unwritten: tuple[int, dict[str, float], np.ndarray, dict[str, Any]] | None = None  # a step's line
         self.first = self.at = state.step  # where this run began, and the last step that it knows of
@@ -119,11 +122,12 @@ class Monitor:
         self.spent |= {"startup_seconds": age - compile_seconds, "compile_seconds": compile_seconds}
         self.clock()
         self.expected: float | None = None  # seconds of a step, of a GPU in the table
-        if self.peak:
-            from refocused.run import speed
+        if gpu:
+            from refocused.run.speed import Machine, step
 
-            self.expected = speed.expected(cfg, env.world_size, env.local_world_size, env.device_name)
-            tokens = self.tokens_per_step / (self.expected or math.inf)
+            machine = Machine.of(env.device_name, gpu, node=env.local_world_size)
+            self.expected = step(cfg, env.world_size, machine).seconds
+            tokens = self.tokens_per_step / self.expected
             mfu = f"MFU {self.mfu(tokens) or 0:.1%}"
             self.log(f"expects   {self.expected:.3g} s per step, {count(tokens)} tok/s, {mfu}")
 
@@ -196,7 +200,8 @@ class Monitor:
             name, windows = f"bad-step-{step}.json", locate(ids)
             report: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(self.norm), "verdict": status}
             report["windows"] = [{"shard": shard, "offset": offset} for shard, offset in windows]
-            self.logs.replace(name, json.dumps(report, indent=1).encode())
+            with contextlib.suppress(OSError):  # the next line of the log will tell
+                files.write(self.logs.folder / name, json.dumps(report, indent=1).encode())
             first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
             read = f"Read {first}, ...; all windows in {self.logs.folder / name}"
             self.log(f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. {read}")
@@ -248,10 +253,8 @@ class Monitor:
         self.logs.retry()
         if not self.state.recent_losses:  # every step was skipped
             return
-        applied = [
-            loss for loss in self.state.recent_losses if math.isfinite(loss)
-        ]  # the others have lines of their own
-        loss = self.state.loss = math.fsum(applied) / len(applied) if applied else math.nan
+        finite = [x for x in self.state.recent_losses if math.isfinite(x)]  # the others have lines of their own
+        loss = self.state.loss = math.fsum(finite) / len(finite) if finite else math.nan
         self.state.recent_losses = []
         self.state.best_loss = min(self.state.best_loss, loss)
         now = time.perf_counter()

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-import configs
-from configs import KEYS, MODEL, OPTIMIZER, Config, ConfigError, check_same_model
+from configs import MODEL, OPTIMIZER, Config, ConfigError, check_same_model
 from model import num_parameters
 from refocused import files
 from refocused.checkpoint import manifest
@@ -80,8 +79,7 @@ def check_same_run(state: dict[str, Any], cfg: Config, global_batch: int) -> Non
     """Raise ConfigError unless model, optimizer and, if it is not allowed to change, sequences per step are a checkpoint's."""
     way = "go on with {needed}, or begin a new run: name another output_dir and logging_dir"
     check_same_model("the checkpoint", state["config"], cfg, MODEL + OPTIMIZER, way)
-    was = Config(**{key: value for key, value in state["config"].items() if key in KEYS})
-    before = state.get("global_batch") or was.batch(state["run"]["world_size"])[1]
+    before = state.get("global_batch", global_batch)
     if before != global_batch and not cfg.allow_change:
         raise ConfigError(
             f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
@@ -185,7 +183,9 @@ class Starts:
         """bucket: refocused.bucket.start, where the run has one. Raises CrashLoop, BucketError."""
         self.cfg, self.bucket = cfg, bucket if cfg.max_failed_starts else None
         self.path = Path(os.path.realpath(cfg.output_dir), ".starts")
-        key = hashlib.sha256(f"{configs.to_json(cfg)}{sources()}{torch.__version__}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{json.dumps(dataclasses.asdict(cfg))}{sources()}{torch.__version__}".encode()
+        ).hexdigest()
         self.state: dict[str, Any] = {"of": key, "failed": 0, "step": 0, "saved": 0, "reason": ""}
         with contextlib.suppress(OSError, ValueError, RecursionError):
             before = self.path.read_bytes() if self.path.is_file() else self.bucket and self.bucket.read_starts(cfg)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configs import Config, ConfigError
+from refocused import locks
 from refocused.run import devices
 from refocused.run.environment import Launch, launch
 from refocused.run.exits import INTERNAL, leave
@@ -257,9 +258,8 @@ def max_over_ranks(*flags: float) -> list[float]:
 
 def age() -> float:
     """Seconds since this process began, its imports included; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ticks = int(locks.began("self"))
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     return 0.0
 

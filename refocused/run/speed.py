@@ -15,7 +15,6 @@ import dataclasses
 
 import model as neox
 from configs import Config
-from refocused.run import gpus
 from refocused.run.gpus import GPU
 
 # One H200 (docs/gpu.md) reached 0.93 of the products' ceiling in the table, and 0.46 of that in attention by cuDNN. Bytes
@@ -209,9 +208,3 @@ def exposed_sums(messages: list[float], L: int, backward: float, overlaps: bool)
     if not overlaps:
         return embedding + L * block + head
     return embedding + max(block, L * (block - backward) + max(head, backward))
-
-
-def expected(cfg: Config, world: int, node: int, device_name: str) -> float | None:
-    """Seconds of a run's step, with `node` processes per node; None where the GPU is not in the table."""
-    gpu = gpus.find(device_name)
-    return step(cfg, world, Machine.of(device_name, gpu, node=node)).seconds if gpu else None

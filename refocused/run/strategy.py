@@ -217,10 +217,3 @@ def clip_gradients(
 def clear_gradients(model: torch.nn.Module) -> None:
     """DDP's gradients are views of its buckets and are zeroed in place: None would make a second copy of them all."""
     model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Free the parameters that FSDP2 keeps whole after a forward without a backward."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

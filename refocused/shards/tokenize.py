@@ -17,6 +17,7 @@ from refocused import locks
 from refocused.files import remove_stale
 from refocused.shards import prepare, readers
 from refocused.shards.find import find_sources
+from refocused.shards.notes import listed
 from refocused.shards.readers import PACKED, Rules, documents, kind
 from refocused.shards.shard import DataError
 from refocused.shards.spelling import byte_letters
@@ -80,8 +81,7 @@ def local(source: Path, target: Path, rules: Rules, workers: int) -> Sources:
     if not paths:
         raise DataError(prepare.absent(named, readers.READ, everything))
     if left := sorted({*everything} - {*paths}):
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-        print(f"left out, no {readers.READ}: {', '.join(left[:5])}{more}{prepare.others(left)}", file=sys.stderr)
+        print(f"left out, no {readers.READ}: {listed(left, 5)}{prepare.others(left)}", file=sys.stderr)
     files = [source / path for path in paths]
     try:
         with ThreadPoolExecutor(workers) as pool:

@@ -202,9 +202,7 @@ def separator(cfg: Config) -> int | None:
     """The id by which the model keeps documents apart, None where it does not. Raises ConfigError for one it never sees."""
     if not cfg.mask_documents:
         return None
-    if not cfg.tokenizer:
-        raise ConfigError("mask_documents needs the id of end-of-text, unknown with tokenizer=none; name the tokenizer")
-    if (end := find(cfg.tokenizer).end) >= cfg.vocab_size:
+    if (end := find(str(cfg.tokenizer)).end) >= cfg.vocab_size:
         raise ConfigError(
             f"mask_documents=true: end-of-text of tokenizer={cfg.tokenizer} is {end}, which a model with "
             f"vocab_size={cfg.vocab_size} never sees; name the shards' tokenizer"
