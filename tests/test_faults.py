@@ -30,7 +30,7 @@ def refusing(server):
     return keys, {"STORAGE_EMULATOR_HOST": server.url}
 
 
-SAVES = ["", "parallel=fsdp", "async_save=false", "max_steps=23 max_bad_steps=50", "save_steps=1 keep_every=1"]
+SAVES = ["", "parallel=fsdp", "async_save=false save_steps=1", "max_steps=21", "save_steps=1 keep_every=1"]
 
 
 @pytest.mark.parametrize("keys", SAVES)
@@ -67,6 +67,18 @@ def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     assert saved(tmp_path) == [3, 9, 12, 15]
     [ninth] = [name for name in selection.names(tmp_path / "out") if manifest.step_of(name) == 9]
     assert "replayed 6 steps, 6 identical" in train(tmp_path, *keys, f"resume={ninth}").text
+
+
+def test_saves_that_fail_cost_no_step(shards, tmp_path):
+    """No file may grow to the size of a save's: each is told at a step behind it and training goes on, but for the last,
+    which ends it with 70. The checkpoint before them stands, and nothing is left of them."""
+    keys = [f"data_dir={shards}", "save_steps=3"]
+    train(tmp_path, *keys, "max_steps=3", nproc=2)
+    limit = "import resource\n_no = resource.RLIM_INFINITY\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, _no))"
+    text = train(tmp_path, *keys, "max_steps=12", "resume=latest", nproc=2, config=limit, code=70).text
+    assert text.count("File too large") > 2 and text.count("training goes on, the checkpoint before it stands") == 2
+    assert "ended at step 12, but saving checkpoint-epoch0-step12" in text.splitlines()[-1], text
+    assert saved(tmp_path) == [3] and not list((tmp_path / "out").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
