@@ -115,7 +115,7 @@ def test_index_and_what_happens_without(server, fetch, folder):
     assert server.count("GET", MEDIA) == before + 2 and files(folder) == want
 
 
-def test_files_that_this_command_did_not_write(server, fetch, folder):
+def test_files_that_this_command_did_not_write(server, fetch, folder, monkeypatch):
     """Padded originals, another file and a link that lie there stay, byte for byte, and nothing is fetched. A shard that
     needs no packing and has the object's bytes is ready, and stays when the bucket has another one."""
     padded, taken, mapped = packed(folder / name(0))[0], folder / name(0), folder / name(1)
@@ -139,6 +139,18 @@ def test_files_that_this_command_did_not_write(server, fetch, folder):
     server.put(name(1), shard(99))
     assert f"such as {name(1)}" in fetch("gs://bucket", code=66)
     assert mapped.read_bytes() == shard(1) and not (folder / download.COMING).exists()
+    server.put(name(1), shard(1))
+    server.put(name(2), padded)
+    prepare = download.prepare_in_place
+
+    def prepare_late(*args) -> dict:
+        (folder / name(2)).parent.mkdir(parents=True)
+        (folder / name(2)).write_bytes(b"put there meanwhile")
+        return prepare(*args)
+
+    monkeypatch.setattr(download, "prepare_in_place", prepare_late)
+    assert "was put there while it was fetched, and stays" in fetch("gs://bucket", code=66)
+    assert (folder / name(2)).read_bytes() == b"put there meanwhile"
 
 
 PLACES = {"": 2, "/*.npz": 4, "/a.npz": 1, "/sub": 1, "/b*": 1, " max_files=1": 1}

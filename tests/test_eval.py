@@ -17,6 +17,7 @@ import ckpt
 import configs
 from data import Dataset
 from refocused.commands import evaluation, export
+from refocused.run.evaluate import byte_table
 from refocused.shards import tokenizers
 
 
@@ -110,6 +111,7 @@ def test_bytes_of_tokens(run, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": unigram, "decoder": {"type": "ByteLevel"}}))
     with pytest.raises(tokenizers.DataError, match="tokenizer.json is no byte-level BPE"):
         tokenizers.find(str(tmp_path)).byte_lengths()
+    assert byte_table(str(tmp_path), 300) is None, "an evaluation goes on without bits per byte"
 
 
 def test_refused(run, two, evaluate):

@@ -326,7 +326,9 @@ def test_offload_where_nothing_can_be_pinned(capfd):
 
 
 def test_limits_leave_time_to_say_who_is_missing():
-    """The watchdog has looked for the silent rank, at the latest, before an exchange's time is up."""
+    """The watchdog has looked for the silent rank, at the latest, before an exchange's time is up; one may be behind."""
+    looks = {0: ([1, 5, 3, "a"], [2, 5, 3, "a"]), 1: ([1, 4, 3, "b"], [2, 4, 3, "b"])}
+    assert watchdog.who_is_missing(looks) == "rank 1 (on b, step 3) is behind"
     for cfg in (Config(), Config(watchdog_seconds=0.5), Config(watchdog_seconds=1e5)):
         period, looking = watchdog.times(cfg.watchdog_seconds)
         assert cfg.watchdog_seconds + period + looking < processes.exchange_seconds(cfg)

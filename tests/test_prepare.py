@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from data import Dataset, open_dataset
 from refocused.shards import formats, prepare, verify
 from refocused.shards.formats import TokenFile
 from refocused.shards.prepare import read_note
-from refocused.shards.shard import DataError, PackedShard, Shard
+from refocused.shards.shard import DataError, PackedShard, Shard, WriteError
 
 V, END = 50257, shards.END_OF_TEXT
 
@@ -455,10 +456,16 @@ def test_what_is_there_and_intact_is_kept(tmp_path, data_py):
 # ---- training on what is not mapped
 
 
-def test_unpacked_once_and_never_again(tmp_path):
-    """Two processes that open a compressed set at once: one unpacks, both see the same; later calls write nothing."""
+def test_unpacked_once_and_never_again(tmp_path, monkeypatch):
+    """Two processes that open a compressed set at once: one unpacks, both see the same; later calls write nothing. A disk
+    without room for all of it is refused before anything is unpacked."""
     expected = shards.write_seed_shards(tmp_path / "in", files=5)
     cfg = config(tmp_path / "in")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+        with pytest.raises(WriteError, match=r"5 shards of .* unpack to .* GB free; point cache_dir at a larger disk"):
+            open_dataset(cfg)
+    assert not list(Path(cfg.cache_dir).rglob("*.npz"))
     code = f"import data; from configs import Config; d = data.open_dataset({cfg});print(d.fingerprint, d.num_samples)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
     jobs = [subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) for _ in range(2)]

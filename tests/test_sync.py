@@ -464,7 +464,7 @@ def test_a_pull_that_is_broken_off(server, place, tmp_path):
     assert content(tmp_path / "b" / here.name) == content(here)
 
 
-def test_two_nodes_pull_into_one_folder(place, tmp_path):
+def test_two_nodes_pull_into_one_folder(server, place, tmp_path):
     """The second waits for the first and finds the checkpoint there; by hand it is told that one is under way."""
     [here] = published(place, tmp_path / "a", 10)
     cfg = config(tmp_path / "b", resume="latest")
@@ -476,6 +476,9 @@ def test_two_nodes_pull_into_one_folder(place, tmp_path):
             with pytest.raises(locks.Taken, match=f"is in use by host .*, pid {os.getpid()}; "):
                 remote.fetch(place, here.name, tmp_path / "b")
         assert content(pulled.result(timeout=GUARD)) == content(here)
+    before = server.count("GET", "alt=media.*shard|shard.*alt=media")
+    assert remote.fetch(place, here.name, tmp_path / "b") == tmp_path / "b" / here.name
+    assert server.count("GET", "alt=media.*shard|shard.*alt=media") == before
 
 
 def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
@@ -487,10 +490,15 @@ def test_every_node_has_the_checkpoint_that_is_loaded(place, tmp_path):
         lambda: (there / "shard-00000-00001.safetensors").write_bytes(b"0" * 300_000),
         lambda: save(there.parent, 10),
     )
+    for left in (f".pull-{'ab' * 8}-{here.name}", ".pull-notes"):  # of an older save's pull, and somebody's
+        (there.parent / left).mkdir(parents=True)
     for spoil in (lambda: None, *damage):
         spoil()
         selection.bring(selection.Choice(there, {}, [], save_id), functools.partial(start.pull, cfg))
         assert content(there) == content(here)
+    assert [path.name for path in there.parent.glob(".pull-*")] == [".pull-notes"]
+    with pytest.raises(manifest.CheckpointError, match="was replaced by another save in the meantime"):
+        remote.fetch(place, here.name, tmp_path / "e", "ab" * 8)
     other = manifest.read_manifest(save(tmp_path / "c", 10))["save_id"]
     for folder, what in (("c", f"is save {other}"), ("d", "is no directory")):
         with pytest.raises(manifest.CheckpointError, match=f"lacks the checkpoint that rank 0 loads, .*{what}"):

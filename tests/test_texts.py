@@ -432,6 +432,9 @@ def test_texts_in_a_bucket(server, tmp_path, data_py):
     code, said = tokenized("gs://bucket/c")
     assert code == 66 and "was made from other sources" in said
     assert tokenized("gs://bucket/none")[0] == 66
+    server.fault("GET", MEDIA, status=403)
+    code, said = tokenized("gs://bucket/c", "refused")
+    assert code == 66 and "403, the account may not do this" in said
 
 
 def test_a_bounded_folder_and_kills(server, tmp_path):
