@@ -1,5 +1,6 @@
 """Foreign files -> shards: real files and real processes, compared with plain numpy."""
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -480,6 +481,12 @@ def test_unpacked_once_and_never_again(tmp_path, monkeypatch):
     assert dataset.gather(np.array([0]))[0].tolist() == expected[first][:17].tolist()
     shards.write_padded(tmp_path / "in" / first, ROWS * 20, 8)  # the source changes: unpacked again
     assert open_dataset(cfg).gather(np.array([0]))[0].tolist() == shards.rows_to_stream(ROWS * 20, 8)[:17].tolist()
+    opened = TokenFile(tmp_path / "in" / first, V, END)
+    (tmp_path / "in" / first).unlink()
+    (tmp_path / "in" / first).symlink_to("gone")
+    for use in (lambda: open_dataset(cfg), lambda: list(opened.chunks({}))):
+        with pytest.raises(DataError, match=f"cannot read .*{first}: No such file"):
+            use()
 
 
 def test_a_cache_of_an_older_version(tmp_path):
@@ -506,11 +513,13 @@ def test_without_a_tokenizer(tmp_path, data_py):
     np.savez_compressed(tmp_path / "a/tokenized_cleaned_0.npz", np.arange(900) % 65)
     cfg = config(tmp_path / "a", tokenizer=None, vocab_size=65)
     assert open_dataset(cfg).gather(np.array([0]))[0].tolist() == list(range(17))
+    os.rename(tmp_path / "a/tokenized_cleaned_0.npz", tmp_path / "a/A.NPZ")  # a cache has the source's name, as it is
+    assert open_dataset(dataclasses.replace(cfg, tokenized_file_pattern="*.NPZ")).num_samples
     shards.write_padded(tmp_path / "b/tokenized_cleaned_0.npz", ROWS * 9, 8)
     with pytest.raises(DataError, match="is padded .* tokenizer=none does not say it; name the tokenizer"):
         open_dataset(config(tmp_path / "b", tokenizer=None))
     code, out, _ = data_py("prepare", tmp_path / "a", tmp_path / "c", "--vocab_size", 65, "--end_of_text", 0)
-    assert code == 0 and " tokenizer=none vocab_size=65" in out
+    assert code == 0 and " tokenizer=none vocab_size=65" in out and [*content(tmp_path / "c")] == ["A.npz"]
 
 
 def test_verify_names_what_is_wrong(tmp_path, data_py):

@@ -133,6 +133,9 @@ def test_tokenize_by_a_file(tmp_path, data_py):
     ):
         assert data_py("prepare", tmp_path / source, tmp_path / f"prepared {source}", *more)[0] == 0
         assert Shard.open(tmp_path / f"prepared {source}", file).tokenizer == maker
+    os.rename(tmp_path / "bucket/a.npz", tmp_path / "bucket" / first)
+    code, _, said = data_py("prepare", tmp_path / "bucket", tmp_path / "own out", *ends)
+    assert code == 66 and f"{first} was not made by this command, and stays" in said
 
 
 def test_the_command_after_an_import(tmp_path, monkeypatch):

@@ -172,14 +172,17 @@ class TokenFile:
 
     def _blocks(self, member: zipfile.ZipInfo | None, multiple: int) -> Iterator[np.ndarray]:
         """All items of a member, or of a file that is no zip, with padding, as read_blocks yields them."""
-        with open(self.file, "rb") as file:
-            if member is None:
-                file.seek(self.offset)
-                yield from read_blocks(file, self.dtype, int(np.prod(self.shape)), self.file, multiple)
-                return
-            with open_member(file, member, self.file) as stream:
-                shape, dtype = npy_header(stream, self.file, member.filename, MASKS)
-                yield from read_blocks(stream, dtype, int(np.prod(shape)), self.file, multiple)
+        try:
+            with open(self.file, "rb") as file:
+                if member is None:
+                    file.seek(self.offset)
+                    yield from read_blocks(file, self.dtype, int(np.prod(self.shape)), self.file, multiple)
+                    return
+                with open_member(file, member, self.file) as stream:
+                    shape, dtype = npy_header(stream, self.file, member.filename, MASKS)
+                    yield from read_blocks(stream, dtype, int(np.prod(shape)), self.file, multiple)
+        except OSError as error:  # the file went away, or its disk fails
+            raise DataError(f"cannot read {self.file}: {error.strerror or error}") from error
 
     def _masks(self) -> Iterator[np.ndarray]:
         for block in self._blocks(self.members["attention_mask"], self.width):

@@ -27,7 +27,7 @@ from refocused import arguments, files, locks
 from refocused.entry import here
 from refocused.shards import shard
 from refocused.shards.find import find_files, find_sources, local_path
-from refocused.shards.formats import BIN_DTYPES, FLAT, KINDS, ROW_RULE, TokenFile, zip_identity
+from refocused.shards.formats import BIN_DTYPES, KINDS, ROW_RULE, TokenFile, zip_identity
 from refocused.shards.notes import shares
 from refocused.shards.shard import BLOCK, DataError, Shard, WriteError
 from refocused.shards.tokenizers import HELP, find
@@ -121,9 +121,9 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
             raise DataError(f"{path} and {twin} would become one shard; rename one of them")
     with locks.filling(target):
         for name in made:
-            if os.path.lexists(target / name) and "report" not in read_note(target / name):
+            if os.path.lexists(target / name) and "source" not in read_note(target / name):  # tokenize's have "sources"
                 raise DataError(f"{target / name} was not made by this command, and stays; name another folder")
-        return convert_all(source, target, paths, workers, vocab_size=vocab_size, end_of_text=end_of_text, **options)
+        return convert_all(source, target, made, workers, vocab_size=vocab_size, end_of_text=end_of_text, **options)
 
 
 def others(paths: list[str]) -> str:
@@ -146,14 +146,14 @@ def absent(source: Path, kinds: str, paths: list[str]) -> str:
     return f"{source} and its subfolders have no {kinds}{way}"
 
 
-def convert_all(source: Path, target: Path, paths: list[str], workers: int, **settings: Any) -> Counter:
-    """convert for these paths by several threads, the target being locked; the summed reports."""
+def convert_all(source: Path, target: Path, paths: dict[str, str], workers: int, **settings: Any) -> Counter:
+    """convert for {path in target: path in source} by several threads, target being locked; the summed reports."""
     files.remove_stale(target)
     totals, errors, what = Counter(dict.fromkeys(TOTALS, 0)), [], f"preparing {target}"
     # inflating, checksums and numpy release the GIL
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(paths), desc=what, unit="file") as bar:
         try:
-            jobs = [pool.submit(convert, source / path, target, path, settings) for path in paths]
+            jobs = [pool.submit(convert, source / path, target, name, settings) for name, path in paths.items()]
             for job in as_completed(jobs):
                 try:
                     add(totals, job.result())
@@ -177,7 +177,7 @@ def convert(file: Path, target: Path, path: str, settings: dict[str, Any]) -> di
     """
     maker = settings.get("maker") or shard.made_with(read_note(file))
     source = TokenFile(file, **{key: value for key, value in settings.items() if key != "maker"})
-    path, note = mapped_name(path), source.note
+    note = source.note
     if maker:
         note |= {"tokenizer": maker[0], "tokenizer_name": maker[1]}
     old = read_note(target / path)
@@ -189,7 +189,7 @@ def convert(file: Path, target: Path, path: str, settings: dict[str, Any]) -> di
 
 
 def mapped_name(path: str) -> str:
-    return path[:-4] + ".npz" if path.lower().endswith(FLAT) else path
+    return path[:-4] + ".npz"  # each of KINDS has four letters; "*.npz" does not find an .NPZ
 
 
 def add(totals: Counter, report: dict[str, int]) -> None:
@@ -213,7 +213,8 @@ def unpack(source: Path, cache: Path, paths: list[str], vocab_size: int, end_of_
             what = f"{len(todo)} shards of {source} unpack to {needed / 1e9:.2f} GB"
             raise WriteError(f"{what}, {lack}; point cache_dir at a larger disk or lower max_files")
         print(f"unpacking {len(todo)} shards, {needed / 1e9:.2f} GB, into {cache}, once", file=sys.stderr, flush=True)
-        if text := shares(convert_all(source, cache, todo, 0, vocab_size=vocab_size, end_of_text=end_of_text)):
+        same = dict(zip(todo, todo, strict=True))
+        if text := shares(convert_all(source, cache, same, 0, vocab_size=vocab_size, end_of_text=end_of_text)):
             print(text, file=sys.stderr, flush=True)
 
 
@@ -222,8 +223,11 @@ def is_unpacked(source: Path, target: Path) -> bool:
     note = read_note(target)
     if note.get("rule") != ROW_RULE:
         return False
-    with open(source, "rb") as file:
-        return note["source"] == zip_identity(shard.zip_members(file, source))
+    try:
+        with open(source, "rb") as file:
+            return note["source"] == zip_identity(shard.zip_members(file, source))
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror}") from error
 
 
 # ---- command line
