@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from refocused.entry import here
 from refocused.shards import shard
 from refocused.shards.notes import LEAST_OVERLAP, PAIRS, ROWS, overlap_of
 from refocused.shards.shard import BLOCK, INTEGERS, DataError, npy_header
@@ -125,13 +126,21 @@ class TokenFile:
         file, offset, shape = self.file, 0, None
         index = next((i for i in (file.with_suffix(".idx"), file.with_suffix(".IDX")) if i.is_file()), None)
         head = stream.read(BLOCK)
-        magic, _, count = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
+        magic, begin, count = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
+        # litdata: a number of items, then where each begins and the last one ends; lit-gpt before it: its name
+        chunk = begin == 4 * magic + 8 and int.from_bytes(head[begin - 4 : begin], "little") == self.size
         if file.suffix.lower() == ".npy":
             stream.seek(0)
             shape, dtype = npy_header(stream, file, "it")
             offset = stream.tell()
         elif index and not bin_dtype:
             dtype, count = megatron_index(index)
+        elif chunk or head.startswith(b"LITPKDS"):
+            way = here("python data.py tokenize SRC DST")
+            raise DataError(
+                f"{file} is a chunk as litgpt's PackedDataset or litdata writes it, which is not read; `{way}` "
+                "makes shards of the texts"
+            )
         elif magic in HEADERS and self.size > HEADER:
             dtype, offset = np.dtype(HEADERS[magic]), HEADER
         elif self.size % 2 or not self.size:
