@@ -324,6 +324,11 @@ BAD_SOURCES = [
     (bin_of(">u4"), "unclear how wide"),
     (bin_of("<u4", tokens=TOKENS[:9]), "unclear how wide"),
     (bin_of("<u2", tokens=TOKENS * 0), "unclear how wide"),
+    (
+        bin_of("<u2", b"LITPKDS" + struct.pack("<QBQ", 1, 8, 3000)),
+        "is a chunk as litgpt's PackedDataset or litdata writes",
+    ),
+    (bin_of("<u2", struct.pack("<3I", 1, 12, 6012)), "`python data.py tokenize SRC DST` makes shards of the texts"),
     (bin_of("|u1", tokens=TOKENS[:9] % 256), "has 9 bytes"),
     (llm_c(20240520, "<u4"), "13024 bytes; 3000 tokens of uint16 from byte 1024 on"),
     (lambda folder: megatron(folder, tokens=TOKENS[1:]), "11996 bytes; 3000 tokens of int32"),
@@ -546,4 +551,7 @@ def test_verify_names_what_is_wrong(tmp_path, data_py):
     assert code == 66 and "2 wrong" in out  # a flipped byte and an id need reading
     for file in files[:3] + files[4:5]:
         file.unlink()
-    assert data_py("verify", tmp_path)[0] == 0
+    for largest, code in ((100276, 0), (100277, 66)):  # without an option, as the shard notes it
+        write_tokens(files[0], np.array([1, largest]), "<u4", tokenizer="cl100k_base")
+        assert data_py("verify", tmp_path)[0] == code
+    assert data_py("verify", tmp_path, "--vocab_size", 100278)[0] == 0

@@ -133,6 +133,8 @@ def test_tokenize_by_a_file(tmp_path, data_py):
     ):
         assert data_py("prepare", tmp_path / source, tmp_path / f"prepared {source}", *more)[0] == 0
         assert Shard.open(tmp_path / f"prepared {source}", file).tokenizer == maker
+    for made in ("large out", "prepared large out"):
+        assert data_py("verify", tmp_path / made)[0] == 0
     os.rename(tmp_path / "bucket/a.npz", tmp_path / "bucket" / first)
     code, _, said = data_py("prepare", tmp_path / "bucket", tmp_path / "own out", *ends)
     assert code == 66 and f"{first} was not made by this command, and stays" in said

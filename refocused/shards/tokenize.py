@@ -131,8 +131,9 @@ def tokenize(sources: Sources, target: Path, tokenizer: str, rules: Rules, shard
                 report["largest_id"] = max(report["largest_id"], int(tokens.max(initial=0)))
                 last = batch.next[0] == count
                 if report["tokens"] >= shard_tokens or (last and report["tokens"]):
-                    note = {**settings, "tokenizer_name": known.name, "begin": begin, "next": batch.next}
-                    prepare.write_shard(target / shard_name(totals["files"]), dtype, parts, note | {"report": report})
+                    note = {**settings, "tokenizer_name": known.name, "vocab_size": known.size, "report": report}
+                    note |= {"begin": begin, "next": batch.next}
+                    prepare.write_shard(target / shard_name(totals["files"]), dtype, parts, note)
                     prepare.add(totals, report)
                     begin, parts, report = batch.next, [], Counter(dict.fromkeys(prepare.TOTALS[2:], 0))
                 bar.update(batch.size)

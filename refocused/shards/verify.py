@@ -12,15 +12,16 @@ from tqdm import tqdm
 from configs import Config
 from refocused.shards.find import find_files, local_path
 from refocused.shards.formats import TokenFile
-from refocused.shards.prepare import absent, common_arguments
-from refocused.shards.shard import DTYPES, DataError, Shard
-from refocused.shards.tokenizers import find
+from refocused.shards.prepare import absent, common_arguments, read_note
+from refocused.shards.shard import DTYPES, DataError, Shard, made_with
+from refocused.shards.tokenizers import ENCODINGS, find
 
 
-def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 1) -> int:
+def verify(folder: Path, vocab_size: int | None, fast: bool = False, workers: int = 1) -> int:
     """Prints a table of all shards below folder with what is wrong with them; returns 66 if anything is, else 0.
 
-    Wrong: a damaged file, an id outside the vocabulary, the content of another file once more. fast: headers only.
+    Wrong: a damaged file, an id outside the vocabulary, the content of another file once more. vocab_size: None: as each
+    shard notes it, else the default's. fast: headers only.
     """
     paths = find_files(folder, "*.npz")
     if not paths:
@@ -42,11 +43,21 @@ def verify(folder: Path, vocab_size: int, fast: bool = False, workers: int = 1) 
     return DataError.exit_code if wrong else 0
 
 
-def examine(folder: Path, path: str, vocab_size: int, fast: bool) -> dict[str, Any]:
+def noted_size(file: Path) -> int:
+    """Of the vocabulary that a shard's note names; the default's where it names none."""
+    note = read_note(file)
+    if type(size := note.get("vocab_size")) is int:
+        return size
+    name, _ = made_with(note) or ("", "")
+    return find(name if name in ENCODINGS else str(Config.tokenizer)).size
+
+
+def examine(folder: Path, path: str, vocab_size: int | None, fast: bool) -> dict[str, Any]:
     """A row of verify: tokens, dtype, largest_id, content (equal for equal arrays) and wrong, as far as it got."""
     row: dict[str, Any] = {}
+    file = Path(folder, path)
     try:
-        source = TokenFile(Path(folder, path), vocab_size, 0)
+        source = TokenFile(file, vocab_size or noted_size(file), 0)
         row |= {"tokens": source.held, "dtype": source.dtype.name}
         assert source.member is not None
         row["content"] = (source.member.CRC, source.shape, source.dtype.str)
@@ -62,10 +73,11 @@ def examine(folder: Path, path: str, vocab_size: int, fast: bool) -> dict[str, A
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary.",
+        prog="data.py verify", description="Every byte against its checksum, every id against the vocabulary: that of "
+        "--tokenizer or --vocab_size, else what each shard notes, else the default.",
         parents=[common_arguments(DIR=local_path)],
     )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="read headers only")
     args = parser.parse_args(argv)
-    vocab_size = args.vocab_size or find(args.tokenizer or str(Config.tokenizer)).size
+    vocab_size = args.vocab_size or (find(args.tokenizer).size if args.tokenizer else None)
     return verify(args.DIR, vocab_size, args.fast, args.workers)
