@@ -176,7 +176,9 @@ def train(
         # what the next steps depend on besides tensors: without it a resumed run would judge and scale otherwise
         state.spike_window, state.scaler = health.window(), scaler.state_dict()
         name, saved = state.saved(cfg, dataset, made)
-        stall = checkpoints.save(name, saved, last, lambda: loss_is_finite(model, *batch.micro[0], cfg, env))
+        # of a batch that was trained on: one that skip_steps names may have no finite loss with any weights
+        sound = lambda: trained is None or loss_is_finite(model, *trained.micro[0], cfg, env)  # noqa: E731
+        stall = checkpoints.save(name, saved, last, sound)
         if stall is not None:
             monitor.saved(state.step, name, stall)
         return stall is not None
@@ -200,12 +202,13 @@ def train(
     if state.evaluation_owed:
         evaluate_held_out()
     # after a second stop no step is made, because it would leave behind the weights that are to be evaluated
-    due, unsaved = Due(stop=state.evaluation_owed), False
+    due, unsaved, trained = Due(stop=state.evaluation_owed), False, None  # the last batch that made an update
     for batch in loader if not due.stop else ():
         monitor.before_step(state.step + 1)
         lr = optim.set_rate(optimizers, state.step, cfg)
         figures = torch.empty(0)  # of a step that is skipped: all moves on but the weights
         if not any(state.step + 1 in steps for steps in skips):
+            trained = batch
             loss_sum = gradients(model, batch, cfg, env, scaler, tokens_per_step)
             # only fp16 has a scale; the norm is that of the true gradients
             scaler.unscale_(optimizers[0])
@@ -225,7 +228,7 @@ def train(
         due = due_after(state.step, cfg, eval_steps, stop, loader, checkpoints, monitor)
         stop.pass_on(due.stop)
         # figures come a step late, so that the host does not wait for the device; all of them before one is acted on
-        for (at, rate, ids), figure in readback.take(wait=due.log or due.evaluation or due.save):
+        for (at, rate, ids), figure in readback.take(wait=due.log or due.evaluation or due.save or unsaved):
             if not figure:
                 monitor.skipped(at, ids)
                 continue

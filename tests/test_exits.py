@@ -266,6 +266,10 @@ def test_starts_that_save_come_to_something(tmp_path, monkeypatch):
     Starts(cfg), Starts(cfg)
     with pytest.raises(CrashLoop, match="3 starts in a row"):
         Starts(cfg)
+    for path in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    save(tmp_path, 5, size=1000)  # its first save, after all of the run before were removed
+    assert Starts(cfg).failed == 0
 
 
 SHOWN = {"step": "Step 4: loss", "eval": "Step 4: eval_loss", "skip": "Step 5: skipped", "bad": "all windows in"}

@@ -1,10 +1,12 @@
 """Nothing lost: what goes wrong while training, and which checkpoints are there afterwards."""
 
 import itertools
+import math
 import os
 import re
 
 import pytest
+import torch
 from conftest import bad_shard, write_shards
 from launch import GUARD, Run, stopped_at, train
 from test_resume import newest, steps
@@ -12,6 +14,7 @@ from test_resume import newest, steps
 from configs import Config
 from refocused.checkpoint import manifest, selection
 from refocused.run import messages
+from refocused.run.guard import Guard
 
 BLOWN = ["learning_rate=1e38", "max_grad_norm=0", "resume=latest"]
 
@@ -66,7 +69,68 @@ def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     assert text.count("not applied") == 3 and len(re.findall(r"Step \d+: loss=[\d.]+, lr=", text)) == 4
     assert saved(tmp_path) == [3, 9, 12, 15]
     [ninth] = [name for name in selection.names(tmp_path / "out") if manifest.step_of(name) == 9]
-    assert "replayed 6 steps, 6 identical" in train(tmp_path, *keys, f"resume={ninth}").text
+    again = train(tmp_path, *keys, f"resume={ninth}").text
+    assert "replayed 6 steps, 6 identical" in again
+    mean = re.search(r"Step 12: loss=\S+", text)[0]
+    assert mean in again, "the loss of step 9 is in its checkpoint"
+
+
+BAD_BATCHES = """
+import data as _data
+import model as _model
+
+_sums, _assemble, _forward = set(), _data.Loader._assemble, _model.GPTNeoX.forward
+
+def _noted(self, step, ids):
+    batch = _assemble(self, step, ids)
+    if step + 1 in (5, 6):
+        _sums.update(int(x.sum()) for x, _ in batch.micro)
+    return batch
+
+_data.Loader._assemble = _noted
+_model.GPTNeoX.forward = lambda self, x, *more: _forward(self, x, *more) * (float("nan") if int(x.sum()) in _sums else 1)
+"""
+
+
+@pytest.mark.parametrize("keys", ["save_steps=0", "save_steps=5 async_save=false"])
+def test_a_save_is_not_judged_by_a_batch_that_is_skipped(shards, tmp_path, keys):
+    """Two batches have no finite loss with any weights: a run that ends in them has saved nothing, one that skips them has."""
+    args = [f"data_dir={shards}", "max_steps=6", *keys.split()]
+    train(tmp_path / "in", *args, config=BAD_BATCHES, code=65)
+    assert saved(tmp_path / "in") == []
+    train(tmp_path / "past", *args, "skip_steps=5-6", config=BAD_BATCHES)
+    assert saved(tmp_path / "past") == [5, 6][-1 - ("5" in keys) :]
+    train(tmp_path / "none", *args, "skip_steps=1-6", config=BAD_BATCHES)  # the weights are the first ones
+    assert saved(tmp_path / "none")[-1] == 6
+
+
+LATE = """
+import time as _time
+from refocused.checkpoint import saver as _saver
+
+_write = _saver.write
+
+def _late(folder, *more):
+    if "step3-" not in folder.name:
+        return _write(folder, *more)
+    _time.sleep(2)
+    raise OSError(28, "No space left on device")
+
+_saver.write = _late
+"""
+
+
+def test_a_save_that_failed_is_not_the_next_ones_failure(shards, tmp_path):
+    """The save before the last fails while the last waits for it: that is told, and the run has ended well."""
+    text = train(tmp_path, f"data_dir={shards}", "save_steps=3", "max_steps=4", config=LATE).text
+    assert "saving checkpoint-epoch0-step3-files" in text and "No space left" in text and saved(tmp_path) == [4]
+
+
+def test_gradients_that_never_become_finite():
+    """Under fp16 a scale that is halved mends them; for ever it does not. An overflow is no spike that was applied."""
+    health = Guard(Config(spikes="report"), torch.device("cpu"), True, None)
+    found = [health.status(2.0, math.inf, 0.1, math.inf) for _ in range(60)]
+    assert found[0] is None and health.too_many_bad_steps and found.index("not applied") == 40
 
 
 def test_saves_that_fail_cost_no_step(shards, tmp_path):

@@ -157,6 +157,18 @@ def test_steps_walked_past(shards, tmp_path):
     assert "replayed 3 steps, 3 identical" in within
 
 
+def test_a_branch_is_compared_with_itself(shards, tmp_path):
+    """A run goes back with another rate and stops below where the first one had come: resumed, its steps are compared with
+    its own, and what the first one wrote beyond is nobody's."""
+    args = [f"data_dir={shards}", "save_steps=2", "save_total_limit=0", "lr_scheduler_type=constant"]
+    train(tmp_path, *args, "max_steps=10")
+    forget(tmp_path, after=2)
+    branch = [*args, "learning_rate=2e-3", "deterministic=true", "resume=latest"]
+    assert "not the same run: step 3: lr was 0.01, is 0.002" in train(tmp_path, *branch, "max_steps=6").text
+    forget(tmp_path, after=4)
+    assert "replayed 2 steps, 2 identical" in train(tmp_path, *branch, "max_steps=10").text
+
+
 def test_every_falsified_line_is_found(shards, tmp_path):
     """Steps 3 to 6 once more, 5 and 6 of them skipped: what is the same is counted right, and any line that was changed
     is found, whether it is the last one before the skipped steps, of a skipped step, or before an earlier end. With

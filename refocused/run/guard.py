@@ -15,6 +15,7 @@ from refocused.run.exits import INTERNAL
 
 WINDOW = 128  # steps that a spike is compared with; from half of it on
 SIGMA = 6.0  # deviations above them that make a spike
+OVERFLOWS = 40  # steps in a row in which fp16's scaler may halve its scale, from 2**16 far below 1
 
 
 class ReplicasDiffer(ValueError):
@@ -98,7 +99,7 @@ class Guard:
         """scaled: by fp16's gradient scaler, which adapts to an infinite norm; window: as a checkpoint has it."""
         self.max_bad_steps, self.scaled = cfg.max_bad_steps, scaled
         self.spikes = Spikes(cfg, device, window) if cfg.spikes != "off" else None
-        self.bad_in_a_row = 0  # up to the last step that the host knows of
+        self.bad_in_a_row = self.overflows = 0  # up to the last step that the host knows of
 
     def check(self, step: int, loss_sum: Tensor, norm: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """From this rank's sum of losses and norm, scalars: figures (loss, norm) with what else a status needs, and
@@ -118,11 +119,12 @@ class Guard:
 
     def status(self, loss: float, norm: float, *deviations: float) -> str | None:
         """What is wrong with a step of these figures, as check returned them; None where nothing is."""
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaled)
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        finite = math.isfinite(loss) and self.overflows <= (OVERFLOWS if self.scaled else 0)
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         if not finite:
             return "not applied"
-        return self.spikes.status(list(deviations)) if self.spikes else None
+        return self.spikes.status(list(deviations)) if self.spikes and not self.overflows else None
 
     @property
     def too_many_bad_steps(self) -> bool:

@@ -193,7 +193,9 @@ class Starts:
             if isinstance(before, dict) and before.get("of") == key:
                 self.state |= {k: v for k, v in before.items() if type(v) is type(self.state.get(k))}
         saved = max(manifest.generation(cfg.output_dir), self.bucket.generation(cfg) if self.bucket else 0)
-        if saved > self.state["saved"]:
+        if saved < self.state["saved"]:  # its checkpoints were removed, and its steps are new again
+            self.state["step"] = 0
+        if saved != self.state["saved"]:
             self.state |= {"failed": 0, "saved": saved}
         self.failed = self.state["failed"]
         if cfg.max_failed_starts and self.failed >= cfg.max_failed_starts:

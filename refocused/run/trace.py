@@ -77,9 +77,15 @@ class Trace:
         self.events: dict[tuple[str, int], dict[str, Any]] = {}
         self.clocks: dict[str, dict[str, Any]] = {}  # of each run, by when it began, its last one
         self.evaluation: float | None = None  # the loss that follows the checkpoint of start_step
-        lines = Lines(file.path)
-        for line in lines:  # of a step that came more than once the last line counts
+        lines, made = Lines(file.path), set[int]()
+        for line in lines:
             step = line["step"]
+            if line.get("event", "skip") == "skip":  # a step; one that came before differed: it began another run
+                if step in made:
+                    made = {s for s in made if s < step}
+                    self.expected = {s: was for s, was in self.expected.items() if s < step}
+                    self.events = {key: was for key, was in self.events.items() if key[1] < step}
+                made.add(step)
             if line.get("event") == "clock":
                 self.clocks[str(line.get("began"))] = line
             elif step == start_step and line.get("event") in ("checkpoint", "eval"):
@@ -88,11 +94,8 @@ class Trace:
                 continue
             elif "event" not in line:
                 self.expected[step] = line
-                self.events.pop(("skip", step), None)
             else:
                 self.events[line["event"], step] = line
-                if line["event"] == "skip":
-                    self.expected.pop(step, None)
         self.unreadable = lines.unreadable
         with open(file.path, "rb") as torn:
             torn.seek(lines.size)
