@@ -36,6 +36,7 @@ if __name__ == "__main__":  # before the imports below, torch above all, which n
 import hashlib
 import json
 import resource
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -66,8 +67,10 @@ def cache_folder(cfg: Config) -> Path:
 def chosen_shards(cfg: Config) -> list[str]:
     """Relative paths of the first max_files shards of cfg.data_dir, training and held-out ones together."""
     if not os.path.isdir(cfg.data_dir):
-        own = f"`{entry.here(f'python data.py tokenize TEXTS {cfg.data_dir}')}` makes it of your own text"
-        demo = f"`{entry.here(f'python data.py demo {cfg.data_dir}')}` makes it, or " * (cfg.tokenizer == "byte")
+        folder = shlex.quote(cfg.data_dir)
+        to = f"{folder} --tokenizer {shlex.quote(cfg.tokenizer)}" if cfg.tokenizer else folder
+        own = f"`{entry.here(f'python data.py tokenize TEXTS {to}')}` makes it of your own text"
+        demo = f"`{entry.here(f'python data.py demo {folder}')}` makes it, or " * (cfg.tokenizer == "byte")
         raise DataError(f"data_dir={cfg.data_dir} is no folder; {demo}{own}")
     caches = (cfg.cache_dir, cache_folder(cfg))  # unpacked copies inside data_dir are not read twice
     # sorted, so that "the first max_files" are the same ones on every node and after every restart

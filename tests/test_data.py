@@ -245,7 +245,8 @@ def test_missing_and_empty_folders(tmp_path):
         with pytest.raises(DataError, match=message):
             Dataset.open(config(tmp_path / folder, **keys))
 
-    refused("nowhere", "nowhere is no folder; `python .*data.py tokenize TEXTS .*nowhere` makes")
+    refused("no where", "no where is no folder; `python .*data.py tokenize TEXTS '.*no where' --tokenizer gpt2` makes")
+    refused("no where", "data.py demo '.*no where'` makes it, or .* --tokenizer byte` makes it of", tokenizer="byte")
     (tmp_path / "a").mkdir()
     (tmp_path / "a/notes.txt").touch()
     refused("a", "no file named like tokenized_file_pattern=tokenized_cleaned")
