@@ -277,6 +277,7 @@ def test_import(way, tmp_path, capsys):
     source = ckpt.find(str(tmp_path / "start"))
     assert source.state["step"] == 0 and manifest.verify(source.path) and cfg.init_from == str(tmp_path / "start")
     assert all(getattr(cfg, key) == getattr(source.cfg, key) for key in huggingface.MODEL_KEYS)
+    assert cfg.learning_rate == 1e-4
     for there in (source, huggingface.source(tmp_path / "hf")):
         assert (logits(load_model(there), IDX) - logits(hf, IDX)).abs().max() < 1e-4
     if way == "as Pythia":

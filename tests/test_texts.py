@@ -152,7 +152,7 @@ def test_the_command_after_an_import(tmp_path, monkeypatch):
     Path("it/checkpoint-epoch0-step0-files0/state.json").write_text(json.dumps(state))
     words = prepare.training_command(Path("set"), "it", None).split()
     assert {"init_from=it", "tokenizer=it", "vocab_size=320", "hidden_size=64", "data_dir=set"} <= {*words}
-    assert {"num_hidden_layers=24", "sequence_length=1024"} <= {*words}
+    assert {"num_hidden_layers=24", "sequence_length=1024", "learning_rate=1e-4"} <= {*words}
 
 
 @pytest.mark.parametrize("split", ["", "<|endoftext|>"])

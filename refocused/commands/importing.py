@@ -23,6 +23,7 @@ from refocused.commands.export import check_free, coming
 from refocused.entry import here
 from refocused.run import processes
 from refocused.shards import tokenizers
+from refocused.shards.prepare import FINE_TUNING
 
 
 def read(place: str, config: str | None) -> Source:
@@ -79,6 +80,7 @@ def train_command(start: Path, cfg: Config, config: str | None) -> str:
     places = {"init_from": start, "output_dir": f"out/{start.name}", "logging_dir": f"logs/{start.name}"}
     if not config:
         places |= {"data_dir": "SHARDS", "tokenizer": start if cfg.tokenizer else "none"}
+        places["learning_rate"] = FINE_TUNING  # a config file has its own
     settings = [*places.items(), *((key, getattr(cfg, key)) for key in keys)]
     words = [config or "configs/demo.py", *(f"{key}={value}" for key, value in settings)]
     return here(f"python train.py {shlex.join(words)}")

@@ -34,6 +34,7 @@ from refocused.shards.tokenizers import HELP, find
 
 ALIGNMENT = 64  # of the first token in a file that is written here
 IN_MEMORY = 1 << 27  # bytes of tokens; a larger shard waits in a temporary file for its number of tokens
+FINE_TUNING = "1e-4"  # the rate in commands that train an imported model; the demo's is for models as small as that
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
 WAYS = {  # what others keep text in, and one line that turns it into what is read
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "tar xf {0}"), ".zip": "unzip {0}",
@@ -252,6 +253,7 @@ def training_command(folder: Path, tokenizer: str, vocab_size: int | None) -> st
     if model := imported_model(tokenizer):
         demo, _ = configs.load([str(configs.DEMO)])
         keys |= {"init_from": tokenizer, **{key: value for key, value in model.items() if value != getattr(demo, key)}}
+        keys["learning_rate"] = FINE_TUNING
     else:
         keys["vocab_size"] = vocab_size or find(tokenizer).size
     if any(not fnmatch.fnmatch(Path(path).name, Config.tokenized_file_pattern) for path in find_files(folder, "*.npz")):
