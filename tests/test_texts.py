@@ -259,8 +259,9 @@ def test_a_text_is_what_its_file_says(tmp_path, monkeypatch, capsys, tokenizer):
 LONG = '{"text": "b", "n": ' + "9" * 4301 + "}\n"
 DEEP = '{"text":"x","m":' + "[" * 100_000 + "]" * 100_000 + "}"
 TWO = {"a.jsonl": b'{"title": "T", "selftext": "b"}\n'}
+NESTED = {"a.jsonl": b'{"a": {"b": "one"}}\n{"a": null}\n{"a.b": "two", "a": {"b": "x"}}\n'}
 KINDS = f"no {readers.READ}"
-CSV = "pandas.read_csv('a.csv').to_json('a.csv.jsonl', orient='records', lines=True)"
+CSV = "pandas.read_csv(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" '@/a.csv' '@/a.csv'.jsonl`"
 NOWHERE = "the mark is nowhere in them, in which backslashes are no escapes: bash has $'\\n\\n' for"
 UTF_16 = '{"text": "x"}\n'.encode("utf-16")
 LISTS = pa.table({"tags": pa.array([["a", "b"]] * 9), "n": pa.array(range(9))})
@@ -296,12 +297,17 @@ WORDS = [  # files, arguments, exit code, what is said
     (parquet_of(TABLES["text"], damaged), "", 66, "a.parquet, row group 1: "),
     (parquet_of(LISTS, lambda data: data[:-9]), "", 66, "Parquet magic bytes not found"),
     ({"a.parquet": b""}, "", 66, "Parquet file size is 0 bytes"),
-    ({"a.jsonl": UTF_16}, "--on_error=skip", 66, "is UTF-16; `iconv -f UTF-16 -t UTF-8 a.jsonl > NEW`"),
+    ({"a.jsonl": UTF_16}, "--on_error=skip", 66, "is UTF-16; `iconv -f UTF-16 -t UTF-8 '@/a.jsonl' > NEW`"),
     ({"e.jsonl": b'{"body": ""}\n\n'}, "--fields=body", 66, "hold no text: 1 documents were skipped"),
     ({"a.pdf": b"x"}, "", 66, f"have {KINDS}, but 1 others such as a.pdf"),
     ({"a.csv": b"x"}, "", 66, CSV),
-    ({"a.txt": b"x", "b.tar.gz": b"x"}, "", 0, f"left out, {KINDS}: b.tar.gz; `tar xf b.tar.gz` makes text of b.tar"),
+    ({"a.txt": b"x", "b.tar.gz": b"x"}, "", 0, f"left out, {KINDS}: b.tar.gz; `tar xf '@/b.tar.gz' -C '@'` makes text"),
     ({"a.json": b'{\n "text": "x"\n}\n'}, "", 66, f"have {KINDS}"),
+    ({"a.txt": b"x", "s.json": b'{"a": 1}\n \n\n'}, "", 0, f"left out, {KINDS}: s.json, "),
+    ({"a.json.gz": gzip.compress(b'{"n": "' + b"x" * (1 << 24) + b'", "text": "y"}\n')}, "", 0, ""),
+    (NESTED, "--fields=a.b", 0, "a.jsonl line 2: no text, a.b is null"),
+    ({"a.json": b'{"a": {"b": "x"}}'}, "--fields=a.b", 0, ""),
+    ({"a.jsonl": b'{"text": "x"}'}, "--fields=text.x", 66, "a.jsonl line 1: no field text.x (--fields) but text"),
     (TWO, "--fields=title,_selftext", 0, ""),
     (TWO, "--fields=x --on_error=skip", 66, "hold no text"),
     (TWO | {"b.txt": b"x"}, "--on_error=skip", 66, "none of 1 lines has the field text (--fields); name"),
@@ -318,9 +324,10 @@ WORDS = [  # files, arguments, exit code, what is said
 def test_what_cannot_be_read_or_is_not_there_is_said(tmp_path, data_py, files, arguments, code, words):
     """Lines, tables, fields, marks and kinds of files against an error or a word, with the place; so of a file alone.
 
-    Where the error names --on_error skip, that passes over nothing but this.
+    Where the error names --on_error skip, that passes over nothing but this. Files in commands are quoted and there.
     """
-    (folder := tmp_path / "in").mkdir()
+    (folder := tmp_path / "in 1").mkdir()
+    words = words.replace("@", str(folder))
     for name, data in files.items():
         (folder / name).write_bytes(data)
     options = [word.replace("_", " ") if "fields" in word else word for word in arguments.split()]

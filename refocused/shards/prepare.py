@@ -24,7 +24,7 @@ from tqdm import tqdm
 import configs
 from configs import Config
 from refocused import arguments, files, locks
-from refocused.entry import here
+from refocused.entry import here, near
 from refocused.shards import shard
 from refocused.shards.find import find_files, find_sources, local_path
 from refocused.shards.formats import BIN_DTYPES, KINDS, ROW_RULE, TokenFile, zip_identity
@@ -36,9 +36,10 @@ ALIGNMENT = 64  # of the first token in a file that is written here
 IN_MEMORY = 1 << 27  # bytes of tokens; a larger shard waits in a temporary file for its number of tokens
 FINE_TUNING = "1e-4"  # the rate in commands that train an imported model; the demo's is for models as small as that
 TOTALS = ("files", "kept", "tokens", "documents", "padding", "largest_id", "skipped")
-WAYS = {  # what others keep text in, and one line that turns it into what is read
-    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "tar xf {0}"), ".zip": "unzip {0}",
-    ".csv": "python -c \"import pandas; pandas.read_csv('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"",
+CSV = "import sys, pandas; pandas.read_csv(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
+WAYS = {  # what others keep text in, and one line that makes of it, in the same folder, what is read
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "tar xf {0} -C {1}"),
+    ".zip": "unzip {0} -d {1}", ".csv": f'python -c "{CSV}" {{0}} {{0}}.jsonl',
 }  # fmt: skip
 
 
@@ -127,21 +128,22 @@ def prepare(source: Path, target: Path, vocab_size: int, end_of_text: int | None
         return convert_all(source, target, made, workers, vocab_size=vocab_size, end_of_text=end_of_text, **options)
 
 
-def others(paths: list[str]) -> str:
-    """For a message that something is missing: which files are there instead, and the command that reads them."""
+def others(folder: Path, paths: list[str]) -> str:
+    """For a message that something is missing: which files are in a folder instead, and the command that reads them."""
     for kinds, command in ((KINDS, "prepare"), ((".txt", ".jsonl", ".parquet"), "tokenize")):
         if found := [path for path in paths if path.lower().endswith(kinds)]:
             way = here(f"python data.py {command} SRC DST")
             return f"; `{way}` makes shards of its {len(found)} such as {found[0]}"
     for suffix, way in WAYS.items():
         if found := [path for path in paths if path.lower().endswith(suffix)]:
-            return f"; `{here(way.format(found[0]))}` makes text of {found[0]}"
+            file = folder / found[0]
+            return f"; `{here(way.format(near(file), near(file.parent)))}` makes text of {found[0]}"
     return f", but {len(paths)} others such as {paths[0]}" if paths else ""
 
 
 def absent(source: Path, kinds: str, paths: list[str]) -> str:
     """The message that a command cannot read a file, or finds nothing to read in a folder with these files."""
-    way = others(paths)
+    way = others(source.parent if source.is_file() else source, paths)
     if source.is_file():
         return f"{source} is no {kinds}{way if way.startswith(';') else ''}"
     return f"{source} and its subfolders have no {kinds}{way}"

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from refocused.entry import here
+from refocused.entry import here, near
 from refocused.shards.shard import DataError
 
-TEXT_RULE = 3  # by which files become texts: an interrupted run by an older one is not gone on with
+TEXT_RULE = 4  # by which files become texts: an interrupted run by an older one is not gone on with
 PIECE = 1 << 20  # bytes of a .txt that are handled at once
 GONE = ("[deleted]", "[removed]")  # what Reddit's dumps put in place of a text
 FIELD = "with field {}"  # what a field's lines are counted by
@@ -70,12 +70,13 @@ def kind(file: Path, fields: list[str]) -> str:
         with opened(file, 0) as stream, contextlib.suppress(ValueError, RecursionError):
             line = b"\n"
             while line and not line.strip():
-                line = stream.readline(1 << 24).removeprefix(b"\xef\xbb\xbf")
+                line = stream.readline(PIECE).removeprefix(b"\xef\xbb\xbf")
             if line.lstrip().startswith(b"["):
                 return "array"
-            first = parsed(line)
-            if isinstance(first, dict) and (stream.readline(1) or {*first} & {*fields}):
-                return "lines"  # one object without a text is a file of settings
+            first = parsed(line if line.endswith(b"\n") else line + stream.readline())
+            # one object without a text is a file of settings, blank lines behind it or not
+            if isinstance(first, dict) and (found_in(first, fields) or any(map(bytes.strip, stream))):
+                return "lines"
         return ""
     return found
 
@@ -115,7 +116,7 @@ def documents(path: Path, rules: Rules, start: int = 0, line: int = 0) -> Iterat
     what = kind(path, rules.fields)
     with opened(path, start if what in ("txt", "lines") else 0) as stream:
         if not start and stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(f"{path} is UTF-16; `iconv -f UTF-16 -t UTF-8 {path.name} > NEW` makes UTF-8 of it")
+            raise DataError(f"{path} is UTF-16; `iconv -f UTF-16 -t UTF-8 {near(path)} > NEW` makes UTF-8 of it")
         if what == "txt":
             yield from text_pieces(stream, path, rules, start, line)
         elif what in ("array", "table"):
@@ -185,15 +186,27 @@ def record_text(record: Any, fields: list[str]) -> tuple[str, str, dict[str, int
     """(text of a record's fields as it is, "" or why it has none, counts). Raises BadRecord."""
     if not isinstance(record, dict):
         raise BadRecord("JSON, but not an object")
-    there = [name for name in fields if name in record]
+    there = found_in(record, fields)
     if not there:
         raise BadRecord(f"no field {', '.join(fields)} (--fields) but {', '.join(record)}")
     counts = {"records": 1, **dict.fromkeys(map(FIELD.format, there), 1)}
-    texts = [record[name] for name in there if isinstance(record[name], str)]
+    texts = [text for text in there.values() if isinstance(text, str)]
     if not texts:
-        kinds = ", ".join(f"{name} is {json.dumps(record[name])[:20]}" for name in there)
+        kinds = ", ".join(f"{name} is {json.dumps(value)[:20]}" for name, value in there.items())
         return "", f"no text, {kinds}", counts
     return whole("\n\n".join(text for text in texts if text and text.strip() not in GONE)), "", counts
+
+
+def found_in(record: dict[str, Any], fields: list[str]) -> dict[str, Any]:
+    """{field: its value} of those that are there: by the whole name, else where the dots lead into objects."""
+    found = {}
+    for name in fields:
+        value, keys = record, [name] if name in record else name.split(".")
+        while keys and isinstance(value, dict) and keys[0] in value:
+            value = value[keys.pop(0)]
+        if not keys or value is None:  # null in place of an object is a hole, as in a table
+            found[name] = value
+    return found
 
 
 def whole(text: str) -> str:

@@ -81,7 +81,7 @@ def local(source: Path, target: Path, rules: Rules, workers: int) -> Sources:
     if not paths:
         raise DataError(prepare.absent(named, readers.READ, everything))
     if left := sorted({*everything} - {*paths}):
-        print(f"left out, no {readers.READ}: {listed(left, 5)}{prepare.others(left)}", file=sys.stderr)
+        print(f"left out, no {readers.READ}: {listed(left, 5)}{prepare.others(source, left)}", file=sys.stderr)
     files = [source / path for path in paths]
     try:
         with ThreadPoolExecutor(workers) as pool:
