@@ -28,8 +28,11 @@ class Taken(ValueError):
     same_on_all_ranks = True
 
     def __init__(self, path: Path, owner: str):
-        self.owner = owner or "a process that is just starting"
+        self.path, self.owner = path, owner or "a process that is just starting"
         super().__init__(f"{path.parent} is in use by {self.owner}; wait for it, or choose another folder")
+
+    def __reduce__(self) -> tuple:  # it is sent to the other ranks, where pickle would call it with its text alone
+        return Taken, (self.path, self.owner)
 
 
 class Lock:

@@ -1,9 +1,13 @@
 """Nothing lost: what goes wrong while training, and which checkpoints are there afterwards."""
 
+import importlib
 import itertools
 import math
 import os
+import pickle
+import pkgutil
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,9 @@ from conftest import bad_shard, write_shards
 from launch import GUARD, Run, stopped_at, train
 from test_resume import newest, steps
 
+import refocused
 from configs import Config
+from refocused import locks
 from refocused.checkpoint import manifest, selection
 from refocused.run import messages
 from refocused.run.guard import Guard
@@ -179,6 +185,22 @@ def test_the_order_of_causes():
         code, text = messages.ending(Config(), 7, "last", **{key: found[key][0] for key in some})
         assert code == found[some[0]][1] and all(found[key][2] in text for key in some), (some, text)
         assert "saved in" not in text or some[0] == "missing", text
+
+
+def test_every_error_reaches_the_other_ranks():
+    """Pickled, as rank 0 sends it: the same type, text and attributes, whatever its constructor takes."""
+    for module in pkgutil.walk_packages(refocused.__path__, "refocused."):
+        importlib.import_module(module.name)
+    kinds = [ValueError]
+    for kind in kinds:  # which grows
+        kinds += kind.__subclasses__()
+    ours = [kind for kind in kinds if hasattr(kind, "exit_code")]
+    assert locks.Taken in ours
+    for kind in ours:
+        takes = kind.__init__.__code__.co_argcount - 1 if "__init__" in vars(kind) else 1
+        error = kind(*[Path("a/b")] * takes)
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
 
 
 def test_batch_and_tokens_go_on(shards, tmp_path):
