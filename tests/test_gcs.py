@@ -223,8 +223,9 @@ def test_outage_and_secrets(server, caplog, tmp_path):
     assert "secret-session" not in caplog.text + str(caught.value) and caught.value.__cause__ is None
     assert "upload_id" not in caplog.text and "the upload's session was lost" in caplog.text
     server.__exit__()
-    with pytest.raises(gcs.BucketError, match="cannot list gs://bucket/: ConnectionRefusedError"):
+    with pytest.raises(gcs.BucketError, match="cannot list gs://bucket/: ConnectionRefusedError") as gone:
         bucket.list()
+    assert caught.value.exit_code == gone.value.exit_code == 70
 
 
 @pytest.mark.slow

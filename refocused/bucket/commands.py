@@ -60,7 +60,7 @@ def push_command(argv: list[str]) -> int:
     folder = Path(os.path.abspath(args.folder))
     local.verify(folder)
     if not publish(place, folder):
-        raise gcs.BucketError(f"{place}/{folder.name}: the bucket does not show what was sent; try again")
+        raise gcs.Unavailable(f"{place}/{folder.name}: the bucket does not show what was sent; try again")
     print(f"{place}/{folder.name}")
     return 0
 

@@ -51,6 +51,12 @@ class BucketError(ValueError):
     same_on_all_ranks = True  # so one of them says it
 
 
+class Unavailable(BucketError):
+    """The bucket did not answer as long as patience lasted: the same command may find it back."""
+
+    exit_code = 70
+
+
 class Refused(BucketError):
     """The bucket said no, and waiting does not change that."""
 
@@ -272,7 +278,7 @@ class Bucket:
             if attempt + 1 >= tries:
                 raise Refused(f"cannot {doing}: {reason}")
             if time.monotonic() + pause > end:
-                raise BucketError(f"cannot {doing}: {reason}")
+                raise Unavailable(f"cannot {doing}: {reason}")
             log.warning("cannot %s yet: %s; again in %.0f s", doing, reason, pause)
             time.sleep(pause)
 
