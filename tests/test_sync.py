@@ -530,6 +530,9 @@ def test_find(server, place, tmp_path):
         (tmp_path / "a" / name / "state.json").write_text("{}")
     found = find(cfg("latest"))  # both damaged here, one of them good there
     assert found.name == twenty.name and [name for name, _ in found.passed_over] == [thirty.name]
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for folder in (tmp_path / "a", tmp_path / "link", os.path.relpath(tmp_path / "a")):  # as by its name alone
+        assert find(cfg(f"{folder}/{twenty.name}")).path == tmp_path / "a" / twenty.name
     assert content(start.pull(cfg("latest"), find(cfg("latest")))) == content(twenty)
     remote.publish(place, thirty)
     lose(server, thirty.name, "state.json")

@@ -53,7 +53,7 @@ def in_parts(cfg: Config) -> list[tuple[dict[str, Any], set[str]]]:
     found = []
     for manifest in local.read_manifests(cfg.output_dir)[0]:
         folder, here = Path(cfg.output_dir, manifest["name"]), present(manifest, cfg.output_dir)
-        if cfg.resume not in ("latest", folder.name) or len(here) == len(manifest["files"]):
+        if Path(cfg.resume or "").name not in ("latest", folder.name) or len(here) == len(manifest["files"]):
             continue
         try:
             state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}

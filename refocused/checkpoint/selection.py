@@ -82,8 +82,9 @@ def choose(output_dir: str | os.PathLike, resume: str | None, where: str = "", r
     both += [m["name"] for m in newest_first(latest.values())]
     places = f"{output_dir} or {where}" if where else f"{output_dir}"
     listing = f"{places} has {', '.join(both) or 'no checkpoints'}"
+    if resume and Path(resume).absolute().parent.resolve() == Path(output_dir).resolve():
+        resume = Path(resume).absolute().name  # as good as the path, and the bucket knows it
     elsewhere = os.sep in (resume or "")
-    own = elsewhere and Path(str(resume)).absolute().parent.resolve() == Path(output_dir).resolve()
     if resume is None and ours:
         raise ConfigError(
             f"output_dir={output_dir} already has {len(ours)} checkpoint{'s' * (len(ours) > 1)}, the last one "
@@ -94,7 +95,7 @@ def choose(output_dir: str | os.PathLike, resume: str | None, where: str = "", r
             f"{listing}, which this program cannot read: damaged, or another program's. They stay as they are; choose "
             f"another output_dir. `{entry.here('python ckpt.py import FOLDER OUT')}` takes over a model's weights"
         )
-    if there and not (ours or others or own) and (resume is None or elsewhere):
+    if there and not (ours or others) and (resume is None or elsewhere):
         raise ConfigError(  # what it saves would stand for the run that is there
             f"{where} already has {len(there)} checkpoint{'s' * (len(there) > 1)}, the last one {both[0]}, and this "
             "would begin another run there; continue with resume=latest or choose another checkpoint_bucket_path"
