@@ -607,6 +607,19 @@ def test_a_run_stops_when_its_lock_is_gone(shards, tmp_path):
         assert not (folder / "out").exists() if what == "." else gone.parent.exists()
 
 
+def test_a_folder_that_is_lost_during_a_save(alone, tmp_path):
+    """Another run has output_dir before a save is committed: nothing appears there, and what that run writes stays."""
+    final = tmp_path / manifest.name(0, 1, 1)
+    atomic.lock(tmp_path)
+    saver = Saver(tmp_path)
+    saver.save(final.name, build_tree(), {}, validated=False)
+    (tmp_path / ".lock").write_text("host other, pid 1\n")
+    (theirs := atomic.unfinished(final, "ab" * 8)).mkdir()
+    saver.confirm(True)
+    assert "no longer this run's own" in saver.close()
+    assert theirs.is_dir() and not final.exists()
+
+
 def test_a_file_that_is_swapped_between_check_and_load(two):
     """Another file of the same size and times under the name of one that was verified: found after the load."""
     choice, tree = choose(two[0].parent, two[1].name), build_tree()

@@ -57,8 +57,10 @@ def commit(folder: Path, final: Path, save_id: str, listed: dict[str, Any], more
 def put(folder: Path, final: Path, save_id: str, manifest: bytes) -> None:
     """The manifest, last, then one rename. A node without rank 0's disk puts rank 0's manifest beside its own files.
 
-    An older save of that name is deleted once it is replaced; what is not known to be one is renamed and stays.
+    An older save of that name is deleted once it is replaced; what is not known to be one is renamed and stays. Raises
+    ConfigError where output_dir is no longer this run's.
     """
+    check_lock(final.parent)
     manifests.decode(manifest, final / MANIFEST)
     files.create(folder / MANIFEST, manifest)
     files.sync_folder(folder)

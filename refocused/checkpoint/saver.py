@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs import ConfigError
 from refocused import files
 from refocused.checkpoint import atomic, manifest
 from refocused.checkpoint.manifest import CheckpointError
@@ -164,7 +165,8 @@ class Saver:
         except Exception as error:
             self._error = f"saving {name}: {error}"
             if self.owner:
-                with contextlib.suppress(OSError):  # then the next start does it
+                with contextlib.suppress(OSError, ConfigError):  # then the next start does it
+                    atomic.check_lock(self.output_dir)  # what lies there may be another run's by now
                     atomic.recover(self.output_dir)
 
     def _begin(self, need: int) -> str:
