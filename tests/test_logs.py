@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import forget, trace
 
 from configs import ConfigError
+from refocused import locks
 from refocused.measure import losses, report
+from refocused.run import logs
 from refocused.run.logs import check_folder
 
 DAMAGED = (b"NaN", b"1e999", b"-1e999", b"9" * 400, b"-5", b'"x"', b"null", b"[]", b"{}", b"true")
@@ -122,6 +124,25 @@ def test_two_live_runs_never_share_a_folder(shards, tmp_path):
         text = train(tmp_path / second, *shared, code=2).text
         assert f"logging_dir={tmp_path}/logs is in use by the run in {tmp_path}/{first}/out" in text
         run.kill()
+
+
+def test_a_folder_that_another_run_has_taken(tmp_path):
+    """.lock is removed and another run comes: however often it is tried, no byte goes into its log until it has gone."""
+    check_folder(str(folder := tmp_path / "logs"), str(tmp_path / "out"))
+    mine = logs.Logs(str(folder), str(tmp_path / "out"))
+    mine.log("before")
+    (folder / ".lock").unlink()
+    other = locks.Lock(folder / ".lock")
+    before = (folder / "train.log").read_bytes()
+    for _ in range(3):
+        mine.retry()
+        mine.log("meanwhile")
+    assert (folder / "train.log").read_bytes() == before
+    other.release()
+    mine.retry()
+    mine.log("afterwards")
+    assert (folder / "train.log").read_text().endswith(" afterwards\n")
+    logs.release()
 
 
 def test_planted_links_are_not_followed(tmp_path):

@@ -124,6 +124,7 @@ class Logs:
         self.folder, self.output_dir, self.main = Path(os.path.realpath(logging_dir)), output_dir, main
         self.files: list[File] = []
         self.failed = False  # it was said that something cannot be written
+        self.lost = False  # the folder was this run's and may be another's
         self.train_log = self.file(LOG)
 
     def log(self, text: str | None, file: TextIO | None = None, screen: bool = True, more: str | None = None) -> None:
@@ -152,10 +153,12 @@ class Logs:
             self.failed = False
         for file in self.files:
             file.retry()
-        if not (self.folder / OWNER).exists() or not all(lock.intact() for lock in _held):
+        if self.lost or not (self.folder / OWNER).exists() or not all(lock.intact() for lock in _held):
             release()
+            self.lost = True
             try:
                 check_folder(str(self.folder), self.output_dir)
+                self.lost = False
             except ConfigError as error:
                 self.fail(error)
                 for file in self.files:
