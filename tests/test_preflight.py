@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from launch import TINY, train
+from saves import save
 
 import configs
 import model as neox
@@ -79,10 +80,15 @@ def test_refused_before_anything_is_built(shards, tmp_path):
 
 
 def test_checkpoints_that_will_come(monkeypatch, tmp_path):
-    """How many a run will keep, and one more while it is written: not more than steps are left, saves by the clock too."""
+    """How many a run will keep, and one more while it is written: not more than steps are left, saves by the clock too.
+    Those that are there make room, but for what keep_every keeps."""
+    for name, old in (("passing", (3, 5)), ("kept", (4, 8))):
+        for step in old:
+            save(tmp_path / name, step, size=100)
     free = int(3.5 * optim.checkpoint_bytes(config()) * 1.01) + (1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # of three and a half
     clock = ("save_seconds=60", "save_steps=0")
+    forever = ("save_steps=2", "max_steps=7", "save_total_limit=2", "keep_every=4")
     for keys, fits in (
         (("save_steps=2", "max_steps=20", "save_total_limit=2"), True),
         (("save_steps=2", "max_steps=20", "save_total_limit=3"), False),
@@ -90,10 +96,12 @@ def test_checkpoints_that_will_come(monkeypatch, tmp_path):
         ((*clock, "max_steps=1000", "save_total_limit=3"), False),
         ((*clock, "max_steps=3", "save_total_limit=3"), True),
         ((*clock, "max_steps=1000", "save_total_limit=2"), True),
+        ((*forever, f"output_dir={tmp_path}/passing"), True),
+        ((*forever, f"output_dir={tmp_path}/kept"), False),
     ):
         words = "4 checkpoints of .* will be in output_dir"
         with contextlib.nullcontext() if fits else pytest.raises(configs.ConfigError, match=words):
-            preflight.check_disk(config(*keys, f"output_dir={tmp_path}"), 0)
+            preflight.check_disk(config(f"output_dir={tmp_path}", *keys), 0)
 
 
 def test_a_busy_machine_is_pointed_out(monkeypatch):

@@ -132,11 +132,13 @@ def kept_forever(cfg: Config, step: int) -> int:
 def check_disk(cfg: Config, step: int) -> None:
     """Raises ConfigError unless output_dir's disk holds what a run from this step on will keep there, and one more:
     the oldest goes once the newest is complete."""
-    size, there = checkpoint_bytes(cfg), len(manifest.read_manifests(cfg.output_dir)[0])
+    steps = [m["step"] for m in manifest.read_manifests(cfg.output_dir)[0]]
+    size, there = checkpoint_bytes(cfg), len(steps)
     left = max(0, cfg.max_steps - step)
     saves = math.ceil(left / cfg.save_steps) if cfg.save_steps else min(1, left)
     if limit := cfg.save_total_limit:
-        most = limit + 1 + kept_forever(cfg, step) - there
+        passing = sum(not cfg.keep_every or old % cfg.keep_every > 0 for old in steps)  # those that will go
+        most = limit + 1 + kept_forever(cfg, step) - passing
         saves = max(1, min(left if cfg.save_seconds else saves, most)) if saves else 0
     if saves and (lack := files.too_small(cfg.output_dir, saves * size)):
         fits = int(files.free(cfg.output_dir) / size / 1.01) + there - 1
