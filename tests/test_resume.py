@@ -19,8 +19,11 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, write_shards
 from launch import GUARD, TINY, Run, stopped_at, train, until
 
+import data
+from configs import Config
 from refocused.checkpoint import manifest, selection
 from refocused.checkpoint.tensors import load
+from refocused.run import messages
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # tensors() reads without ranks
 
@@ -308,6 +311,13 @@ def test_a_resume_is_explained(shards, tmp_path):
     back = train(tmp_path, *args, f"resume={five}", "max_steps=6").text
     assert re.search(r"checkpoint-epoch\d-step12-files\d is ahead of it: abandoned, once this run has saved", back)
     flipped = newest(tmp_path) / "state.json"
+    old = json.loads(
+        flipped.read_bytes()
+    )  # as if from before there was a shard_size, beside which its parallel cannot be
+    now = Config(**{**old["config"], "parallel": "fsdp", "shard_size": 1, "max_steps": 12})
+    assert old["config"].pop("shard_size") == 0
+    said = messages.describe_resume(selection.Choice(flipped.parent, old, []), now, data.Dataset.open(now))
+    assert "config: parallel ddp -> fsdp" in said and "(was " in said
     assert "step6" in str(flipped), "what was saved last"
     flipped.write_bytes(flipped.read_bytes().replace(b'"step": 6', b'"step": 7'))
     passed = train(tmp_path, *args, "resume=latest", "max_steps=12").text

@@ -1,5 +1,6 @@
 """What a run prints besides its steps: the plan, where a resume goes on, how it ended."""
 
+import copy
 import dataclasses
 import shlex
 import textwrap
@@ -119,7 +120,8 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
             lines.append(f"          config: {key} {old} -> {new}")
     for key, was, instead in configs.removed(state["config"]):
         lines.append(f"          config: {key} was {was} and is no longer a key: {instead}")
-    old_cfg = dataclasses.replace(cfg, **{k: v for k, v in state["config"].items() if k in configs.KEYS})
+    old_cfg = copy.copy(cfg)  # unlike replace() this checks nothing: keys of then and now need not fit each other
+    vars(old_cfg).update(state["config"])
     if (before := learning_rate(state["step"], old_cfg)) != (now := learning_rate(state["step"], cfg)):
         rate = f"the rate goes on at {now:.3g} (was {before:.3g})"
         lines.append(f"          schedule: a function of step and config, so {rate}")
