@@ -187,7 +187,7 @@ AT_LEAST = {"max_files": -1, "adam_epsilon": 1e-37, **dict.fromkeys(POSITIVE, 1)
 # far beyond what anybody uses, and still built or refused within seconds
 AT_MOST = {
     "cpu_threads": 1024, "dataloader_num_workers": 1024, "sample_tokens": 1_000_000,
-    "upload_deadline_seconds": 1e6, "rotary_pct": 1,
+    "upload_deadline_seconds": 1e6, "watchdog_seconds": 1e6, "rotary_pct": 1,
 }  # fmt: skip
 BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2")
 MAY_BE_INFINITE = ("max_grad_norm", "save_seconds")

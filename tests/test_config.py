@@ -67,6 +67,7 @@ max_steps=1.5 | max_steps=1.5 is a float; max_steps wants int
 compile_model=yes | true or false
 learning_rate=nan | not a number
 cpu_threads=100000 | at most 1024
+watchdog_seconds=1e15 | at most 1e+06
 adam_epsilon=0 | at least 1e-37
 data_dir=~nobody-of-that-name/x | ~nobody-of-that-name is not known here
 output_dir=$NOT_SET_HERE/x | $NOT_SET_HERE is not known here

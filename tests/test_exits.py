@@ -4,6 +4,7 @@ Faults are made inside the ranks, by FAULTS in the child before train.main; what
 """
 
 import ctypes
+import http.client
 import http.server
 import importlib
 import json
@@ -27,7 +28,7 @@ import data
 from configs import Config, ConfigError
 from model import GPTNeoX
 from refocused.checkpoint import manifest, saver, selection
-from refocused.run import devices, exits, failures, hardware, optim, preflight, processes, strategy, watchdog
+from refocused.run import devices, exits, failures, hardware, optim, preflight, processes, signals, strategy, watchdog
 from refocused.run.preflight import CrashLoop, Starts
 from refocused.shards.shard import DataError
 
@@ -447,6 +448,19 @@ def test_a_notice_of_preemption_stops_a_run(faulty, tmp_path, cloud):
     google = "/computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec=300"
     assert paths == {"/latest/meta-data/spot/instance-action" if aws else google}
     assert aws or asked[1][0].endswith("last_etag=e1")
+
+
+def test_answers_that_are_no_http_end_no_watch(monkeypatch):
+    """A metadata server that is restarted answers with half of a reply: it is asked again, and the notice is seen."""
+    monkeypatch.setattr(signals.time, "sleep", lambda _: None)
+    answers, asked = iter([http.client.BadStatusLine("?"), http.client.IncompleteRead(b""), TimeoutError()]), []
+
+    def notice(_):
+        for error in answers:
+            raise error
+
+    signals.wait_for_notice(notice, "", asked.append)
+    assert asked == ["this machine is being taken away (preempted)"]
 
 
 def test_the_slow_one_is_named():

@@ -1,6 +1,7 @@
 """What asks a run to stop: a signal, the end of its time, the death of its torchrun, a notice of preemption."""
 
 import contextlib
+import http.client
 import os
 import select
 import signal
@@ -103,7 +104,7 @@ def wait_for_notice(notice: Callable[[str], None], host: str, ask: Callable[[str
         try:
             notice(host)
             return ask("this machine is being taken away (preempted)")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 404:
                 return None  # this server knows no preemption
             time.sleep(10.0)
