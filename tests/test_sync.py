@@ -375,7 +375,7 @@ def test_a_superseded_run_keeps_its_part(server, place, tmp_path):
 
 def bring_together(folder: Path, *nodes: str, **keys) -> str:
     """As the first processes of these nodes would."""
-    configs = [config(folder / node, resume="latest", **keys) for node in nodes]
+    configs = [config(folder / node, **{"resume": "latest", **keys}) for node in nodes]
     return start.bring_together(configs[0], lambda function, _, *args: [function(cfg, *args) for cfg in configs])
 
 
@@ -384,9 +384,9 @@ def test_parts_are_brought_together(server, place, tmp_path):
     or was to go to another place."""
     save(tmp_path / "whole", 50)
     assert not bring_together(tmp_path, "new", "whole") and not server.requests  # without parts nothing is listed
-    save_in_parts(tmp_path, 10)
+    ten = save_in_parts(tmp_path, 10)
     assert not bring_together(tmp_path, "a", "new") and steps(place) == []
-    assert "sent to the bucket" in bring_together(tmp_path, "new", "a", "b") and steps(place) == [10]
+    assert "sent to the bucket" in bring_together(tmp_path, "new", "a", "b", resume=f"a/{ten}") and steps(place) == [10]
     assert not bring_together(tmp_path, "new", "a", "b")
     shard = tmp_path / "a" / save_in_parts(tmp_path, 20) / "shard-00000-00000.safetensors"
     shard.write_bytes(bytes(shard.stat().st_size))
