@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from pyarrow import feather, parquet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from configs import Config
 from refocused.entry import ROOT
@@ -126,13 +126,18 @@ def use_gpt2(folder: Path, monkeypatch) -> None:
 
 
 def own_tokenizer(folder: Path, texts: list[str], size: int = 500) -> None:
-    """A byte-level BPE in Pythia's manner, with the traces of its last use, and the settings that Pythia has."""
+    """A byte-level BPE in Pythia's manner, with the traces of its last use, and the settings that Pythia has.
+
+    As Llama's it adds a special token to each text, which `encode` is told to leave out.
+    """
     known = Tokenizer(models.BPE())
     known.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     known.decoder = decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", "<|padding|>"]
     more = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     known.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **more))
+    template = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    known.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
     known.enable_truncation(16)
     known.enable_padding(length=16)
     folder.mkdir(exist_ok=True)

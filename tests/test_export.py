@@ -151,6 +151,7 @@ def test_byte_tokenizer(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(file.read_bytes() + b" ")
     assert tokenizers.File(file).identity.startswith("sha256:")
+    assert [spelling.adding_none(part) for part in (None, {"type": "BertProcessing"})] == [None, None]
 
 
 def test_gpt2_tokenizer(tmp_path, monkeypatch):
@@ -373,12 +374,15 @@ def test_one_tokenizer_from_text_to_export(tmp_path, capsys):
     assert len(list((tmp_path / "shards").glob("*.npz"))) > 2 and tokens_in(tmp_path / "shards") == ids
 
     places = [f"data_dir={tmp_path / 'shards'}", f"output_dir={tmp_path / 'out'}", f"logging_dir={tmp_path / 'logs'}"]
+    places += ["learning_rate=1e-3"]
     run = train(tmp_path, *keys, *places, "sequence_length=32", "eval_steps=10", "sample_tokens=4")
     assert "weights only" in run.text and "not known" not in run.text and run.losses[-1] < run.losses[0]
     assert " bits per byte" in run.text and "no text samples" not in run.text
     saved = ckpt.find(str(tmp_path / "out")).path
     assert {"tokenizer.json", "tokenizer_config.json"} <= manifest.verify(saved)["files"].keys()
     assert (saved / "tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
+    assert ckpt.main(["export", str(tmp_path / "start"), str(tmp_path / "untouched")]) == 0
+    assert (tmp_path / "untouched/tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
     for gone in ("hf", "start"):
         shutil.rmtree(tmp_path / gone)
     moved = [*keys, *places, f"tokenizer={tmp_path / 'out'}", "sequence_length=32"]  # from where it is found now
@@ -388,7 +392,11 @@ def test_one_tokenizer_from_text_to_export(tmp_path, capsys):
     assert len(both) == 2 and ckpt.main(["average", *both, str(tmp_path / "mean")]) == 0
     assert ckpt.find(str(tmp_path / "mean")).cfg.tokenizer.startswith(str(tmp_path / "mean"))
     assert ckpt.main(["export", str(tmp_path / "out"), str(tmp_path / "hf2"), "--dtype", "fp32"]) == 0
+    assert "which adds no special tokens, as in training" in capsys.readouterr().out
     assert "tokenizer out/" not in (card := (tmp_path / "hf2/README.md").read_text()) and "500 ids, sha256:" in card
+    assert ckpt.main(["import", str(tmp_path / "hf2"), str(tmp_path / "again")]) == 0
+    for copy in ("hf2", "again"):  # of the run's tokenizer: its shards are good for them
+        assert not tokenizers.differ(str(tmp_path / copy), str(tmp_path / "out"))
     trained, prompt = ckpt.find(str(tmp_path / "out")), "def convert(text: str) -> None:\n    # naïve"
     capsys.readouterr()
     assert sample.main([f"resume={tmp_path / 'out'}", f"prompt={prompt}", "max_new_tokens=8", "temperature=0"]) == 0

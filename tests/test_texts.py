@@ -359,6 +359,8 @@ def test_what_a_tokenizer_has_no_token_for_is_counted(tmp_path, data_py):
         (bpe, {"pre_tokenizer": levels, "decoder": levels}, lost.format(14)),  # three blanks
         (bpe | {"vocab": vocab | {"<unk>": 9}, "unk_token": "<unk>"}, {}, "4 times the token for unknown text"),
         ({"type": "WordLevel", "vocab": vocab, "unk_token": "?"}, {}, "tokenizer.json cannot encode the text"),
+        ({"vocab": vocab, "merges": []}, {}, lost.format(4)),  # as old files are, without the type
+        ({"vocab": [[letter, 0.0] for letter in vocab], "unk_id": 0}, {}, "2 times the token for unknown text"),
     )):  # fmt: skip
         shards.plain_tokenizer(tmp_path / "t", model, 0, **more)
         find.cache_clear()

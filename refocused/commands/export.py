@@ -138,8 +138,12 @@ Keys of the run that are not the trainer's defaults:
 """
 
 
-def write_tokenizer(cfg: Config, folder: Path) -> str:
-    """The files of the tokenizer that the model was trained with, if that is known; a line that says which it is."""
+def write_tokenizer(source: Source, folder: Path) -> str:
+    """The files of the tokenizer that the model was trained with, if that is known; a line that says which it is.
+
+    A run's adds no special tokens, as its shards have none. A model that was only imported keeps the file that it had.
+    """
+    cfg = source.cfg
     if not cfg.tokenizer:
         why = "the checkpoint does not know which tokenizer made the ids that it was trained on"
         return f"without tokenizer files: {why}"
@@ -147,12 +151,17 @@ def write_tokenizer(cfg: Config, folder: Path) -> str:
     try:
         if known.size > cfg.vocab_size:
             raise DataError(f"tokenizer={known.name} has {known.size:,} ids, the model {cfg.vocab_size:,}: not the one")
-        written = known.files(length) if isinstance(known, tokenizers.File) else spelling.files(known, length)
+        special = ""
+        if isinstance(known, tokenizers.File):
+            written = spelling.plain(known, length) if source.trained_on else known.files(length)
+            special = ", which adds no special tokens, as in training" * (written[tokenizers.FILE] != known.content)
+        else:
+            written = spelling.files(known, length)
         for name, content in written.items():
             (folder / name).write_bytes(content)
     except DataError as error:  # a vocabulary that cannot be fetched, too
         return f"without tokenizer files: {error}"
-    return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}"
+    return f"tokenizer {known.name}, {known.size:,} ids, end-of-text {known.end}{special}"
 
 
 def check_free(out: Path, for_file: bool = False) -> None:
@@ -225,7 +234,7 @@ def main(argv: list[str]) -> int:
         folder.mkdir()
         write_configs(source.cfg, source.end, folder, dtype)
         write_weights(model, folder, dtype)
-        print(write_tokenizer(source.cfg, folder))
+        print(write_tokenizer(source, folder))
         has_tokenizer = (folder / tokenizers.FILE).exists()
         text = open_ended(model, dataclasses.replace(source.cfg, sample_tokens=60)) if has_tokenizer else ""
         (folder / "README.md").write_text(card(source, args.dtype, args.out, text), encoding="utf-8")

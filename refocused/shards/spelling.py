@@ -1,9 +1,10 @@
-"""A tiktoken.Encoding as the tokenizer.json of Hugging Face."""
+"""A tokenizer.json for an export: of a tiktoken.Encoding, and one that adds no special tokens."""
 
 import hashlib
+import json
 from typing import Any
 
-from refocused.shards.tokenizers import FILE, OURS, SETTINGS, Encoding, as_json, settings
+from refocused.shards.tokenizers import FILE, OURS, SETTINGS, Encoding, File, as_json, settings
 
 
 def byte_letters() -> list[str]:
@@ -16,8 +17,29 @@ def byte_letters() -> list[str]:
 def files(encoding: Encoding, max_length: int) -> dict[str, bytes]:
     """{file name: content} by which Transformers loads it."""
     content = as_json(tokenizer_json(encoding.name, encoding.known))
-    ours = [encoding.name, hashlib.sha256(content).hexdigest()]
-    return {FILE: content, SETTINGS: as_json(settings("<|endoftext|>", max_length, {}) | {OURS: ours})}
+    return named(encoding.name, content, settings("<|endoftext|>", max_length, {}))
+
+
+def named(identity: str, content: bytes, found: dict[str, Any]) -> dict[str, bytes]:
+    """A tokenizer.json and its settings, by which it stands for the run's tokenizer."""
+    return {FILE: content, SETTINGS: as_json(found | {OURS: [identity, hashlib.sha256(content).hexdigest()]})}
+
+
+def plain(known: File, max_length: int) -> dict[str, bytes]:
+    """The same for a file, without what adds special tokens to a text: shards have none."""
+    made, processor = known.files(max_length), known.json.get("post_processor")
+    if processor == (without := adding_none(processor)):
+        return made
+    content = as_json(known.json | {"post_processor": without})
+    return named(known.identity, content, json.loads(made[SETTINGS]))
+
+
+def adding_none(processor: Any) -> Any:
+    """The part of a post_processor that adds no special token: ByteLevel."""
+    kind = processor.get("type") if isinstance(processor, dict) else None
+    if kind == "Sequence":
+        return processor | {"processors": [*filter(None, map(adding_none, processor["processors"]))]}
+    return processor if kind == "ByteLevel" else None
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

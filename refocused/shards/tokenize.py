@@ -150,13 +150,13 @@ def encode_documents(known: Tokenizer, texts: list[str], counts: Counter) -> lis
     if isinstance(known, Encoding):
         return [known.known.encode_to_numpy(text, disallowed_special=()) for text in texts]
     model = known.json["model"]
-    unknown = model.get("unk_id") if model.get("type") == "Unigram" else known.vocab.get(model.get("unk_token"))
+    unknown = model.get("unk_id") if isinstance(model["vocab"], list) else known.vocab.get(model.get("unk_token"))
     whole = model.get("byte_fallback") or (known.byte_level and known.vocab.keys() >= {*byte_letters()})
     try:
         found = known.plain.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # such as a word that a WordLevel without unk_token does not have
         raise DataError(f"{known.file} cannot encode the text: {error}") from error
-    if model.get("type") == "BPE" and unknown is None and not whole:
+    if "merges" in model and unknown is None and not whole:
         counts["dropped"] += sum(dropped(known, text) for text in texts)
     ids = [np.array(encoding.ids, np.uint32) for encoding in found]
     if unknown is not None:

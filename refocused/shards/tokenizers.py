@@ -25,7 +25,7 @@ FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # what models call it, where nothing says so
 LARGEST = 1 << 24  # of an id; there is no vocabulary of millions
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-OURS = "tokenizer_of_the_run"  # in the settings that are written: [name, SHA-256 of the tokenizer.json beside them]
+OURS = "tokenizer_of_the_run"  # in the settings that are written: [identity, SHA-256 of the tokenizer.json beside them]
 # what can be raised by a file whose content is another than meant
 MALFORMED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -126,8 +126,10 @@ class File:
     @cached_property
     def identity(self) -> str:
         digest = hashlib.sha256(self.content).hexdigest()
-        exported = [name for name in ENCODINGS if self.own.get(OURS) == [name, digest]]
-        return exported[0] if exported else f"sha256:{digest}, end-of-text {self.end}"
+        match self.own.get(OURS):  # an export's file may differ from the run's
+            case [str(noted), of] if of == digest and (noted in ENCODINGS or noted.endswith(f" {self.end}")):
+                return noted
+        return f"sha256:{digest}, end-of-text {self.end}"
 
     @cached_property
     def known(self) -> Any:
@@ -159,7 +161,7 @@ class File:
 
     def byte_lengths(self) -> list[int]:
         """For a byte-level BPE, in which each letter of a token is a byte."""
-        if not self.byte_level or self.json["model"].get("type") != "BPE":
+        if not self.byte_level or "merges" not in self.json["model"]:  # old files have no type
             raise DataError(f"{self.file} is no byte-level BPE: nothing says how many bytes a token is")
         lengths = [0] * self.size
         for token, i in self.vocab.items():
@@ -171,8 +173,6 @@ class File:
     def files(self, max_length: int) -> dict[str, bytes]:
         spelled = {i: token for token, i in self.vocab.items()}
         found = settings(spelled[self.end], max_length, self.own)
-        if self.identity in ENCODINGS:
-            found[OURS] = self.own[OURS]
         return {FILE: self.content, SETTINGS: as_json(found)}
 
 
@@ -269,7 +269,7 @@ def text_of(token: Any) -> str | None:
 def settings(end: str, max_length: int, own: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json for Transformers 4 and 5; end: what end-of-text is written as, own: the file's that was."""
     tokens = {key: text_of(own.get(key)) or end for key in SPECIAL}  # CTranslate2 wants a text for each
-    kept = {"chat_template": own["chat_template"]} if own.get("chat_template") else {}
+    kept = {key: own[key] for key in ("chat_template", OURS) if own.get(key)}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         **tokens, "eos_token": end,
