@@ -249,7 +249,7 @@ WAYS = {  # what Transformers, or who trains with it, writes: (keys of config.js
     "without a prefix": ({}, lambda w: {key.removeprefix("gpt_neox."): t for key, t in w.items()}),
     "compiled under DDP": ({}, named("lm_head.weight", prefix="module._orig_mod.")),
     "a variant in the cache": ({"hidden_act": "gelu_python"}, dict),
-    "tanh": ({"hidden_act": "gelu_pytorch_tanh"}, dict),
+    "tanh": ({"hidden_act": "gelu_pytorch_tanh", "rope_scaling": {"type": "default"}}, dict),
     "tied": (TIED, dict),
     "tied, a copy": (TIED, named(HEAD)),
     "tied, under the name of the head": (
@@ -459,7 +459,8 @@ BIAS = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
 REFUSED = [  # keys of config.json, a change of the weights, what is said
     ({"hidden_act": "silu"}, dict, "hidden_act='silu'"),
     ({"attention_bias": False}, dict, "attention_bias=False"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, dict, "rope_scaling="),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, dict, "rope_type='linear'"),
+    ({"rope_parameters": {"type": "linear", "factor": 2.0}}, dict, "rope_type='linear'"),
     ({"model_type": "llama"}, dict, "model_type='llama'"),
     ({"hidden_size": "wide"}, dict, "hidden_size='wide' is a str"),
     ({"hidden_size": 32}, dict, "is .320, 64., .320, 32. by the config"),
@@ -491,7 +492,9 @@ def test_refused_folders(tmp_path):
     (good / "model.safetensors").write_bytes(b"x" * 100)
     refused(good, "damaged")
     (good / "model.safetensors").rename(good / "pytorch_model.bin")
-    refused(good, "pickled weights .*convert them once: python -c .*save_pretrained")
+    refused(good, "pickled weights .*convert them once: python -c [^;]*; AutoModelForCausalLM.from[^;]*$")
+    (good / "tokenizer_config.json").touch()
+    refused(good, "convert them once: .*; AutoTokenizer.from_pretrained.*save_pretrained")
     for variant in ("bf16", "fp16"):
         (good / f"model.{variant}.safetensors").touch()
     refused(good, "model.bf16.safetensors, model.fp16.safetensors and no model.safetensors")

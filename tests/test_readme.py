@@ -268,7 +268,8 @@ def ground(copy) -> Path:
     np.savez_compressed(copy / "SRC/a.npz", input_ids=np.arange(50000, dtype=np.int32)[None])
     np.arange(50000, dtype=np.uint16).tofile(copy / "SRC/b.bin")
     (copy / "pickled").mkdir()
-    shutil.copy(copy / "exported/first/config.json", copy / "pickled")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(copy / "exported/first" / name, copy / "pickled")
     torch.save(load_file(copy / "exported/first/model.safetensors"), copy / "pickled/pytorch_model.bin")
     return copy
 

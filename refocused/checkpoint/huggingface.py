@@ -48,11 +48,11 @@ def to_config(cfg: Config) -> dict[str, Any]:
 
 def from_config(hf: dict[str, Any]) -> dict[str, Any]:
     """Our model keys from a config.json's dict. Raises ValueError naming what this model does not have."""
-    rope = hf.get("rope_parameters") or {}
-    only = {"model_type": "gpt_neox", "attention_bias": True, "rope_scaling": None, "quantization_config": None}
-    has = {**hf, "rope_type": rope.get("rope_type", "default")}
-    wanted = {**only, "rope_type": "default"}.items()
-    unsupported = [f"{key}={has[key]!r} (only {value!r})" for key, value in wanted if has.get(key, value) != value]
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as Transformers, the older name first
+    only = {"model_type": "gpt_neox", "attention_bias": True, "quantization_config": None}
+    unsupported = [f"{key}={hf[key]!r} (only {only[key]!r})" for key in only if hf.get(key, only[key]) != only[key]]
+    kinds = {rope.get(key, "default") for key in ("rope_type", "type")} - {"default"}
+    unsupported += [f"rope_type={kind!r} (only 'default')" for kind in kinds]
     ours = {key: hf[key] for key in SAME_NAME if key in hf}
     act = ours.setdefault("hidden_act", "gelu")
     ours["hidden_act"] = SAME_FUNCTION.get(act, act)

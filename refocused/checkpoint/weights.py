@@ -1,6 +1,7 @@
 """A model's weights without the optimizer: of a checkpoint, whichever layout wrote it, or of a Hugging Face folder."""
 
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -104,8 +105,11 @@ def pickled(path: Path) -> str:
     if not any(path.glob("*.bin")):
         return ""
     if is_hf(path):
-        way = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{path}').save_pretrained('NEW')"
+        kinds = ["AutoModelForCausalLM"] + ["AutoTokenizer"] * any([*path.glob("*token*"), *path.glob("vocab*")])
+        way, old = f"from transformers import {', '.join(kinds)}", json.dumps(str(path))
+        way += "".join(f'; {kind}.from_pretrained({old}).save_pretrained("NEW")' for kind in kinds)
     else:
-        way = f"import torch; from safetensors.torch import save_file; W = torch.load('{path}/pytorch_model.bin', "
-        way += f"weights_only=True); save_file({{k: v.clone() for k, v in W.items()}}, '{path}/model.safetensors')"
-    return f'; pickled weights (.bin) are not read, convert them once: {here("python -c")} "{way}"'
+        old, new = (json.dumps(str(path / name)) for name in ("pytorch_model.bin", "model.safetensors"))
+        way = f"import torch; from safetensors.torch import save_file; W = torch.load({old}, weights_only=True); "
+        way += f"save_file({{k: v.clone() for k, v in W.items()}}, {new})"
+    return f"; pickled weights (.bin) are not read, convert them once: {here('python -c')} {shlex.quote(way)}"
