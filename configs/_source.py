@@ -29,7 +29,7 @@ def assigned(path: Path, keys: Set[str], seen: tuple[str, ...] = ()) -> dict[str
     for node in top_level(ast.parse(path.read_bytes(), str(path))):
         if isinstance(node, ast.ImportFrom):
             file = getattr(sys.modules.get(node.module or ""), "__file__", None) or ""
-            names = {alias.name: alias.asname or alias.name for alias in node.names}
+            names = {a.name: a.asname or a.name for a in node.names if a.asname in (None, *keys)}  # else a helper's
             if file.endswith(".py") and file not in seen and names.keys() & {"*", *keys}:
                 there = assigned(Path(from_here(file)), keys, (*seen, file))
                 places |= there if "*" in names else {names[n]: place for n, place in there.items() if n in names}

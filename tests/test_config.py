@@ -22,6 +22,7 @@ def test_precedence_and_origins(tmp_path):
     file.write_text(
         "from math import *\nfrom os import environ\nfrom torch.nn import *\nfrom pathlib import Path\nimport numpy as np\n"
         "from configs.production import *\nfrom base_of_mine import *\n_half = 12_500\nmax_steps = ceil(sqrt(_half**2))\n"
+        "from configs.demo import logging_steps, max_steps as demo_steps\n"
         "for i in range(3):\n    learning_rate = np.float64(pi / 1e4)\nwith open(__file__) as f:\n    data_dir = Path('/x')\n"
         "class _Sizes:\n    seed = 3\ndef helper():\n    pass\neval_steps, save_steps = np.int64(5), 6\n"
     )
