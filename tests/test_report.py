@@ -40,6 +40,8 @@ def test_every_step_counts_once_and_a_cut_line_is_none(tmp_path):
     assert run.series["loss"].keys() == {1, 2, 3, 4, 5, 6, 7} and run.series["loss"][6] == 1.5
     assert run.marks == {"checkpoint": [4], "resume": [4], "eval": [], "spike": [6], "bad": [7], "skip": [8]}
     assert run.eval_loss == {} and run.skipped == 2
+    run.eval_loss = {4: float("nan"), 8: 2.5}
+    assert report.figures(run, 0)["best held-out loss"] == "2.5000 (step 8)"
 
 
 def test_the_branch_is_followed(tmp_path):

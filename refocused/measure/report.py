@@ -227,7 +227,8 @@ def figures(run: Run, price: float) -> dict[str, str]:
     loss, norm = bins(run.series["loss"], 100), bins(run.series["grad_norm"], 1)
     speeds = [v for v in run.series["tokens_per_second"].values() if math.isfinite(v)]
     steps = run.series["loss"] or run.series["lr"]
-    best = min(run.eval_loss.items(), key=lambda item: item[1], default=None)
+    finite = (item for item in run.eval_loss.items() if math.isfinite(item[1]))
+    best = min(finite, key=lambda item: item[1], default=None)
     marks = {name: listed(run.marks[kind]) for kind, (name, *_) in MARKS.items() if kind != "eval"}
     found = {
         "steps": f"{min(steps):,} to {max(steps):,}" if steps else "",
