@@ -12,6 +12,7 @@ from conftest import ROOT
 from launch import GUARD, TINY, Run, on_ranks, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import configs
 import model as neox
 from refocused import entry
@@ -79,17 +80,19 @@ def test_step_command(tmp_path, device, record_property):
 
 
 def test_a_spread_that_is_too_wide_is_said():
-    """Rounds that differ by more than 15 percent: the table itself says that it is not to be trusted."""
+    """Rounds that differ by more than 15 percent: the table itself says so. No row is there twice, or of no process."""
     cfg, _ = configs.load([*TINY])
     rows = {"ours": {"seconds": [1.0, 1.1], "rate": 1.0, "memory": 1, "first": 1.0}}
     assert "Not to be trusted" not in steps.table("small", cfg, rows)
     rows["ours"]["seconds"] = [1.0, 1.3]
+    for names in ("ours,ours", "ours-ddp-0"):
+        assert bench.main(["step", "--contenders", names]) == 2
     assert "Not to be trusted: a spread of 26% is above 15%" in steps.table("small", cfg, rows)
 
 
 def test_contender_that_dies(tmp_path):
     """A contender killed while the others have their turns: its exit code, and what that code most often means."""
-    toy = ["hidden_size=64", "num_hidden_layers=1", "vocab_size=512", "intermediate_size=256"]
+    toy = ["hidden_size=64", "num_hidden_layers=1", "vocab_size=70000", "intermediate_size=256"]
     steps.write_inputs(tmp_path, steps.SIZES["small"], toy)
     contender = steps.start("floor", tmp_path, toy)
     assert contender.turn(1)["seconds"] > 0

@@ -105,6 +105,8 @@ def test_search_on_made_up_hardware(monkeypatch):
     least = min(memory.estimate(c, 2).needed for c in every if not c.cpu_offload)
     starved = search.search(cfg, 2, fast, least - 1, 0.0)
     assert not starved.fastest and starved.starved.needed <= least - 1
+    large = search.layouts(small("global_batch_size=524288"), 1, 8)  # at once it is more than a micro-step may have
+    assert max(c.per_device_train_batch_size for c in large) * cfg.sequence_length == configs.MOST_TOKENS
 
 
 def test_what_the_command_refuses_and_says(capsys):
@@ -123,6 +125,7 @@ def test_what_the_command_refuses_and_says(capsys):
     assert bench.main(["plan", PRODUCTION, *searched, *keys]) == 0
     out = capsys.readouterr().out
     assert "layouts of the same step that fit 22.0 GiB" in out and "1: python train.py" in out
+    assert " max_steps=3600" in plan.affordable(small("max_steps=0", "warmup_steps=0"), 1, 1.0, "it", 1.0, None)
     assert re.search(r"In 48\.0 h, for \$22, layout 1 makes [\d,]+\s+steps", out)  # less than $100 at 0.45 an hour buys
 
 

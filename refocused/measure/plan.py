@@ -149,11 +149,12 @@ def affordable(cfg: Config, world: int, seconds: float, name: str, hours: float,
     """What a layout, called name, can train in the hours, at the seconds of a step."""
     steps = int(hours * 3600 / seconds)
     tokens = steps * tokens_per_step(cfg, world)
+    of_config = f"{steps / cfg.max_steps:.0%} of the config's {cfg.max_steps:,} steps: " if cfg.max_steps else ""
     return (
         f"In {hours:,.1f} h" + (f", for ${hours * price * world:,.0f}," if price else "") + f" {name} makes {steps:,} "
         f"steps = {messages.count(tokens)} tokens, "
         f"{tokens / neox.num_parameters(cfg)[0]:.2g} per parameter (Chinchilla, arXiv:2203.15556: about 20), "
-        f"{steps / cfg.max_steps:.0%} of the config's {cfg.max_steps:,} steps: max_steps={steps}"
+        f"{of_config}max_steps={steps}"
     )
 
 

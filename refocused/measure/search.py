@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 import model as neox
-from configs import CHOICES, Config, ConfigError
+from configs import CHOICES, MOST_TOKENS, Config, ConfigError
 from refocused.run import memory, speed
 from refocused.run.speed import Machine, Step
 
@@ -41,7 +41,8 @@ def layouts(cfg: Config, world: int, node: int) -> Iterator[Config]:
     each = sequences(cfg, world)
     sizes = [node] if world > node else [s for s in (2, 4) if s < world and world % s == 0]
     offloads = cfg.mixed_precision != "fp16" and cfg.optimizer == "adamw"
-    for B in (n for n in range(1, each + 1) if each % n == 0):
+    largest = min(each, MOST_TOKENS // cfg.sequence_length)
+    for B in (n for n in range(1, largest + 1) if each % n == 0):
         for level in CHOICES["activation_checkpointing"]:
             plain: dict[str, Any] = dict(
                 per_device_train_batch_size=B, num_processes=world, gradient_accumulation_steps=each // B,

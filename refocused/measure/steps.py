@@ -110,7 +110,8 @@ def write_inputs(folder: Path, keys: dict, settings: list[str]) -> Config:
     (folder / "config.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     cfg, _ = configs.load([str(folder / "config.py"), *settings])
     (folder / "data").mkdir()
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000, dtype=np.uint16)
+    dtype = np.uint16 if cfg.vocab_size <= 1 << 16 else np.uint32
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, 2_000_000, dtype=dtype)
     np.savez(folder / "data" / "tokenized_cleaned_0.npz", input_ids=tokens)
     return cfg
 
@@ -196,9 +197,11 @@ def main(argv: list[str]) -> int:
     options = parse_with_settings(parser, argv)
     contenders = options.contenders.split(",")
     for name in contenders:
-        if not re.fullmatch(r"(ours|muon)(-(ddp|fsdp)-\d+)?|transformers|nanogpt|floor", name):
+        if not re.fullmatch(r"(ours|muon)(-(ddp|fsdp)-[1-9]\d*)?|transformers|nanogpt|floor", name):
             known = "transformers, nanogpt, floor, ours, muon, ours-ddp-N, muon-fsdp-N"
             raise ConfigError(f"contender {name!r} is none of {known}")
+        if contenders.count(name) > 1:
+            raise ConfigError(f"--contenders {options.contenders} has {name} twice; a table has one row for each")
     sizes = [size for size in SIZES if size != "large"] if options.size == "all" else [options.size]
     print(hardware())
     print(f"medians of rounds of {options.steps} optimizer step(s), contenders taking turns\n", flush=True)
