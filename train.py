@@ -118,7 +118,7 @@ def finish(
         unreadable=str(error or "another rank could not read its data, and says why") if due.unreadable else None,
         stopped=time.monotonic() - stop.since if due.stop else None,
     )  # fmt: skip
-    monitor.finish(done=code == DONE)
+    monitor.finish(done=code == DONE, waited=loader.wait_seconds)
     monitor.log(text, file=sys.stdout if code in (DONE, STOPPED) else sys.stderr)
     monitor.close()
     return exits.leave(code, text)

@@ -86,6 +86,14 @@ def test_a_quiet_screen_that_is_never_blind(shards, tmp_path):
     assert once.losses == [pytest.approx(sum(losses) / 5, abs=1e-4)]
 
 
+def test_waits_behind_the_last_log_line_count(shards, tmp_path):
+    """Data that comes late, and no log line: the run's clock says how long it was waited for."""
+    late = "import time as _t\nimport data as _d\n_made = _d.Loader._assemble\n"
+    late += "_d.Loader._assemble = lambda *args: (_t.sleep(0.1), _made(*args))[1]"
+    train(tmp_path, f"data_dir={shards}", "logging_steps=0", config=late)
+    assert [line for line in trace(tmp_path) if line.get("event") == "clock"][-1]["data_seconds"] > 0.2
+
+
 def test_ranks_with_different_configs(shards, tmp_path):
     """Exit 2 on every rank, with the keys and both values."""
     config = "import os\nweight_decay = 0.1 * (1 + int(os.environ['RANK']))\nadam_beta2 = 1 - weight_decay / 10"

@@ -328,10 +328,11 @@ class Monitor:
         if self.trace:
             self.trace.file.sync()  # a run resumed from here has what it is compared with
 
-    def finish(self, done: bool) -> None:
+    def finish(self, done: bool, waited: float) -> None:
         """Everything is saved: the profile, and the share of the time of all runs so far that became training."""
         if self.profiler:
             self.log(self.profiler.close())
+        self.spent["data_seconds"] += waited - self.waited  # since the last log line
         self.spent["end_seconds"] = time.perf_counter() - self.last_sign
         self.clock(done)
         if self.trace:
