@@ -256,8 +256,8 @@ def train(
         if due.last:
             break
 
-    # unsaved here: the last save found no finite loss
-    not_finite = health.bad_in_a_row > 0 or unsaved
+    # unsaved here: the last save found no finite loss. A stop among such steps is a stop, and the next start sees more
+    not_finite = health.too_many_bad_steps or (not due.stop and (health.bad_in_a_row > 0 or unsaved))
     return finish(cfg, env, state.step, due, idle, not_finite, loader, checkpoints, monitor, watch, stop)
 
 

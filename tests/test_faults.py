@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import bad_shard, write_shards
-from launch import GUARD, Run, stopped_at, train
+from launch import GUARD, Run, last_step, stopped_at, train
 from test_resume import newest, steps
 
 import refocused
@@ -79,6 +79,19 @@ def test_a_streak_that_passes_costs_no_save(shards, tmp_path):
     assert "replayed 6 steps, 6 identical" in again
     mean = re.search(r"Step 12: loss=\S+", text)[0]
     assert mean in again, "the loss of step 9 is in its checkpoint"
+
+
+def test_a_stop_among_steps_that_pass_is_a_stop(shards, tmp_path):
+    """SIGTERM at the second of three steps whose loss is infinite: nothing of them is saved, and a restart goes on."""
+    told = INFINITE + "\nimport os\n_count, _all = iter(range(1, 1000)), processes.all_reduce\n"
+    told += "processes.all_reduce = lambda *args: (next(_count) == 7 and os.kill(os.getpid(), 15), _all(*args))[1]"
+    keys = [f"data_dir={shards}", "save_steps=3", "max_steps=5000"]
+    run = train(tmp_path, *keys, config=told, code=75)
+    assert "resume=latest continues from checkpoint-epoch0-step" in run.text.splitlines()[-1]
+    assert (
+        f"done: {last_step(run.text) + 9} steps"
+        in train(tmp_path, *keys[:2], f"max_steps={last_step(run.text) + 9}", "resume=latest").text
+    )
 
 
 BAD_BATCHES = """

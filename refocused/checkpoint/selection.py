@@ -110,7 +110,7 @@ def choose(output_dir: str | os.PathLike, resume: str | None, where: str = "", r
                 mine = read(Path(output_dir, name), passed_over)
             except CheckpointError as error:
                 passed_over.append((name, str(error)))
-        if remote and not remote.problem and (not mine or key(here[name]) < key(remote.manifest)):
+        if remote and not remote.problem and (not mine or key(here.get(name, remote.manifest)) < key(remote.manifest)):
             return Choice(Path(output_dir, name), {}, newer, remote.manifest["save_id"])
         if mine:
             return mine
