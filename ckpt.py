@@ -185,9 +185,9 @@ class Checkpoints:
         processes.on_each_node(self.env, atomic.check_lock, self.cfg.output_dir)  # another run's by now?
         if validated:
             self._saver.confirm(True)  # what the save before holds has led to weights that are good
-        if (failure := self._saver.wait()) and self.env.main:  # later than poll() asked: it is not this save's
-            files.name_once((name, failure), failure)
-        self._saver.save(name, self._tree, state, validated)  # the copies may still be made beside the next forward
+        # the copies may still be made beside the next forward
+        if (failure := self._saver.save(name, self._tree, state, validated)) and self.env.main:
+            files.name_once((name, failure), failure)  # of the save before, later than poll() asked
         self._step, self._saved_at = state["step"], time.monotonic()
         return self._saver.stall_seconds
 

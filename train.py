@@ -100,7 +100,7 @@ def describe(cfg: Config, origins: dict[str, str], env: processes.Env, dataset: 
 
 
 def finish(
-    cfg: Config, env: processes.Env, step: int, due: Due, idle: bool, not_finite: bool, loader: data.Loader,
+    cfg: Config, env: processes.Env, step: int, due: Due, idle: bool, not_finite: int, loader: data.Loader,
     checkpoints: ckpt.Checkpoints, monitor: Monitor, watch: Watchdog, stop: StopSignal,
 ) -> int:  # fmt: skip
     """The end of a run: what it still owes, then every cause that there was, in one order. Returns the exit code."""
@@ -257,7 +257,8 @@ def train(
             break
 
     # unsaved here: the last save found no finite loss. A stop among such steps is a stop, and the next start sees more
-    not_finite = health.too_many_bad_steps or (not due.stop and (health.bad_in_a_row > 0 or unsaved))
+    code = STOPPED if due.stop and not health.too_many_bad_steps else exits.NOT_FINITE
+    not_finite = code * (health.bad_in_a_row > 0 or unsaved)
     return finish(cfg, env, state.step, due, idle, not_finite, loader, checkpoints, monitor, watch, stop)
 
 

@@ -447,6 +447,7 @@ def test_resume_words(two, tmp_path):
         (tmp_path, str(tmp_path), f"a folder of checkpoints; name one, {newer}, or set output_dir="),
         (tmp_path, str(tmp_path.parent), "not a complete checkpoint"),
         (empty, "any", "has no checkpoints"),
+        (empty, f"{empty}/latest", "no such directory"),
     ):
         with pytest.raises(ConfigError if resume is None else ckpt.CheckpointError, match=words):
             choose(folder, resume)

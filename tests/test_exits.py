@@ -27,6 +27,7 @@ import configs
 import data
 from configs import Config, ConfigError
 from model import GPTNeoX
+from refocused.bucket import gcs, start
 from refocused.checkpoint import manifest, saver, selection
 from refocused.run import devices, exits, failures, hardware, optim, preflight, processes, signals, strategy, watchdog
 from refocused.run.preflight import CrashLoop, Starts
@@ -271,6 +272,15 @@ def test_starts_that_save_come_to_something(tmp_path, monkeypatch):
         shutil.rmtree(path)
     save(tmp_path, 5, size=1000)  # its first save, after all of the run before were removed
     assert Starts(cfg).failed == 0
+
+    def away(cfg) -> int:
+        raise gcs.Unavailable("cannot list")
+
+    monkeypatch.setattr(start, "generation", away)  # for minutes, at each start: counted, and not for ever
+    monkeypatch.setattr(start, "write_starts", lambda *_: None)
+    Starts(cfg, start), Starts(cfg, start)
+    with pytest.raises(CrashLoop, match="3 starts in a row"):
+        Starts(cfg, start)
 
 
 SHOWN = {"step": "Step 4: loss", "eval": "Step 4: eval_loss", "skip": "Step 5: skipped", "bad": "all windows in"}

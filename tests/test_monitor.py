@@ -16,7 +16,9 @@ import configs
 import data
 from configs import ConfigError, step_ranges
 from refocused.checkpoint import selection
+from refocused.run.logs import Logs
 from refocused.run.messages import fitted, plan
+from refocused.run.trace import Trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -175,6 +177,19 @@ def test_a_branch_is_compared_with_itself(shards, tmp_path):
     assert "not the same run: step 3: lr was 0.01, is 0.002" in train(tmp_path, *branch, "max_steps=6").text
     forget(tmp_path, after=4)
     assert "replayed 2 steps, 2 identical" in train(tmp_path, *branch, "max_steps=10").text
+
+
+def test_a_branch_stands_whole_in_the_trace(tmp_path):
+    """Of steps 5 to 10 the norm of 5 alone is another: run once more, all six are compared with this branch."""
+    (tmp_path / "trace.jsonl").touch()
+    found = []
+    for first, norm in ((1, 1.0), (5, 2.0), (5, 2.0)):
+        written = Trace(Logs(str(tmp_path), str(tmp_path)).file("trace.jsonl"), first - 1)
+        for step in range(first, 11):
+            figures = {"loss": 0.5, "grad_norm": norm if step == 5 else 1.0, "lr": 0.1}
+            written.record(step, figures, np.array([step]), {})
+        found.append(written.replayed(10, over=True))
+    assert found[1] == (5, "step 5: grad_norm was 1, is 2") and found[2] == (6, None)
 
 
 def test_every_falsified_line_is_found(shards, tmp_path):

@@ -53,7 +53,8 @@ def in_parts(cfg: Config) -> list[tuple[dict[str, Any], set[str]]]:
     found = []
     for manifest in local.read_manifests(cfg.output_dir)[0]:
         folder, here = Path(cfg.output_dir, manifest["name"]), present(manifest, cfg.output_dir)
-        if Path(cfg.resume or "").name not in ("latest", folder.name) or len(here) == len(manifest["files"]):
+        wanted = cfg.resume == "latest" or Path(cfg.resume or "").name == folder.name
+        if not wanted or len(here) == len(manifest["files"]):
             continue
         try:
             state = local.decode_state((folder / STATE).read_bytes(), folder / STATE) if STATE in here else {}

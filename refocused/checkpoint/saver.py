@@ -74,10 +74,13 @@ class Saver:
             self._host.end()
         return self._host.note
 
-    def save(self, name: str, tree: Tree, state: dict[str, Any], validated: bool = True) -> None:
-        """Save the tree and the state (JSON, rank 0's) as they are now. If not validated, confirm(True) commits it."""
+    def save(self, name: str, tree: Tree, state: dict[str, Any], validated: bool = True) -> str | None:
+        """Save the tree and the state (JSON, rank 0's) as they are now. If not validated, confirm(True) commits it.
+
+        Returns why the save before has failed, if nobody has asked.
+        """
         start = time.perf_counter()
-        self.join()
+        failure = self.wait()
         self._good = concurrent.futures.Future()
         if validated:
             self._good.set_result(True)
@@ -91,6 +94,7 @@ class Saver:
         if not self.async_save:
             self.join()
         self.stall_seconds = time.perf_counter() - start
+        return failure
 
     @property
     def busy(self) -> bool:

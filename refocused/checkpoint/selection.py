@@ -82,8 +82,9 @@ def choose(output_dir: str | os.PathLike, resume: str | None, where: str = "", r
     both += [m["name"] for m in newest_first(latest.values())]
     places = f"{output_dir} or {where}" if where else f"{output_dir}"
     listing = f"{places} has {', '.join(both) or 'no checkpoints'}"
-    if resume and Path(resume).absolute().parent.resolve() == Path(output_dir).resolve():
-        resume = Path(resume).absolute().name  # as good as the path, and the bucket knows it
+    path = Path(resume or "latest").absolute()
+    if path.name != "latest" and path.parent.resolve() == Path(output_dir).resolve():
+        resume = path.name  # as good as the path, and the bucket knows it
     elsewhere = os.sep in (resume or "")
     if resume is None and ours:
         raise ConfigError(

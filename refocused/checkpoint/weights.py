@@ -106,10 +106,10 @@ def pickled(path: Path) -> str:
         return ""
     if is_hf(path):
         kinds = ["AutoModelForCausalLM"] + ["AutoTokenizer"] * any([*path.glob("*token*"), *path.glob("vocab*")])
-        way, old = f"from transformers import {', '.join(kinds)}", json.dumps(str(path))
+        way, old = f"from transformers import {', '.join(kinds)}", repr(str(path))
         way += "".join(f'; {kind}.from_pretrained({old}).save_pretrained("NEW")' for kind in kinds)
     else:
-        old, new = (json.dumps(str(path / name)) for name in ("pytorch_model.bin", "model.safetensors"))
+        old, new = (repr(str(path / name)) for name in ("pytorch_model.bin", "model.safetensors"))
         way = f"import torch; from safetensors.torch import save_file; W = torch.load({old}, weights_only=True); "
         way += f"save_file({{k: v.clone() for k, v in W.items()}}, {new})"
     return f"; pickled weights (.bin) are not read, convert them once: {here('python -c')} {shlex.quote(way)}"

@@ -19,7 +19,7 @@ NOT_FINITE = 65
 NO_DATA = 66  # or no checkpoint that can be loaded
 INTERNAL = 70  # a bug, lost peers, a hang, or a bucket that does not answer
 NOT_IN_BUCKET = 74  # the last checkpoint did not get there
-STOPPED = 75  # when asked to; all steps are saved
+STOPPED = 75  # when asked to; what can be saved is
 CRASH_LOOP = 78
 
 FINAL = (MISTAKE, NOT_FINITE, NO_DATA, CRASH_LOOP)  # what no restart mends

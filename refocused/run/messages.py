@@ -12,7 +12,7 @@ from configs import Config
 from refocused.checkpoint import manifest, selection
 from refocused.checkpoint.selection import Choice
 from refocused.entry import here
-from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_FINITE, NOT_IN_BUCKET, STOPPED, Cause, in_order
+from refocused.run.exits import DONE, INTERNAL, NO_DATA, NOT_IN_BUCKET, STOPPED, Cause, in_order
 from refocused.run.optim import learning_rate
 from refocused.shards.tokenizers import find
 
@@ -129,18 +129,19 @@ def describe_resume(choice: Choice, cfg: Config, dataset) -> str:
 
 
 def ending(
-    cfg: Config, step: int, newest: str | None, *, idle: bool = False, not_finite: bool = False,
+    cfg: Config, step: int, newest: str | None, *, idle: bool = False, not_finite: int = 0,
     unreadable: str | None = None, failure: str | None = None, missing: str | None = None, stopped: float | None = None,
 ) -> tuple[int, str]:  # fmt: skip
     """The exit code of a run and its last message: the cause that decides the code, then all others.
 
-    newest: the last complete checkpoint; idle: nothing was to do; unreadable: why the next batch could not be read;
+    newest: the last complete checkpoint; idle: nothing was to do; not_finite: the code if the last
+    steps were not, else 0; unreadable: why the next batch could not be read;
     failure: of the last save; missing: why the last checkpoint is not in the bucket; stopped: seconds since the signal.
     """
     goes_on = f"resume=latest continues from {newest}" if newest else "there is no checkpoint"
     stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"
     causes = {  # in the order of time; a cause's value is the last line if it decides the code
-        Cause(NOT_FINITE, "the last steps were not finite"): not_finite
+        Cause(not_finite, "the last steps were not finite"): not_finite
         and f"the last steps up to {step:,} were not finite and nothing of them is saved (max_bad_steps="
         f"{cfg.max_bad_steps}); {stands}: lower learning_rate, or look at the shards named above",
         Cause(NO_DATA, str(unreadable)): unreadable and f"error: {unreadable}; stopped at step {step:,}, {goes_on}",

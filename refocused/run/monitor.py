@@ -201,7 +201,8 @@ class Monitor:
             report: dict[str, Any] = {"step": step, "loss": str(loss), "grad_norm": str(self.norm), "verdict": status}
             report["windows"] = [{"shard": shard, "offset": offset} for shard, offset in windows]
             with contextlib.suppress(OSError):  # the next line of the log will tell
-                files.write(self.logs.folder / name, json.dumps(report, indent=1).encode())
+                if not self.logs.lost:
+                    files.write(self.logs.folder / name, json.dumps(report, indent=1).encode())
             first = ", ".join(f"{shard} at {offset}" for shard, offset in windows[:3])
             read = f"Read {first}, ...; all windows in {self.logs.folder / name}"
             self.log(f"Step {step}: loss={loss:.4f}, grad norm={self.norm:.4f}: {status}. {read}")

@@ -194,7 +194,12 @@ class Starts:
             before = json.loads(before or b"0")
             if isinstance(before, dict) and before.get("of") == key:
                 self.state |= {k: v for k, v in before.items() if type(v) is type(self.state.get(k))}
-        saved = max(manifest.generation(cfg.output_dir), self.bucket.generation(cfg) if self.bucket else 0)
+        saved = manifest.generation(cfg.output_dir)
+        if self.bucket:
+            try:
+                saved = max(saved, self.bucket.generation(cfg))
+            except self.bucket.gcs.Unavailable:  # of which this start will fail, and be counted
+                saved = max(saved, self.state["saved"])
         if saved < self.state["saved"]:  # its checkpoints were removed, and its steps are new again
             self.state["step"] = 0
         if saved != self.state["saved"]:

@@ -119,10 +119,12 @@ class Trace:
             self.differs(step, "was skipped, is run")
         if before := self.expected.pop(step, None):
             differs = [k for k in self.COMPARED if before.get(k) != line[k]]
-            if not differs:
+            if differs:
+                self.differs(step, ", ".join(difference(k, before, line) for k in differs))
+            else:
                 self.same += 1
-                return  # the line stands already
-            self.differs(step, ", ".join(difference(k, before, line) for k in differs))
+                if not self.first_difference:
+                    return  # the line stands already; behind a difference all are written, as another run's
         elif step < self.last:
             self.missing += 1
         self.write(line | {key: readable(value) for key, value in extra.items()})
@@ -146,6 +148,8 @@ class Trace:
             self.differs(step, "was run, is skipped")
         elif before and before.get("samples") != line["samples"]:
             self.differs(step, difference("samples", before, line))
+        if self.first_difference:
+            self.events.pop(("skip", step), None)
         self.event("skip", step, **line)
 
     def differs(self, step: int, how: str) -> None:

@@ -73,7 +73,7 @@ def kind(file: Path, fields: list[str]) -> str:
                 line = stream.readline(PIECE).removeprefix(b"\xef\xbb\xbf")
             if line.lstrip().startswith(b"["):
                 return "array"
-            first = parsed(line if line.endswith(b"\n") else line + stream.readline())
+            first = parsed(line if line.endswith(b"\n") else line + stream.readline(1 << 28))
             # one object without a text is a file of settings, blank lines behind it or not
             if isinstance(first, dict) and (found_in(first, fields) or any(map(bytes.strip, stream))):
                 return "lines"
