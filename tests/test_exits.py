@@ -273,10 +273,10 @@ def test_starts_that_save_come_to_something(tmp_path, monkeypatch):
     save(tmp_path, 5, size=1000)  # its first save, after all of the run before were removed
     assert Starts(cfg).failed == 0
 
-    def away(cfg) -> int:
+    def away(cfg) -> None:
         raise gcs.Unavailable("cannot list")
 
-    monkeypatch.setattr(start, "generation", away)  # for minutes, at each start: counted, and not for ever
+    monkeypatch.setattr(start.Place, "of", away)  # for minutes, at each start: counted, and not for ever
     monkeypatch.setattr(start, "write_starts", lambda *_: None)
     Starts(cfg, start), Starts(cfg, start)
     with pytest.raises(CrashLoop, match="3 starts in a row"):

@@ -110,7 +110,7 @@ def test_no_import_is_hidden_in_a_function():
     assert wrong == []
 
 
-FILES, LINES = 39, 7340
+FILES, LINES = 39, 7331
 
 
 def test_what_a_run_stands_on():

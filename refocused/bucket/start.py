@@ -84,10 +84,18 @@ def send_part(cfg: Config, manifest: dict[str, Any], commit: bool) -> str:
     return "" if done or not commit else "the bucket does not show what was sent"
 
 
-def generation(cfg: Config) -> int:
-    """The highest generation of any save in the bucket, complete or not; 0 if there is none. Raises BucketError."""
-    place = Place.of(cfg)
-    return max((r.manifest["generation"] for r in place.checkpoints(place.objects()) if r.manifest), default=0)
+def generation(cfg: Config, unavailable: int | None = None) -> int:
+    """The highest generation of any save in the bucket, complete or not; 0 if there is none. Raises BucketError.
+
+    unavailable: what stands for it while the bucket does not answer; None raises.
+    """
+    try:
+        place = Place.of(cfg)
+        return max((r.manifest["generation"] for r in place.checkpoints(place.objects()) if r.manifest), default=0)
+    except gcs.Unavailable:
+        if unavailable is None:
+            raise
+        return unavailable
 
 
 def pull(cfg: Config, found: selection.Choice) -> Path:

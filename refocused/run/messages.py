@@ -134,9 +134,9 @@ def ending(
 ) -> tuple[int, str]:  # fmt: skip
     """The exit code of a run and its last message: the cause that decides the code, then all others.
 
-    newest: the last complete checkpoint; idle: nothing was to do; not_finite: the code if the last
-    steps were not, else 0; unreadable: why the next batch could not be read;
-    failure: of the last save; missing: why the last checkpoint is not in the bucket; stopped: seconds since the signal.
+    newest: the last complete checkpoint; idle: nothing was to do; not_finite: the code if the last steps were not;
+    unreadable: why the next batch could not be read; failure: of the last save; missing: why the last checkpoint is not in
+    the bucket; stopped: seconds since the signal.
     """
     goes_on = f"resume=latest continues from {newest}" if newest else "there is no checkpoint"
     stands = f"{newest} from before them stands" if newest else "there is no checkpoint from before them"

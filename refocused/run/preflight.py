@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from configs import MODEL, OPTIMIZER, Config, ConfigError, check_same_model
+from configs import KEYS, MODEL, OPTIMIZER, Config, ConfigError, check_same_model
 from model import num_parameters
 from refocused import files
 from refocused.checkpoint import manifest
@@ -79,7 +79,8 @@ def check_same_run(state: dict[str, Any], cfg: Config, global_batch: int) -> Non
     """Raise ConfigError unless model, optimizer and, if it is not allowed to change, sequences per step are a checkpoint's."""
     way = "go on with {needed}, or begin a new run: name another output_dir and logging_dir"
     check_same_model("the checkpoint", state["config"], cfg, MODEL + OPTIMIZER, way)
-    before = state.get("global_batch", global_batch)
+    was = Config(**{key: value for key, value in state["config"].items() if key in KEYS})
+    before = state.get("global_batch") or was.batch(state["run"]["world_size"])[1]
     if before != global_batch and not cfg.allow_change:
         raise ConfigError(
             f"the checkpoint's steps have {before} sequences, this run's would have {global_batch}: keep them with "
@@ -185,21 +186,15 @@ class Starts:
         """bucket: refocused.bucket.start, where the run has one. Raises CrashLoop, BucketError."""
         self.cfg, self.bucket = cfg, bucket if cfg.max_failed_starts else None
         self.path = Path(os.path.realpath(cfg.output_dir), ".starts")
-        key = hashlib.sha256(
-            f"{json.dumps(dataclasses.asdict(cfg))}{sources()}{torch.__version__}".encode()
-        ).hexdigest()
+        key = hashlib.sha256(f"{vars(cfg)}{sources()}{torch.__version__}".encode()).hexdigest()
         self.state: dict[str, Any] = {"of": key, "failed": 0, "step": 0, "saved": 0, "reason": ""}
         with contextlib.suppress(OSError, ValueError, RecursionError):
             before = self.path.read_bytes() if self.path.is_file() else self.bucket and self.bucket.read_starts(cfg)
             before = json.loads(before or b"0")
             if isinstance(before, dict) and before.get("of") == key:
                 self.state |= {k: v for k, v in before.items() if type(v) is type(self.state.get(k))}
-        saved = manifest.generation(cfg.output_dir)
-        if self.bucket:
-            try:
-                saved = max(saved, self.bucket.generation(cfg))
-            except self.bucket.gcs.Unavailable:  # of which this start will fail, and be counted
-                saved = max(saved, self.state["saved"])
+        there = self.bucket.generation(cfg, self.state["saved"]) if self.bucket else 0  # one that is away is counted
+        saved = max(manifest.generation(cfg.output_dir), there)
         if saved < self.state["saved"]:  # its checkpoints were removed, and its steps are new again
             self.state["step"] = 0
         if saved != self.state["saved"]:
